@@ -1,0 +1,213 @@
+"""`python -m experiments.cifar --sched quartic`: train, export, deploy at low bits, compare with a float twin.
+
+Stages: train -> (float twin) -> export -> verify -> evaluate -> table and figure. Each leaves its product in
+the run's folder; a relaunch goes on from the first that is missing.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from rich.console import Console
+
+import qt_jax as qt
+from experiments import models
+from experiments.configs.cifar import Config, claim, float_twin, lambda_schedule, parse
+from experiments.data import Dataset, load
+from experiments.data.augment import normalize
+from experiments.training.loop import train
+from qt_jax.backends import BACKENDS
+from qt_jax.export import save_verified, to_onnx
+from qt_jax.reporting import records
+from qt_jax.reporting.figures import summary_figure
+from qt_jax.reporting.tables import accuracy_table, to_markdown
+
+QUANT_TRIM, FLOAT = "quant-trim", "float"
+ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    console = Console()
+    try:
+        run(parse(arguments), console)
+    except qt.InvalidInput as error:
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+    return 0
+
+
+def run(config: Config, console: Console) -> None:
+    """All stages of one run."""
+    directory = config.directory
+    claim(config)
+    dataset = load(config.dataset, config.data_dir, seed=0)
+    console.print(
+        f"{config.dataset}: {len(dataset.train_labels):,} training, {len(dataset.validation_labels):,} "
+        f"validation, {len(dataset.test_labels):,} test images; {config.model} on {jax.default_backend()}; "
+        f"run folder {directory}"
+    )
+    twins = {QUANT_TRIM: config}
+    if float_twin(config) == config:
+        twins = {FLOAT: config}
+    elif config.compare:
+        twins[FLOAT] = float_twin(config)
+
+    model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
+    exported = models.create(config.model, dataset.num_classes)
+    trained = {method: train(twin, model, dataset, directory, method) for method, twin in twins.items()}
+    for method, variables in trained.items():
+        export(exported, variables, dataset, directory / ONNX_NAMES[method], console)
+    for method in trained:
+        evaluate(config, method, dataset, directory, console)
+    report(config, trained, directory, console)
+
+
+def export(
+    model: nn.Module, variables: dict[str, Any], dataset: Dataset, path: Path, console: Console
+) -> None:
+    """Writes the verified FP32 graph, unless it is there."""
+    if path.exists():
+        return
+
+    def apply_fn(variables, images):
+        return model.apply(variables, images, train=False)
+
+    real = np.asarray(normalize(dataset.validation_images[:8], dataset.mean, dataset.std))
+    graph = to_onnx(apply_fn, variables, real.shape[1:])
+    summary = save_verified(graph, path, apply_fn, variables, real)
+    operators = ", ".join(f"{count} {name}" for name, count in summary["operators"].items())
+    console.print(
+        f"{path.name}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates, "
+        f"opset {summary['opset']} ({operators}); largest difference to JAX "
+        f"{max(summary['max_difference'].values()):.1e}",
+    )
+
+
+def channels_first(dataset: Dataset, images: np.ndarray) -> np.ndarray:
+    """uint8 images as the exported graph takes them: float32, normalised, NCHW."""
+    normalised = [
+        np.asarray(normalize(images[i : i + 1000], dataset.mean, dataset.std))
+        for i in range(0, len(images), 1000)
+    ]
+    return np.ascontiguousarray(np.concatenate(normalised).transpose(0, 3, 1, 2))
+
+
+def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, console: Console) -> None:
+    """One record for each scheme that has none yet, on the test set."""
+    path = directory / "records.jsonl"
+    done = {row["scheme"] for row in records.read(path) if row["method"] == method}
+    schemes = [scheme.name for scheme in BACKENDS["onnxruntime"].schemes if scheme.name not in done]
+    if not schemes:
+        return
+    onnx_path = directory / ONNX_NAMES[method]
+    identity = {
+        "run": directory.name,
+        "task": config.dataset,
+        "model": config.model,
+        "method": method,
+        "seed": config.seed,
+        "sched": config.sched if method == QUANT_TRIM else "none",
+        "checkpoint": hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
+    }
+
+    def keep(record: records.Record) -> None:
+        if record["scheme"] in schemes:
+            records.append(path, record)
+            shown = "-" if record["top1"] is None else f"{100 * record['top1']:.2f} %"
+            console.print(
+                f"{method} {record['scheme']}: {shown} ({record['seconds']:.0f} s)", highlight=False
+            )
+
+    test = slice(config.test_limit)
+    qt.evaluate(
+        onnx_path,
+        channels_first(dataset, dataset.train_images[: config.calibration_size]),
+        channels_first(dataset, dataset.test_images[test]),
+        dataset.test_labels[test],
+        schemes=schemes,
+        identity=identity,
+        on_record=keep,
+    )
+
+
+def report(config: Config, trained: dict[str, Any], directory: Path, console: Console) -> None:
+    """The table in the terminal, summary.md and summary.png, from records.jsonl and metrics.jsonl."""
+    rows = records.read(directory / "records.jsonl")
+    metrics = records.read(directory / "metrics.jsonl")
+    write(directory / "summary.md", summary(config, rows, metrics))
+    history = [
+        {
+            "epoch": row["epoch"],
+            "fp32_top1": row["validation_fp32"],
+            "fake_quant_top1": row["validation_fake_quant"],
+        }
+        for row in metrics
+        if "validation_fake_quant" in row
+    ]
+    total = max(row["step"] for row in metrics)
+    steps = np.linspace(0, total, 400)
+    lam = np.asarray(jax.vmap(lambda_schedule(config, total))(steps.astype(np.int32)))
+    weights = {
+        method: {
+            "/".join(path[:-1]): leaf.ravel()
+            for path, leaf in flatten_dict(variables["params"]).items()
+            if path[-1] == "kernel"
+        }
+        for method, variables in trained.items()
+    }
+    scratch = directory / "summary.partial.png"
+    summary_figure(rows, (steps, lam), weights, scratch, history)
+    os.replace(scratch, directory / "summary.png")
+    console.print(accuracy_table(rows))
+    console.print(
+        f"{directory}/summary.md, summary.png, records.jsonl, {', '.join(ONNX_NAMES[m] for m in trained)}"
+    )
+
+
+def summary(config: Config, rows: list[records.Record], metrics: list[dict[str, Any]]) -> str:
+    """summary.md: the table, the drift between FP32 and fake quantization, the cost, the provenance."""
+    lines = [
+        f"# {config.dataset}, {config.model}, --sched {config.sched}, seed {config.seed}",
+        "",
+        to_markdown(rows),
+    ]
+    for method in dict.fromkeys(row["method"] for row in metrics):
+        mine = [row for row in metrics if row["method"] == method]
+        last = mine[-1]
+        seconds = sum(row["seconds"] for row in mine)
+        text = f"- {method}: {last['epoch']} epochs, {seconds / 60:.1f} minutes of training"
+        text += f", validation FP32 {100 * last['validation_fp32']:.2f} %"
+        if "validation_fake_quant" in last:
+            text += f", fake-quantized {100 * last['validation_fake_quant']:.2f} %"
+        lines.append(text)
+    row = rows[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    lines += [
+        "",
+        f"`{row['command']}`, commit {row['commit']}, {row['date']}",
+        "",
+        f"{row['cpu']}",
+        "",
+        versions,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

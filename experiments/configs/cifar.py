@@ -1,0 +1,220 @@
+"""Everything `python -m experiments.cifar` can be told, and the presets it starts from."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+import qt_jax as qt
+from experiments.models import MODELS
+
+Schedule = Literal["quartic", "quartic-only", "linear", "cosine", "step", "constant", "none"]
+Preset = Literal["auto", "cpu", "gpu", "smoke"]
+
+FREE_TO_CHANGE = {"compare", "data_dir", "out", "preset", "steps_per_dispatch"}
+"""Fields in which a relaunch may differ: they do not touch the numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a network with Quant-Trim and its float twin, export both, deploy both at low bits, compare.
+
+    Relaunching the same command resumes; finished work is not redone.
+    """
+
+    sched: Schedule = "quartic"
+    """Lambda schedule. quartic: the paper's three phases (zero, quartic, quadratic, then one);
+    quartic-only, linear, cosine: one ramp; step: a jump; constant: one throughout (plain QAT);
+    none: no fake quantization."""
+    preset: Preset = "auto"
+    """Defaults for everything below. auto: gpu where jax sees an accelerator, else cpu; smoke: every stage
+    on a scrap of the data, in a minute or two."""
+    compare: bool = True
+    """Also train the float twin: same seed and budget, no fake quantization, no reverse pruning."""
+    dataset: Literal["cifar10", "cifar100", "fashion-mnist", "digits"] = "cifar10"
+    """Data set."""
+    data_dir: Path | None = None
+    """Folder or archive that holds the data set; otherwise the cache, then a download."""
+    out: Path | None = None
+    """Folder of the run. Default: runs/DATASET-MODEL-SCHED-SEED."""
+    seed: int = 0
+    """Seeds the split, the initial parameters, the order of the images and their augmentation."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}")] = "fast"
+    """Network."""
+    epochs: int = 10
+    """Passes over the training split."""
+    batch_size: int = 128
+    """Images a step."""
+    learning_rate: float = 0.2
+    """Peak learning rate of SGD with Nesterov momentum."""
+    lr_schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    """one-cycle: linear up over a fifth of training, linear down to zero; cosine: 5 % warm-up, then cosine."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on kernels."""
+    label_smoothing: float = 0.1
+    """Share of the label spread over all classes."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the parameters, which is then what is evaluated and
+    exported; 0: none."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; parameters and statistics stay in float32."""
+    steps_per_dispatch: int = 1
+    """Steps in one compiled loop. On CPUs keep 1: XLA runs convolutions inside a loop on one thread."""
+    train_limit: int | None = None
+    """Use only so many training images."""
+
+    bits: int = 8
+    """Width of the fake-quantized weights."""
+    activation_bits: int = 8
+    """Width of the fake-quantized activations."""
+    per_channel: bool = False
+    """One weight scale per output channel when training."""
+    weight_quantile: float = 0.999
+    """Upper quantile of |w| that sets a weight scale."""
+    activation_quantile: float = 0.999
+    """Upper quantile of an activation's range; the lower one is its complement."""
+    range_momentum: float = 0.99
+    """Momentum of the moving averages of the ranges."""
+    reverse_pruning: float | None = 0.95
+    """Quantile of |w| to which kernels are pulled back; None: off."""
+    reverse_pruning_every: int = 50
+    """Steps between two pulls."""
+    reverse_pruning_start: float = 0.2
+    """Fraction of training before the first pull."""
+
+    calibration_size: int = 512
+    """Training images with which the vendor's quantizer is calibrated."""
+    test_limit: int | None = None
+    """Use only so many test images."""
+
+    def __post_init__(self):
+        if self.model not in MODELS:
+            raise qt.InvalidInput(f"--model {self.model!r} is unknown; choose one of {', '.join(MODELS)}")
+        for name in ("epochs", "batch_size", "steps_per_dispatch", "calibration_size"):
+            if getattr(self, name) < 1:
+                raise qt.InvalidInput(f"--{name.replace('_', '-')} must be at least 1")
+        if self.reverse_pruning is not None and not 0.0 < self.reverse_pruning <= 1.0:
+            raise qt.InvalidInput("--reverse-pruning must lie in (0, 1], or be None to switch it off")
+        quant_config(self)
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the run."""
+        return self.out or Path("runs") / f"{self.dataset}-{self.model}-{self.sched}-{self.seed}"
+
+
+def quant_config(config: Config) -> qt.QuantConfig:
+    """What `qt.quant_trim` is given in training."""
+    return qt.QuantConfig(
+        weights=qt.QuantSpec(
+            config.bits, axis=-1 if config.per_channel else None, quantile=config.weight_quantile
+        ),
+        activations=qt.QuantSpec(
+            config.activation_bits, symmetric=False, quantile=config.activation_quantile
+        ),
+        momentum=config.range_momentum,
+    )
+
+
+PRESETS: dict[str, Config] = {
+    "cpu": Config(preset="cpu"),
+    "gpu": Config(
+        preset="gpu",
+        model="resnet18",
+        epochs=60,
+        batch_size=256,
+        dtype="bfloat16",
+        steps_per_dispatch=50,
+        calibration_size=1024,
+    ),
+    "smoke": Config(
+        preset="smoke",
+        model="resnet8",
+        epochs=2,
+        batch_size=64,
+        train_limit=1280,
+        calibration_size=64,
+        test_limit=500,
+    ),
+}
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The config of a command line: the preset's values, overridden by the flags given.
+
+    Raises:
+      InvalidInput: a value out of range.
+      SystemExit: an unknown flag or choice, after tyro has printed what it takes instead.
+    """
+    preset = tyro.cli(_PresetOnly, args=arguments, return_unknown_args=True, add_help=False)[0].preset
+    if preset == "auto":
+        preset = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    if preset not in PRESETS:
+        raise qt.InvalidInput(f"--preset {preset!r} is unknown; choose auto or one of {', '.join(PRESETS)}")
+    return tyro.cli(Config, args=arguments, default=PRESETS[preset], prog="python -m experiments.cifar")
+
+
+@dataclasses.dataclass(frozen=True)
+class _PresetOnly:
+    preset: str = "auto"
+
+
+def lambda_schedule(config: Config, total_steps: int):
+    """count -> lambda for `config.sched`."""
+    make = {
+        "quartic": qt.schedules.warmup_quartic_quadratic,
+        "quartic-only": qt.schedules.quartic,
+        "linear": qt.schedules.linear,
+        "cosine": qt.schedules.cosine,
+        "step": qt.schedules.step,
+    }
+    if config.sched in make:
+        return make[config.sched](total_steps)
+    return qt.schedules.constant(0.0 if config.sched == "none" else 1.0)
+
+
+def float_twin(config: Config) -> Config:
+    """The same run without Quant-Trim."""
+    return dataclasses.replace(config, sched="none", reverse_pruning=None)
+
+
+def claim(config: Config) -> None:
+    """Writes config.json into the run's folder, or checks that the folder belongs to this config.
+
+    Raises:
+      InvalidInput: the folder holds a run of another config; names the fields that differ.
+    """
+    path = config.directory / "config.json"
+    mine = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise qt.InvalidInput(f"{path} is not JSON ({error}); choose another --out") from error
+        differ = [name for name in mine if name not in FREE_TO_CHANGE and theirs.get(name) != mine[name]]
+        if differ:
+            listing = ", ".join(f"{name} {theirs.get(name)!r} -> {mine[name]!r}" for name in differ)
+            raise qt.InvalidInput(
+                f"{config.directory} belongs to a run of another config ({listing}). Nothing was changed. "
+                "Choose another --out, or relaunch with the values that are there."
+            )
+        return
+    if config.directory.exists() and any(config.directory.iterdir()):
+        raise qt.InvalidInput(
+            f"{config.directory} is not empty and holds no config.json: it is not a run of this program. "
+            "Choose another --out."
+        )
+    config.directory.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".json.partial")
+    scratch.write_text(json.dumps(mine, indent=2) + "\n")
+    scratch.replace(path)
+
+
+def _plain(value):
+    return str(value) if isinstance(value, Path) else value

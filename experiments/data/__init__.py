@@ -1,0 +1,48 @@
+"""Image sets by name: `load("cifar10")` returns a `Dataset` with training, validation and test splits."""
+
+from pathlib import Path
+
+from experiments.data.cifar import load_cifar10, load_cifar100
+from experiments.data.dataset import Dataset, carve_validation
+from experiments.data.digits import load_digits
+from experiments.data.fashion_mnist import load_fashion_mnist
+from qt_jax.errors import InvalidInput
+
+__all__ = ["SETS", "Dataset", "load"]
+
+SETS = {
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "digits": load_digits,
+    "fashion-mnist": load_fashion_mnist,
+}
+
+
+def load(
+    name: str, data_dir: Path | None = None, *, validation_size: int | None = None, seed: int = 0
+) -> Dataset:
+    """The set called `name`, from `data_dir` if given, else from the cache, else fetched.
+
+    The cache is $QT_JAX_DATA, else the user's cache directory. Every source is checked against pinned
+    checksums. The validation split is carved from the training images, stratified by class; it depends on
+    its size and `seed` alone. The test split never changes.
+
+    Args:
+        name: "cifar10", "cifar100", "digits" or "fashion-mnist".
+        data_dir: a local copy, which wins over any download; what it may hold is said at the set's function.
+        validation_size: number of validation images, 0 for none; by default a tenth of the training images.
+        seed: of the validation split.
+
+    Raises:
+        InvalidInput: unknown name, missing or damaged files, no way to fetch the set, or a validation size
+            that leaves a split without an example for each class.
+
+    >>> data = load("digits")
+    >>> data.train_images.shape, data.validation_images.shape, data.test_images.shape
+    ((1293, 8, 8, 1), (144, 8, 8, 1), (360, 8, 8, 1))
+    """
+    if name not in SETS:
+        raise InvalidInput(f"unknown data set {name!r}; choose one of {', '.join(SETS)}")
+    published = SETS[name](data_dir)
+    size = round(len(published.train_labels) / 10) if validation_size is None else validation_size
+    return carve_validation(published, name, size, seed)

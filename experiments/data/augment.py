@@ -1,0 +1,112 @@
+"""Input pipeline on the device: random crop and flip of uint8 images, then normalisation to float32."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qt_jax.errors import InvalidInput
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(x / 255 - mean) / std, channel by channel.
+
+    Args:
+        images: uint8, (..., channels).
+        mean: one number a channel, of pixels scaled to [0, 1].
+        std: likewise.
+
+    Returns:
+        float32, the shape of `images`.
+
+    Raises:
+        InvalidInput: `images` is not uint8, or `mean` or `std` does not have one number a channel.
+
+    >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), mean=(0.5,), std=(0.25,)).item()
+    2.0
+    """
+    if images.dtype != jnp.uint8:
+        raise InvalidInput(f"normalize takes uint8 images, got {images.dtype}: are they normalised already?")
+    channels = images.shape[-1]
+    if not len(mean) == len(std) == channels:
+        raise InvalidInput(
+            f"images of {channels} channels need {channels} means and stds, got {len(mean)} and {len(std)}"
+        )
+    shape = (1,) * (images.ndim - 1) + (channels,)
+    center = jnp.asarray(mean, jnp.float32).reshape(shape)
+    scale = jnp.asarray(std, jnp.float32).reshape(shape)
+    return (images.astype(jnp.float32) / 255 - center) / scale
+
+
+def random_crop_flip(key: jax.Array, images: jax.Array, pad: int = 4, flip: bool = True) -> jax.Array:
+    """Shift every image by up to `pad` pixels each way and mirror half of them, each image on its own.
+
+    Equal to padding by reflection (edge pixel not repeated, numpy's "reflect"), cropping back to the size
+    at a uniformly random place, then mirroring left to right with probability 1/2.
+
+    Args:
+        key: PRNG key.
+        images: (n, height, width, channels), meant for uint8 but of any dtype.
+        pad: greatest shift in pixels, static under jit.
+        flip: whether to mirror at all, static under jit; digits, for one, do not survive it.
+
+    Returns:
+        Shape and dtype of `images`.
+
+    Raises:
+        InvalidInput: `pad` is negative or not less than height and width.
+
+    >>> images = jnp.zeros((2, 8, 8, 1), jnp.uint8)
+    >>> random_crop_flip(jax.random.key(0), images, pad=1, flip=False).shape
+    (2, 8, 8, 1)
+    """
+    offset_key, flip_key = jax.random.split(key)
+    offsets = jax.random.randint(offset_key, (images.shape[0], 2), 0, 2 * pad + 1)
+    flips = (
+        jax.random.bernoulli(flip_key, 0.5, images.shape[:1]) if flip else jnp.zeros(images.shape[:1], bool)
+    )
+    return crop_flip(images, offsets, flips, pad)
+
+
+def crop_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array, pad: int) -> jax.Array:
+    """Crop each reflection-padded image at its own offset, then mirror those flagged.
+
+    No padded copy is made: one gather reads every output pixel from its reflected source. For 128 CIFAR
+    images on two CPU cores this takes about 0.15 ms, dynamic_slice under vmap 0.4 ms, products with one-hot
+    matrices 0.7 ms.
+
+    Args:
+        images: (n, height, width, channels).
+        offsets: integers (n, 2), top and left corner in the padded image, each in [0, 2 pad].
+        flips: bool (n,).
+        pad: rows and columns added on each side.
+
+    Returns:
+        Shape and dtype of `images`.
+
+    Raises:
+        InvalidInput: `pad` is negative or not less than height and width.
+
+    >>> row = jnp.arange(3, dtype=jnp.uint8).reshape(1, 1, 3, 1)
+    >>> image = jnp.tile(row, (1, 3, 1, 1))
+    >>> crop_flip(image, jnp.array([[1, 0]]), jnp.array([False]), pad=1)[0, 0, :, 0].tolist()
+    [1, 0, 1]
+    """
+    height, width = images.shape[1:3]
+    if not 0 <= pad < min(height, width):
+        raise InvalidInput(
+            f"pad {pad} does not suit images of {height}x{width}: choose 0 to {min(height, width) - 1}"
+        )
+
+    def one(image, offset, flipped):
+        columns = jnp.arange(width)
+        rows = _reflect(jnp.arange(height) + (offset[0] - pad), height)
+        columns = _reflect(jnp.where(flipped, width - 1 - columns, columns) + (offset[1] - pad), width)
+        return image.at[rows[:, None], columns[None, :]].get(mode="promise_in_bounds")
+
+    return jax.vmap(one)(images, offsets, flips)
+
+
+def _reflect(index: jax.Array, size: int) -> jax.Array:
+    """Indices in (-size, 2 size - 1) folded back into [0, size) about the first and the last one."""
+    return (size - 1) - jnp.abs(size - 1 - jnp.abs(index))

@@ -1,0 +1,108 @@
+"""What a data set is here, and how its validation split is carved from the training images."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from qt_jax.errors import InvalidInput
+
+
+@dataclass(frozen=True, eq=False)
+class PublishedSet:
+    """A set as its authors published it: training and test images, no validation split yet.
+
+    Images are uint8 (n, height, width, channels), labels int32 (n,); `mean` and `std` hold one number a
+    channel, of pixels scaled to [0, 1], over the published training images.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training, validation and test images of one set, in host memory.
+
+    Images are uint8 (n, height, width, channels), labels int32 (n,); `mean` and `std` hold one number a
+    channel, of pixels scaled to [0, 1], as `augment.normalize` takes them. They come from the published
+    training images, so they do not move with the validation split.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (kept, held_out) of a random split that keeps the share of every class.
+
+    Args:
+        labels: integer class of each example, (n,).
+        size: number of examples to hold out: 0, or at least one a class with at least one a class left.
+        seed: the split is a function of `labels`, `size` and `seed` alone.
+
+    Returns:
+        Two ascending, disjoint int64 index arrays of lengths n - size and size that together cover 0..n-1.
+        Where the share of a class is no whole number it is rounded up or down.
+
+    Raises:
+        InvalidInput: `size` leaves one side without an example for each class.
+
+    >>> kept, held_out = stratified_split(np.array([0, 1, 0, 1, 0, 1]), size=2, seed=0)
+    >>> len(kept), len(held_out)
+    (4, 2)
+    """
+    indices = np.arange(len(labels))
+    if size == 0:
+        return indices, indices[:0]
+    classes = len(np.unique(labels))
+    if not classes <= size <= len(labels) - classes:
+        raise InvalidInput(
+            f"cannot hold out {size} of {len(labels)} examples of {classes} classes: "
+            f"choose 0, or a size from {classes} to {len(labels) - classes}"
+        )
+    kept, held_out = train_test_split(indices, test_size=size, stratify=labels, random_state=seed)
+    return np.sort(kept), np.sort(held_out)
+
+
+def carve_validation(published: PublishedSet, name: str, size: int, seed: int) -> Dataset:
+    """Move `size` training examples, stratified by class, into a validation split; the test split stays.
+
+    Raises:
+        InvalidInput: `size` is not possible, see `stratified_split`.
+
+    >>> images, labels = np.zeros((6, 2, 2, 1), np.uint8), np.array([0, 1, 0, 1, 0, 1], np.int32)
+    >>> toy = PublishedSet(images, labels, images, labels, (0.5,), (0.5,), ("cat", "dog"))
+    >>> carve_validation(toy, "toy", size=2, seed=0).validation_images.shape
+    (2, 2, 2, 1)
+    """
+    kept, held_out = stratified_split(published.train_labels, size, seed)
+    return Dataset(
+        name=name,
+        train_images=published.train_images[kept],
+        train_labels=published.train_labels[kept],
+        validation_images=published.train_images[held_out],
+        validation_labels=published.train_labels[held_out],
+        test_images=published.test_images,
+        test_labels=published.test_labels,
+        mean=published.mean,
+        std=published.std,
+        class_names=published.class_names,
+    )

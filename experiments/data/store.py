@@ -1,0 +1,166 @@
+"""Verified arrays on disk: nothing is used before its checksum holds, nothing is written by halves."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+from rich.console import Console
+
+from qt_jax.errors import InvalidInput
+
+Arrays = dict[str, np.ndarray]
+
+NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+class CorruptData(InvalidInput):
+    """A file that does not hold what its checksum promises."""
+
+
+def notice(message: str) -> None:
+    """One line for the user, on stderr."""
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def cache_dir() -> Path:
+    """Where fetched sets are kept: $QT_JAX_DATA, else the user's cache directory. Created if need be.
+
+    Raises:
+        InvalidInput: the directory cannot be made.
+    """
+    path = Path(os.environ.get("QT_JAX_DATA") or platformdirs.user_cache_dir("qt_jax")).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot create the data cache {path} ({error.strerror}); "
+            f"set QT_JAX_DATA to a folder you can write to"
+        ) from error
+    return path
+
+
+def as_arrays(*columns: np.ndarray) -> Arrays:
+    """Images and labels, in the order of `NAMES`, as contiguous uint8 images and int32 labels."""
+    dtypes = (np.uint8, np.int32, np.uint8, np.int32)
+    return {
+        name: np.ascontiguousarray(column, dtype)
+        for name, column, dtype in zip(NAMES, columns, dtypes, strict=True)
+    }
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every array, independent of the file that held them.
+
+    >>> digest({"labels": np.zeros(3, np.int32)}) == digest({"labels": np.zeros(3, np.uint8)})
+    False
+    """
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(array.data)
+    return total.hexdigest()
+
+
+def check_digest(arrays: Arrays, sha256: str, where: object) -> Arrays:
+    """`arrays` unchanged, if their digest is `sha256`.
+
+    Raises:
+        CorruptData: it is not; `where` tells the user which file to replace.
+    """
+    found = digest(arrays)
+    if found != sha256:
+        raise CorruptData(
+            f"{where} holds other data than published (SHA-256 of the arrays {found[:12]}..., expected "
+            f"{sha256[:12]}...): it is damaged or altered; delete it or replace it by a fresh copy"
+        )
+    return arrays
+
+
+def check_file(path: Path, algorithm: str, expected: str) -> None:
+    """Raises CorruptData unless the file at `path` has the checksum `expected` (hex)."""
+    if not path.is_file():
+        raise CorruptData(f"{path} is missing; supply a complete copy")
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, algorithm).hexdigest()
+    if found != expected:
+        raise CorruptData(
+            f"{path} has {algorithm.upper()} {found}, expected {expected}: it is incomplete or altered; "
+            f"delete it or replace it by a fresh copy"
+        )
+
+
+def write_npz(path: Path, arrays: Arrays) -> None:
+    """Write `arrays` as an uncompressed .npz that appears under its name whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            np.savez(stream, **arrays)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_npz(path: Path, sha256: str) -> Arrays:
+    """The four arrays in `NAMES` of an .npz whose content has the digest `sha256`.
+
+    Raises:
+        CorruptData: the file cannot be read, lacks an array, or holds other data.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in NAMES}
+    except Exception as error:  # damaged bytes surface as whatever the zip and npy parsers stumble on
+        raise CorruptData(
+            f"{path} cannot be read ({type(error).__name__}: {error}): "
+            f"it is damaged; delete it or replace it by a fresh copy"
+        ) from error
+    return check_digest(arrays, sha256, path)
+
+
+def cached(name: str, sha256: str, fetch: Callable[[Path], Arrays]) -> Arrays:
+    """The arrays kept as `name`.npz in the cache, else those `fetch(scratch_folder)` brings, then kept.
+
+    A damaged cache file is reported in one line and fetched again. The scratch folder lies inside the
+    cache and is removed afterwards.
+
+    Raises:
+        InvalidInput: from `fetch`, the cache cannot be written to, or the fetched arrays do not have the
+            digest `sha256`.
+    """
+    path = cache_dir() / f"{name}.npz"
+    if path.exists():
+        try:
+            return read_npz(path, sha256)
+        except CorruptData as error:
+            notice(f"{error}. Fetching it again.")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidInput(
+            f"{name} is not in the data cache {path.parent}, which is read-only; "
+            f"set QT_JAX_DATA to a folder you can write to"
+        )
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as scratch:
+        arrays = check_digest(fetch(Path(scratch)), sha256, f"the fetched copy of {name}")
+    write_npz(path, arrays)
+    return arrays
+
+
+def find_local(data_dir: Path, names: tuple[str, ...], what: str) -> Path:
+    """The first of `names` in the folder `data_dir`, or `data_dir` itself if it bears one of the names.
+
+    Raises:
+        InvalidInput: none is there; the message lists what was looked for.
+    """
+    data_dir = Path(data_dir).expanduser()
+    candidates = [data_dir] if data_dir.name in names else [data_dir / name for name in names]
+    for path in candidates:
+        if path.exists():
+            return path
+    raise InvalidInput(
+        f"no {what} in data_dir {data_dir}{'' if data_dir.exists() else ' (which does not exist)'}: "
+        f"looked for {', '.join(names)}; put one of them there or point data_dir (--data-dir) elsewhere"
+    )

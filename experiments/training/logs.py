@@ -1,0 +1,54 @@
+"""Training metrics: JSON lines, TensorBoard, a progress bar."""
+
+import json
+import os
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from qt_jax.reporting import records
+
+
+def drop_after(path: Path, method: str, step: int) -> None:
+    """Removes the lines of `method` that a resumed run will write again; the file is replaced whole."""
+    if not path.exists():
+        return
+    kept = [row for row in records.read(path) if row["method"] != method or row["step"] <= step]
+    scratch = path.with_suffix(".partial")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(scratch, path)
+
+
+class TrainingLog:
+    """One method's rows in metrics.jsonl and its TensorBoard folder."""
+
+    def __init__(self, directory: Path, method: str, step: int):
+        self.path = directory / "metrics.jsonl"
+        self.method = method
+        drop_after(self.path, method, step)
+        self.writer = SummaryWriter(str(directory / "tensorboard" / method), purge_step=step)
+
+    def write(self, step: int, **values) -> None:
+        """Appends one row and its scalars."""
+        records.append(self.path, {"method": self.method, "step": step, **values})
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        self.writer.close()
+
+
+def progress_bar(method: str, total: int, done: int, batch_size: int) -> tqdm:
+    """A bar that counts images and says how many a second and what time is left."""
+    return tqdm(
+        total=total * batch_size,
+        initial=done * batch_size,
+        desc=method,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        smoothing=0.05,
+    )

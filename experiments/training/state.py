@@ -1,0 +1,87 @@
+"""What a training run carries from step to step, and the optimizer that moves it."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+import qt_jax as qt
+from experiments.configs.cifar import Config, quant_config
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds; every random number is drawn from the seed and `step`."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    average: Any
+    """Moving average of `params`, or None."""
+
+    @property
+    def deployed(self) -> dict[str, Any]:
+        """The variables that are evaluated and exported."""
+        params = self.params if self.average is None else self.average
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def is_kernel(path: tuple, _) -> bool:
+    """Whether a leaf of the parameters is a kernel."""
+    return path[-1].key == "kernel"
+
+
+def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
+    """The learning rate by step."""
+    if config.lr_schedule == "cosine":
+        warmup = max(1, total_steps // 20)
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total_steps)
+    peak = max(1, total_steps // 5)
+    up = optax.linear_schedule(0.1 * config.learning_rate, config.learning_rate, peak)
+    down = optax.linear_schedule(config.learning_rate, 0.0, max(1, total_steps - peak))
+    return optax.join_schedules([up, down], [peak])
+
+
+def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum and weight decay on kernels, then reverse pruning."""
+    chain = [
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(is_kernel, params)
+        ),
+        optax.sgd(learning_rate_schedule(config, total_steps), config.momentum, nesterov=True),
+    ]
+    if config.reverse_pruning is not None:
+        chain.append(
+            qt.reverse_pruning(
+                config.reverse_pruning,
+                every=config.reverse_pruning_every,
+                start=round(config.reverse_pruning_start * total_steps),
+            )
+        )
+    return optax.chain(*chain)
+
+
+def create_state(
+    config: Config, model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...]
+) -> TrainState:
+    """The state before the first step, with Quant-Trim's statistics attached if lambda will move."""
+
+    def init(key):
+        images = jnp.zeros((1, *image_shape), jnp.float32)
+        variables = model.init(key, images)
+        if config.sched != "none":
+            variables = qt.attach_statistics(model, variables, quant_config(config), images)
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables["batch_stats"],
+            opt_state=tx.init(params),
+            average=params if config.ema else None,
+        )
+
+    return jax.jit(init)(jax.random.key(config.seed))

@@ -1,0 +1,46 @@
+"""Quant-Trim for JAX/Flax: one hardware-neutral FP32 checkpoint for every low-bit compiler."""
+
+import importlib
+from typing import Any
+
+from qt_jax import metrics, schedules
+from qt_jax.coverage import coverage
+from qt_jax.errors import InvalidInput
+from qt_jax.fake_quant import QuantSpec, blend, dequantize, fake_quant, quantization_parameters, quantize
+from qt_jax.interceptor import attach_statistics, quant_trim
+from qt_jax.quantiles import observe, quantiles, subsample
+from qt_jax.reverse_pruning import reverse_pruning
+from qt_jax.rules import INHERIT, QuantConfig, Rule
+
+_LAZY = {"to_onnx": "qt_jax.export", "evaluate": "qt_jax.backends"}
+"""Deployment loads onnxruntime and jax2onnx, which training does not need: on first use."""
+
+__all__ = [
+    "INHERIT",
+    "InvalidInput",
+    "QuantConfig",
+    "QuantSpec",
+    "Rule",
+    "attach_statistics",
+    "blend",
+    "coverage",
+    "dequantize",
+    "evaluate",
+    "fake_quant",
+    "metrics",
+    "observe",
+    "quant_trim",
+    "quantiles",
+    "quantization_parameters",
+    "quantize",
+    "reverse_pruning",
+    "schedules",
+    "subsample",
+    "to_onnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

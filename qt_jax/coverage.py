@@ -1,0 +1,131 @@
+"""What a config reaches in a model, and what it does not, as a table to read before training."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict
+from rich.console import Console
+from rich.table import Table
+
+from qt_jax.fake_quant import QuantSpec
+from qt_jax.interceptor import COLLECTION, LAYERS, quant_trim
+from qt_jax.rules import QuantConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CoverageRow:
+    """One kernel-bearing module: its sites, and why it is not reached (empty where it is)."""
+
+    path: str
+    layer: str
+    parameters: int
+    weights: str
+    inputs: str
+    outputs: str
+    reason: str = ""
+
+
+def describe(spec: QuantSpec | None) -> str:
+    """A spec in a few letters.
+
+    >>> describe(QuantSpec(8, axis=-1)), describe(QuantSpec(4, symmetric=False)), describe(None)
+    ('int8 symmetric per-channel', 'uint4 asymmetric per-tensor', '-')
+    """
+    if spec is None:
+        return "-"
+    kind = "int" if spec.symmetric else "uint"
+    symmetry = "symmetric" if spec.symmetric else "asymmetric"
+    return f"{kind}{spec.bits} {symmetry} per-{'tensor' if spec.axis is None else 'channel'}"
+
+
+def coverage(
+    model: nn.Module,
+    variables: dict[str, Any],
+    *inputs: Any,
+    config: QuantConfig = QuantConfig(),  # noqa: B008 - frozen
+    console: Console | None = None,
+    **options: Any,
+) -> list[CoverageRow]:
+    """Prints which layers and sites are quantized and how, and which kernels are not reached and why.
+
+    Args:
+      model, variables: any Linen module and its variables; the model is traced, not run.
+      *inputs, **options: what `model.apply` takes after the variables.
+      config: the config to be judged.
+      console: where to print; a new one on standard output if not given.
+
+    Returns:
+      One row for every module that owns a parameter of rank 2 or more, in the order of the parameters.
+
+    Raises:
+      InvalidInput: a rule of the config that matches no layer.
+
+    >>> model, x = nn.Dense(2), jax.numpy.ones((1, 3))
+    >>> rows = coverage(model, model.init(jax.random.key(0), x), x, console=Console(quiet=True))
+    >>> rows[0].layer, rows[0].weights
+    ('Dense', 'int8 symmetric per-tensor')
+    """
+    classes: dict[str, type[nn.Module]] = {}
+
+    def note_class(call, args, kwargs, context):
+        classes.setdefault("/".join(context.module.path), type(context.module))
+        return call(*args, **kwargs)
+
+    def forward(variables):
+        with nn.intercept_methods(note_class), quant_trim(config, 0.0, train=False) as visit:
+            model.apply(variables, *inputs, mutable=[COLLECTION], **options)
+        return visit.layers
+
+    visited: dict[str, Any] = {}
+    jax.eval_shape(lambda variables: visited.update(forward(variables)), variables)
+
+    sizes: dict[str, int] = {}
+    for path, leaf in flatten_dict(variables["params"]).items():
+        if leaf.ndim >= 2:
+            owner = "/".join(path[:-1])
+            sizes[owner] = sizes.get(owner, 0) + leaf.size
+
+    rows = []
+    for path, size in sizes.items():
+        layer = classes[path].__name__ if path in classes else "?"
+        if path in visited:
+            sites = visited[path]
+            reason = (
+                ""
+                if sites.weights
+                else f"set so by rule {config.rules[sites.rule].path!r}"
+                if sites.rule is not None
+                else "the config leaves weights alone"
+            )
+            specs = (describe(sites.weights), describe(sites.inputs), describe(sites.outputs))
+            rows.append(CoverageRow(path, layer, size, *specs, reason))
+        else:
+            rows.append(CoverageRow(path, layer, size, "-", "-", "-", _why_not(classes.get(path))))
+    _print(rows, console or Console())
+    return rows
+
+
+def _why_not(module_class: type[nn.Module] | None) -> str:
+    """Why the interceptor passed a module by."""
+    if module_class is None:
+        return "never called in this forward pass"
+    if issubclass(module_class, nn.Embed):
+        return "a table look-up, no product"
+    if issubclass(module_class, LAYERS):
+        return "called through another method than __call__"
+    return f"{module_class.__name__} multiplies in its own code; use nn.Dense or nn.Einsum inside it to be reached"
+
+
+def _print(rows: list[CoverageRow], console: Console) -> None:
+    table = Table(title="Quant-Trim coverage")
+    for name in ("path", "layer", "parameters", "weights", "inputs", "outputs", "not quantized because"):
+        table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
+    for row in rows:
+        cells = (row.path or "(top)", row.layer, f"{row.parameters:,}", row.weights, row.inputs, row.outputs)
+        table.add_row(*cells, row.reason, style=None if row.weights != "-" else "yellow")
+    reached = sum(row.parameters for row in rows if row.weights != "-")
+    total = sum(row.parameters for row in rows)
+    table.caption = f"{reached:,} of {total:,} kernel parameters quantized"
+    console.print(table)

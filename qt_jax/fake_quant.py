@@ -1,0 +1,185 @@
+"""The uniform affine grid and the lambda blend.
+
+METHOD (Quant-Trim, arXiv 2511.15300): with b bits, scale s > 0 and zero-point z
+
+    Q(x) = clip(round(x / s) + z, q_min, q_max)        x_hat = s * (Q(x) - z)
+    x_tilde = x + lambda * stop_gradient(x_hat - x)
+
+Rounding is half to even, as in ONNX QuantizeLinear.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qt_jax.errors import InvalidInput
+
+SCALE_FLOOR = 1e-8
+"""Least scale: a dead or constant tensor gets this one instead of 0, and so never NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is put on the integer grid.
+
+    Attributes:
+      bits: width of the integers, 2..16.
+      symmetric: zero-point 0 and a range [-a, a] with a the quantile of |x|; else the range spans the lower
+        and upper quantile of x, widened to hold zero.
+      axis: channel axis (usually -1, the features of a Linen kernel) for one scale per channel, or None for
+        one per tensor.
+      narrow_range: leave the lowest integer unused. The symmetric 8-bit grid is then [-127, 127] with
+        s = a / 127, as in METHOD; the full one is [-128, 127] with s = 2 a / 255, as onnxruntime builds it.
+        None (the default): narrow when symmetric, full when not.
+      ste: gradient of the rounding. "identity" is the straight-through estimator; "clipped" is zero outside
+        the representable range.
+      quantile: upper level of the robust range, in (0.5, 1]; the lower one is 1 - quantile. 1 is min-max.
+
+    Raises:
+      InvalidInput: a field is out of its range.
+
+    >>> QuantSpec(bits=4).integer_range
+    (-7, 7)
+    >>> QuantSpec(bits=8, symmetric=False).integer_range
+    (0, 255)
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    axis: int | None = None
+    narrow_range: bool | None = None
+    ste: Literal["identity", "clipped"] = "identity"
+    quantile: float = 0.999
+
+    def __post_init__(self):
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise InvalidInput(f"QuantSpec.bits must be a whole number from 2 to 16, got {self.bits!r}")
+        if self.ste not in ("identity", "clipped"):
+            raise InvalidInput(f'QuantSpec.ste must be "identity" or "clipped", got {self.ste!r}')
+        if not 0.5 < self.quantile <= 1.0:
+            raise InvalidInput(f"QuantSpec.quantile must lie in (0.5, 1], got {self.quantile!r}")
+
+    @property
+    def integer_range(self) -> tuple[int, int]:
+        """(q_min, q_max)."""
+        narrow = self.symmetric if self.narrow_range is None else self.narrow_range
+        low = -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return low + int(narrow), low + 2**self.bits - 1
+
+
+def quantization_parameters(low: jax.Array, high: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero-point of a range: s = (high - low) / (q_max - q_min), z = round(q_min - low / s).
+
+    The range is first widened to hold zero, so that zero is always exactly representable; a symmetric range
+    to [-a, a] with a = max(-low, high), and z = 0.
+
+    Args:
+      low, high: float32, scalars or `(channels,)`.
+
+    Returns:
+      (scale, zero_point): float32 of the same shape; the zero-point holds a whole number in
+      [q_min, q_max].
+
+    >>> s, z = quantization_parameters(jnp.float32(-1.0), jnp.float32(3.0), QuantSpec(4, symmetric=False))
+    >>> round(float(s), 4), float(z)
+    (0.2667, 4.0)
+    """
+    q_min, q_max = spec.integer_range
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    if spec.symmetric:
+        high = jnp.maximum(-low, high)
+        low = -high
+    scale = jnp.maximum((high - low) / np.float32(q_max - q_min), np.float32(SCALE_FLOOR))
+    if spec.symmetric:
+        return scale, jnp.zeros_like(scale)
+    return scale, jnp.clip(jnp.round(q_min - low / scale), q_min, q_max)
+
+
+def _along_axis(parameter: jax.Array, x: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Reshapes per-channel parameters so that they broadcast against `x`."""
+    if spec.axis is None:
+        return parameter
+    shape = [1] * x.ndim
+    shape[spec.axis] = -1
+    return parameter.reshape(shape)
+
+
+def _grid(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Q(x), still as floating point."""
+    q_min, q_max = spec.integer_range
+    return jnp.clip(jnp.round(x / scale) + zero_point, q_min, q_max)
+
+
+def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Q(x) = clip(round(x / s) + z, q_min, q_max), as int32.
+
+    Args:
+      x: float32 of any shape.
+      scale, zero_point: from `quantization_parameters`; scalars, or `(channels,)` when `spec.axis` is set.
+
+    >>> quantize(jnp.array([-1.0, 0.24, 9.0]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
+    [-2, 0, 7]
+    """
+    scale, zero_point = _along_axis(scale, x, spec), _along_axis(zero_point, x, spec)
+    return _grid(x, scale, zero_point, spec).astype(jnp.int32)
+
+
+def dequantize(q: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
+    """x_hat = s * (q - z), float32; arguments as in `quantize`.
+
+    >>> dequantize(jnp.array([-2, 0, 7]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
+    [-1.0, 0.0, 3.5]
+    """
+    scale, zero_point = _along_axis(scale, q, spec), _along_axis(zero_point, q, spec)
+    return (q.astype(jnp.float32) - zero_point) * scale
+
+
+def blend(x: jax.Array, x_hat: jax.Array, lam: jax.Array, inside: jax.Array | None = None) -> jax.Array:
+    """x_tilde = x + lambda * stop_gradient(x_hat - x): plain at lambda = 0, fully quantized at 1.
+
+    The gradient with respect to `x` is the identity; where the boolean mask `inside` is false it is
+    1 - lambda instead (the clipped straight-through estimator). At lambda = 0 the value is `x` to the bit.
+
+    >>> blend(jnp.array([1.0]), jnp.array([2.0]), jnp.float32(0.25)).tolist()
+    [1.25]
+    """
+    change = jax.lax.stop_gradient(x_hat - x)
+    if inside is not None:
+        vanishing = x - jax.lax.stop_gradient(x)
+        change = change - jnp.where(inside, jnp.zeros_like(x), vanishing)
+    return x + lam * change
+
+
+def fake_quant(
+    x: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    spec: QuantSpec,
+    lam: jax.Array | float = 1.0,
+) -> jax.Array:
+    """`x` blended with its image on the grid of the range [low, high].
+
+    Args:
+      x: any shape, float32 or lower; the arithmetic is in float32 and the result has the dtype of `x`.
+      low, high: float32 range; scalars, or `(channels,)` when `spec.axis` is set.
+      spec: the grid.
+      lam: blend coefficient in [0, 1], a scalar that may be traced.
+
+    Returns:
+      x_tilde, shape and dtype of `x`.
+
+    >>> fake_quant(jnp.array([0.0, 0.3, 5.0]), jnp.float32(-7.0), jnp.float32(7.0), QuantSpec(4)).tolist()
+    [0.0, 0.0, 5.0]
+    """
+    value = x.astype(jnp.float32)
+    scale, zero_point = quantization_parameters(low, high, spec)
+    scale, zero_point = _along_axis(scale, value, spec), _along_axis(zero_point, value, spec)
+    x_hat = (_grid(value, scale, zero_point, spec) - zero_point) * scale
+    inside = None
+    if spec.ste == "clipped":
+        q_min, q_max = spec.integer_range
+        inside = (value >= (q_min - zero_point) * scale) & (value <= (q_max - zero_point) * scale)
+    return blend(value, x_hat, jnp.asarray(lam, jnp.float32), inside).astype(x.dtype)

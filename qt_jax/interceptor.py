@@ -1,0 +1,180 @@
+"""Quant-Trim as a context around a Linen forward pass: the model's code and parameters stay as they are.
+
+Every kernel-bearing Linen layer hands its input and its kernel to the field `promote_dtype` just before it
+multiplies them. Inside the context that field is shadowed, for the length of one call, by a function that
+fake-quantizes both. The ranges live in the mutable collection `batch_stats`, under the layer's own path.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from qt_jax.errors import InvalidInput
+from qt_jax.fake_quant import QuantSpec, fake_quant
+from qt_jax.quantiles import empty_range, observe, update_range
+from qt_jax.rules import QuantConfig, Sites, check_rules_used
+
+LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
+"""Layers that are reached; the projections of Linen's attention are `DenseGeneral`."""
+
+COLLECTION = "batch_stats"
+KERNEL, INPUT, OUTPUT = "quant_kernel", "quant_input", "quant_output"
+"""Names of the ranges beside a layer's other statistics, each {"low", "high", "count"}."""
+
+
+@dataclasses.dataclass
+class Visit:
+    """What one trace of the context saw: the sites of every layer, by path."""
+
+    layers: dict[str, Sites] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> Iterator[Visit]:
+    """Fake-quantizes every layer that is applied inside the context, blended by lambda.
+
+    At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (METHOD section 1), on the grid of the range
+    kept in `batch_stats`. A site without an observation yet passes its tensor through.
+
+    Enter it inside the function that is jitted: around an already compiled one it has no effect, and
+    raises. `lam` may be traced, so a moving lambda costs no recompilation.
+
+    Args:
+      config: specs and rules.
+      lam: blend coefficient in [0, 1], a Python float or a scalar array.
+      train: whether ranges are updated; they are, unless `init` is running, where `batch_stats` is mutable.
+        With `False` they are frozen.
+
+    Yields:
+      A `Visit` that lists the layers reached, by path.
+
+    Raises:
+      InvalidInput: lambda out of range; a rule that matches no layer; no layer reached; statistics absent
+        from the variables or of another shape than the config's.
+
+    >>> model = nn.Dense(2)
+    >>> x = jnp.ones((4, 3))
+    >>> variables = attach_statistics(model, model.init(jax.random.key(0), x), QuantConfig(), x)
+    >>> with quant_trim(QuantConfig(), lam=1.0, train=True):
+    ...     y, updated = model.apply(variables, x, mutable=["batch_stats"])
+    >>> sorted(updated["batch_stats"])
+    ['quant_input', 'quant_kernel']
+    """
+    if isinstance(lam, (int, float)) and not 0.0 <= lam <= 1.0:
+        raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
+    visit = Visit()
+    lam = jnp.asarray(lam, jnp.float32)
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, LAYERS) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        path = "/".join(module.path)
+        sites = visit.layers.setdefault(path, config.sites(path))
+
+        def site(name: str, x: jax.Array, spec: QuantSpec | None) -> jax.Array:
+            return x if spec is None else _quantized_site(module, name, x, spec, config, lam, train)
+
+        promote = module.promote_dtype
+
+        def promote_quantized(inputs, kernel, *rest, **options):
+            kernel = site(KERNEL, kernel, sites.weights)
+            inputs = site(INPUT, inputs, sites.inputs)
+            return promote(inputs, kernel, *rest, **options)
+
+        object.__setattr__(module, "promote_dtype", promote_quantized)
+        try:
+            outputs = call(*args, **kwargs)
+        finally:
+            object.__setattr__(module, "promote_dtype", promote)
+        return site(OUTPUT, outputs, sites.outputs)
+
+    with nn.intercept_methods(intercept):
+        yield visit
+    if not visit.layers:
+        raise InvalidInput(
+            "quant_trim saw no layer. Enter the context inside the jitted function (around a compiled one it "
+            "has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or Einsum."
+        )
+    check_rules_used(config, visit.layers)
+
+
+def _quantized_site(
+    module: nn.Module,
+    name: str,
+    x: jax.Array,
+    spec: QuantSpec,
+    config: QuantConfig,
+    lam: jax.Array,
+    train: bool,
+) -> jax.Array:
+    """Updates the range of one site if training, and returns `x` blended with its image on the grid."""
+    where = "/".join((*module.path, name))
+    mutable = module.is_mutable_collection(COLLECTION)
+    if not mutable and not module.has_variable(COLLECTION, name):
+        raise InvalidInput(
+            f"no statistics for {where!r} in {COLLECTION!r}. Attach them to a plain checkpoint with "
+            "qt.attach_statistics(model, variables, config, input), or pass the collection to apply."
+        )
+    channels = None if spec.axis is None else x.shape[spec.axis]
+    statistics = module.variable(COLLECTION, name, empty_range, channels)
+    expected = () if channels is None else (channels,)
+    if statistics.value["low"].shape != expected:
+        raise InvalidInput(
+            f"the statistics of {where!r} have shape {statistics.value['low'].shape}, the config wants "
+            f"{expected}: they were made with another axis. Drop them and attach them anew."
+        )
+    if train and mutable and not module.is_initializing():
+        low, high = observe(
+            x,
+            quantile=spec.quantile,
+            symmetric=spec.symmetric,
+            axis=spec.axis,
+            sample_size=config.sample_size,
+            axis_name=config.axis_name,
+        )
+        statistics.value = update_range(statistics.value, low, high, config.momentum)
+    seen = statistics.value
+    effective = jnp.where(seen["count"] > 0, lam, jnp.zeros_like(lam))
+    return fake_quant(x, seen["low"], seen["high"], spec, effective)
+
+
+def attach_statistics(
+    model: nn.Module, variables: dict[str, Any], config: QuantConfig, *inputs: Any, **options: Any
+) -> dict[str, Any]:
+    """The variables of a plain checkpoint, with an empty range for every site of the config.
+
+    Nothing is computed: the model is only traced. Parameters and statistics that are there are kept; the
+    first training batch fills the new ranges.
+
+    Args:
+      model: any Linen module.
+      variables: {"params": ..., and other collections} as `model.init` returns them.
+      config: specs and rules.
+      *inputs, **options: what `model.apply` takes after the variables (shapes matter, values do not).
+
+    Raises:
+      InvalidInput: as `quant_trim`.
+
+    >>> model, x = nn.Dense(2), jnp.ones((1, 3))
+    >>> attached = attach_statistics(model, model.init(jax.random.key(0), x), QuantConfig(), x)
+    >>> int(attached["batch_stats"]["quant_kernel"]["count"])
+    0
+    """
+
+    def forward(variables):
+        with quant_trim(config, 0.0, train=False):
+            return model.apply(variables, *inputs, mutable=[COLLECTION], **options)[1]
+
+    wanted = flatten_dict(jax.eval_shape(forward, variables).get(COLLECTION, {}))
+    present = flatten_dict(variables.get(COLLECTION, {}))
+    missing = {
+        path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in present
+    }
+    return {**variables, COLLECTION: unflatten_dict({**present, **missing})}

@@ -1,0 +1,214 @@
+"""What a backend's logits are judged by: against the labels, and against the float network's logits.
+
+Every function takes numpy or jax arrays of any real dtype, computes in numpy float64 and returns a Python
+float. Logits are `(n, classes)`, labels `(n,)` integers in [0, classes). Softmax and its logarithm are those
+of the shifted logits, so that no logit of float32 overflows. The class a network predicts is the one with the
+largest logit, and among equal logits the one with the lowest index.
+
+All raise InvalidInput for arrays that are empty, of the wrong shape, or of the wrong kind, for labels out of
+range, and for logits that are not finite: NaN would compare as wrong and hide a broken backend.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from qt_jax.errors import InvalidInput
+
+
+def _finite(name: str, values: ArrayLike) -> np.ndarray:
+    try:
+        values = np.asarray(values)
+        if np.iscomplexobj(values):
+            raise TypeError(f"got dtype {values.dtype}")
+        values = values.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{name} must be an array of real numbers: {error}") from error
+    if values.size == 0:
+        raise InvalidInput(f"{name} is empty, of shape {values.shape}: there is nothing to measure")
+    nan, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    if nan or infinite:
+        raise InvalidInput(
+            f"{name}: {nan + infinite} of {values.size} values are not finite ({nan} NaN, {infinite} "
+            "infinite); mend the network or the backend that computed them"
+        )
+    return values
+
+
+def _logits(name: str, values: ArrayLike) -> np.ndarray:
+    values = _finite(name, values)
+    if values.ndim != 2:
+        raise InvalidInput(f"{name} must have the shape (n, classes), got {values.shape}")
+    return values
+
+
+def _labelled(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = _logits("logits", logits), np.asarray(labels)
+    if labels.shape != logits.shape[:1]:
+        raise InvalidInput(f"labels must have the shape (n,) = {logits.shape[:1]}, got {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InvalidInput(f"labels must be integer class indices, got dtype {labels.dtype}")
+    outside = (labels < 0) | (labels >= logits.shape[1])
+    if outside.any():
+        raise InvalidInput(
+            f"{int(outside.sum())} of {labels.size} labels are out of range, the first {labels[outside][0]}: "
+            f"with {logits.shape[1]} classes they must be in [0, {logits.shape[1] - 1}]"
+        )
+    return logits, labels.astype(np.int64)
+
+
+def _pair(reference: ArrayLike, test: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    reference, test = _finite("reference", reference), _finite("test", test)
+    if reference.shape != test.shape:
+        raise InvalidInput(f"reference and test must have one shape, got {reference.shape} and {test.shape}")
+    return reference, test
+
+
+def _positive_int(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InvalidInput(f"{name} must be an int of at least 1, got {value!r}")
+    return int(value)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    # not exp(log-softmax): the quotient puts C equal logits at exactly 1 / C, where ECE has bin edges
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def top_k(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
+    """Fraction of samples whose label is among the `k` largest logits.
+
+    Among equal logits the class with the lower index ranks first, as in `argmax` and `jax.lax.top_k`, so a
+    constant network is right only on the classes 0 ... k - 1. Raises InvalidInput if k is not an int in
+    [1, classes].
+
+    >>> logits = [[0.1, 0.9, 0.5], [0.3, 0.3, 0.0]]
+    >>> top_k(logits, [2, 1]), top_k(logits, [2, 1], k=2)
+    (0.0, 1.0)
+    """
+    logits, labels = _labelled(logits, labels)
+    if _positive_int("k", k) > logits.shape[1]:
+        raise InvalidInput(f"top-{k} needs at least {k} classes, the logits have {logits.shape[1]}")
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    ties_before = (logits == own) & (np.arange(logits.shape[1]) < labels[:, None])
+    rank = (logits > own).sum(axis=1) + ties_before.sum(axis=1)
+    return float((rank < k).mean())
+
+
+def nll(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Negative log-likelihood of the labels in nats, -mean_i log softmax(logits_i)[label_i].
+
+    >>> round(nll([[0.0, 0.0]], [1]), 4)
+    0.6931
+    """
+    logits, labels = _labelled(logits, labels)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    own = np.take_along_axis(shifted, labels[:, None], axis=1)[:, 0]
+    return float((np.log(np.exp(shifted).sum(axis=1)) - own).mean())
+
+
+def brier(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Multi-class Brier score, mean_i sum_c (softmax(logits_i)[c] - [c = label_i])^2, in [0, 2].
+
+    This is Brier's own definition (1950): summed over the classes, neither halved nor divided by their
+    number, so two classes give twice the score known from binary tasks.
+
+    >>> brier([[0.0, 0.0]], [1])
+    0.5
+    """
+    logits, labels = _labelled(logits, labels)
+    errors = _softmax(logits)
+    errors[np.arange(len(labels)), labels] -= 1.0
+    return float((errors**2).sum(axis=1).mean())
+
+
+def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
+    """Gap between confidence and accuracy, sum_m n_m / n |accuracy_m - confidence_m|, in [0, 1].
+
+    The confidence of a sample is its largest softmax probability. The `bins` are equally wide and closed on
+    the right, ((m - 1) / bins, m / bins], so a confidence of exactly 1 is in the last one and one on an edge
+    in the bin below it; empty bins count nothing. Raises InvalidInput if `bins` is not an int of at least 1.
+    Guo et al. 2017, "On Calibration of Modern Neural Networks".
+
+    >>> expected_calibration_error([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [1, 1, 1, 0])
+    0.25
+    """
+    logits, labels = _labelled(logits, labels)
+    upper_edges = np.arange(1, _positive_int("bins", bins) + 1) / bins
+    confidence = _softmax(logits).max(axis=1)
+    correct = logits.argmax(axis=1) == labels
+    members = np.searchsorted(upper_edges, confidence, side="left")
+    gaps = np.bincount(members, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def logit_mse(reference: ArrayLike, test: ArrayLike) -> float:
+    """Mean squared difference of two arrays of one shape, mean (reference - test)^2.
+
+    >>> logit_mse([[1.0, 2.0]], [[1.0, 4.0]])
+    2.0
+    """
+    reference, test = _pair(reference, test)
+    return float(((reference - test) ** 2).mean())
+
+
+def sqnr_db(reference: ArrayLike, test: ArrayLike) -> float:
+    """Signal to quantization-noise ratio in decibels, 10 log10(sum reference^2 / sum (reference - test)^2).
+
+    Infinite if the two are equal, minus infinity if only the reference is all zeros.
+
+    >>> round(sqnr_db([[3.0, 4.0]], [[3.0, 4.5]]), 9), sqnr_db([[1.0]], [[1.0]])
+    (20.0, inf)
+    """
+    reference, test = _pair(reference, test)
+    signal, noise = float((reference**2).sum()), float(((reference - test) ** 2).sum())
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * (math.log10(signal) - math.log10(noise)) if signal > 0.0 else -math.inf
+
+
+def agreement(reference: ArrayLike, test: ArrayLike) -> float:
+    """Fraction of samples on which two `(n, classes)` logits predict the same class.
+
+    >>> agreement([[0.0, 1.0], [2.0, 1.0]], [[0.5, 0.6], [0.0, 1.0]])
+    0.5
+    """
+    reference, test = _pair(_logits("reference", reference), _logits("test", test))
+    return float((reference.argmax(axis=1) == test.argmax(axis=1)).mean())
+
+
+def classification_metrics(
+    logits: ArrayLike, labels: ArrayLike, reference: ArrayLike | None = None
+) -> dict[str, float | int | None]:
+    """The metrics of a record, under a record's keys.
+
+    Args:
+      logits: `(n, classes)`, of the network or backend under test.
+      labels: `(n,)` integers.
+      reference: `(n, classes)`, the float network's logits on the same samples.
+
+    Returns:
+      n, top1, top5, nll, brier, ece (15 bins), logit_mse, sqnr_db, agreement. None stands for what has no
+      value: top5 with fewer than five classes, the last three without a reference, and an infinite sqnr_db
+      (logit_mse tells equal logits, 0, from a reference of zeros), because JSON knows no infinity.
+
+    >>> metrics = classification_metrics([[2.0, 0.0], [0.0, 1.0]], [0, 0])
+    >>> metrics["n"], metrics["top1"], metrics["top5"], metrics["sqnr_db"]
+    (2, 0.5, None, None)
+    """
+    checked, _ = _labelled(logits, labels)
+    compared = reference is not None
+    ratio = sqnr_db(reference, logits) if compared else math.inf
+    return {
+        "n": len(checked),
+        "top1": top_k(logits, labels),
+        "top5": top_k(logits, labels, k=5) if checked.shape[1] >= 5 else None,
+        "nll": nll(logits, labels),
+        "brier": brier(logits, labels),
+        "ece": expected_calibration_error(logits, labels),
+        "logit_mse": logit_mse(reference, logits) if compared else None,
+        "sqnr_db": ratio if math.isfinite(ratio) else None,
+        "agreement": agreement(reference, logits) if compared else None,
+    }

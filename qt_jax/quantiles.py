@@ -1,0 +1,172 @@
+"""Robust ranges: empirical quantiles of a fair sub-sample, smoothed by an exponential moving average.
+
+The cost of an observation depends on the size of the sample, never on that of the tensor. METHOD: Quant-Trim,
+arXiv 2511.15300, section on robust quantile statistics; sub-sampling and its sizes are this package's choice.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qt_jax.errors import InvalidInput
+
+PER_CHANNEL_MINIMUM = 256
+"""Least number of elements observed for each channel of a per-channel quantile, where it has so many."""
+
+Range = dict[str, jax.Array]
+"""Smoothed range of one tensor: float32 `low` and `high` (scalar, or one for each channel) and the int32
+`count` of observations; 0 says that nothing real was seen yet."""
+
+
+def _lattice(shape: Sequence[int], size: int) -> list[np.ndarray]:
+    """One int32 index array for each axis: `size` points of a Kronecker lattice over `shape`.
+
+    A single stride over the flattened tensor can divide the channel count and then sees one channel for
+    ever. Here every axis has a stride of its own, and no stride can divide anything: the fractional parts of
+    i * phi_d^-j, with phi_d the real root of x^(d+1) = x + 1, are equidistributed on each axis and jointly
+    (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
+    """
+    axes = sum(n > 1 for n in shape)
+    root = 1.0
+    for _ in range(64):
+        root = (1.0 + root) ** (1.0 / (axes + 1))
+    steps = np.arange(1, size + 1, dtype=np.float64)
+    strides = iter(root ** -np.arange(1.0, axes + 1.0))
+    return [
+        np.floor((0.5 + steps * next(strides)) % 1.0 * n).astype(np.int32)
+        if n > 1
+        else np.zeros(size, np.int32)
+        for n in shape
+    ]
+
+
+def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
+    """A deterministic sub-sample, fair to every channel and position whatever the shape.
+
+    Args:
+      x: array of any shape.
+      size: number of elements wanted; a tensor (or channel) with no more than that is taken whole.
+      axis: the channel axis, for a sample of every channel; the other axes are then sampled at
+        `max(size / channels, PER_CHANNEL_MINIMUM)` positions, the same for each channel.
+
+    Returns:
+      `(size,)` elements of `x`; with an `axis`, `(channels, elements per channel)`.
+
+    >>> subsample(jnp.arange(6).reshape(2, 3), 100).shape
+    (6,)
+    >>> subsample(jnp.ones((64, 32, 32, 16)), 4096).shape
+    (4096,)
+    >>> subsample(jnp.ones((3, 3, 64, 128)), 4096, axis=-1).shape
+    (128, 256)
+    """
+    if size < 1:
+        raise InvalidInput(f"sample size must be at least 1, got {size}")
+    if axis is None:
+        if x.size <= size:
+            return x.reshape(-1)
+        return x[tuple(_lattice(x.shape, size))]
+    if not -x.ndim <= axis < x.ndim:
+        raise InvalidInput(f"channel axis {axis} is out of range for an array of shape {x.shape}")
+    channels = jnp.moveaxis(x, axis, 0)
+    elements = math.prod(channels.shape[1:])
+    wanted = max(size // channels.shape[0], PER_CHANNEL_MINIMUM)
+    if elements <= wanted:
+        return channels.reshape(channels.shape[0], elements)
+    return channels[(slice(None), *_lattice(channels.shape[1:], wanted))]
+
+
+def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
+    """Empirical quantiles along the last axis, interpolated linearly (numpy's default definition).
+
+    Args:
+      sample: `(..., n)`; the levels are Python floats in [0, 1], known when tracing.
+
+    Returns:
+      One float32 array of shape `(...)` for each level.
+
+    >>> [float(v) for v in quantiles(jnp.arange(5.0), (0.0, 0.5, 0.875))]
+    [0.0, 2.0, 3.5]
+    """
+    ordered = jnp.sort(sample.astype(jnp.float32), axis=-1)
+    last = ordered.shape[-1] - 1
+    found = []
+    for level in levels:
+        below = math.floor(level * last)
+        weight = level * last - below
+        low, high = ordered[..., below], ordered[..., min(below + 1, last)]
+        found.append(low + np.float32(weight) * (high - low))
+    return found
+
+
+def observe(
+    x: jax.Array,
+    *,
+    quantile: float,
+    symmetric: bool,
+    axis: int | None = None,
+    sample_size: int = 4096,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The robust range of one tensor.
+
+    Symmetric: high is the `quantile` of |x| and low = -high. Asymmetric: low and high are the quantiles
+    `1 - quantile` and `quantile` of x.
+
+    Over devices: a mean of per-device quantiles is not the quantile of the batch. Under `jit` with sharded
+    arrays the sample is drawn from the global tensor and nothing is to be done. Under `shard_map` or `pmap`
+    give the mapped `axis_name`: the samples of all devices are gathered and the quantile is taken of their
+    union, so that every device holds the same range.
+
+    Args:
+      x: array of any shape and float dtype.
+      quantile: upper level, in (0.5, 1].
+      axis: channel axis for one range per channel, or None.
+      sample_size: see `subsample`.
+
+    Returns:
+      (low, high): float32, scalars, or `(channels,)` with an `axis`.
+
+    >>> low, high = observe(jnp.arange(-10.0, 11.0), quantile=1.0, symmetric=False)
+    >>> float(low), float(high)
+    (-10.0, 10.0)
+    """
+    sample = jax.lax.stop_gradient(subsample(x, sample_size, axis)).astype(jnp.float32)
+    if axis_name is not None:
+        sample = jax.lax.all_gather(sample, axis_name, axis=sample.ndim - 1, tiled=True)
+    if symmetric:
+        (high,) = quantiles(jnp.abs(sample), (quantile,))
+        return -high, high
+    low, high = quantiles(sample, (1.0 - quantile, quantile))
+    return low, high
+
+
+def empty_range(channels: int | None = None) -> Range:
+    """A range that has seen nothing: zeros, with `count` 0; `(channels,)` for one per channel."""
+    shape = () if channels is None else (channels,)
+    return {
+        "low": jnp.zeros(shape, jnp.float32),
+        "high": jnp.zeros(shape, jnp.float32),
+        "count": jnp.zeros((), jnp.int32),
+    }
+
+
+def update_range(average: Range, low: jax.Array, high: jax.Array, momentum: float) -> Range:
+    """One step of the moving average, in float32.
+
+    r <- momentum * r + (1 - momentum) * r_new; the first observation is taken as it is, told by `count`,
+    so that neither zeros nor the dummy batch of `init` leak into the range.
+
+    >>> seen = update_range(empty_range(), jnp.float32(-1.0), jnp.float32(3.0), momentum=0.5)
+    >>> seen = update_range(seen, jnp.float32(-2.0), jnp.float32(5.0), momentum=0.5)
+    >>> float(seen["low"]), float(seen["high"]), int(seen["count"])
+    (-1.5, 4.0, 2)
+    """
+    keep = jnp.where(average["count"] == 0, jnp.float32(0.0), jnp.float32(momentum))
+    return {
+        "low": keep * average["low"] + (1.0 - keep) * low,
+        "high": keep * average["high"] + (1.0 - keep) * high,
+        "count": average["count"] + 1,
+    }

@@ -1,0 +1,167 @@
+"""One picture of a run: accuracy by scheme, the curriculum, and what became of the weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qt_jax.reporting.cells import Comparison, compare, measured, spread, title
+from qt_jax.reporting.records import Record
+
+# Okabe and Ito's palette, which readers with any colour vision can tell apart.
+COLOURS = {"quant-trim": "#0072B2", "float": "#D55E00"}
+OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = {"quant-trim": "o", "float": "s"}
+INK = "#333333"
+
+
+def summary_figure(
+    records: Sequence[Record],
+    schedule: tuple[np.ndarray, np.ndarray],
+    weights: Mapping[str, Mapping[str, np.ndarray]],
+    path: str | Path,
+    history: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the summary of a run as a PNG of 1650 x 1350 pixels.
+
+    Args:
+        records: as `qt_jax.reporting.tables` takes them.
+        schedule: steps `(t,)` and lambda at each `(t,)`.
+        weights: method -> layer path -> the kernel's values `(size,)`. Each layer is divided by its own root
+            mean square, so that layers of different gain can share a histogram.
+        path: where the PNG goes; replaced if there.
+        history: validation accuracy of the Quant-Trim run, one mapping an epoch with "epoch" (epochs
+            finished), "fp32_top1" and "fake_quant_top1" as fractions.
+
+    Raises InvalidInput as `qt_jax.reporting.cells.compare` does.
+
+    >>> import os, tempfile
+    >>> record = {"backend": "b", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.5}
+    >>> path = os.path.join(tempfile.mkdtemp(), "summary.png")
+    >>> summary_figure([record], (np.arange(3), np.zeros(3)), {"float": {"layer": np.ones(8)}}, path)
+    >>> os.path.exists(path)
+    True
+    """
+    comparison = compare(records)
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(3, 2, height_ratios=(1.35, 0.7, 0.5))
+    _accuracy_by_scheme(figure.add_subplot(grid[0, :]), comparison)
+    if history:
+        accuracy = figure.add_subplot(grid[1, 0])
+        curriculum = figure.add_subplot(grid[2, 0], sharex=accuracy)
+        accuracy.tick_params(labelbottom=False)
+        _validation(accuracy, history)
+    else:
+        curriculum = figure.add_subplot(grid[1:, 0])
+        curriculum.set_title("Curriculum", loc="left")
+    _curriculum(curriculum, schedule, history)
+    _weight_distribution(figure.add_subplot(grid[1:, 1]), weights)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _accuracy_by_scheme(axes: Axes, comparison: Comparison) -> None:
+    """A dot a method and scheme at the mean over seeds, with a bar of one standard deviation either side."""
+    shift = 0.16
+    for index, method in enumerate(comparison.methods):
+        centre = (index - (len(comparison.methods) - 1) / 2) * shift
+        colour = _colour(method, index)
+        for place, scheme in enumerate(comparison.schemes):
+            values = list(measured(comparison.cells[method].get(scheme, {}), "top1").values())
+            if not values:
+                continue
+            mean, deviation = spread([100 * value for value in values])
+            axes.errorbar(
+                place + centre,
+                mean,
+                yerr=deviation,
+                fmt=MARKERS.get(method, "^"),
+                color=colour,
+                markersize=7,
+                capsize=3,
+            )
+            axes.annotate(
+                f"{mean:.1f}",
+                (place + centre, mean),
+                (6 if centre > 0 else -6, 0),
+                textcoords="offset points",
+                horizontalalignment="left" if centre > 0 else "right",
+                verticalalignment="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+            )
+            if scheme == comparison.reference:
+                axes.axhline(mean, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        axes.plot([], [], MARKERS.get(method, "^"), color=colour, label=title(method))
+    axes.set_title("Test accuracy by scheme (dashed: the network's own FP32)", loc="left")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_xticks(
+        range(len(comparison.schemes)),
+        [name.replace("-", "\n").replace(" ", "\n") for name in comparison.schemes],
+    )
+    axes.set_xlim(-0.5, len(comparison.schemes) - 0.5)
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, loc="lower left")
+
+
+def _validation(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    epochs = [row["epoch"] for row in history]
+    for key, label, style in (("fp32_top1", "FP32", "-"), ("fake_quant_top1", "fake-quantized", "--")):
+        colour = COLOURS["quant-trim"] if style == "-" else INK
+        axes.plot(epochs, [100 * row[key] for row in history], style, color=colour, label=label)
+    axes.set_title("Quant-Trim over training", loc="left")
+    axes.set_ylabel("validation top-1 (%)")
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _curriculum(
+    axes: Axes, schedule: tuple[np.ndarray, np.ndarray], history: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Lambda over steps, or over epochs where a history says how many there were."""
+    steps, lambdas = (np.asarray(values) for values in schedule)
+    if history:
+        steps = steps * (history[-1]["epoch"] / steps[-1])
+    axes.plot(steps, lambdas, color=INK)
+    axes.fill_between(steps, lambdas, color=INK, alpha=0.12)
+    axes.set_ylim(-0.03, 1.06)
+    axes.set_ylabel("λ")
+    axes.set_xlabel("epoch" if history else "step")
+
+
+def _weight_distribution(axes: Axes, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    normalised = {}
+    for method in sorted(
+        weights, key=lambda name: (list(COLOURS).index(name) if name in COLOURS else 9, name)
+    ):
+        normalised[method] = np.concatenate([_over_rms(values) for values in weights[method].values()])
+    limit = max(np.abs(values).max() for values in normalised.values())
+    bins = np.linspace(-limit, limit, 121)
+    for index, (method, values) in enumerate(normalised.items()):
+        label = f"{title(method)}: largest |w| {np.abs(values).max():.1f}"
+        axes.hist(
+            values, bins, histtype="step", log=True, linewidth=1.5, color=_colour(method, index), label=label
+        )
+    axes.set_title("Weight distribution", loc="left")
+    axes.set_xlabel("weight / root mean square of its layer")
+    axes.set_ylabel("number of weights")
+    axes.set_ylim(top=axes.get_ylim()[1] * 12)
+    axes.legend(frameon=False, loc="upper center")
+
+
+def _over_rms(values: np.ndarray) -> np.ndarray:
+    """`values` as float64 over their root mean square; a dead layer stays zero."""
+    values = np.asarray(values, np.float64).ravel()
+    return values / max(np.sqrt(np.mean(values**2)), np.finfo(np.float32).tiny)
+
+
+def _colour(method: str, index: int) -> str:
+    return COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])

@@ -1,0 +1,115 @@
+"""Accuracy by scheme, Quant-Trim beside its float twin: on the terminal and as Markdown."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from qt_jax.reporting.cells import METHODS, Comparison, compare, difference, measured, spread, title
+from qt_jax.reporting.records import Record
+
+LEGEND = (
+    "top-1 and agreement with the network's own FP32 in %; drop: points of top-1 below its own FP32; "
+    "SQNR of the logits against FP32 in dB; gain: points of top-1 by which Quant-Trim leads the float twin"
+)
+ABSENT = "–"
+MINUS = "−"
+
+
+def accuracy_table(records: Sequence[Record]) -> Table:
+    """A rich table: one row a scheme, four columns a method (top-1, drop, SQNR, agreement) and the gain.
+
+    With several seeds every number is mean ± sample standard deviation; drop and gain are paired by seed.
+    Raises InvalidInput as `qt_jax.reporting.cells.compare` does.
+
+    >>> record = {"backend": "b", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.5, "status": "ok"}
+    >>> accuracy_table([record]).row_count
+    1
+    """
+    comparison = compare(records)
+    header, *rows = _grid(comparison)
+    table = Table(title="Top-1 by scheme", caption="\n".join(_notes(comparison)), caption_justify="left")
+    table.add_column(header[0], no_wrap=True)
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def to_markdown(records: Sequence[Record]) -> str:
+    """The same table as GitHub-flavoured Markdown, with its legend and the reasons of failed rows below.
+
+    >>> record = {"backend": "b", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.5, "status": "ok"}
+    >>> print(to_markdown([record]).splitlines()[2])
+    | fp32 | 50.00 | – | – | – |
+    """
+    comparison = compare(records)
+    header, *rows = _grid(comparison)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [_line(cells) for cells in (header, rule, *rows)]
+    return "\n".join([*lines, "", *[f"- {note}" for note in _notes(comparison)], ""])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _grid(comparison: Comparison) -> list[list[str]]:
+    """Header and rows, as text."""
+    columns = ("top-1", "drop", "SQNR", "agreement")
+    paired = all(method in comparison.cells for method in METHODS)
+    header = ["scheme", *[f"{title(m)} {column}" for m in comparison.methods for column in columns]]
+    grid = [header + ["gain"] * paired]
+    for scheme in comparison.schemes:
+        row = [scheme]
+        for method in comparison.methods:
+            row += _method_cells(comparison, method, scheme)
+        if paired:
+            ahead, behind = (measured(comparison.cells[m].get(scheme, {}), "top1") for m in METHODS)
+            row.append(_text(difference(ahead, behind), 100, signed=True))
+        grid.append(row)
+    return grid
+
+
+def _method_cells(comparison: Comparison, method: str, scheme: str) -> list[str]:
+    schemes = comparison.cells[method]
+    seeds = schemes.get(scheme, {})
+    top1 = measured(seeds, "top1")
+    if not top1:
+        statuses = sorted({record["status"] for record in seeds.values()})
+        return [", ".join(statuses) or ABSENT, ABSENT, ABSENT, ABSENT]
+    own = measured(schemes.get(comparison.reference, {}), "top1")
+    drop = [] if scheme == comparison.reference else difference(own, top1)
+    sqnr, agreement = measured(seeds, "sqnr_db").values(), measured(seeds, "agreement").values()
+    return [_text(top1.values(), 100), _text(drop, 100), _text(sqnr, 1, 1), _text(agreement, 100)]
+
+
+def _text(values: Iterable[float], scale: float, digits: int = 2, signed: bool = False) -> str:
+    """`mean ± spread`, or the mean alone for one value, or a dash for none."""
+    values = [scale * value for value in values]
+    if not values:
+        return ABSENT
+    mean, deviation = spread(values)
+    mean = round(mean, digits) + 0.0  # no negative zero
+    text = f"{mean:{'+' if signed and mean else ''}.{digits}f}".replace("-", MINUS)
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What the reader must know: the units, how much stands behind the numbers, and what failed why."""
+    records = [
+        r for schemes in comparison.cells.values() for seeds in schemes.values() for r in seeds.values()
+    ]
+    seeds = {
+        method: len(comparison.cells[method].get(comparison.reference, {})) for method in comparison.methods
+    }
+    images = sorted({record["n"] for record in records if record.get("n")})
+    counts = ", ".join(f"{title(method)} {count}" for method, count in seeds.items())
+    notes = [LEGEND, f"seeds: {counts}; test images: {', '.join(map(str, images)) or 'not recorded'}"]
+    for record in records:
+        if record["status"] != "ok":
+            where = (
+                f"{title(record['method'])}, seed {record['seed']}, {record['backend']} {record['scheme']}"
+            )
+            notes.append(f"{where}: {record['status']}: {' '.join(str(record['reason']).split())}")
+    return notes
