@@ -1,4 +1,4 @@
-"""`python -m experiments.cifar --sched quartic`: train, export, deploy at low bits, compare with a float twin.
+"""`python -m experiments.cifar --sched quartic`: train, export, deploy at low bits, compare with a twin.
 
 Stages: train -> (float twin) -> export -> verify -> evaluate -> table and figure. Each leaves its product in
 the run's folder; a relaunch goes on from the first that is missing.

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qt_jax.fake_quant import QuantSpec
 from qt_jax.interceptor import COLLECTION, LAYERS, quant_trim
-from qt_jax.rules import QuantConfig
+from qt_jax.rules import QuantConfig, Sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +92,20 @@ def coverage(
         layer = classes[path].__name__ if path in classes else "?"
         if path in visited:
             sites = visited[path]
-            reason = (
-                ""
-                if sites.weights
-                else f"set so by rule {config.rules[sites.rule].path!r}"
-                if sites.rule is not None
-                else "the config leaves weights alone"
-            )
+            reason = "" if sites.weights else _why_float(config, sites)
             specs = (describe(sites.weights), describe(sites.inputs), describe(sites.outputs))
             rows.append(CoverageRow(path, layer, size, *specs, reason))
         else:
             rows.append(CoverageRow(path, layer, size, "-", "-", "-", _why_not(classes.get(path))))
     _print(rows, console or Console())
     return rows
+
+
+def _why_float(config: QuantConfig, sites: Sites) -> str:
+    """Why the weights of a layer that is reached stay in floating point."""
+    if sites.rule is None:
+        return "the config's default leaves weights in floating point"
+    return f"set so by rule {config.rules[sites.rule].path!r}"
 
 
 def _why_not(module_class: type[nn.Module] | None) -> str:
@@ -115,7 +116,7 @@ def _why_not(module_class: type[nn.Module] | None) -> str:
         return "a table look-up, no product"
     if issubclass(module_class, LAYERS):
         return "called through another method than __call__"
-    return f"{module_class.__name__} multiplies in its own code; use nn.Dense or nn.Einsum inside it to be reached"
+    return f"{module_class.__name__} multiplies in its own code; nn.Dense or nn.Einsum would be reached"
 
 
 def _print(rows: list[CoverageRow], console: Console) -> None:

@@ -140,17 +140,18 @@ def dequantize(q: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: Quan
 def blend(x: jax.Array, x_hat: jax.Array, lam: jax.Array, inside: jax.Array | None = None) -> jax.Array:
     """x_tilde = x + lambda * stop_gradient(x_hat - x): plain at lambda = 0, fully quantized at 1.
 
-    The gradient with respect to `x` is the identity; where the boolean mask `inside` is false it is
-    1 - lambda instead (the clipped straight-through estimator). At lambda = 0 the value is `x` to the bit.
+    Computed as (1 - lambda) x + lambda x_hat, which is `x` to the bit at 0 and `x_hat` to the bit at 1. The
+    gradient with respect to `x` is the identity; where the boolean mask `inside` is false it is 1 - lambda
+    instead (the clipped straight-through estimator).
 
     >>> blend(jnp.array([1.0]), jnp.array([2.0]), jnp.float32(0.25)).tolist()
     [1.25]
     """
-    change = jax.lax.stop_gradient(x_hat - x)
+    value = jax.lax.stop_gradient((1.0 - lam) * x + lam * x_hat)
+    passing = x - jax.lax.stop_gradient(x)  # zero, with the gradient of x
     if inside is not None:
-        vanishing = x - jax.lax.stop_gradient(x)
-        change = change - jnp.where(inside, jnp.zeros_like(x), vanishing)
-    return x + lam * change
+        passing = jnp.where(inside, passing, (1.0 - lam) * passing)
+    return value + passing
 
 
 def fake_quant(

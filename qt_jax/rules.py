@@ -81,8 +81,8 @@ class QuantConfig:
     (4, None)
     """
 
-    weights: Site = QuantSpec(bits=8)
-    activations: Site = QuantSpec(bits=8, symmetric=False)
+    weights: Site = QuantSpec(bits=8)  # noqa: RUF009 - frozen
+    activations: Site = QuantSpec(bits=8, symmetric=False)  # noqa: RUF009 - frozen
     outputs: Site = None
     rules: tuple[Rule, ...] = ()
     momentum: float = 0.99
@@ -128,7 +128,7 @@ def check_rules_used(config: QuantConfig, paths: Iterable[str]) -> None:
         if shadowed:
             first = config.rules[config.sites(shadowed[0]).rule].path
             raise InvalidInput(
-                f"rule {rule.path!r} is never used: an earlier rule, {first!r}, already takes {shadowed[0]!r}. "
+                f"rule {rule.path!r} is never used: an earlier rule, {first!r}, takes {shadowed[0]!r} before it. "
                 "The first match wins: move the more special rule up, or drop it."
             )
         near = [path for path in paths if re.search(rule.path, path)]

@@ -89,10 +89,8 @@ def warmup_quartic_quadratic(
     height = np.float32(_in_unit_interval("joint_value", joint_value))
 
     def schedule(count: ArrayLike) -> jax.Array:
-        late = _progress(count, meet, stop)
-        value = height * _progress(count, begin, meet) ** 4 + (1 - height) * late**2
-        # height + (1 - height) may miss 1 by a rounding
-        return jnp.where(late == 1.0, jnp.float32(1.0), jnp.minimum(value, 1.0))
+        # at the end exactly 1: height + (1 - height) rounds to it for every float in [0, 1]
+        return height * _progress(count, begin, meet) ** 4 + (1 - height) * _progress(count, meet, stop) ** 2
 
     return schedule
 

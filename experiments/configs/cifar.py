@@ -52,7 +52,8 @@ class Config:
     learning_rate: float = 0.2
     """Peak learning rate of SGD with Nesterov momentum."""
     lr_schedule: Literal["one-cycle", "cosine"] = "one-cycle"
-    """one-cycle: linear up over a fifth of training, linear down to zero; cosine: 5 % warm-up, then cosine."""
+    """one-cycle: linear up over a fifth of training, linear down to zero; cosine: 5 % warm-up,
+    then cosine."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4

@@ -1,4 +1,4 @@
-"""Models by name. `create(name, num_classes, dtype)` returns a Linen module called as `model(images, train)`."""
+"""Models by name: `create(name, num_classes, dtype)` is a Linen module, called as `model(images, train)`."""
 
 from functools import partial
 from typing import Any

@@ -39,8 +39,7 @@ def evaluate(
 
     Args:
         model: a float ONNX model, or the path of one, with one image input and logits as first output.
-        calibration: `(n, ...)` float32, exactly what the model's input takes (NCHW for our exports). The
-            same images go to every backend.
+        calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports).
         test_images: `(n, ...)` float32, as `calibration`.
         test_labels: `(n,)` integers.
         backends: "all", or names from `BACKENDS`.
@@ -48,12 +47,10 @@ def evaluate(
         identity: keys that say whose records these are: run, task, model, method, seed, checkpoint.
         on_record: called with each record as soon as it is complete.
 
-    Returns:
-        Records (see `qt_jax.reporting.records`), in the order in which they ran.
+    Returns records (see `qt_jax.reporting.records`) in the order in which they ran.
 
     Raises:
-        InvalidInput: an unknown backend or scheme, arrays that do not fit the model or one another, or a
-            model that ONNX Runtime cannot load or run as it is.
+        InvalidInput: an unknown backend or scheme, arrays that do not fit, a model that does not run.
 
     Example:
         >>> import onnx.parser
@@ -68,17 +65,6 @@ def evaluate(
     model = _load(model)
     _check_arrays(model, calibration, test_images, test_labels)
 
-    ort = OnnxRuntime()
-    started = time.perf_counter()
-    try:
-        artifact = ort.compile(model, calibration, FP32)
-        reference = ort.run(artifact, test_images)
-    except InvalidInput:
-        raise
-    except Exception as error:
-        raise InvalidInput(
-            f"ONNX Runtime cannot run the float model, so nothing can be compared: {error}"
-        ) from error
     records = []
 
     def keep(record: Record) -> None:
@@ -86,10 +72,9 @@ def evaluate(
         if on_record is not None:
             on_record(record)
 
-    measured = _measure(artifact, reference, test_labels, None)
-    keep(_record(ort, FP32, calibration, identity, measured, started))
-    if measured["status"] != "ok":
-        raise InvalidInput(f"The float model is no reference to compare with: {measured['reason']}.")
+    started = time.perf_counter()
+    reference, measured = _reference(model, calibration, test_images, test_labels)
+    keep(_record(OnnxRuntime(), FP32, calibration, identity, measured, started))
     for backend, scheme in jobs:
         started = time.perf_counter()
         measured = _attempt(backend, scheme, model, calibration, test_images, test_labels, reference)
@@ -140,6 +125,22 @@ def _check_arrays(
             f"test_labels must be one integer an image for at least one image, "
             f"got {labels.dtype} {labels.shape} for {len(images)} images."
         )
+
+
+def _reference(
+    model: onnx.ModelProto, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, Record]:
+    """Float logits and their record keys. Raises InvalidInput where they are nothing to compare with."""
+    ort = OnnxRuntime()
+    try:
+        artifact = ort.compile(model, calibration, FP32)
+        logits = ort.run(artifact, images)
+    except Exception as error:
+        raise InvalidInput(f"ONNX Runtime cannot run the float model to compare with: {error}") from error
+    measured = _measure(artifact, logits, labels, None)
+    if measured["status"] != "ok":
+        raise InvalidInput(f"The float model is no reference to compare with: {measured['reason']}.")
+    return logits, measured
 
 
 def _attempt(

@@ -24,7 +24,7 @@ from qt_jax.export import graph
 OPSETS = range(13, 22)
 
 _inside_jax2onnx = jax.make_user_context(default_value=False)
-"""A part of every jit cache's key: no trace made under jax2onnx's patches is reused outside, nor vice versa."""
+"""Part of every jit cache's key: a trace made under jax2onnx's patches is not reused outside them."""
 
 
 def lower(

@@ -31,18 +31,21 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = []
 
     def constant(base: str, value: np.ndarray) -> str:
-        for name in _candidates(base):
-            if name not in taken:
-                named[name] = value
-                taken.add(name)
-            if name in named and np.array_equal(named[name], value):
-                return name
+        name = next(
+            candidate
+            for candidate in _candidates(base)
+            if candidate not in taken or (candidate in named and np.array_equal(named[candidate], value))
+        )
+        named[name] = value
+        taken.add(name)
+        return name
 
     for position, node in enumerate(model.graph.node):
         feeds = [name for name in node.input if name and name not in values]
         feed = max(feeds, key=order.__getitem__, default="")
         base, scope = _place(node, values, scopes.get(feed, ""))
-        name = next(candidate for candidate in _candidates(base) if candidate not in taken)
+        occupied = taken.difference(node.output)  # the module `logits` may write the tensor `logits`
+        name = next(candidate for candidate in _candidates(base) if candidate not in occupied)
         taken.add(name)
         inputs = [tensors.get(source, "") for source in node.input]
         for index, source in enumerate(node.input):

@@ -51,4 +51,4 @@ def count_operators(model: onnx.ModelProto) -> dict[str, int]:
 def _message(node: onnx.NodeProto, complaint: str) -> str:
     remedy = REMEDIES.get(node.op_type, ANY_REMEDY)
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return f'node "{node.name}" (reads {", ".join(map(repr, node.input))}) is a {operator}, {complaint}: {remedy}'
+    return f'node "{node.name}" reading {list(node.input)} is a {operator}, {complaint}: {remedy}'

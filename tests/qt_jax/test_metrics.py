@@ -110,7 +110,7 @@ def test_ece_puts_an_edge_in_the_bin_below():
 
 @pytest.mark.parametrize("classes", range(2, 50))
 def test_equal_logits_have_a_confidence_exactly_on_an_edge(classes):
-    # one sample just above the edge 1 / classes, wrong; one exactly on it, right: in two bins they cannot cancel
+    # one sample on the edge 1 / classes, right; one just above it, wrong: in two bins they cannot cancel
     logits = np.zeros((2, classes))
     logits[1, 0] = 1e-9
     error = metrics.expected_calibration_error(logits, [0, 1], bins=classes)

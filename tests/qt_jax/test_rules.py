@@ -1,0 +1,100 @@
+"""Rules: first match wins, and one that does nothing is an error."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+import qt_jax as qt
+from qt_jax.rules import check_rules_used
+
+PATHS = ["stem", "stage1/conv1", "stage1/conv2", "stage2/conv1", "head"]
+
+
+def test_first_match_wins_and_the_rest_is_inherited():
+    four, eight = qt.QuantSpec(4), qt.QuantSpec(8, axis=-1)
+    config = qt.QuantConfig(
+        rules=(
+            qt.Rule("stage1/conv1", weights=eight),
+            qt.Rule("stage1/.*", weights=four, inputs=None),
+            qt.Rule("head", skip=True),
+        )
+    )
+    assert config.sites("stage1/conv1").weights == eight
+    assert config.sites("stage1/conv1").inputs == config.activations
+    assert (config.sites("stage1/conv2").weights, config.sites("stage1/conv2").inputs) == (four, None)
+    assert config.sites("head").weights is None and config.sites("head").rule == 2
+    assert config.sites("stem") == qt.QuantConfig().sites("anything")
+    check_rules_used(config, PATHS)
+    hash(config)
+
+
+def test_a_pattern_must_match_the_whole_path():
+    assert not qt.Rule("conv1").matches("stage1/conv1")
+    assert qt.Rule(".*conv1").matches("stage1/conv1")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((qt.Rule("stage1/convl"),), r"'stage1/convl' matches no layer; near misses: .*'stage1/conv1'"),
+        ((qt.Rule("conv1"),), r"near misses: 'stage1/conv1', 'stage2/conv1'"),
+        ((qt.Rule("zzzzzzzz"),), r"near misses: 'head'"),
+        ((qt.Rule("stage1/.*"), qt.Rule("stage1/conv1")), r"never used: an earlier rule, 'stage1/\.\*'"),
+    ],
+)
+def test_an_unused_rule_is_an_error_that_names_near_misses(rules, message):
+    with pytest.raises(qt.InvalidInput, match=message):
+        check_rules_used(qt.QuantConfig(rules=rules), PATHS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: qt.Rule("stage(1"), "not a regular expression"),
+        (lambda: qt.Rule("stem", weights=4), "weights must be a QuantSpec"),
+        (lambda: qt.QuantConfig(momentum=1.0), "momentum"),
+        (lambda: qt.QuantConfig(sample_size=0), "sample_size"),
+        (lambda: qt.QuantConfig(rules=[qt.Rule("stem")]), "tuple"),
+    ],
+)
+def test_bad_configs_are_refused(make, message):
+    with pytest.raises(qt.InvalidInput, match=message):
+        make()
+
+
+class Mixed(nn.Module):
+    """Layers that are reached beside some that are not."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(5, 4, name="embed")(tokens)
+        x = nn.RNN(nn.OptimizedLSTMCell(4, name="lstm"))(x)
+        x = nn.Dense(4, name="hidden")(x)
+        if tokens.shape[0] > 100:
+            x = nn.Dense(4, name="rare")(x)
+        return nn.Dense(2, name="head")(x)
+
+
+def test_coverage_says_what_is_reached_and_why_the_rest_is_not():
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    variables = Mixed().init(jax.random.key(0), tokens)
+    variables["params"]["rare"] = {"kernel": jnp.ones((4, 4))}
+    console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    config = qt.QuantConfig(weights=qt.QuantSpec(4, axis=-1), rules=(qt.Rule("head", skip=True),))
+    with console.file:
+        rows = {
+            row.path: row for row in qt.coverage(Mixed(), variables, tokens, config=config, console=console)
+        }
+        text = console.export_text()
+    assert rows["hidden"].weights == "int4 symmetric per-channel"
+    assert rows["hidden"].inputs == "uint8 asymmetric per-tensor" and rows["hidden"].reason == ""
+    assert rows["head"].weights == "-" and "rule 'head'" in rows["head"].reason
+    assert "look-up" in rows["embed"].reason
+    assert "never called" in rows["rare"].reason
+    unreached = [row for path, row in rows.items() if "lstm" in path]
+    assert unreached and all(
+        "multiplies in its own code" in row.reason or row.weights != "-" for row in unreached
+    )
+    assert "Quant-Trim coverage" in text and "quantized" in text
