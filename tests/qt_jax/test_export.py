@@ -36,14 +36,16 @@ class Body(nn.Module):
         return nn.Dense(5, name="head")(x)
 
 
-def randomised(model: nn.Module, images: jax.Array = IMAGES) -> dict[str, Any]:
-    """Variables with statistics, scales and biases as training leaves them: none 0 or 1, variances positive."""
-    variables = jax.jit(model.init)(jax.random.key(1), images)
+def randomised(model: nn.Module) -> dict[str, Any]:
+    """Variables as training leaves them: no statistic, scale or bias is 0 or 1, variances are positive."""
     rng = np.random.default_rng(2)
-    return jax.tree.map(
-        lambda leaf: leaf + rng.uniform(0.1, 1.0, leaf.shape).astype(np.float32) if leaf.ndim == 1 else leaf,
-        variables,
-    )
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        kernel = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        values = kernel if len(leaf.shape) > 1 else rng.uniform(0.1, 1.5, leaf.shape)
+        return values.astype(np.float32)
+
+    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(1), IMAGES))
 
 
 def exported(model: nn.Module, **options: Any) -> tuple[onnx.ModelProto, dict[str, Any], dict[str, Any]]:
