@@ -11,7 +11,14 @@ import jax
 import onnx
 from onnx import shape_inference
 
-from qt_jax.export.folding import drop_identities, fold_batch_norm, fold_clip, fold_constants, fold_dense
+from qt_jax.export.folding import (
+    drop_identities,
+    fold_batch_norm,
+    fold_clip,
+    fold_constants,
+    fold_dense,
+    fold_mean,
+)
 from qt_jax.export.layout import channels_first
 from qt_jax.export.lowering import lower
 from qt_jax.export.naming import name_by_path
@@ -24,6 +31,7 @@ __all__ = ["save", "save_verified", "to_onnx", "verify"]
 PASSES = (
     fold_constants,
     drop_identities,
+    fold_mean,
     channels_first,
     explicit_windows,
     fold_clip,

@@ -1,5 +1,6 @@
 """Arithmetic done at export: constant subgraphs, batch norm into convolutions, bounds and biases."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -85,6 +86,27 @@ def fold_clip(model: onnx.ModelProto) -> onnx.ModelProto:
         return helper.make_node("Clip", [*data, *bounds], node.output)
 
     return _fuse(model, values, frozenset({"Min"}), clip)
+
+
+def fold_mean(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with a sum divided by the number of its terms, as in `x.mean()`, made ReduceMean."""
+    values = graph.constants(model)
+    shapes = graph.shapes(model)
+
+    def mean(division: NodeProto, before: NodeProto) -> NodeProto | None:
+        axes = (
+            values.get(before.input[1]) if before.op_type == "ReduceSum" and len(before.input) > 1 else None
+        )
+        divisor = values.get(division.input[1])
+        shape = shapes.get(before.input[0], ())
+        if axes is None or divisor is None or not shape:
+            return None
+        terms = np.prod([shape[axis] for axis in axes.ravel()])
+        if divisor.size != 1 or terms == 0 or divisor != terms:
+            return None
+        return helper.make_node("ReduceMean", before.input, division.output, **graph.attributes(before))
+
+    return _fuse(model, values, frozenset({"Div"}), mean)
 
 
 def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:

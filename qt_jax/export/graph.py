@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper, numpy_helper, shape_inference
 
 
 def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -27,6 +27,16 @@ def uses(model: onnx.ModelProto) -> Counter[str]:
     """How often each tensor is read, by nodes and as a graph output."""
     read = [name for node in model.graph.node for name in node.input]
     return Counter(read + [output.name for output in model.graph.output])
+
+
+def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """The inferred shape of each tensor, 0 for a symbolic dimension; tensors of unknown rank are left out."""
+    inferred = shape_inference.infer_shapes(model).graph
+    return {
+        entry.name: tuple(dimension.dim_value for dimension in entry.type.tensor_type.shape.dim)
+        for entry in (*inferred.input, *inferred.value_info, *inferred.output)
+        if entry.type.tensor_type.HasField("shape")
+    }
 
 
 def derived(name: str, how: str) -> str:

@@ -186,10 +186,7 @@ def _run(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
 def _multiply_accumulates(model: onnx.ModelProto) -> int:
     """Multiplications of convolutions and matrix products for one image."""
     values = graph.constants(model)
-    shapes = {
-        entry.name: [dimension.dim_value for dimension in entry.type.tensor_type.shape.dim]
-        for entry in (*shape_inference.infer_shapes(model).graph.value_info, *model.graph.output)
-    }
+    shapes = graph.shapes(model)
     return sum(
         values[node.input[1]].size * int(np.prod(shapes[node.output[0]][2:]))
         for node in model.graph.node

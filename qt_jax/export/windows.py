@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, shape_inference
+from onnx import NodeProto, helper
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
@@ -19,21 +19,12 @@ def explicit_windows(model: onnx.ModelProto) -> onnx.ModelProto:
       InvalidInput: "SAME" padding where height or width is not known.
     """
     values = graph.constants(model)
-    shapes = _shapes(model)
+    shapes = graph.shapes(model)
     nodes = [
         _explicit(node, values, shapes.get(node.input[0], ())) if node.op_type in WINDOWED else node
         for node in model.graph.node
     ]
     return graph.rebuild(model, nodes, values)
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shape by tensor, 0 for a symbolic dimension."""
-    inferred = shape_inference.infer_shapes(model).graph
-    return {
-        entry.name: tuple(dimension.dim_value for dimension in entry.type.tensor_type.shape.dim)
-        for entry in (*inferred.input, *inferred.value_info)
-    }
 
 
 def _explicit(node: NodeProto, values: dict[str, np.ndarray], shape: Sequence[int]) -> NodeProto:

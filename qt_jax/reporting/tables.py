@@ -2,21 +2,25 @@
 
 from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.table import Table
 
 from qt_jax.reporting.cells import METHODS, Comparison, compare, difference, measured, spread, title
 from qt_jax.reporting.records import Record
 
 LEGEND = (
-    "top-1 and agreement with the network's own FP32 in %; drop: points of top-1 below its own FP32; "
-    "SQNR of the logits against FP32 in dB; gain: points of top-1 by which Quant-Trim leads the float twin"
+    "top-1 in %; drop: points of top-1 below the network's own FP32; SQNR of the logits against FP32 in dB; "
+    "gain: points of top-1 by which Quant-Trim leads the float twin"
 )
+AGREEMENT = "agreement: images on which the decision is that of the network's own FP32, in %"
+COLUMNS = ("top-1", "drop", "SQNR", "agreement")
+TERMINAL_COLUMNS = COLUMNS[:3]
 ABSENT = "–"
 MINUS = "−"
 
 
 def accuracy_table(records: Sequence[Record]) -> Table:
-    """A rich table: one row a scheme, four columns a method (top-1, drop, SQNR, agreement) and the gain.
+    """A rich table that fits 80 columns: a row a scheme; top-1, drop and SQNR of each method; the gain.
 
     With several seeds every number is mean ± sample standard deviation; drop and gain are paired by seed.
     Raises InvalidInput as `qt_jax.reporting.cells.compare` does.
@@ -26,11 +30,22 @@ def accuracy_table(records: Sequence[Record]) -> Table:
     1
     """
     comparison = compare(records)
-    header, *rows = _grid(comparison)
-    table = Table(title="Top-1 by scheme", caption="\n".join(_notes(comparison)), caption_justify="left")
-    table.add_column(header[0], no_wrap=True)
-    for name in header[1:]:
-        table.add_column(name, justify="right")
+    _, *rows = _grid(comparison, TERMINAL_COLUMNS)
+    caption = "\n".join(_notes(comparison))
+    table = Table(
+        title="Top-1 by scheme",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("\nscheme", no_wrap=True)
+    for method in comparison.methods:
+        first, *others = TERMINAL_COLUMNS
+        for name in (f"{title(method)}\n{first}", *(f"\n{name}" for name in others)):
+            table.add_column(name, justify="right")
+    if _paired(comparison):
+        table.add_column("\ngain", justify="right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -44,26 +59,31 @@ def to_markdown(records: Sequence[Record]) -> str:
     | fp32 | 50.00 | – | – | – |
     """
     comparison = compare(records)
-    header, *rows = _grid(comparison)
+    header, *rows = _grid(comparison, COLUMNS)
     rule = ["---", *["---:"] * (len(header) - 1)]
     lines = [_line(cells) for cells in (header, rule, *rows)]
-    return "\n".join([*lines, "", *[f"- {note}" for note in _notes(comparison)], ""])
+    return "\n".join([*lines, "", *[f"- {note}" for note in (*_notes(comparison), AGREEMENT)], ""])
 
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _grid(comparison: Comparison) -> list[list[str]]:
+def _paired(comparison: Comparison) -> bool:
+    """Whether both Quant-Trim and its twin are there."""
+    return all(method in comparison.cells for method in METHODS)
+
+
+def _grid(comparison: Comparison, columns: tuple[str, ...]) -> list[list[str]]:
     """Header and rows, as text."""
-    columns = ("top-1", "drop", "SQNR", "agreement")
-    paired = all(method in comparison.cells for method in METHODS)
+    paired = _paired(comparison)
     header = ["scheme", *[f"{title(m)} {column}" for m in comparison.methods for column in columns]]
     grid = [header + ["gain"] * paired]
     for scheme in comparison.schemes:
         row = [scheme]
         for method in comparison.methods:
-            row += _method_cells(comparison, method, scheme)
+            cells = _method_cells(comparison, method, scheme)
+            row += [cells[column] for column in columns]
         if paired:
             ahead, behind = (measured(comparison.cells[m].get(scheme, {}), "top1") for m in METHODS)
             row.append(_text(difference(ahead, behind), 100, signed=True))
@@ -71,17 +91,19 @@ def _grid(comparison: Comparison) -> list[list[str]]:
     return grid
 
 
-def _method_cells(comparison: Comparison, method: str, scheme: str) -> list[str]:
+def _method_cells(comparison: Comparison, method: str, scheme: str) -> dict[str, str]:
+    """The cells of one method and scheme, by column."""
     schemes = comparison.cells[method]
     seeds = schemes.get(scheme, {})
     top1 = measured(seeds, "top1")
     if not top1:
         statuses = sorted({record["status"] for record in seeds.values()})
-        return [", ".join(statuses) or ABSENT, ABSENT, ABSENT, ABSENT]
+        return {column: ABSENT for column in COLUMNS} | {"top-1": ", ".join(statuses) or ABSENT}
     own = measured(schemes.get(comparison.reference, {}), "top1")
     drop = [] if scheme == comparison.reference else difference(own, top1)
     sqnr, agreement = measured(seeds, "sqnr_db").values(), measured(seeds, "agreement").values()
-    return [_text(top1.values(), 100), _text(drop, 100), _text(sqnr, 1, 1), _text(agreement, 100)]
+    cells = (_text(top1.values(), 100), _text(drop, 100), _text(sqnr, 1, 1), _text(agreement, 100))
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
 def _text(values: Iterable[float], scale: float, digits: int = 2, signed: bool = False) -> str:

@@ -168,6 +168,7 @@ BODIES = {
         lambda x: jnp.max(x, axis=(1, 2)),
         {"GlobalMaxPool": 1, "GlobalAveragePool": 0},
     ),
+    "mean as a method": (lambda x: x.mean(axis=(1, 2)), {}),
     "kept dimensions": (
         lambda x: jnp.mean(x, axis=(1, 2), keepdims=True) * x,
         {"GlobalAveragePool": 2, "Mul": 1},

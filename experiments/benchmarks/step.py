@@ -1,0 +1,268 @@
+"""`python -m experiments.benchmarks.step`: what one training step costs, plain, with Quant-Trim, with Qwix.
+
+The measured step is the trainer's own (`experiments.training.step`): augmentation, forward, backward, SGD with
+Nesterov momentum, statistics; one compiled function with donated state, on random images of CIFAR's shape.
+The variants take turns, A B C D E A B C D E ..., so that a disturbance of the machine strikes all of them.
+
+Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its defaults: symmetric absmax
+over the whole tensor, weights with a scale per output channel, activations with one per image taken anew
+in every step (no statistics are kept), the forward convolutions in int8 with int32 sums, the backward ones in
+float32 with the straight-through estimator.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import qt_jax as qt
+from experiments import models
+from experiments.configs.cifar import Config, float_twin, lambda_schedule
+from experiments.training.state import create_state, optimizer
+from experiments.training.step import Split, Totals, epoch_order, make_train_step
+from qt_jax.reporting import records
+from qt_jax.reporting.provenance import provenance
+
+WARM_UP = 3
+"""Rounds that are not counted; the first one compiles."""
+IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
+FP32, QUANT_TRIM, PRUNED, PULL, QWIX = (
+    *("fp32", "quant-trim", "quant-trim + reverse pruning", "quant-trim, a step that prunes", "qwix"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time one training step: plain, with Quant-Trim (with and without reverse pruning), and with Qwix QAT."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS) + "}")] = "resnet20"
+    """Network."""
+    batch_size: int = 128
+    """Images a step."""
+    repeats: int = 20
+    """Rounds counted, after 3 rounds of warm-up."""
+    out: Path | None = None
+    """JSON-lines file to which one record for each variant is appended."""
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise qt.InvalidInput(f"--repeats must be at least 1, got {self.repeats}")
+        trained(self)
+
+
+class Variant(NamedTuple):
+    """One way to train: `advance(state) -> state` takes a step; `state` is the one before the first."""
+
+    advance: Callable[[Any], Any]
+    state: Any
+
+
+def trained(options: Options) -> Config:
+    """The trainer's config with Quant-Trim W8A8 and reverse pruning; lambda moves from 0 to 1 as it runs."""
+    return Config(
+        model=options.model, batch_size=options.batch_size, reverse_pruning_start=0.0, learning_rate=0.01
+    )
+
+
+def build(options: Options) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The variants in the order in which they take turns, and why any that is missing is missing."""
+    total = WARM_UP + options.repeats
+    model = models.create(options.model, CLASSES)
+    random = np.random.default_rng(0)
+    n = 2 * options.batch_size
+    split = Split(
+        jnp.asarray(random.integers(0, 256, (n, *IMAGE_SHAPE), np.uint8)),
+        jnp.asarray(random.integers(0, CLASSES, n, np.int32)),
+    )
+
+    def stepper(config: Config, model: nn.Module) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+        tx = optimizer(config, total)
+        lam = lambda_schedule(config, total)
+        run = make_train_step(config, model, tx, lam, (0.5,) * 3, (0.25,) * 3, CLASSES)
+        order = epoch_order(config, n, 0)
+        one = jnp.int32(1)
+
+        def advance(state):
+            return run(state, Totals.zero(), split, order, one)[0]
+
+        return advance, lambda: create_state(config, model, tx, IMAGE_SHAPE)
+
+    full = trained(options)
+    plain, plain_state = stepper(float_twin(full), model)
+    unpruned, unpruned_state = stepper(dataclasses.replace(full, reverse_pruning=None), model)
+    pruned, pruned_state = stepper(full, model)
+
+    def counted(count: int) -> Callable[[Any], Any]:
+        """`pruned` with the optimizer's counters held at `count`: 0 is due for a pull, 1 is not."""
+        return lambda state: pruned(
+            state.replace(opt_state=optax.tree_utils.tree_set(state.opt_state, count=jnp.int32(count)))
+        )
+
+    variants = {
+        FP32: Variant(plain, plain_state()),
+        QUANT_TRIM: Variant(unpruned, unpruned_state()),
+        PRUNED: Variant(counted(1), pruned_state()),
+        PULL: Variant(counted(0), pruned_state()),
+    }
+    try:
+        quantized = qwix_model(model)
+    except ImportError as error:
+        return variants, {QWIX: f"qwix cannot be imported: {error}"}
+    qat, qat_state = stepper(float_twin(full), quantized)
+    return variants | {QWIX: Variant(qat, qat_state())}, {}
+
+
+def qwix_model(model: nn.Module) -> nn.Module:
+    """`model` under Qwix's quantized training, W8A8.
+
+    Raises:
+      ImportError: Qwix is not installed, or not for this jax.
+    """
+    import qwix
+
+    rule = qwix.QuantizationRule(module_path=".*", weight_qtype="int8", act_qtype="int8")
+    return qwix.quantize_model(model, qwix.QtProvider([rule]))
+
+
+def measure(variants: dict[str, Variant], repeats: int, progress: Progress) -> dict[str, list[float]]:
+    """Milliseconds of each counted step, by variant; entry i of every list is of the same round."""
+    states = {name: variant.state for name, variant in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    task = progress.add_task("compiling", total=(WARM_UP + repeats) * len(variants))
+    for turn in range(WARM_UP + repeats):
+        for name, variant in variants.items():
+            progress.update(task, description=f"{'warm-up' if turn < WARM_UP else 'timing'}: {name}")
+            start = time.perf_counter()
+            states[name] = jax.block_until_ready(variant.advance(states[name]))
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            if turn >= WARM_UP:
+                times[name].append(milliseconds)
+            progress.advance(task)
+    return times
+
+
+def summarise(times: dict[str, list[float]], every: int) -> dict[str, dict[str, float]]:
+    """For each variant but `PULL`: step_ms_p50, step_ms_min, and two ratios to fp32.
+
+    `ratio` is of the medians, `ratio_paired` the median of the ratios within each round. Reverse pruning's
+    are of its ordinary steps, and amortised_ms = ((every - 1) ordinary + pruning) / every, of medians.
+    """
+    base = times[FP32]
+    rows = {
+        name: {
+            "step_ms_p50": statistics.median(mine),
+            "step_ms_min": min(mine),
+            "ratio": statistics.median(mine) / statistics.median(base),
+            "ratio_paired": statistics.median(a / b for a, b in zip(mine, base, strict=True)),
+        }
+        for name, mine in times.items()
+    }
+    pull, row = rows.pop(PULL)["step_ms_p50"], rows[PRUNED]
+    amortised = ((every - 1) * row["step_ms_p50"] + pull) / every
+    row |= {
+        "pruning_step_ms_p50": pull,
+        "every": every,
+        "amortised_ms": amortised,
+        "amortised_ratio": amortised / rows[FP32]["step_ms_p50"],
+    }
+    return rows
+
+
+def to_records(
+    options: Options, rows: dict[str, dict[str, float]], missing: dict[str, str]
+) -> list[records.Record]:
+    """One record for each variant, measured or not."""
+    device = jax.devices()[0]
+    source = provenance(["jax", "jaxlib", "flax", "optax", "qwix"])
+    if device.platform != "cpu":
+        source["accelerator"] = device.device_kind
+    return [
+        records.new_record(
+            benchmark="train_step",
+            model=options.model,
+            batch_size=options.batch_size,
+            variant=name,
+            repeats=options.repeats,
+            weight_bits=None if name == FP32 else 8,
+            activation_bits=None if name == FP32 else 8,
+            per_channel=None if name == FP32 else name == QWIX,
+            status="unavailable" if name in missing else "ok",
+            reason=missing.get(name),
+            **rows.get(name, {"step_ms_p50": None, "ratio": None}),
+            **source,
+        )
+        for name in (*rows, *missing)
+    ]
+
+
+def table(options: Options, rows: list[records.Record]) -> Table:
+    """What the terminal shows."""
+    shown = Table(
+        title=f"One training step: {options.model}, batch {options.batch_size}, {options.repeats} rounds, "
+        f"{jax.devices()[0].device_kind}"
+    )
+    shown.add_column("variant")
+    for heading in ("median ms", "min ms", "/ fp32", "/ fp32, paired"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        if row["status"] != "ok":
+            shown.add_row(row["variant"], row["status"], "", "", "")
+            continue
+        shown.add_row(
+            row["variant"],
+            f"{row['step_ms_p50']:.1f}",
+            f"{row['step_ms_min']:.1f}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_paired']:.3f}",
+        )
+        if "amortised_ms" in row:
+            shown.add_row("  a step that prunes", f"{row['pruning_step_ms_p50']:.1f}", "", "", "")
+            shown.add_row(
+                f"  amortised over {row['every']}",
+                f"{row['amortised_ms']:.1f}",
+                "",
+                f"{row['amortised_ratio']:.3f}",
+                "",
+            )
+    reasons = [f"{row['variant']}: {row['reason']}" for row in rows if row["reason"]]
+    shown.caption = "\n".join(reasons) or None
+    return shown
+
+
+def run(options: Options, console: Console) -> list[records.Record]:
+    """Measures, prints the table, appends the records."""
+    variants, missing = build(options)
+    with Progress(console=console, transient=True) as progress:
+        times = measure(variants, options.repeats, progress)
+    rows = to_records(options, summarise(times, trained(options).reverse_pruning_every), missing)
+    console.print(table(options, rows))
+    for row in rows if options.out else ():
+        records.append(options.out, row)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    try:
+        run(tyro.cli(Options, args=arguments, prog="python -m experiments.benchmarks.step"), Console())
+    except qt.InvalidInput as error:
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""Every example in a docstring of the package runs and prints what it says."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import qt_jax
+
+MODULES = ["qt_jax", *(info.name for info in pkgutil.walk_packages(qt_jax.__path__, "qt_jax."))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+    result = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert result.failed == 0

@@ -1,0 +1,100 @@
+"""What the conversion leaves behind (nothing), and what it refuses."""
+
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export import to_onnx, verify
+
+SHAPE = (6, 6, 3)
+IMAGES = jax.random.normal(jax.random.key(0), (1, *SHAPE))
+
+
+class Net(nn.Module):
+    """Uses what jax2onnx replaces: layers, pooling, activations, and a compiled function."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), padding=1, name="conv")(x)
+        x = nn.relu6(nn.BatchNorm(use_running_average=True, name="norm")(x))
+        x = jax.jit(lambda y: jnp.mean(nn.max_pool(y, (2, 2), strides=(2, 2)), axis=(1, 2)))(x)
+        return nn.Dense(3, name="head")(x)
+
+
+VARIABLES = Net().init(jax.random.key(1), IMAGES)
+
+
+def flax_and_jax_attributes():
+    modules = (nn, nn.pooling, nn.linear, nn.normalization, jax.nn, jnp, jax.lax)
+    functions = {(module.__name__, name): value for module in modules for name, value in vars(module).items()}
+    classes = (nn.Conv, nn.BatchNorm, nn.Dense, nn.Dropout)
+    return functions, [vars(layer).copy() for layer in classes]
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_nothing_of_jax2onnx_stays(compiled_before):
+    apply_fn = jax.jit(Net().apply)
+    expected = Net().apply(VARIABLES, IMAGES)
+    if compiled_before:
+        apply_fn(VARIABLES, IMAGES)
+    before, handlers = flax_and_jax_attributes(), list(logging.getLogger().handlers)
+    model = to_onnx(apply_fn, VARIABLES, SHAPE, dynamic_batch=False)
+    assert flax_and_jax_attributes() == before
+    assert logging.getLogger().handlers == handlers
+    assert {"Conv", "MaxPool", "Clip"} <= {node.op_type for node in model.graph.node}
+    np.testing.assert_array_equal(Net().apply(VARIABLES, IMAGES), expected)
+    np.testing.assert_array_equal(apply_fn(VARIABLES, IMAGES), jax.jit(Net().apply)(VARIABLES, IMAGES))
+    verify(model, apply_fn, VARIABLES, IMAGES, batch_sizes=(1,))
+
+
+def test_log_stays_silent(caplog):
+    to_onnx(Net().apply, VARIABLES, SHAPE)
+    assert not caplog.records
+
+
+class Body(nn.Module):
+    body: object
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.body(nn.Conv(4, (3, 3), padding=1, name="conv")(x))
+        return nn.Dense(3, name="head")(x)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda x: x.reshape(x.shape[0], -1), r"Shape.*jnp.mean\(x, axis=\(1, 2\)\)"),
+        (lambda x: nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1))).mean((1, 2)), 'use "VALID" or "SAME"'),
+        (lambda x: nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1))).mean((1, 2)), 'use "VALID" or "SAME"'),
+        (lambda x: nn.BatchNorm(True)(nn.relu(x)).mean((1, 2)), "BatchNorm_0.*directly to a convolution"),
+        (
+            lambda x: nn.Conv(4, (1, 1), dtype=jnp.bfloat16)(x).astype(jnp.float32).mean((1, 2)),
+            "dtype=jnp.float32",
+        ),
+        (lambda x: jnp.sort(x, axis=-1).mean((1, 2)), "outside the supported operators"),
+        (lambda x: jnp.linalg.qr(x.mean((1, 2))[:, :, None])[0][..., 0], "jax2onnx cannot lower"),
+    ],
+)
+def test_refusals_name_the_remedy(body, message):
+    net = Body(body)
+    with jax.numpy_dtype_promotion("standard"):
+        variables = net.init(jax.random.key(0), IMAGES)
+        with pytest.raises(InvalidInput, match=message):
+            to_onnx(net.apply, variables, SHAPE)
+
+
+def test_arguments_out_of_range():
+    with pytest.raises(InvalidInput, match="opset 12"):
+        to_onnx(Net().apply, VARIABLES, SHAPE, opset=12)
+    with pytest.raises(InvalidInput, match="no batch"):
+        to_onnx(Net().apply, VARIABLES, (1, *SHAPE))
+    with pytest.raises(InvalidInput, match="variables of this very model"):
+        to_onnx(Net().apply, VARIABLES, (6, 6, 4))
+    with pytest.raises(InvalidInput, match="one float32 array"):
+        to_onnx(lambda v, x: Net().apply(v, x)[:, :, None], VARIABLES, SHAPE)

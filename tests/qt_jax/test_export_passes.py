@@ -1,0 +1,235 @@
+"""Each pass on graphs made by hand."""
+
+import jax
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export import folding, graph
+from qt_jax.export.layout import TO_NCHW, TO_NHWC, channels_first
+from qt_jax.export.naming import name_by_path
+from qt_jax.export.operators import refuse_unsupported
+from qt_jax.export.windows import explicit_windows
+
+RNG = np.random.default_rng(0)
+
+
+def build(nodes, constants, input_shape, output_rank=2, opset=17):
+    """A model from `input` to `output`; a node is (operator, inputs, output, attributes)."""
+    made = [
+        helper.make_node(operator, inputs.split(), [output], **attributes)
+        for operator, inputs, output, attributes in nodes
+    ]
+    described = [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)]
+    outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * output_rank)]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    made_graph = helper.make_graph(made, "main_graph", described, outputs, initializers)
+    return helper.make_model(made_graph, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def run(model, images):
+    return ReferenceEvaluator(model).run(None, {"input": images})[0]
+
+
+def operators(model):
+    return [node.op_type for node in model.graph.node]
+
+
+def check_equal(before, after, images):
+    onnx.checker.check_model(after, full_check=True)
+    np.testing.assert_allclose(run(after, images), run(before, images), rtol=1e-5, atol=1e-5)
+
+
+def test_rebuild_drops_what_no_output_needs():
+    model = build(
+        [("Relu", "input", "output", {}), ("Add", "input params/dead", "nowhere", {})],
+        {"params/dead": normal(4), "unused": normal(3)},
+        [2, 4],
+    )
+    model.graph.value_info.append(helper.make_tensor_value_info("output", TensorProto.FLOAT, [99]))
+    rebuilt = graph.rebuild(model, model.graph.node, graph.constants(model))
+    assert operators(rebuilt) == ["Relu"]
+    assert not rebuilt.graph.initializer and not rebuilt.graph.value_info
+
+
+def test_constants_are_computed_and_keep_their_leaf():
+    constants = {"params/head/kernel": normal(5, 4), "two": np.float32(2)}
+    nodes = [
+        ("Transpose", "params/head/kernel", "transposed", {"perm": [1, 0]}),
+        ("Mul", "transposed two", "doubled", {}),
+        ("MatMul", "input doubled", "output", {}),
+    ]
+    model = build(nodes, constants, [3, 4])
+    folded = folding.fold_constants(model)
+    assert operators(folded) == ["MatMul"]
+    ((name, value),) = graph.constants(folded).items()
+    assert graph.flax_path(name) == "head/kernel"
+    np.testing.assert_array_equal(value, 2 * constants["params/head/kernel"].T)
+
+
+@pytest.mark.parametrize("last", ["Identity", "Dropout"])
+def test_identities_vanish_also_before_the_output(last):
+    nodes = [
+        ("Identity", "input", "a", {}),
+        ("Relu", "a", "b", {}),
+        ("Identity", "b", "c", {}),
+        ("Neg", "c", "d", {}),
+        (last, "d", "output", {}),
+    ]
+    model = build(nodes, {}, [2, 4])
+    folded = folding.drop_identities(model)
+    assert operators(folded) == ["Relu", "Neg"]
+    check_equal(model, folded, normal(2, 4))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("group", [1, 2])
+def test_batch_norm_against_float64(bias, group):
+    kernel, scale, shift, mean = normal(4, 4 // group, 1, 1), normal(4), normal(4), normal(4)
+    variance = RNG.uniform(0.1, 2, 4).astype(np.float32)
+    constants = {"params/c/kernel": kernel, "params/c/bias": normal(4), "params/n/scale": scale}
+    constants |= {"params/n/bias": shift, "batch_stats/n/mean": mean, "batch_stats/n/var": variance}
+    statistics = "params/n/scale params/n/bias batch_stats/n/mean batch_stats/n/var"
+    nodes = [
+        ("Conv", "input params/c/kernel" + " params/c/bias" * bias, "x", {"group": group}),
+        ("BatchNormalization", f"x {statistics}", "output", {"epsilon": 1e-3}),
+    ]
+    folded = folding.fold_batch_norm(build(nodes, constants, ["batch", 4, 5, 5], 4))
+    assert operators(folded) == ["Conv"]
+    values = {graph.flax_path(name): value for name, value in graph.constants(folded).items()}
+    gain = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + 1e-3)
+    start = constants["params/c/bias"] if bias else 0.0
+    np.testing.assert_allclose(values["c/kernel"][:, :, 0, 0], kernel[:, :, 0, 0] * gain[:, None], rtol=1e-6)
+    np.testing.assert_allclose(values["c/bias"], (start - mean) * gain + shift, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_stays_where_the_convolution_is_read_twice():
+    constants = {"params/c/kernel": normal(4, 4, 1, 1), "v": np.ones(4, np.float32)}
+    nodes = [
+        ("Conv", "input params/c/kernel", "x", {}),
+        ("BatchNormalization", "x v v v v", "y", {}),
+        ("Add", "x y", "output", {}),
+    ]
+    model = name_by_path(folding.fold_batch_norm(build(nodes, constants, ["batch", 4, 5, 5], 4)))
+    with pytest.raises(InvalidInput, match=r'node "BatchNormalization".*apply nn.BatchNorm directly'):
+        refuse_unsupported(model)
+
+
+def test_relu6_and_its_lookalike():
+    bounds = {"zero": np.float32(0), "six": np.float32([6]), "row": normal(4)}
+    clip = build([("Max", "zero input", "x", {}), ("Min", "x six", "output", {})], bounds, [3, 4])
+    folded = folding.fold_clip(clip)
+    assert operators(folded) == ["Clip"]
+    check_equal(clip, folded, 10 * normal(3, 4))
+    lookalike = build([("Max", "input row", "x", {}), ("Min", "x six", "output", {})], bounds, [3, 4])
+    assert operators(folding.fold_clip(lookalike)) == ["Max", "Min"]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        ("MatMul", "input w", {}),
+        ("Gemm", "input w zero", {}),
+        ("Gemm", "input w bias", {"beta": 0.0}),
+        ("Gemm", "input v", {"transB": 1}),
+    ],
+)
+@pytest.mark.parametrize("addition", ["x bias", "row x"])
+def test_product_and_addition_become_gemm(product, addition):
+    operator, inputs, attributes = product
+    constants = {"w": normal(4, 5), "v": normal(5, 4), "bias": normal(5), "row": normal(1, 5)}
+    nodes = [(operator, inputs, "x", attributes), ("Add", addition, "output", {})]
+    model = build(nodes, constants | {"zero": np.zeros(5, np.float32)}, [3, 4])
+    folded = folding.fold_dense(model)
+    assert operators(folded) == ["Gemm"]
+    check_equal(model, folded, normal(3, 4))
+
+
+def test_additions_that_are_no_bias_stay():
+    constants = {"w": normal(4, 5), "b": normal(5), "scalar": np.float32(1)}
+    biased = build([("Gemm", "input w b", "x", {}), ("Add", "x b", "output", {})], constants, [3, 4])
+    scalar = build([("MatMul", "input w", "x", {}), ("Add", "x scalar", "output", {})], constants, [3, 4])
+    assert operators(folding.fold_dense(biased)) == ["Gemm", "Add"]
+    assert operators(folding.fold_dense(scalar)) == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize(("divisor", "expected"), [(30, ["ReduceMean"]), (29, ["ReduceSum", "Div"])])
+def test_sum_over_count_is_a_mean(divisor, expected):
+    constants = {"axes": np.array([1, 2]), "count": np.float32(divisor)}
+    nodes = [("ReduceSum", "input axes", "x", {"keepdims": 0}), ("Div", "x count", "output", {})]
+    model = build(nodes, constants, ["batch", 5, 6, 4], opset=18)
+    folded = folding.fold_mean(model)
+    assert operators(folded) == expected
+    check_equal(model, folded, normal(2, 5, 6, 4))
+
+
+def test_layout_is_carried_and_written_once_where_it_must():
+    constants = {"channel": normal(4), "axes": np.array([3])}
+    nodes = [
+        ("Transpose", "input", "x", {"perm": TO_NHWC}),
+        ("Mul", "x channel", "y", {}),
+        ("Concat", "x y", "z", {"axis": -1}),
+        ("ReduceMean", "z axes", "a", {"keepdims": 1}),
+        ("Sub", "z a", "b", {}),
+        ("Transpose", "b", "output", {"perm": TO_NCHW}),
+    ]
+    model = build(nodes, constants, [2, 4, 5, 6], 4, opset=18)
+    moved = channels_first(model)
+    assert operators(moved) == ["Mul", "Concat", "Transpose", "ReduceMean", "Sub", "Transpose"]
+    check_equal(model, moved, normal(2, 4, 5, 6))
+    with pytest.raises(InvalidInput, match="one of 2"):
+        refuse_unsupported(channels_first(build(nodes[:1] * 2 + nodes[-1:], {}, [2, 4, 5, 6], 4)))
+
+
+@given(
+    size=st.tuples(st.integers(3, 20), st.integers(3, 20)),
+    width=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    mode=st.sampled_from(["SAME_UPPER", "SAME_LOWER", "VALID"]),
+)
+def test_pads_equal_those_of_jax(size, width, stride, mode):
+    window = {"kernel_shape": [width] * 2, "strides": [stride] * 2}
+    nodes = [("MaxPool", "input", "output", {"auto_pad": mode, **window})]
+    model = explicit_windows(build(nodes, {}, ["batch", 3, *size], 4))
+    pads = jax.lax.padtype_to_pads(size, [width] * 2, [stride] * 2, mode.removesuffix("_UPPER"))
+    stated = graph.attributes(model.graph.node[0])
+    assert stated["pads"] == [low for low, _ in pads] + [high for _, high in pads]
+    assert "auto_pad" not in stated and stated["dilations"] == [1, 1]
+
+
+def test_windows_that_cannot_be_stated_are_refused():
+    window = {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"}
+    with pytest.raises(InvalidInput, match="unknown height or width"):
+        explicit_windows(build([("MaxPool", "input", "output", window)], {}, ["batch", 3, "h", "w"], 4))
+    with pytest.raises(InvalidInput, match="computed from the images"):
+        explicit_windows(build([("Conv", "input input", "output", {})], {}, [1, 3, 3, 3], 4))
+
+
+def test_names_do_not_collide():
+    constants = {"params/Relu/kernel": normal(4, 4), "params/deep/w": normal(4), "two": np.float32(2)}
+    nodes = [
+        ("Relu", "input", "a", {}),
+        ("Gemm", "a params/Relu/kernel", "b", {}),
+        ("Mul", "b params/deep/w", "c", {}),
+        ("Mul", "c two", "d", {}),
+        ("Mul", "d two", "output", {}),
+    ]
+    model = name_by_path(build(nodes, constants, [3, 4]))
+    assert [node.name for node in model.graph.node] == [
+        "Relu",
+        "Relu_1",
+        "deep/Mul",
+        "deep/Mul_1",
+        "deep/Mul_2",
+    ]
+    names = ["Relu/kernel", "deep/w", "deep/Mul_1/b", "deep/Mul_2/b"]
+    assert [tensor.name for tensor in model.graph.initializer] == names

@@ -1,0 +1,134 @@
+"""verify finds what was tampered with; files appear whole, verified, or not at all."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export import save, save_verified, to_onnx, verify
+
+IMAGES = jax.random.normal(jax.random.key(0), (7, 6, 6, 3))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), padding=1, name="conv")(x))
+        return nn.Dense(3, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+VARIABLES = Net().init(jax.random.key(1), IMAGES)
+
+
+@pytest.fixture(scope="module")
+def exported():
+    return to_onnx(Net().apply, VARIABLES, IMAGES.shape[1:])
+
+
+@pytest.fixture
+def model(exported):
+    copy = onnx.ModelProto()
+    copy.CopyFrom(exported)
+    return copy
+
+
+def check(model, **options):
+    return verify(model, Net().apply, VARIABLES, IMAGES, **options)
+
+
+def test_summary(model):
+    summary = check(model)
+    assert summary["operators"] == {"Conv": 1, "Relu": 1, "GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1}
+    assert (summary["parameters"], summary["macs"]) == (9 * 12 + 4 + 15, 9 * 12 * 36 + 12)
+    assert summary["bytes"] == len(model.SerializeToString())
+    assert set(summary["max_difference"]) == {1, 7}
+
+
+@pytest.mark.parametrize("value", [0.01, np.nan])
+def test_a_wrong_weight(model, value):
+    bias = numpy_helper.to_array(model.graph.initializer[1]) + np.float32(value)
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(bias, model.graph.initializer[1].name))
+    with pytest.raises(InvalidInput, match="parity: logits differ"):
+        check(model)
+
+
+def test_a_custom_domain(model):
+    model.graph.node[1].domain = "com.microsoft"
+    with pytest.raises(InvalidInput, match=r'domain: node "Relu" is com.microsoft.Relu'):
+        check(model)
+
+
+def test_a_custom_import(model):
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(InvalidInput, match="imports"):
+        check(model)
+
+
+def test_a_name_that_is_no_path(model):
+    model.graph.initializer[0].name = model.graph.node[0].input[1] = "onnx::Conv_12"
+    with pytest.raises(InvalidInput, match=r'the weight "onnx::Conv_12" of node "conv"'):
+        check(model)
+
+
+@pytest.mark.parametrize("name", ["", "conv"])
+def test_a_node_without_a_name_of_its_own(model, name):
+    model.graph.node[1].name = name
+    with pytest.raises(InvalidInput, match="names"):
+        check(model)
+
+
+def test_forbidden_operators(model):
+    relu = model.graph.node[1]
+    relu.op_type = "BatchNormalization"
+    with pytest.raises(InvalidInput, match="unfolded"):
+        check(model)
+    relu.op_type = model.graph.node[2].op_type = "Transpose"
+    with pytest.raises(InvalidInput, match="2 Transpose"):
+        check(model)
+
+
+def test_a_graph_that_the_checker_rejects(model):
+    model.graph.node[1].attribute.append(helper.make_attribute("slope", 1.0))
+    with pytest.raises(InvalidInput, match=r"onnx\.checker"):
+        check(model)
+
+
+def test_another_number_of_classes(model):
+    with pytest.raises(InvalidInput, match="shape"):
+        verify(model, lambda v, x: Net().apply(v, x)[:, :2], VARIABLES, IMAGES)
+
+
+def test_too_few_images(model):
+    with pytest.raises(InvalidInput, match="got 7 images"):
+        check(model, batch_sizes=(1, 8))
+
+
+def test_a_file_gets_its_name_once_verified(model, tmp_path):
+    path = tmp_path / "run" / "model.onnx"
+    summary = save_verified(model, path, Net().apply, VARIABLES, IMAGES)
+    assert onnx.load(path) == model
+    assert summary["bytes"] == path.stat().st_size
+    with pytest.raises(InvalidInput, match="parity"):
+        save_verified(model, path, Net().apply, VARIABLES, IMAGES, tolerance=-1.0)
+    assert onnx.load(path) == model
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_a_failure_while_writing_leaves_the_old_file(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    save(model, path)
+    held = path.read_bytes()
+
+    def full_disk(_, target):
+        target.write_bytes(held[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(onnx, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save(model, path)
+    assert path.read_bytes() == held
+    assert list(tmp_path.iterdir()) == [path]
