@@ -130,8 +130,7 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
     qt.evaluate(
         onnx_path,
         channels_first(dataset, dataset.train_images[: config.calibration_size]),
-        channels_first(dataset, dataset.test_images[test]),
-        dataset.test_labels[test],
+        (channels_first(dataset, dataset.test_images[test]), dataset.test_labels[test]),
         schemes=schemes,
         identity=identity,
         on_record=keep,

@@ -24,8 +24,7 @@ REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference 
 def evaluate(
     model: onnx.ModelProto | str | Path,
     calibration: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
+    test_set: tuple[np.ndarray, np.ndarray],
     *,
     backends: str | Sequence[str] = "all",
     schemes: Sequence[str] | None = None,
@@ -40,8 +39,7 @@ def evaluate(
     Args:
         model: a float ONNX model, or the path of one, with one image input and logits as first output.
         calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports).
-        test_images: `(n, ...)` float32, as `calibration`.
-        test_labels: `(n,)` integers.
+        test_set: images `(n, ...)` float32, as `calibration`, and labels `(n,)` integers.
         backends: "all", or names from `BACKENDS`.
         schemes: names of the schemes to run besides the reference; None for all.
         identity: keys that say whose records these are: run, task, model, method, seed, checkpoint.
@@ -57,12 +55,13 @@ def evaluate(
         >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
         ... g (float[b, 3] input) => (float[b, 3] logits) { logits = Relu(input) }''')
         >>> images = np.eye(3, dtype=np.float32)
-        >>> [record] = evaluate(model, images, images, np.arange(3), schemes=["fp32"], identity={"seed": 0})
+        >>> [record] = evaluate(model, images, (images, np.arange(3)), schemes=["fp32"], identity={"seed": 0})
         >>> record["scheme"], record["top1"], record["seed"]
         ('fp32', 1.0, 0)
     """
     jobs = _jobs(select(backends), schemes)
     model = _load(model)
+    test_images, test_labels = test_set
     _check_arrays(model, calibration, test_images, test_labels)
 
     records = []
@@ -111,7 +110,7 @@ def _check_arrays(
     name = single_input(model)
     [dims] = [value.type.tensor_type.shape.dim for value in model.graph.input if value.name == name]
     expected = [dim.dim_value or None for dim in dims]
-    for what, array in (("calibration", calibration), ("test_images", images)):
+    for what, array in (("calibration", calibration), ("test images", images)):
         fits = array.ndim == len(expected) and all(
             want in (None, got) for want, got in zip(expected[1:], array.shape[1:], strict=True)
         )
@@ -122,7 +121,7 @@ def _check_arrays(
             )
     if not len(images) or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise InvalidInput(
-            f"test_labels must be one integer an image for at least one image, "
+            f"test labels must be one integer an image for at least one image, "
             f"got {labels.dtype} {labels.shape} for {len(images)} images."
         )
 

@@ -94,15 +94,13 @@ def fold_mean(model: onnx.ModelProto) -> onnx.ModelProto:
     shapes = graph.shapes(model)
 
     def mean(division: NodeProto, before: NodeProto) -> NodeProto | None:
-        axes = (
-            values.get(before.input[1]) if before.op_type == "ReduceSum" and len(before.input) > 1 else None
-        )
-        divisor = values.get(division.input[1])
-        shape = shapes.get(before.input[0], ())
-        if axes is None or divisor is None or not shape:
+        if before.op_type != "ReduceSum" or before.input[0] not in shapes:
             return None
-        terms = np.prod([shape[axis] for axis in axes.ravel()])
-        if divisor.size != 1 or terms == 0 or divisor != terms:
+        axes, divisor = (values.get(node.input[-1]) for node in (before, division))
+        if axes is None or divisor is None or divisor.size != 1:
+            return None
+        terms = math.prod(shapes[before.input[0]][axis] for axis in axes.ravel())
+        if terms == 0 or divisor.item() != terms:
             return None
         return helper.make_node("ReduceMean", before.input, division.output, **graph.attributes(before))
 

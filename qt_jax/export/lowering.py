@@ -86,11 +86,11 @@ def _check_signature(apply_fn: Callable, variables: Mapping[str, Any], input_sha
 
 
 def _convert(function: Callable, inputs: Sequence[Any], **options: Any) -> onnx.ModelProto:
-    """jax2onnx, with its traces and its log kept apart from the caller's, and its errors made readable."""
-    from jax2onnx import to_onnx  # importing it costs seconds: pay only when exporting
-
+    """jax2onnx, with its patches, its traces and its log kept to itself, and its errors made readable."""
     relaxed = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with _quiet_logging(), _inside_jax2onnx(True), relaxed[0], relaxed[1]:
+    with _functions_restored(), _quiet_logging(), _inside_jax2onnx(True), relaxed[0], relaxed[1]:
+        from jax2onnx import to_onnx  # importing it costs seconds: pay only when exporting
+
         try:
             return to_onnx(function, inputs, **options)
         except InvalidInput:
@@ -100,6 +100,20 @@ def _convert(function: Callable, inputs: Sequence[Any], **options: Any) -> onnx.
                 f"jax2onnx cannot lower this model: {type(error).__name__}: {error}. "
                 "Write the step it names with layers and functions of flax.linen."
             ) from error
+
+
+@contextmanager
+def _functions_restored() -> Iterator[None]:
+    """Undo what jax2onnx replaces for good: its import leaves a `jnp.cumsum` without positional axis."""
+    layers = [value for value in vars(nn).values() if isinstance(value, type)]
+    before = [(owner, dict(vars(owner))) for owner in (jnp, jax.lax, jax.nn, nn, *layers)]
+    try:
+        yield
+    finally:
+        for owner, held in before:
+            for name, value in held.items():
+                if vars(owner).get(name) is not value:
+                    setattr(owner, name, value)
 
 
 @contextmanager

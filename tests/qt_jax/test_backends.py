@@ -147,7 +147,7 @@ def test_dynamic_logits_of_an_image_do_not_depend_on_its_neighbours():
 
 def test_every_scheme_keeps_its_promise_of_fidelity():
     records = evaluate(
-        MODEL, CALIBRATION, IMAGES, LABELS, identity={"method": "float", "seed": 3, "run": "r"}
+        MODEL, CALIBRATION, (IMAGES, LABELS), identity={"method": "float", "seed": 3, "run": "r"}
     )
     assert [record["scheme"] for record in records] == list(SCHEMES)
     assert {record["status"] for record in records} == {"ok"}
@@ -213,7 +213,9 @@ def test_failures_become_records_and_the_others_go_on(monkeypatch):
     for backend in (FakeVendor(), AbsentVendor()):
         monkeypatch.setitem(BACKENDS, backend.name, backend)
     seen = []
-    records = evaluate(MODEL, CALIBRATION, IMAGES, LABELS, backends=["absent", "fake"], on_record=seen.append)
+    records = evaluate(
+        MODEL, CALIBRATION, (IMAGES, LABELS), backends=["absent", "fake"], on_record=seen.append
+    )
     assert seen == records
     outcome = {
         (record["backend"], record["scheme"]): (record["status"], record["reason"]) for record in records
@@ -234,7 +236,7 @@ def test_only_the_chosen_schemes_run_after_the_reference(tmp_path):
     assert select("all") == list(BACKENDS.values())
     onnx.save(MODEL, tmp_path / "m.onnx")
     records = evaluate(
-        tmp_path / "m.onnx", CALIBRATION, IMAGES, LABELS, schemes=["int8-dynamic"], backends="onnxruntime"
+        tmp_path / "m.onnx", CALIBRATION, (IMAGES, LABELS), schemes=["int8-dynamic"], backends="onnxruntime"
     )
     assert [record["scheme"] for record in records] == ["fp32", "int8-dynamic"]
 
@@ -273,12 +275,12 @@ def nan_weights():
         ({"model": two_inputs()}, "exactly one input"),
         ({"model": unrunnable()}, "cannot run the float model"),
         ({"model": nan_weights()}, "no reference to compare with: logits of 101 of 101"),
-        ({"test_images": IMAGES.transpose(0, 2, 3, 1)}, "channels-first"),
-        ({"test_images": IMAGES.astype(np.float64)}, "float64"),
+        ({"test_set": (IMAGES.transpose(0, 2, 3, 1), LABELS)}, "channels-first"),
+        ({"test_set": (IMAGES.astype(np.float64), LABELS)}, "float64"),
         ({"calibration": CALIBRATION[0]}, "calibration is float32"),
-        ({"test_labels": LABELS[:5]}, "one integer an image"),
-        ({"test_images": IMAGES[:0], "test_labels": LABELS[:0]}, "at least one image"),
-        ({"test_labels": LABELS + 50}, "label"),
+        ({"test_set": (IMAGES, LABELS[:5])}, "one integer an image"),
+        ({"test_set": (IMAGES[:0], LABELS[:0])}, "at least one image"),
+        ({"test_set": (IMAGES, LABELS + 50)}, "label"),
     ],
 )
 def test_input_the_user_can_mend(change, message, tmp_path):
@@ -287,13 +289,12 @@ def test_input_the_user_can_mend(change, message, tmp_path):
     arguments = {
         "model": MODEL,
         "calibration": CALIBRATION,
-        "test_images": IMAGES,
-        "test_labels": LABELS,
+        "test_set": (IMAGES, LABELS),
     } | change
     with pytest.raises(InvalidInput, match=message):
         evaluate(**arguments)
 
 
 def test_static_quantization_without_calibration_images_says_so():
-    record = evaluate(MODEL, CALIBRATION[:0], IMAGES, LABELS, schemes=["int8-pt-minmax"])[-1]
+    record = evaluate(MODEL, CALIBRATION[:0], (IMAGES, LABELS), schemes=["int8-pt-minmax"])[-1]
     assert record["status"] == "crashed" and "needs calibration images" in record["reason"]
