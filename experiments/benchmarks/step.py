@@ -15,14 +15,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from rich.console import Console
 from rich.progress import Progress
@@ -31,7 +31,7 @@ from rich.table import Table
 import qt_jax as qt
 from experiments import models
 from experiments.configs.cifar import Config, float_twin, lambda_schedule
-from experiments.training.state import create_state, optimizer
+from experiments.training.state import TrainState, create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_train_step
 from qt_jax.reporting import records
 from qt_jax.reporting.provenance import provenance
@@ -64,10 +64,11 @@ class Options:
 
 
 class Variant(NamedTuple):
-    """One way to train: `advance(state) -> state` takes a step; `state` is the one before the first."""
+    """One way to train: `advance(state) -> state` takes a step; `prepare` comes before it, off the clock."""
 
-    advance: Callable[[Any], Any]
-    state: Any
+    advance: Callable[[TrainState], TrainState]
+    state: TrainState
+    prepare: Callable[[TrainState], TrainState] = lambda state: state
 
 
 def trained(options: Options) -> Config:
@@ -88,7 +89,8 @@ def build(options: Options) -> tuple[dict[str, Variant], dict[str, str]]:
         jnp.asarray(random.integers(0, CLASSES, n, np.int32)),
     )
 
-    def stepper(config: Config, model: nn.Module) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    def stepper(config: Config, model: nn.Module):
+        """The step of a config, and what makes its first state."""
         tx = optimizer(config, total)
         lam = lambda_schedule(config, total)
         run = make_train_step(config, model, tx, lam, (0.5,) * 3, (0.25,) * 3, CLASSES)
@@ -105,17 +107,11 @@ def build(options: Options) -> tuple[dict[str, Variant], dict[str, str]]:
     unpruned, unpruned_state = stepper(dataclasses.replace(full, reverse_pruning=None), model)
     pruned, pruned_state = stepper(full, model)
 
-    def counted(count: int) -> Callable[[Any], Any]:
-        """`pruned` with the optimizer's counters held at `count`: 0 is due for a pull, 1 is not."""
-        return lambda state: pruned(
-            state.replace(opt_state=optax.tree_utils.tree_set(state.opt_state, count=jnp.int32(count)))
-        )
-
     variants = {
         FP32: Variant(plain, plain_state()),
         QUANT_TRIM: Variant(unpruned, unpruned_state()),
-        PRUNED: Variant(counted(1), pruned_state()),
-        PULL: Variant(counted(0), pruned_state()),
+        PRUNED: Variant(pruned, pruned_state(), partial(with_pruning_count, count=1)),
+        PULL: Variant(pruned, pruned_state(), partial(with_pruning_count, count=0)),
     }
     try:
         quantized = qwix_model(model)
@@ -123,6 +119,12 @@ def build(options: Options) -> tuple[dict[str, Variant], dict[str, str]]:
         return variants, {QWIX: f"qwix cannot be imported: {error}"}
     qat, qat_state = stepper(float_twin(full), quantized)
     return variants | {QWIX: Variant(qat, qat_state())}, {}
+
+
+def with_pruning_count(state: TrainState, count: int) -> TrainState:
+    """The state with reverse pruning's counter, last in the optimizer's chain, at `count`; 0 is due."""
+    *others, pruning = state.opt_state
+    return state.replace(opt_state=(*others, pruning._replace(count=jnp.int32(count))))
 
 
 def qwix_model(model: nn.Module) -> nn.Module:
@@ -145,8 +147,9 @@ def measure(variants: dict[str, Variant], repeats: int, progress: Progress) -> d
     for turn in range(WARM_UP + repeats):
         for name, variant in variants.items():
             progress.update(task, description=f"{'warm-up' if turn < WARM_UP else 'timing'}: {name}")
+            state = jax.block_until_ready(variant.prepare(states[name]))
             start = time.perf_counter()
-            states[name] = jax.block_until_ready(variant.advance(states[name]))
+            states[name] = jax.block_until_ready(variant.advance(state))
             milliseconds = 1e3 * (time.perf_counter() - start)
             if turn >= WARM_UP:
                 times[name].append(milliseconds)
