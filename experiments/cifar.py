@@ -35,11 +35,13 @@ ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    console = Console()
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     try:
         run(parse(arguments), console)
     except qt.InvalidInput as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(
+            f"error: {error}", style="bold red"
+        )
         return 2
     return 0
 
@@ -122,9 +124,7 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         if record["scheme"] in schemes:
             records.append(path, record)
             shown = "-" if record["top1"] is None else f"{100 * record['top1']:.2f} %"
-            console.print(
-                f"{method} {record['scheme']}: {shown} ({record['seconds']:.0f} s)", highlight=False
-            )
+            console.print(f"{method} {record['scheme']}: {shown} ({record['seconds']:.0f} s)")
 
     test = slice(config.test_limit)
     qt.evaluate(
@@ -165,7 +165,7 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
     scratch = directory / "summary.partial.png"
     summary_figure(rows, (steps, lam), weights, scratch, history)
     os.replace(scratch, directory / "summary.png")
-    console.print(accuracy_table(rows))
+    console.print(accuracy_table(rows), soft_wrap=False)
     console.print(
         f"{directory}/summary.md, summary.png, records.jsonl, {', '.join(ONNX_NAMES[m] for m in trained)}"
     )

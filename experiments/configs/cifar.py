@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -16,6 +18,16 @@ Preset = Literal["auto", "cpu", "gpu", "smoke"]
 
 FREE_TO_CHANGE = {"compare", "data_dir", "out", "preset", "steps_per_dispatch"}
 """Fields in which a relaunch may differ: they do not touch the numbers."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("epochs", "batch_size", "steps_per_dispatch", "reverse_pruning_every"), (1, math.inf)),
+    **dict.fromkeys(("train_limit", "test_limit", "calibration_size"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay"), (0, sys.float_info.max)),
+    **dict.fromkeys(("momentum", "label_smoothing", "ema", "reverse_pruning_start"), (0, 1)),
+    **dict.fromkeys(("bits", "activation_bits"), (2, 16)),
+}
+"""The least and the largest value of numeric fields; None, where a field takes it, is always allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +42,9 @@ class Config:
     quartic-only, linear, cosine: one ramp; step: a jump; constant: one throughout (plain QAT);
     none: no fake quantization."""
     preset: Preset = "auto"
-    """Defaults for everything below. auto: gpu where jax sees an accelerator, else cpu; smoke: every stage
-    on a scrap of the data, in a minute or two."""
+    """Defaults for everything below; `--preset gpu --help` shows gpu's.
+    auto: gpu where jax sees an accelerator, else cpu;
+    smoke: every stage on a scrap of the data, in a minute or two."""
     compare: bool = True
     """Also train the float twin: same seed and budget, no fake quantization, no reverse pruning."""
     dataset: Literal["cifar10", "cifar100", "fashion-mnist", "digits"] = "cifar10"
@@ -41,7 +54,7 @@ class Config:
     out: Path | None = None
     """Folder of the run. Default: runs/DATASET-MODEL-SCHED-SEED."""
     seed: int = 0
-    """Seeds the split, the initial parameters, the order of the images and their augmentation."""
+    """Seeds the initial parameters, the order of the images and their augmentation."""
 
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}")] = "fast"
     """Network."""
@@ -52,8 +65,8 @@ class Config:
     learning_rate: float = 0.2
     """Peak learning rate of SGD with Nesterov momentum."""
     lr_schedule: Literal["one-cycle", "cosine"] = "one-cycle"
-    """one-cycle: linear up over a fifth of training, linear down to zero; cosine: 5 % warm-up,
-    then cosine."""
+    """one-cycle: linear up over a fifth of training, linear down to zero;
+    cosine: 5 % warm-up, then cosine."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4
@@ -61,8 +74,7 @@ class Config:
     label_smoothing: float = 0.1
     """Share of the label spread over all classes."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the parameters, which is then what is evaluated and
-    exported; 0: none."""
+    """Decay of a moving average of the parameters, which is then evaluated and exported; 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters and statistics stay in float32."""
     steps_per_dispatch: int = 1
@@ -97,9 +109,11 @@ class Config:
     def __post_init__(self):
         if self.model not in MODELS:
             raise qt.InvalidInput(f"--model {self.model!r} is unknown; choose one of {', '.join(MODELS)}")
-        for name in ("epochs", "batch_size", "steps_per_dispatch", "calibration_size"):
-            if getattr(self, name) < 1:
-                raise qt.InvalidInput(f"--{name.replace('_', '-')} must be at least 1")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limits = f"at least {low}" if high >= sys.float_info.max else f"from {low} to {high}"
+                raise qt.InvalidInput(f"--{name.replace('_', '-')} must be {limits}, got {value}")
         if self.reverse_pruning is not None and not 0.0 < self.reverse_pruning <= 1.0:
             raise qt.InvalidInput("--reverse-pruning must lie in (0, 1], or be None to switch it off")
         quant_config(self)
@@ -150,8 +164,9 @@ def parse(arguments: list[str] | None = None) -> Config:
     """The config of a command line: the preset's values, overridden by the flags given.
 
     Raises:
-      InvalidInput: a value out of range.
-      SystemExit: an unknown flag or choice, after tyro has printed what it takes instead.
+      InvalidInput: an unknown preset.
+      SystemExit: an unknown flag or choice, or a value out of range (status 2), after tyro has printed what
+        it takes instead; `--help` (status 0).
     """
     preset = tyro.cli(_PresetOnly, args=arguments, return_unknown_args=True, add_help=False)[0].preset
     if preset == "auto":
@@ -188,34 +203,61 @@ def float_twin(config: Config) -> Config:
 def claim(config: Config) -> None:
     """Writes config.json into the run's folder, or checks that the folder belongs to this config.
 
+    A folder with a config.json of this program and nothing else holds no run yet and may be claimed anew.
+
     Raises:
-      InvalidInput: the folder holds a run of another config; names the fields that differ.
+      InvalidInput: the folder holds a run of another config (names the fields that differ) or something that
+        is no run, or it cannot be written to. Nothing in it has changed then.
     """
-    path = config.directory / "config.json"
-    mine = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise qt.InvalidInput(f"{path} is not JSON ({error}); choose another --out") from error
-        differ = [name for name in mine if name not in FREE_TO_CHANGE and theirs.get(name) != mine[name]]
-        if differ:
-            listing = ", ".join(f"{name} {theirs.get(name)!r} -> {mine[name]!r}" for name in differ)
-            raise qt.InvalidInput(
-                f"{config.directory} belongs to a run of another config ({listing}). Nothing was changed. "
-                "Choose another --out, or relaunch with the values that are there."
-            )
-        return
-    if config.directory.exists() and any(config.directory.iterdir()):
-        raise qt.InvalidInput(
-            f"{config.directory} is not empty and holds no config.json: it is not a run of this program. "
-            "Choose another --out."
-        )
-    config.directory.mkdir(parents=True, exist_ok=True)
+    directory, path = config.directory, config.directory / "config.json"
     scratch = path.with_suffix(".json.partial")
-    scratch.write_text(json.dumps(mine, indent=2) + "\n")
-    scratch.replace(path)
+    mine = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+    try:
+        present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+        begun = present - {path.name, scratch.name}
+        if path.name in present:
+            theirs = _read(path)
+            differ = [name for name in mine | theirs if _differ(name, mine, theirs)]
+            if not differ:
+                return
+            if begun or mine.keys() != theirs.keys():
+                listing = ", ".join(f"{name} {theirs.get(name)!r} -> {mine.get(name)!r}" for name in differ)
+                raise qt.InvalidInput(
+                    f"{directory} belongs to a run of another config ({listing}). Nothing was changed. "
+                    "Choose another --out, or relaunch with the values that are there."
+                )
+        elif begun:
+            raise qt.InvalidInput(
+                f"{directory} is not empty and holds no config.json: it is not a run of this program. "
+                "Nothing was changed. Choose another --out."
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(mine, indent=2) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        raise qt.InvalidInput(
+            f"{directory} cannot be the folder of a run ({error.strerror}: {error.filename}). "
+            "Choose another --out."
+        ) from error
 
 
-def _plain(value):
+def _differ(name: str, mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    absent = object()
+    return name not in FREE_TO_CHANGE and mine.get(name, absent) != theirs.get(name, absent)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a config.json."""
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise qt.InvalidInput(
+            f"{path} cannot be read ({error}). Nothing was changed. Restore it, or choose another --out."
+        ) from error
+    return values
+
+
+def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value

@@ -10,7 +10,7 @@ from experiments.training.state import TrainState
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """The manager of a folder of checkpoints, which keeps the newest two."""
+    """The manager of a folder of checkpoints, which keeps the newest two; a context that closes it."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 

@@ -27,7 +27,7 @@ class TrainingLog:
         self.path = directory / "metrics.jsonl"
         self.method = method
         drop_after(self.path, method, step)
-        self.writer = SummaryWriter(str(directory / "tensorboard" / method), purge_step=step)
+        self.writer = SummaryWriter(str(directory / "tensorboard" / method), purge_step=step + 1)
 
     def write(self, step: int, **values) -> None:
         """Appends one row and its scalars."""
@@ -42,7 +42,7 @@ class TrainingLog:
 
 
 def progress_bar(method: str, total: int, done: int, batch_size: int) -> tqdm:
-    """A bar that counts images and says how many a second and what time is left."""
+    """A bar that counts images and says how many a second and what time is left; none without a terminal."""
     return tqdm(
         total=total * batch_size,
         initial=done * batch_size,
@@ -51,4 +51,5 @@ def progress_bar(method: str, total: int, done: int, batch_size: int) -> tqdm:
         unit_scale=True,
         dynamic_ncols=True,
         smoothing=0.05,
+        disable=None,
     )

@@ -1,5 +1,6 @@
 """One training run, from the latest checkpoint to the last step."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import qt_jax as qt
 from experiments.configs.cifar import Config, lambda_schedule
@@ -49,18 +51,21 @@ def train(config: Config, model: nn.Module, dataset: Dataset, directory: Path, m
     tx = optimizer(config, total)
     lam = lambda_schedule(config, total)
     state = create_state(config, model, tx, train_images.shape[1:])
-    manager = checkpoints.open_checkpoints(directory / "checkpoints" / method)
-    state = checkpoints.restore_latest(manager, state) or state
-    done = int(state.step)
-    if done < total:
+    with checkpoints.open_checkpoints(directory / "checkpoints" / method) as manager:
+        state = checkpoints.restore_latest(manager, state) or state
+        done = int(state.step)
+        if done >= total:
+            return jax.tree.map(np.asarray, state.deployed)
         split = Split(jnp.asarray(train_images), jnp.asarray(train_labels))
         run = make_train_step(config, model, tx, lam, dataset.mean, dataset.std, dataset.num_classes)
         predictors = {"fp32": make_predict(config, model, dataset.mean, dataset.std, quantized=False)}
         if config.sched != "none":
             predictors["fake_quant"] = make_predict(config, model, dataset.mean, dataset.std, quantized=True)
-        log = TrainingLog(directory, method, done)
         rate = learning_rate_schedule(config, total)
-        with progress_bar(method, total, done, config.batch_size) as bar:
+        with (
+            contextlib.closing(TrainingLog(directory, method, done)) as log,
+            progress_bar(method, total, done, config.batch_size) as bar,
+        ):
             for epoch in range(done // steps_per_epoch, config.epochs):
                 started = time.perf_counter()
                 state, summary = _run_epoch(config, run, state, split, epoch, steps_per_epoch, lam, bar)
@@ -68,19 +73,19 @@ def train(config: Config, model: nn.Module, dataset: Dataset, directory: Path, m
                 for name, predict in predictors.items():
                     logits = predict(state.deployed, dataset.validation_images)
                     summary[f"validation_{name}"] = accuracy(logits, dataset.validation_labels)
-                bar.write(_epoch_line(method, epoch, config.epochs, summary, seconds))
-                checkpoints.save(manager, state)
-                log.write(
-                    int(state.step),
-                    epoch=epoch + 1,
+                row = {
+                    "epoch": epoch + 1,
                     **summary,
-                    **{"lambda": float(lam(state.step)), "learning_rate": float(rate(state.step))},
-                    seconds=seconds,
-                    images_per_second=steps_per_epoch * config.batch_size / seconds,
-                    compilations=run._cache_size(),
-                )
-        log.close()
-    manager.close()
+                    "lambda": float(lam(state.step)),
+                    "learning_rate": float(rate(state.step)),
+                    "seconds": seconds,
+                    "images_per_second": steps_per_epoch * config.batch_size / seconds,
+                    "compilations": run._cache_size(),
+                }
+                # The row first: a kill between the two has it dropped and written again, never missing.
+                log.write(int(state.step), **row)
+                checkpoints.save(manager, state)
+                bar.write(_epoch_line(method, config.epochs, row))
     return jax.tree.map(np.asarray, state.deployed)
 
 
@@ -99,21 +104,30 @@ def _run_epoch(config, run, state: TrainState, split: Split, epoch: int, steps_p
             images = max(float(totals.images), 1.0)
             loss, correct = float(totals.loss) / images, float(totals.correct) / images
             bar.set_postfix(
-                epoch=f"{epoch + 1}/{config.epochs}", loss=f"{loss:.3f}", acc=f"{correct:.3f}",
-                lam=f"{float(lam(step)):.3f}",
-            )  # fmt: skip
+                {
+                    "epoch": f"{epoch + 1}/{config.epochs}",
+                    "loss": f"{loss:.3f}",
+                    "accuracy": f"{correct:.3f}",
+                    "lambda": f"{float(lam(step)):.3f}",
+                }
+            )
             if not math.isfinite(loss):
-                raise qt.InvalidInput(
-                    f"the loss is {loss} by step {step} (epoch {epoch + 1}, lambda {float(lam(step)):.3f}). "
-                    "The last checkpoint was kept. Lower --learning-rate, or use a gentler --sched, in "
-                    "another --out."
-                )
+                raise _diverged(f"the loss is {loss}", step, epoch)
+    if not math.isfinite(optax.tree.norm(state.params)):
+        raise _diverged("a parameter is not finite", step, epoch)
     return state, {"loss": loss, "accuracy": correct}
 
 
-def _epoch_line(method: str, epoch: int, epochs: int, summary: dict[str, float], seconds: float) -> str:
-    parts = [f"{method} epoch {epoch + 1}/{epochs}", f"loss {summary['loss']:.3f}"]
-    for name, label in (("validation_fp32", "FP32"), ("validation_fake_quant", "fake-quant")):
-        if name in summary:
-            parts.append(f"validation {label} {100 * summary[name]:.2f} %")
-    return "  ".join([*parts, f"{seconds:.0f} s"])
+def _diverged(symptom: str, step: int, epoch: int) -> qt.InvalidInput:
+    return qt.InvalidInput(
+        f"training diverged: {symptom} by step {step}, in epoch {epoch + 1}. The checkpoints of the epochs "
+        "before were kept. Lower --learning-rate, or use a gentler --sched, in another --out."
+    )
+
+
+def _epoch_line(method: str, epochs: int, row: dict[str, float]) -> str:
+    parts = [f"{method} epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.3f}"]
+    parts += [f"lambda {row['lambda']:.3f}", f"validation FP32 {100 * row['validation_fp32']:.2f} %"]
+    if "validation_fake_quant" in row:
+        parts.append(f"fake-quant {100 * row['validation_fake_quant']:.2f} %")
+    return "  ".join([*parts, f"{row['images_per_second']:,.0f} images/s"])

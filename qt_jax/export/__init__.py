@@ -93,15 +93,8 @@ def to_onnx(
     >>> verify(model, Net().apply, variables, images)["parameters"]
     162
     """
-    model = lower(
-        apply_fn,
-        variables,
-        input_shape,
-        opset=opset,
-        dynamic_batch=dynamic_batch,
-        input_name=input_name,
-        output_name=output_name,
-    )
+    names = {"input_name": input_name, "output_name": output_name}
+    model = lower(apply_fn, variables, input_shape, opset=opset, dynamic_batch=dynamic_batch, **names)
     for improve in PASSES:
         model = improve(model)
     refuse_unsupported(model)

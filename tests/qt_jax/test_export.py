@@ -1,6 +1,5 @@
 """to_onnx on whole networks: the form of the graph, its names, and its logits."""
 
-import doctest
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,8 +12,6 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-import qt_jax.export
-import qt_jax.export.graph
 from experiments.models.fast_resnet import FastResNet
 from experiments.models.resnet import ResNet
 from qt_jax.errors import InvalidInput
@@ -232,8 +229,3 @@ def test_interface_names_and_fixed_batch():
     verify(model, Net().apply, variables, IMAGES, batch_sizes=(1,))
     with pytest.raises(InvalidInput, match="onnxruntime: batch size 7"):
         verify(model, Net().apply, variables, IMAGES)
-
-
-@pytest.mark.parametrize("module", [qt_jax.export, qt_jax.export.graph])
-def test_examples(module):
-    assert doctest.testmod(module).failed == 0

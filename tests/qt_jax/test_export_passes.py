@@ -172,6 +172,20 @@ def test_sum_over_count_is_a_mean(divisor, expected):
     check_equal(model, folded, normal(2, 5, 6, 4))
 
 
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [("Relu", "input", "x", {}), ("Div", "x count", "output", {})],
+        [("ReduceSum", "input", "x", {}), ("Div", "x count", "output", {})],
+        [("ReduceSum", "input axes", "x", {}), ("Div", "x vector", "output", {})],
+    ],
+)
+def test_other_divisions_stay(nodes):
+    constants = {"axes": np.array([1]), "count": np.float32(6), "vector": np.full(6, 6, np.float32)}
+    model = build(nodes, constants, [3, 6])
+    assert operators(folding.fold_mean(model)) == operators(model)
+
+
 def test_layout_is_carried_and_written_once_where_it_must():
     constants = {"channel": normal(4), "axes": np.array([3])}
     nodes = [
