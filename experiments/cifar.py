@@ -141,6 +141,11 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
     """The table in the terminal, summary.md and summary.png, from records.jsonl and metrics.jsonl."""
     rows = records.read(directory / "records.jsonl")
     metrics = records.read(directory / "metrics.jsonl")
+    if missing := trained.keys() - {row["method"] for row in metrics}:
+        raise qt.InvalidInput(
+            f"{directory}/metrics.jsonl has no epoch of {' and '.join(sorted(missing))}, although training "
+            "is complete. Restore the file, or choose another --out."
+        )
     write(directory / "summary.md", summary(config, rows, metrics))
     history = [
         {

@@ -43,8 +43,24 @@ def _lattice(shape: Sequence[int], size: int) -> list[np.ndarray]:
     ]
 
 
+def _replicated(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """The sharding that puts a sample of `x` on every device of its mesh, if its axes there are Explicit."""
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
+        return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """`x`, on every device."""
+    sharding = _replicated(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
 def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
     """A deterministic sub-sample, fair to every channel and position whatever the shape.
+
+    Of an array that is sharded over a mesh, only the sample is sent between devices.
 
     Args:
       x: array of any shape.
@@ -64,18 +80,35 @@ def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
     """
     if size < 1:
         raise InvalidInput(f"sample size must be at least 1, got {size}")
+    x = jnp.asarray(x)
     if axis is None:
         if x.size <= size:
-            return x.reshape(-1)
-        return x[tuple(_lattice(x.shape, size))]
+            return _whole(x).reshape(-1)
+        return x.at[tuple(_lattice(x.shape, size))].get(out_sharding=_replicated(x))
     if not -x.ndim <= axis < x.ndim:
         raise InvalidInput(f"channel axis {axis} is out of range for an array of shape {x.shape}")
     channels = jnp.moveaxis(x, axis, 0)
     elements = math.prod(channels.shape[1:])
     wanted = max(size // channels.shape[0], PER_CHANNEL_MINIMUM)
     if elements <= wanted:
-        return channels.reshape(channels.shape[0], elements)
-    return channels[(slice(None), *_lattice(channels.shape[1:], wanted))]
+        return _whole(channels).reshape(channels.shape[0], elements)
+    index = (slice(None), *_lattice(channels.shape[1:], wanted))
+    return channels.at[index].get(out_sharding=_replicated(channels))
+
+
+def _sort(x: jax.Array) -> jax.Array:
+    """float32 in ascending order along the last axis, NaN at the end of its sign.
+
+    The bits of a float, read as an integer, are in its order once those of the negative are mirrored. XLA's
+    CPU backend sorts 4096 integers in 0.16 ms and floats in 0.6: with two sites for each of ResNet-20's 21
+    layers that is 3 % of its training step.
+    """
+
+    def mirror(bits: jax.Array) -> jax.Array:
+        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+    bits = mirror(jax.lax.bitcast_convert_type(x, jnp.int32))
+    return jax.lax.bitcast_convert_type(mirror(jax.lax.sort(bits, is_stable=False)), jnp.float32)
 
 
 def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
@@ -90,7 +123,7 @@ def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
     >>> [float(v) for v in quantiles(jnp.arange(5.0), (0.0, 0.5, 0.875))]
     [0.0, 2.0, 3.5]
     """
-    ordered = jnp.sort(sample.astype(jnp.float32), axis=-1)
+    ordered = _sort(sample.astype(jnp.float32))
     last = ordered.shape[-1] - 1
     found = []
     for level in levels:

@@ -1,7 +1,7 @@
 """`python -m experiments.benchmarks.step`: what one training step costs, plain, with Quant-Trim, with Qwix.
 
-The measured step is the trainer's own (`experiments.training.step`): augmentation, forward, backward, SGD with
-Nesterov momentum, statistics; one compiled function with donated state, on random images of CIFAR's shape.
+The measured step is the trainer's own (`experiments.training.step`): augmentation, forward, backward, SGD
+with Nesterov momentum, statistics; one compiled function with donated state, on random CIFAR-shaped images.
 The variants take turns, A B C D E A B C D E ..., so that a disturbance of the machine strikes all of them.
 
 Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its defaults: symmetric absmax
@@ -46,7 +46,7 @@ FP32, QUANT_TRIM, PRUNED, PULL, QWIX = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Time one training step: plain, with Quant-Trim (with and without reverse pruning), and with Qwix QAT."""
+    """Time one training step: plain, with Quant-Trim (without and with reverse pruning), with Qwix QAT."""
 
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS) + "}")] = "resnet20"
     """Network."""
@@ -56,11 +56,6 @@ class Options:
     """Rounds counted, after 3 rounds of warm-up."""
     out: Path | None = None
     """JSON-lines file to which one record for each variant is appended."""
-
-    def __post_init__(self):
-        if self.repeats < 1:
-            raise qt.InvalidInput(f"--repeats must be at least 1, got {self.repeats}")
-        trained(self)
 
 
 class Variant(NamedTuple):
@@ -80,6 +75,7 @@ def trained(options: Options) -> Config:
 
 def build(options: Options) -> tuple[dict[str, Variant], dict[str, str]]:
     """The variants in the order in which they take turns, and why any that is missing is missing."""
+    full = trained(options)
     total = WARM_UP + options.repeats
     model = models.create(options.model, CLASSES)
     random = np.random.default_rng(0)
@@ -102,7 +98,6 @@ def build(options: Options) -> tuple[dict[str, Variant], dict[str, str]]:
 
         return advance, lambda: create_state(config, model, tx, IMAGE_SHAPE)
 
-    full = trained(options)
     plain, plain_state = stepper(float_twin(full), model)
     unpruned, unpruned_state = stepper(dataclasses.replace(full, reverse_pruning=None), model)
     pruned, pruned_state = stepper(full, model)
@@ -246,7 +241,13 @@ def table(options: Options, rows: list[records.Record]) -> Table:
 
 
 def run(options: Options, console: Console) -> list[records.Record]:
-    """Measures, prints the table, appends the records."""
+    """Measures, prints the table, appends the records.
+
+    Raises:
+      InvalidInput: an unknown model, or a count below 1.
+    """
+    if options.repeats < 1:
+        raise qt.InvalidInput(f"--repeats must be at least 1, got {options.repeats}")
     variants, missing = build(options)
     with Progress(console=console, transient=True) as progress:
         times = measure(variants, options.repeats, progress)

@@ -17,14 +17,16 @@ Schedule = Literal["quartic", "quartic-only", "linear", "cosine", "step", "const
 Preset = Literal["auto", "cpu", "gpu", "smoke"]
 
 FREE_TO_CHANGE = {"compare", "data_dir", "out", "preset", "steps_per_dispatch"}
-"""Fields in which a relaunch may differ: they do not touch the numbers."""
+"""Fields in which a relaunch may differ: they do not touch the numbers, save for rounding."""
 
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     **dict.fromkeys(("epochs", "batch_size", "steps_per_dispatch", "reverse_pruning_every"), (1, math.inf)),
     **dict.fromkeys(("train_limit", "test_limit", "calibration_size"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "weight_decay"), (0, sys.float_info.max)),
-    **dict.fromkeys(("momentum", "label_smoothing", "ema", "reverse_pruning_start"), (0, 1)),
+    **dict.fromkeys(("momentum", "label_smoothing", "ema"), (0, 1)),
+    **dict.fromkeys(("range_momentum", "reverse_pruning_start"), (0, 1)),
+    **dict.fromkeys(("weight_quantile", "activation_quantile"), (0.5, 1)),
     **dict.fromkeys(("bits", "activation_bits"), (2, 16)),
 }
 """The least and the largest value of numeric fields; None, where a field takes it, is always allowed."""
@@ -210,6 +212,11 @@ def claim(config: Config) -> None:
         is no run, or it cannot be written to. Nothing in it has changed then.
     """
     directory, path = config.directory, config.directory / "config.json"
+    if set("[\\") & set(str(directory.absolute())):
+        raise qt.InvalidInput(
+            f"{directory.absolute()} contains [ or \\, which orbax takes for a pattern: checkpoints there "
+            "could not be read back. Choose another --out."
+        )
     scratch = path.with_suffix(".json.partial")
     mine = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
     try:
@@ -217,14 +224,13 @@ def claim(config: Config) -> None:
         begun = present - {path.name, scratch.name}
         if path.name in present:
             theirs = _read(path)
-            differ = [name for name in mine | theirs if _differ(name, mine, theirs)]
+            differ = _differences(theirs, mine)
             if not differ:
                 return
             if begun or mine.keys() != theirs.keys():
-                listing = ", ".join(f"{name} {theirs.get(name)!r} -> {mine.get(name)!r}" for name in differ)
                 raise qt.InvalidInput(
-                    f"{directory} belongs to a run of another config ({listing}). Nothing was changed. "
-                    "Choose another --out, or relaunch with the values that are there."
+                    f"{directory} belongs to a run of another config ({', '.join(differ)}). Nothing was "
+                    "changed. Choose another --out, or relaunch with the values that are there."
                 )
         elif begun:
             raise qt.InvalidInput(
@@ -241,9 +247,11 @@ def claim(config: Config) -> None:
         ) from error
 
 
-def _differ(name: str, mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    absent = object()
-    return name not in FREE_TO_CHANGE and mine.get(name, absent) != theirs.get(name, absent)
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The fields that may not differ, but do, each with both values."""
+    names = [name for name in new | old if name not in FREE_TO_CHANGE]
+    pairs = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in names}
+    return [f"{name} {there!r} -> {here!r}" for name, (there, here) in pairs.items() if there != here]
 
 
 def _read(path: Path) -> dict[str, Any]:

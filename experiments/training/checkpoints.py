@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 import qt_jax as qt
@@ -24,7 +26,7 @@ def restore_latest(manager: ocp.CheckpointManager, template: TrainState) -> Trai
     """The newest state, or None if there is none yet.
 
     Raises:
-      InvalidInput: the checkpoint does not have the arrays of `template` (another model or config).
+      InvalidInput: the checkpoint is damaged, or has other arrays than `template` (another model or config).
     """
     step = manager.latest_step()
     if step is None:
@@ -33,8 +35,11 @@ def restore_latest(manager: ocp.CheckpointManager, template: TrainState) -> Trai
     try:
         state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
     except (ValueError, KeyError, TypeError) as error:
+        symptom = " ".join(str(error).splitlines()[:2]).split(". ")[0][:200].rstrip(":. ")
         raise qt.InvalidInput(
-            f"the checkpoint {manager.directory}/{step} is not of this model and config: "
-            f"{str(error).splitlines()[0][:300]}. Choose another --out, or move that folder away."
+            f"the checkpoint {manager.directory}/{step} is damaged, or of another model or config: "
+            f"{symptom}. Nothing was changed. Choose another --out, or move that checkpoint away to go on "
+            "without it."
         ) from error
-    return state
+    # Orbax commits arrays to their device, which a fresh state is not: the step would be compiled twice.
+    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)

@@ -39,7 +39,8 @@ def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
     """The learning rate by step."""
     if config.lr_schedule == "cosine":
         warmup = max(1, total_steps // 20)
-        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total_steps)
+        end = max(total_steps, warmup + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, end)
     peak = max(1, total_steps // 5)
     up = optax.linear_schedule(0.1 * config.learning_rate, config.learning_rate, peak)
     down = optax.linear_schedule(config.learning_rate, 0.0, max(1, total_steps - peak))

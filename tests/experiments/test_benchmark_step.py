@@ -1,0 +1,157 @@
+"""The benchmark of a training step: which variants it times, what it computes from times, what it records."""
+
+import io
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments import models
+from experiments.benchmarks import step
+from qt_jax.reporting import records
+
+
+class Tiny(nn.Module):
+    """One convolution, one norm, one head."""
+
+    num_classes: int = 10
+    dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(4, (3, 3), (4, 4), use_bias=False, name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+        return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.fixture
+def qwix():
+    """Qwix relies on implicit promotion, which the other tests forbid."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield pytest.importorskip("qwix")
+
+
+qwix_warns = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
+"""Of an alias that flax has deprecated and Qwix looks up."""
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "tiny", Tiny)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_summary_in_closed_form():
+    times = {
+        step.FP32: [10.0, 20.0, 40.0],
+        step.QUANT_TRIM: [20.0, 24.0, 44.0],
+        step.PRUNED: [22.0, 11.0, 44.0],
+        step.PULL: [70.0, 72.0, 71.0],
+        step.QWIX: [15.0, 30.0, 80.0],
+    }
+    rows = step.summarise(times, every=50)
+    assert list(rows) == [step.FP32, step.QUANT_TRIM, step.PRUNED, step.QWIX]
+    assert rows[step.FP32] == {"step_ms_p50": 20.0, "step_ms_min": 10.0, "ratio": 1.0, "ratio_paired": 1.0}
+    assert rows[step.QUANT_TRIM]["ratio"] == pytest.approx(24 / 20)
+    assert rows[step.QUANT_TRIM]["ratio_paired"] == pytest.approx(1.2)
+    assert rows[step.QWIX]["ratio_paired"] == pytest.approx(1.5)
+    pruned = rows[step.PRUNED]
+    assert pruned["step_ms_p50"] == 22.0 and pruned["pruning_step_ms_p50"] == 71.0
+    assert pruned["amortised_ms"] == pytest.approx((49 * 22 + 71) / 50)
+    assert pruned["amortised_ratio"] == pytest.approx((49 * 22 + 71) / 50 / 20)
+
+
+def test_variants_are_the_trainers_steps(tiny, monkeypatch):
+    """Statistics move with Quant-Trim only, kernels are clipped in the step that prunes only."""
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    variants, missing = step.build(step.Options(model="tiny", batch_size=4, repeats=1))
+    assert list(missing) == [step.QWIX] and "qwix" in missing[step.QWIX]
+    after = {}
+    for name, variant in variants.items():
+        after[name] = variant.advance(variant.prepare(variant.state))
+        assert int(after[name].step) == 1
+    assert set(after[step.FP32].batch_stats) == {"norm"}
+    for name in (step.QUANT_TRIM, step.PRUNED, step.PULL):
+        assert int(after[name].batch_stats["conv"]["quant_input"]["count"]) == 1
+    for a, b in zip(*(jax.tree.leaves(after[n].params) for n in (step.QUANT_TRIM, step.PRUNED)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert np.all(np.isinf(jax.tree.leaves(after[step.PRUNED].opt_state[-1].tau)))
+    tau = after[step.PULL].opt_state[-1].tau["conv"]["kernel"]
+    assert np.max(np.abs(after[step.PULL].params["conv"]["kernel"])) <= tau
+    assert tau < np.max(np.abs(after[step.PRUNED].params["conv"]["kernel"]))
+
+
+def test_each_variant_is_timed_in_turn_after_the_warm_up():
+    calls = []
+
+    def variant(name):
+        return step.Variant(lambda state: (calls.append(name), state + 1)[1], 0)
+
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        times = step.measure({"a": variant("a"), "b": variant("b")}, 4, progress)
+    assert calls == ["a", "b"] * (step.WARM_UP + 4)
+    assert {name: len(mine) for name, mine in times.items()} == {"a": 4, "b": 4}
+
+
+@qwix_warns
+def test_command_line(tiny, qwix, tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    arguments = ["--model", "tiny", "--batch-size", "4", "--repeats", "2", "--out", str(path)]
+    assert step.main(arguments) == 0
+    rows = records.read(path)
+    assert [row["variant"] for row in rows] == [step.FP32, step.QUANT_TRIM, step.PRUNED, step.QWIX]
+    for row in rows:
+        assert (row["benchmark"], row["model"], row["batch_size"], row["repeats"]) == (
+            "train_step",
+            "tiny",
+            4,
+            2,
+        )
+        assert row["status"] == "ok" and row["reason"] is None
+        assert 0 < row["step_ms_min"] <= row["step_ms_p50"] and row["ratio"] > 0
+        assert row["versions"]["jax"] == jax.__version__
+    assert rows[2]["every"] == 50 and rows[2]["amortised_ms"] > 0
+    assert "amortised over 50" in capsys.readouterr().out
+
+
+def test_a_missing_variant_is_a_row_with_its_reason():
+    options = step.Options()
+    rows = step.to_records(options, {}, {step.QWIX: "qwix cannot be imported: no module"})
+    assert [(row["variant"], row["status"], row["step_ms_p50"]) for row in rows] == [
+        (step.QWIX, "unavailable", None)
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(step.table(options, rows))
+    assert "unavailable" in console.file.getvalue() and "no module" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--model", "lenet"], "--model 'lenet' is unknown; choose one of fast"),
+    ],
+)
+def test_wrong_input_is_told(capsys, arguments, message):
+    assert step.main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@qwix_warns
+def test_qwix_leaves_the_parameters_as_they_are(tiny, qwix):
+    """The benchmark trains the same parameters; only the arithmetic differs, integer sums in the forward."""
+    model = models.create("tiny", 10)
+    x = jnp.ones((2, 32, 32, 3))
+    plain, quantized = model.init(jax.random.key(0), x), step.qwix_model(model).init(jax.random.key(0), x)
+    assert same(plain, quantized)
+    text = str(jax.make_jaxpr(lambda v: step.qwix_model(model).apply(v, x))(quantized))
+    assert "preferred_element_type=int32" in text

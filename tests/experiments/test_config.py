@@ -1,0 +1,250 @@
+"""The command line's flags, presets and ranges, and who may use a run's folder."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import qt_jax as qt
+from experiments.configs import cifar
+from experiments.configs.cifar import FREE_TO_CHANGE, PRESETS, RANGES, Config, claim, parse
+
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+
+def help_of(arguments: list[str], capsys) -> str:
+    """What `--help` prints, as one line."""
+    with pytest.raises(SystemExit) as exit:
+        parse([*arguments, "--help"])
+    assert exit.value.code == 0
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+
+
+def test_help_lists_every_field_with_its_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    text = help_of([], capsys)
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')}" in text, name
+    assert text.count("(default:") == len(FIELDS)
+    assert "python -m experiments.cifar" in text
+    for name in cifar.MODELS:
+        assert name in text
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_shows_the_defaults_of_the_preset(preset, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    text = help_of(["--preset", preset], capsys)
+    for name in ("model", "epochs", "batch_size", "dtype", "train_limit"):
+        flag, value = f"--{name.replace('_', '-')} ", getattr(PRESETS[preset], name)
+        assert re.search(rf"{flag}[^()]*\(default: {value}\)", text), name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_auto_looks_for_an_accelerator(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert parse([]) == PRESETS[backend]
+    chosen = parse(["--preset", "auto"])
+    assert dataclasses.replace(chosen, preset=backend) == PRESETS[backend]
+
+
+@pytest.mark.parametrize("preset", [["--preset", "smoke"], ["--preset=smoke"]])
+def test_flags_override_the_preset_wherever_they_stand(preset):
+    flags = ["--epochs", "7", "--bits=4", "--no-compare", "--reverse-pruning", "None"]
+    wanted = dataclasses.replace(PRESETS["smoke"], epochs=7, bits=4, compare=False, reverse_pruning=None)
+    assert parse([*preset, *flags]) == parse([*flags, *preset]) == wanted
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(qt.InvalidInput, match="'tpu' is unknown; choose auto or one of cpu, gpu, smoke"):
+        parse(["--preset", "tpu"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--sched", "cubic", "quartic-only"),
+        ("--model", "vgg", "resnet20"),
+        ("--bits", "1", "from 2 to 16, got 1"),
+        ("--bits", "17", "from 2 to 16, got 17"),
+        ("--activation-bits", "1", "from 2 to 16, got 1"),
+        ("--epochs", "-1", "at least 1, got -1"),
+        ("--batch-size", "0", "at least 1, got 0"),
+        ("--train-limit", "-5", "at least 1, got -5"),
+        ("--test-limit", "0", "at least 1, got 0"),
+        ("--learning-rate", "nan", "at least 0, got nan"),
+        ("--learning-rate", "-0.1", "at least 0, got -0.1"),
+        ("--ema", "1.5", "from 0 to 1, got 1.5"),
+        ("--seed", "-1", "from 0 to 4294967295"),
+        ("--reverse-pruning", "0", "(0, 1]"),
+        ("--reverse-pruning-start", "2", "from 0 to 1"),
+        ("--weight-quantile", "0.4", "from 0.5 to 1"),
+        ("--range-momentum", "-1", "from 0 to 1"),
+        ("--bits", "eight", "eight"),
+        ("--epoch", "3", "--epochs"),
+    ],
+)
+def test_wrong_values_end_with_status_2_and_one_message(flag, value, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit:
+        parse([flag, value, "--out", str(tmp_path / "run")])
+    assert exit.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert flag in printed.err and says in printed.err
+    assert "Traceback" not in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranges_hold_for_every_preset_and_name_fields():
+    assert set(RANGES) <= set(FIELDS)
+    assert set(FIELDS) >= FREE_TO_CHANGE
+
+
+def test_schedules_by_name():
+    total = 100
+    expected = {
+        "quartic": qt.schedules.warmup_quartic_quadratic(total),
+        "quartic-only": qt.schedules.quartic(total),
+        "linear": qt.schedules.linear(total),
+        "cosine": qt.schedules.cosine(total),
+        "step": qt.schedules.step(total),
+        "constant": lambda count: 1.0,
+        "none": lambda count: 0.0,
+    }
+    for name, schedule in expected.items():
+        mine = cifar.lambda_schedule(Config(sched=name), total)
+        for count in (0, 33, 60, 77, 100):
+            assert float(mine(count)) == float(schedule(count)), name
+
+
+def test_quantization_follows_the_flags():
+    config = cifar.quant_config(
+        Config(bits=4, activation_bits=6, per_channel=True, weight_quantile=0.99, range_momentum=0.9)
+    )
+    assert (config.weights.bits, config.weights.axis, config.weights.quantile) == (4, -1, 0.99)
+    assert (config.activations.bits, config.activations.symmetric) == (6, False)
+    assert config.momentum == 0.9
+
+
+def test_float_twin_differs_in_the_method_alone():
+    config = Config(seed=3, epochs=5)
+    twin = cifar.float_twin(config)
+    assert (twin.sched, twin.reverse_pruning) == ("none", None)
+    assert dataclasses.replace(twin, sched=config.sched, reverse_pruning=config.reverse_pruning) == config
+    assert cifar.float_twin(twin) == twin
+
+
+def test_default_folder_names_the_run():
+    assert Config(seed=4).directory == Path("runs/cifar10-fast-quartic-4")
+    assert Config(out=Path("here")).directory == Path("here")
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(out=tmp_path / "parent" / "run", data_dir=tmp_path)
+
+
+def begin(config: Config) -> None:
+    """Claims the folder and leaves something of a run in it."""
+    claim(config)
+    (config.directory / "metrics.jsonl").write_text("{}\n")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_claim_writes_the_config_once(config):
+    claim(config)
+    written = json.loads((config.directory / "config.json").read_text())
+    assert written.keys() == set(FIELDS)
+    assert (written["out"], written["epochs"]) == (str(config.out), config.epochs)
+    before = (config.directory / "config.json").stat().st_mtime_ns
+    claim(config)
+    assert (config.directory / "config.json").stat().st_mtime_ns == before
+    assert [path.name for path in config.directory.iterdir()] == ["config.json"]
+
+
+def test_folder_of_another_config_names_what_differs(config):
+    begin(config)
+    before = contents(config.directory)
+    with pytest.raises(qt.InvalidInput) as error:
+        claim(dataclasses.replace(config, epochs=11, sched="linear", compare=False))
+    message = str(error.value)
+    assert str(config.directory) in message and "another --out" in message
+    assert "(sched 'quartic' -> 'linear', epochs 10 -> 11)" in message
+    assert contents(config.directory) == before
+
+
+def test_relaunch_may_change_what_does_not_touch_the_numbers(config):
+    begin(config)
+    before = contents(config.directory)
+    claim(dataclasses.replace(config, compare=False, data_dir=None, preset="cpu", steps_per_dispatch=10))
+    assert contents(config.directory) == before
+
+
+def test_config_of_another_version_is_another_config(config):
+    begin(config)
+    path = config.directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dropout": None}))
+    with pytest.raises(qt.InvalidInput, match="dropout None -> 'absent'"):
+        claim(config)
+
+
+def test_folder_in_which_nothing_was_begun_may_be_claimed_anew(config):
+    claim(config)
+    corrected = dataclasses.replace(config, batch_size=64)
+    claim(corrected)
+    assert json.loads((config.directory / "config.json").read_text())["batch_size"] == 64
+
+
+@pytest.mark.parametrize("text", ["", '{"sched": "qua'])
+def test_kill_during_the_claim_does_no_harm(config, text):
+    config.directory.mkdir(parents=True)
+    (config.directory / "config.json.partial").write_text(text)
+    claim(config)
+    assert [path.name for path in config.directory.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("content", [b"", b'{"sched": "qua', b"[1]", b"null", b"\xff\xfe"])
+def test_damaged_config_is_refused_and_left(config, content, begun):
+    begin(config)
+    if not begun:
+        (config.directory / "metrics.jsonl").unlink()
+    (config.directory / "config.json").write_bytes(content)
+    before = contents(config.directory)
+    with pytest.raises(qt.InvalidInput, match=r"config\.json cannot be read .* another --out"):
+        claim(config)
+    assert contents(config.directory) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".hidden", "config.json"])
+def test_folder_of_something_else_is_refused_and_left(config, name):
+    config.directory.mkdir(parents=True)
+    (config.directory / name).write_text('{"architectures": ["other"]}')
+    before = contents(config.directory)
+    with pytest.raises(qt.InvalidInput, match="another --out"):
+        claim(config)
+    assert contents(config.directory) == before
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b"])
+def test_names_that_orbax_cannot_read_back_are_refused(tmp_path, name):
+    with pytest.raises(qt.InvalidInput, match=r"orbax takes for a pattern.* another --out"):
+        claim(Config(out=tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_that_is_no_folder_is_refused_and_left(config):
+    config.directory.parent.mkdir()
+    config.directory.write_text("a file")
+    with pytest.raises(qt.InvalidInput, match=r"run cannot be the folder of a run .* another --out"):
+        claim(config)
+    with pytest.raises(qt.InvalidInput, match="Not a directory"):
+        claim(dataclasses.replace(config, out=config.directory / "below"))
+    assert config.directory.read_text() == "a file"
