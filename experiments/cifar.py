@@ -19,7 +19,8 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments import models
-from experiments.configs.cifar import Config, claim, float_twin, lambda_schedule, parse
+from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, lambda_schedule, parse
+from experiments.configs.run_folder import claim
 from experiments.data import Dataset, load
 from experiments.data.augment import normalize
 from experiments.training.loop import train
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(config: Config, console: Console) -> None:
     """All stages of one run."""
     directory = config.directory
-    claim(config)
+    claim(directory, config, FREE_TO_CHANGE)
     dataset = load(config.dataset, config.data_dir, seed=0)
     console.print(
         f"{config.dataset}: {len(dataset.train_labels):,} training, {len(dataset.validation_labels):,} "

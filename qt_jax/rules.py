@@ -128,8 +128,8 @@ def check_rules_used(config: QuantConfig, paths: Iterable[str]) -> None:
         if shadowed:
             first = config.rules[config.sites(shadowed[0]).rule].path
             raise InvalidInput(
-                f"rule {rule.path!r} is never used: an earlier rule, {first!r}, takes {shadowed[0]!r} before it. "
-                "The first match wins: move the more special rule up, or drop it."
+                f"rule {rule.path!r} is never used: an earlier rule, {first!r}, takes {shadowed[0]!r} before "
+                "it. The first match wins: move the more special rule up, or drop it."
             )
         near = [path for path in paths if re.search(rule.path, path)]
         near += difflib.get_close_matches(rule.path, paths, n=3, cutoff=0.4)

@@ -1,11 +1,10 @@
 """Everything `python -m experiments.cifar` can be told, and the presets it starts from."""
 
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -158,6 +157,7 @@ PRESETS: dict[str, Config] = {
         train_limit=1280,
         calibration_size=64,
         test_limit=500,
+        reverse_pruning_every=5,
     ),
 }
 
@@ -200,72 +200,3 @@ def lambda_schedule(config: Config, total_steps: int):
 def float_twin(config: Config) -> Config:
     """The same run without Quant-Trim."""
     return dataclasses.replace(config, sched="none", reverse_pruning=None)
-
-
-def claim(config: Config) -> None:
-    """Writes config.json into the run's folder, or checks that the folder belongs to this config.
-
-    A folder with a config.json of this program and nothing else holds no run yet and may be claimed anew.
-
-    Raises:
-      InvalidInput: the folder holds a run of another config (names the fields that differ) or something that
-        is no run, or it cannot be written to. Nothing in it has changed then.
-    """
-    directory, path = config.directory, config.directory / "config.json"
-    if set("[\\") & set(str(directory.absolute())):
-        raise qt.InvalidInput(
-            f"{directory.absolute()} contains [ or \\, which orbax takes for a pattern: checkpoints there "
-            "could not be read back. Choose another --out."
-        )
-    scratch = path.with_suffix(".json.partial")
-    mine = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
-    try:
-        present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-        begun = present - {path.name, scratch.name}
-        if path.name in present:
-            theirs = _read(path)
-            differ = _differences(theirs, mine)
-            if not differ:
-                return
-            if begun or mine.keys() != theirs.keys():
-                raise qt.InvalidInput(
-                    f"{directory} belongs to a run of another config ({', '.join(differ)}). Nothing was "
-                    "changed. Choose another --out, or relaunch with the values that are there."
-                )
-        elif begun:
-            raise qt.InvalidInput(
-                f"{directory} is not empty and holds no config.json: it is not a run of this program. "
-                "Nothing was changed. Choose another --out."
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(mine, indent=2) + "\n")
-        scratch.replace(path)
-    except OSError as error:
-        raise qt.InvalidInput(
-            f"{directory} cannot be the folder of a run ({error.strerror}: {error.filename}). "
-            "Choose another --out."
-        ) from error
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The fields that may not differ, but do, each with both values."""
-    names = [name for name in new | old if name not in FREE_TO_CHANGE]
-    pairs = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in names}
-    return [f"{name} {there!r} -> {here!r}" for name, (there, here) in pairs.items() if there != here]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a config.json."""
-    try:
-        values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise qt.InvalidInput(
-            f"{path} cannot be read ({error}). Nothing was changed. Restore it, or choose another --out."
-        ) from error
-    return values
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value

@@ -101,7 +101,9 @@ def _load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
     try:
         return onnx.load(model)
     except Exception as error:
-        raise InvalidInput(f"{model} cannot be read as an ONNX model: {error}. Export it again.") from error
+        raise InvalidInput(
+            f"{model} cannot be read as an ONNX model: {error}. Delete it and export it again."
+        ) from error
 
 
 def _check_arrays(

@@ -52,14 +52,17 @@ def same(a, b):
 def test_summary_in_closed_form():
     times = {
         step.FP32: [10.0, 20.0, 40.0],
+        step.UNFUSED: [12.0, 16.0, 18.0],
         step.QUANT_TRIM: [20.0, 24.0, 44.0],
         step.PRUNED: [22.0, 11.0, 44.0],
         step.PULL: [70.0, 72.0, 71.0],
         step.QWIX: [15.0, 30.0, 80.0],
     }
     rows = step.summarise(times, every=50)
-    assert list(rows) == [step.FP32, step.QUANT_TRIM, step.PRUNED, step.QWIX]
-    assert rows[step.FP32] == {"step_ms_p50": 20.0, "step_ms_min": 10.0, "ratio": 1.0, "ratio_paired": 1.0}
+    assert list(rows) == [step.FP32, step.UNFUSED, step.QUANT_TRIM, step.PRUNED, step.QWIX]
+    expected = {"step_ms_p50": 20.0, "step_ms_min": 10.0, "ratio": 1.0, "ratio_paired": 1.0}
+    assert rows[step.FP32] == {**expected, "ratio_to_faster": 1.25}
+    assert rows[step.QUANT_TRIM]["ratio_to_faster"] == pytest.approx(24 / 16)
     assert rows[step.QUANT_TRIM]["ratio"] == pytest.approx(24 / 20)
     assert rows[step.QUANT_TRIM]["ratio_paired"] == pytest.approx(1.2)
     assert rows[step.QWIX]["ratio_paired"] == pytest.approx(1.5)
@@ -83,6 +86,9 @@ def test_variants_are_the_trainers_steps(tiny, monkeypatch):
         assert int(after[name].batch_stats["conv"]["quant_input"]["count"]) == 1
     for a, b in zip(*(jax.tree.leaves(after[n].params) for n in (step.QUANT_TRIM, step.PRUNED)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    plain, unfused = after[step.FP32].params, after[step.UNFUSED].params["model"]
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(unfused), strict=True):
+        assert a.shape == b.shape
     assert np.all(np.isinf(jax.tree.leaves(after[step.PRUNED].opt_state[-1].tau)))
     tau = after[step.PULL].opt_state[-1].tau["conv"]["kernel"]
     assert np.max(np.abs(after[step.PULL].params["conv"]["kernel"])) <= tau
@@ -107,7 +113,13 @@ def test_command_line(tiny, qwix, tmp_path, capsys):
     arguments = ["--model", "tiny", "--batch-size", "4", "--repeats", "2", "--out", str(path)]
     assert step.main(arguments) == 0
     rows = records.read(path)
-    assert [row["variant"] for row in rows] == [step.FP32, step.QUANT_TRIM, step.PRUNED, step.QWIX]
+    assert [row["variant"] for row in rows] == [
+        step.FP32,
+        step.UNFUSED,
+        step.QUANT_TRIM,
+        step.PRUNED,
+        step.QWIX,
+    ]
     for row in rows:
         assert (row["benchmark"], row["model"], row["batch_size"], row["repeats"]) == (
             "train_step",
@@ -155,3 +167,10 @@ def test_qwix_leaves_the_parameters_as_they_are(tiny, qwix):
     assert same(plain, quantized)
     text = str(jax.make_jaxpr(lambda v: step.qwix_model(model).apply(v, x))(quantized))
     assert "preferred_element_type=int32" in text
+
+
+def test_the_stricter_baseline_computes_the_same(tiny):
+    model, images = models.create("tiny", 10), jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    variables = model.init(jax.random.key(1), images)
+    nested = {collection: {"model": tree} for collection, tree in variables.items()}
+    np.testing.assert_array_equal(step.Unfused(model).apply(nested, images), model.apply(variables, images))

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from experiments import cifar, models
-from experiments.configs.cifar import parse
+from experiments.configs.cifar import FREE_TO_CHANGE, parse
 from experiments.models.resnet import ResNet
 from experiments.training import loop
 from qt_jax.backends import BACKENDS
@@ -230,7 +230,7 @@ def test_refusal_leaves_a_folder_that_can_still_be_used(flags, says, tmp_path, c
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     assert says in refused(folder, capsys, *flags)
-    cifar.claim(parse([*FLAGS, "--out", str(folder)]))
+    cifar.claim(folder, parse([*FLAGS, "--out", str(folder)]), FREE_TO_CHANGE)
 
 
 def test_out_that_is_a_file_is_refused(tmp_path, capsys):

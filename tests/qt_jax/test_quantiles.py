@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qt_jax as qt
 from qt_jax.quantiles import empty_range, update_range
@@ -115,3 +116,14 @@ def test_wrong_sizes_are_refused():
         qt.subsample(jnp.ones(3), 0)
     with pytest.raises(qt.InvalidInput, match="out of range"):
         qt.subsample(jnp.ones((3, 4)), 10, axis=2)
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+@pytest.mark.parametrize("shape", [(64, 16, 16, 16), (4, 4, 4, 16)])
+def test_explicit_sharding_changes_nothing(shape, axis):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        sample = jax.jit(lambda v: qt.subsample(v, 4096, axis))(sharded)
+    np.testing.assert_array_equal(sample, qt.subsample(jnp.asarray(x), 4096, axis))
