@@ -94,7 +94,7 @@ def export(
     )
 
 
-def channels_first(dataset: Dataset, images: np.ndarray) -> np.ndarray:
+def model_input(dataset: Dataset, images: np.ndarray) -> np.ndarray:
     """uint8 images as the exported graph takes them: float32, normalised, NCHW."""
     normalised = [
         np.asarray(normalize(images[i : i + 1000], dataset.mean, dataset.std))
@@ -104,11 +104,11 @@ def channels_first(dataset: Dataset, images: np.ndarray) -> np.ndarray:
 
 
 def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, console: Console) -> None:
-    """One record for each scheme that has none yet, on the test set."""
+    """One record for each backend and scheme that has none yet, on the test set."""
     path = directory / "records.jsonl"
-    done = {row["scheme"] for row in records.read(path) if row["method"] == method}
-    schemes = [scheme.name for scheme in BACKENDS["onnxruntime"].schemes if scheme.name not in done]
-    if not schemes:
+    done = {(row["backend"], row["scheme"]) for row in records.read(path) if row["method"] == method}
+    wanted = {(backend.name, scheme.name) for backend in BACKENDS.values() for scheme in backend.schemes}
+    if wanted <= done:
         return
     onnx_path = directory / ONNX_NAMES[method]
     identity = {
@@ -122,20 +122,26 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
     }
 
     def keep(record: records.Record) -> None:
-        if record["scheme"] in schemes:
+        if (record["backend"], record["scheme"]) not in done:
             records.append(path, record)
+            done.add((record["backend"], record["scheme"]))
             shown = "-" if record["top1"] is None else f"{100 * record['top1']:.2f} %"
             console.print(f"{method} {record['scheme']}: {shown} ({record['seconds']:.0f} s)")
 
     test = slice(config.test_limit)
-    qt.evaluate(
-        onnx_path,
-        channels_first(dataset, dataset.train_images[: config.calibration_size]),
-        (channels_first(dataset, dataset.test_images[test]), dataset.test_labels[test]),
-        schemes=schemes,
-        identity=identity,
-        on_record=keep,
-    )
+    calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
+    test_set = (model_input(dataset, dataset.test_images[test]), dataset.test_labels[test])
+    for backend in sorted({backend for backend, _ in wanted - done}):
+        schemes = [scheme for name, scheme in wanted - done if name == backend]
+        qt.evaluate(
+            onnx_path,
+            calibration,
+            test_set,
+            backends=[backend],
+            schemes=schemes,
+            identity=identity,
+            on_record=keep,
+        )
 
 
 def report(config: Config, trained: dict[str, Any], directory: Path, console: Console) -> None:

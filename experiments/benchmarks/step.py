@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -226,10 +227,11 @@ def table(options: Options, rows: list[records.Record]) -> Table:
     """What the terminal shows."""
     shown = Table(
         title=f"One training step: {options.model}, batch {options.batch_size}, {options.repeats} rounds, "
-        f"{jax.devices()[0].device_kind}"
+        f"{jax.devices()[0].device_kind}",
+        box=box.SIMPLE_HEAD,
     )
-    shown.add_column("variant")
-    for heading in ("median ms", "min ms", "/ fp32", "/ fp32, paired", "/ faster fp32"):
+    shown.add_column("variant", no_wrap=True)
+    for heading in ("median ms", "min ms", "/ fp32", "paired", "/ faster fp32"):
         shown.add_column(heading, justify="right")
     for row in rows:
         if row["status"] != "ok":

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +42,7 @@ class Config:
     sched: Schedule = "quartic"
     """Lambda schedule. quartic: the paper's three phases (zero, quartic, quadratic, then one);
     quartic-only, linear, cosine: one ramp; step: a jump; constant: one throughout (plain QAT);
-    none: no fake quantization."""
+    none: no fake quantization (reverse pruning stays, unless that is None too)."""
     preset: Preset = "auto"
     """Defaults for everything below; `--preset gpu --help` shows gpu's.
     auto: gpu where jax sees an accelerator, else cpu;
@@ -83,8 +84,15 @@ class Config:
     train_limit: int | None = None
     """Use only so many training images."""
 
+    warmup: float = 0.2
+    """Fraction of training before lambda leaves zero (for step: before it jumps)."""
+    ramp_end: float = 0.85
+    """Fraction of training at which lambda reaches one."""
     bits: int = 8
     """Width of the fake-quantized weights."""
+    rules: tuple[str, ...] = ()
+    """Exceptions, PATH=BITS or PATH=skip: PATH is a regular expression for the whole path of a layer, BITS
+    the width of its weights, skip leaves it in floating point. The first match wins. --rules head=skip"""
     activation_bits: int = 8
     """Width of the fake-quantized activations."""
     per_channel: bool = False
@@ -128,14 +136,29 @@ class Config:
 def quant_config(config: Config) -> qt.QuantConfig:
     """What `qt.quant_trim` is given in training."""
     return qt.QuantConfig(
-        weights=qt.QuantSpec(
-            config.bits, axis=-1 if config.per_channel else None, quantile=config.weight_quantile
-        ),
+        weights=_weights(config, config.bits),
         activations=qt.QuantSpec(
             config.activation_bits, symmetric=False, quantile=config.activation_quantile
         ),
+        rules=tuple(_rule(text, config) for text in config.rules),
         momentum=config.range_momentum,
     )
+
+
+def _rule(text: str, config: Config) -> qt.Rule:
+    """The rule that `--rules` spells as PATH=BITS or PATH=skip."""
+    path, _, what = text.rpartition("=")
+    if path and what == "skip":
+        return qt.Rule(path, skip=True)
+    if path and what.isdecimal():
+        return qt.Rule(path, weights=_weights(config, int(what)))
+    raise qt.InvalidInput(
+        f"--rules {text!r} is neither PATH=BITS nor PATH=skip, such as head=8 or stem/.*=skip"
+    )
+
+
+def _weights(config: Config, bits: int) -> qt.QuantSpec:
+    return qt.QuantSpec(bits, axis=-1 if config.per_channel else None, quantile=config.weight_quantile)
 
 
 PRESETS: dict[str, Config] = {
@@ -185,16 +208,17 @@ class _PresetOnly:
 
 def lambda_schedule(config: Config, total_steps: int):
     """count -> lambda for `config.sched`."""
+    ramp = {"warmup": config.warmup, "end": config.ramp_end}
     make = {
-        "quartic": qt.schedules.warmup_quartic_quadratic,
-        "quartic-only": qt.schedules.quartic,
-        "linear": qt.schedules.linear,
-        "cosine": qt.schedules.cosine,
-        "step": qt.schedules.step,
+        "quartic": partial(qt.schedules.warmup_quartic_quadratic, total_steps, **ramp),
+        "quartic-only": partial(qt.schedules.quartic, total_steps, **ramp),
+        "linear": partial(qt.schedules.linear, total_steps, **ramp),
+        "cosine": partial(qt.schedules.cosine, total_steps, **ramp),
+        "step": partial(qt.schedules.step, total_steps, at=config.warmup),
+        "constant": partial(qt.schedules.constant, 1.0),
+        "none": partial(qt.schedules.constant, 0.0),
     }
-    if config.sched in make:
-        return make[config.sched](total_steps)
-    return qt.schedules.constant(0.0 if config.sched == "none" else 1.0)
+    return make[config.sched]()
 
 
 def float_twin(config: Config) -> Config:

@@ -80,7 +80,7 @@ def create_state(
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables["batch_stats"],
+            batch_stats=variables.get("batch_stats", {}),
             opt_state=tx.init(params),
             average=params if config.ema else None,
         )

@@ -75,7 +75,10 @@ def make_train_step(
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, updated = forward(config, model, variables, images, lam(state.step))
-            return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (logits, updated["batch_stats"])
+            return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (
+                logits,
+                updated.get("batch_stats", {}),
+            )
 
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)

@@ -130,7 +130,7 @@ def test_command_line(tiny, qwix, tmp_path, capsys):
         assert row["status"] == "ok" and row["reason"] is None
         assert 0 < row["step_ms_min"] <= row["step_ms_p50"] and row["ratio"] > 0
         assert row["versions"]["jax"] == jax.__version__
-    assert rows[2]["every"] == 50 and rows[2]["amortised_ms"] > 0
+    assert rows[3]["every"] == 50 and rows[3]["amortised_ms"] > 0
     assert "amortised over 50" in capsys.readouterr().out
 
 

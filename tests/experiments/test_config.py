@@ -140,3 +140,26 @@ def test_float_twin_differs_in_the_method_alone():
 def test_default_folder_names_the_run():
     assert Config(seed=4).directory == Path("runs/cifar10-fast-quartic-4")
     assert Config(out=Path("here")).directory == Path("here")
+
+
+def test_rules_are_spelt_path_equals_bits_or_skip():
+    config = parse(["--rules", "head=4", "stage1/.*=skip", "--per-channel"])
+    rules = cifar.quant_config(config).rules
+    assert rules[0] == qt.Rule("head", weights=qt.QuantSpec(4, axis=-1))
+    assert rules[1] == qt.Rule("stage1/.*", skip=True)
+
+
+@pytest.mark.parametrize("text", ["head", "head=", "=8", "head=eight", "head=99", "he(ad=8"])
+def test_rules_that_make_no_sense_are_refused(text, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--rules", text])
+    assert exit.value.code == 2
+    assert "Error parsing" in capsys.readouterr().err
+
+
+def test_schedule_fractions_reach_the_schedule():
+    for sched in ("quartic", "quartic-only", "linear", "cosine", "step"):
+        lam = cifar.lambda_schedule(Config(sched=sched, warmup=0.5, ramp_end=0.9), 100)
+        assert float(lam(49)) == 0.0 and float(lam(91)) == 1.0
+    assert float(cifar.lambda_schedule(Config(sched="constant"), 100)(0)) == 1.0
+    assert float(cifar.lambda_schedule(Config(sched="none"), 100)(100)) == 0.0
