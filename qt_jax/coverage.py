@@ -5,12 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from rich.table import Table
 
 from qt_jax.fake_quant import QuantSpec
-from qt_jax.interceptor import COLLECTION, LAYERS, quant_trim
+from qt_jax.interceptor import COLLECTION, INPUT, KERNEL, LAYERS, OUTPUT, quant_trim
 from qt_jax.rules import QuantConfig, Sites
 
 
@@ -67,6 +67,7 @@ def coverage(
     >>> rows[0].layer, rows[0].weights
     ('Dense', 'int8 symmetric per-tensor')
     """
+    variables = _without_ranges(variables)
     classes: dict[str, type[nn.Module]] = {}
 
     def note_class(call, args, kwargs, context):
@@ -99,6 +100,13 @@ def coverage(
             rows.append(CoverageRow(path, layer, size, "-", "-", "-", _why_not(classes.get(path))))
     _print(rows, console or Console())
     return rows
+
+
+def _without_ranges(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables less any ranges, which another config may have shaped."""
+    statistics = flatten_dict(variables.get(COLLECTION, {}))
+    plain = {path: leaf for path, leaf in statistics.items() if not {KERNEL, INPUT, OUTPUT} & set(path)}
+    return {**variables, COLLECTION: unflatten_dict(plain)}
 
 
 def _why_float(config: QuantConfig, sites: Sites) -> str:

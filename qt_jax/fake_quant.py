@@ -1,6 +1,6 @@
 """The uniform affine grid and the lambda blend.
 
-METHOD (Quant-Trim, arXiv 2511.15300): with b bits, scale s > 0 and zero-point z
+The method (Quant-Trim, arXiv 2511.15300): with b bits, scale s > 0 and zero-point z
 
     Q(x) = clip(round(x / s) + z, q_min, q_max)        x_hat = s * (Q(x) - z)
     x_tilde = x + lambda * stop_gradient(x_hat - x)
@@ -32,7 +32,7 @@ class QuantSpec:
       axis: channel axis (usually -1, the features of a Linen kernel) for one scale per channel, or None for
         one per tensor.
       narrow_range: leave the lowest integer unused. The symmetric 8-bit grid is then [-127, 127] with
-        s = a / 127, as in METHOD; the full one is [-128, 127] with s = 2 a / 255, as onnxruntime builds it.
+        s = a / 127, as in the paper; the full one is [-128, 127] with s = 2 a / 255, as onnxruntime builds it.
         None (the default): narrow when symmetric, full when not.
       ste: gradient of the rounding. "identity" is the straight-through estimator; "clipped" is zero outside
         the representable range.

@@ -39,7 +39,7 @@ class Visit:
 def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> Iterator[Visit]:
     """Fake-quantizes every layer that is applied inside the context, blended by lambda.
 
-    At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (METHOD section 1), on the grid of the range
+    At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (the paper, progressive fake quantization), on the grid of the range
     kept in `batch_stats`. A site without an observation yet passes its tensor through.
 
     Enter it inside the function that is jitted: around an already compiled one it has no effect, and

@@ -1,7 +1,7 @@
 """Reverse pruning: pull the largest weights of every kernel back to a smoothed robust quantile.
 
 For layer l at time t, tau_{l,t} is an exponential moving average of a quantile of |w_l|, and
-w_l <- clip(w_l, -tau_{l,t}, tau_{l,t}). Clipped weights stay trainable. METHOD: Quant-Trim, arXiv 2511.15300,
+w_l <- clip(w_l, -tau_{l,t}, tau_{l,t}). Clipped weights stay trainable. Source: Quant-Trim, arXiv 2511.15300,
 reverse pruning, with 0.95 as its quantile; how often, since when and how smoothly is this package's choice.
 """
 

@@ -68,8 +68,8 @@ class QuantConfig:
     """What `quant_trim` does, as one frozen, hashable value.
 
     Attributes:
-      weights: default for kernels. METHOD: symmetric, the range an upper quantile of |w|.
-      activations: default for the inputs of every layer; asymmetric in METHOD.
+      weights: default for kernels. In the paper symmetric, the range an upper quantile of |w|.
+      activations: default for the inputs of every layer; asymmetric in the paper.
       outputs: default for the outputs of every layer; None, since the next layer's input covers them.
       rules: exceptions; the first whose path matches a layer wins.
       momentum: of the moving averages of the ranges, in [0, 1).

@@ -9,7 +9,7 @@ Phase boundaries are fractions of `total_steps`, and are not rounded to whole st
 a jump at its boundary; with `total_steps = 0` every phase is one, so that lambda ends at once where it would
 have ended. Counts are taken to float32, hence exact up to 2^24 steps.
 
-METHOD: Quant-Trim, arXiv 2511.15300, progressive fake quantization. The paper gives the three phases of
+Source: Quant-Trim, arXiv 2511.15300, progressive fake quantization. The paper gives the three phases of
 `warmup_quartic_quadratic`; their boundaries, the value at the joint and the other schedules, which are there
 to be compared against, are this package's choice.
 """

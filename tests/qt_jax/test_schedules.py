@@ -23,7 +23,7 @@ ALL = {
 
 
 def three_phases(count, total, warmup, joint, end, joint_value):
-    """The paper's curriculum as METHOD.md words it, for one count, in Python floats."""
+    """The paper's curriculum in the words of its definition, for one count, in Python floats."""
     if count >= end * total:
         return 1.0
     if count >= joint * total:
