@@ -14,7 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 from flax.traverse_util import flatten_dict
+from google.protobuf.message import DecodeError
 from rich.console import Console
 
 import qt_jax as qt
@@ -25,7 +27,7 @@ from experiments.data import Dataset, load
 from experiments.data.augment import normalize
 from experiments.training.loop import train
 from qt_jax.backends import BACKENDS
-from qt_jax.export import save_verified, to_onnx
+from qt_jax.export import save_verified, to_onnx, verify
 from qt_jax.reporting import records
 from qt_jax.reporting.figures import summary_figure
 from qt_jax.reporting.tables import accuracy_table, to_markdown
@@ -76,14 +78,20 @@ def run(config: Config, console: Console) -> None:
 def export(
     model: nn.Module, variables: dict[str, Any], dataset: Dataset, path: Path, console: Console
 ) -> None:
-    """Writes the verified FP32 graph, unless it is there."""
-    if path.exists():
-        return
+    """Writes the verified FP32 graph; one that is there is verified again."""
 
     def apply_fn(variables, images):
         return model.apply(variables, images, train=False)
 
     real = np.asarray(normalize(dataset.validation_images[:8], dataset.mean, dataset.std))
+    if path.exists():
+        try:
+            verify(onnx.load(path), apply_fn, variables, real)
+        except (DecodeError, qt.InvalidInput) as error:
+            raise qt.InvalidInput(
+                f"{path} is not the graph of this run's checkpoint ({error}). Delete it and relaunch."
+            ) from error
+        return
     graph = to_onnx(apply_fn, variables, real.shape[1:])
     summary = save_verified(graph, path, apply_fn, variables, real)
     operators = ", ".join(f"{count} {name}" for name, count in summary["operators"].items())
@@ -106,11 +114,16 @@ def model_input(dataset: Dataset, images: np.ndarray) -> np.ndarray:
 def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, console: Console) -> None:
     """One record for each backend and scheme that has none yet, on the test set."""
     path = directory / "records.jsonl"
-    done = {(row["backend"], row["scheme"]) for row in records.read(path) if row["method"] == method}
+    onnx_path = directory / ONNX_NAMES[method]
+    checkpoint = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
+    done = {
+        (row["backend"], row["scheme"])
+        for row in records.read(path)
+        if row["status"] == "ok" and row["method"] == method and row["checkpoint"] == checkpoint
+    }
     wanted = {(backend.name, scheme.name) for backend in BACKENDS.values() for scheme in backend.schemes}
     if wanted <= done:
         return
-    onnx_path = directory / ONNX_NAMES[method]
     identity = {
         "run": directory.name,
         "task": config.dataset,
@@ -118,7 +131,8 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         "method": method,
         "seed": config.seed,
         "sched": config.sched if method == QUANT_TRIM else "none",
-        "checkpoint": hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
+        "checkpoint": checkpoint,
+        "training": training_provenance(directory, method),
     }
 
     def keep(record: records.Record) -> None:
@@ -142,6 +156,12 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
             identity=identity,
             on_record=keep,
         )
+
+
+def training_provenance(directory: Path, method: str) -> dict[str, Any]:
+    """Commit, versions and device of the last epoch that was trained."""
+    last = [row for row in records.read(directory / "metrics.jsonl") if row.get("method") == method][-1:]
+    return {key: row.get(key) for row in last for key in ("commit", "versions", "device")}
 
 
 def report(config: Config, trained: dict[str, Any], directory: Path, console: Console) -> None:

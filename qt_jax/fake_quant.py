@@ -30,9 +30,10 @@ class QuantSpec:
       symmetric: zero-point 0 and a range [-a, a] with a the quantile of |x|; else the range spans the lower
         and upper quantile of x, widened to hold zero.
       axis: channel axis (usually -1, the features of a Linen kernel) for one scale per channel, or None for
-        one per tensor.
+        one per tensor. Where a kernel has several feature axes (DenseGeneral with a tuple of features, the
+        query of an attention), the scales of the last one are shared by the others.
       narrow_range: leave the lowest integer unused. The symmetric 8-bit grid is then [-127, 127] with
-        s = a / 127, as in the paper; the full one is [-128, 127] with s = 2 a / 255, as onnxruntime builds it.
+        s = a / 127, as in the paper; the full one is [-128, 127] with s = 2 a / 255, as onnxruntime has it.
         None (the default): narrow when symmetric, full when not.
       ste: gradient of the rounding. "identity" is the straight-through estimator; "clipped" is zero outside
         the representable range.
@@ -57,6 +58,10 @@ class QuantSpec:
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
             raise InvalidInput(f"QuantSpec.bits must be a whole number from 2 to 16, got {self.bits!r}")
+        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
+            raise InvalidInput(f"QuantSpec.axis must be a whole number or None, got {self.axis!r}")
+        if self.narrow_range not in (None, True, False):
+            raise InvalidInput(f"QuantSpec.narrow_range must be a bool or None, got {self.narrow_range!r}")
         if self.ste not in ("identity", "clipped"):
             raise InvalidInput(f'QuantSpec.ste must be "identity" or "clipped", got {self.ste!r}')
         if not 0.5 < self.quantile <= 1.0:

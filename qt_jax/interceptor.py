@@ -39,8 +39,9 @@ class Visit:
 def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> Iterator[Visit]:
     """Fake-quantizes every layer that is applied inside the context, blended by lambda.
 
-    At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (the paper, progressive fake quantization), on the grid of the range
-    kept in `batch_stats`. A site without an observation yet passes its tensor through.
+    At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (Quant-Trim, arXiv 2511.15300, progressive
+    fake quantization), on the grid of the range kept in `batch_stats`. A site
+    without an observation yet passes its tensor through.
 
     Enter it inside the function that is jitted: around an already compiled one it has no effect, and
     raises. `lam` may be traced, so a moving lambda costs no recompilation.
@@ -68,12 +69,13 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     """
     if isinstance(lam, (int, float)) and not 0.0 <= lam <= 1.0:
         raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
-    visit = Visit()
+    visit, running = Visit(), set()
     lam = jnp.asarray(lam, jnp.float32)
 
     def intercept(call, args, kwargs, context):
         module = context.module
-        if not isinstance(module, LAYERS) or context.method_name != "__call__":
+        inherited = id(module) in running  # a subclass that calls its parent's __call__
+        if inherited or not isinstance(module, LAYERS) or context.method_name != "__call__":
             return call(*args, **kwargs)
         path = "/".join(module.path)
         sites = visit.layers.setdefault(path, config.sites(path))
@@ -84,15 +86,17 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         promote = module.promote_dtype
 
         def promote_quantized(inputs, kernel, *rest, **options):
-            kernel = site(KERNEL, kernel, sites.weights)
+            kernel = site(KERNEL, kernel, _kernel_spec(module, sites.weights))
             inputs = site(INPUT, inputs, sites.inputs)
             return promote(inputs, kernel, *rest, **options)
 
         object.__setattr__(module, "promote_dtype", promote_quantized)
+        running.add(id(module))
         try:
             outputs = call(*args, **kwargs)
         finally:
             object.__setattr__(module, "promote_dtype", promote)
+            running.discard(id(module))
         return site(OUTPUT, outputs, sites.outputs)
 
     with nn.intercept_methods(intercept):
@@ -103,6 +107,13 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
             "has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or Einsum."
         )
     check_rules_used(config, visit.layers)
+
+
+def _kernel_spec(module: nn.Module, spec: QuantSpec | None) -> QuantSpec | None:
+    """The spec of a kernel; a transposed kernel has its features in the last axis but one."""
+    if spec is not None and spec.axis == -1 and getattr(module, "transpose_kernel", False):
+        return dataclasses.replace(spec, axis=-2)
+    return spec
 
 
 def _quantized_site(
@@ -160,7 +171,7 @@ def attach_statistics(
       *inputs, **options: what `model.apply` takes after the variables (shapes matter, values do not).
 
     Raises:
-      InvalidInput: as `quant_trim`.
+      InvalidInput: as `quant_trim`, or statistics of the model itself are missing.
 
     >>> model, x = nn.Dense(2), jnp.ones((1, 3))
     >>> attached = attach_statistics(model, model.init(jax.random.key(0), x), QuantConfig(), x)
@@ -177,4 +188,10 @@ def attach_statistics(
     missing = {
         path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in present
     }
+    foreign = ["/".join(path) for path in missing if not {KERNEL, INPUT, OUTPUT} & set(path)]
+    if foreign:
+        raise InvalidInput(
+            f"the variables lack the model's own statistics {', '.join(foreign[:3])}: pass all that "
+            "model.init or the checkpoint holds, not the parameters alone."
+        )
     return {**variables, COLLECTION: unflatten_dict({**present, **missing})}

@@ -190,7 +190,8 @@ def update_range(average: Range, low: jax.Array, high: jax.Array, momentum: floa
     """One step of the moving average, in float32.
 
     r <- momentum * r + (1 - momentum) * r_new; the first observation is taken as it is, told by `count`,
-    so that neither zeros nor the dummy batch of `init` leak into the range.
+    so that neither zeros nor the dummy batch of `init` leak into the range. One that is not finite is left
+    out: a single bad batch would poison the average for good.
 
     >>> seen = update_range(empty_range(), jnp.float32(-1.0), jnp.float32(3.0), momentum=0.5)
     >>> seen = update_range(seen, jnp.float32(-2.0), jnp.float32(5.0), momentum=0.5)
@@ -198,8 +199,10 @@ def update_range(average: Range, low: jax.Array, high: jax.Array, momentum: floa
     (-1.5, 4.0, 2)
     """
     keep = jnp.where(average["count"] == 0, jnp.float32(0.0), jnp.float32(momentum))
+    usable = jnp.all(jnp.isfinite(low) & jnp.isfinite(high))
+    low, high = jnp.where(usable, low, average["low"]), jnp.where(usable, high, average["high"])
     return {
         "low": keep * average["low"] + (1.0 - keep) * low,
         "high": keep * average["high"] + (1.0 - keep) * high,
-        "count": average["count"] + 1,
+        "count": average["count"] + usable.astype(jnp.int32),
     }

@@ -94,7 +94,12 @@ class QuantConfig:
             raise InvalidInput(f"QuantConfig.momentum must lie in [0, 1), got {self.momentum!r}")
         if self.sample_size < 1:
             raise InvalidInput(f"QuantConfig.sample_size must be at least 1, got {self.sample_size!r}")
-        if not isinstance(self.rules, tuple):
+        for name in ("weights", "activations", "outputs"):
+            if not isinstance(getattr(self, name), QuantSpec | None):
+                raise InvalidInput(
+                    f"QuantConfig.{name} must be a QuantSpec or None, got {getattr(self, name)!r}"
+                )
+        if not (isinstance(self.rules, tuple) and all(isinstance(rule, Rule) for rule in self.rules)):
             raise InvalidInput("QuantConfig.rules must be a tuple of Rule, so that the config can be hashed")
 
     def sites(self, path: str) -> Sites:

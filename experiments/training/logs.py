@@ -14,7 +14,7 @@ def drop_after(path: Path, method: str, step: int) -> None:
     """Removes the lines of `method` that a resumed run will write again; the file is replaced whole."""
     if not path.exists():
         return
-    kept = [row for row in records.read(path) if row["method"] != method or row["step"] <= step]
+    kept = [row for row in records.read(path) if row.get("method") != method or row["step"] <= step]
     scratch = path.with_suffix(".partial")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
     os.replace(scratch, path)

@@ -19,6 +19,7 @@ from experiments.training import checkpoints
 from experiments.training.logs import TrainingLog, progress_bar
 from experiments.training.state import TrainState, create_state, learning_rate_schedule, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
+from qt_jax.reporting import provenance
 
 LOG_EVERY = 20
 """Steps between two looks at the loss."""
@@ -61,6 +62,11 @@ def train(config: Config, model: nn.Module, dataset: Dataset, directory: Path, m
         predictors = {"fp32": make_predict(config, model, dataset.mean, dataset.std, quantized=False)}
         if config.sched != "none":
             predictors["fake_quant"] = make_predict(config, model, dataset.mean, dataset.std, quantized=True)
+        origin = {
+            "commit": provenance.commit(),
+            "versions": provenance.versions(["jax", "jaxlib", "flax", "optax"]),
+            "device": jax.devices()[0].device_kind,
+        }
         rate = learning_rate_schedule(config, total)
         with (
             contextlib.closing(TrainingLog(directory, method, done)) as log,
@@ -81,6 +87,7 @@ def train(config: Config, model: nn.Module, dataset: Dataset, directory: Path, m
                     "seconds": seconds,
                     "images_per_second": steps_per_epoch * config.batch_size / seconds,
                     "compilations": run._cache_size(),
+                    **origin,
                 }
                 # The row first: a kill between the two has it dropped and written again, never missing.
                 log.write(int(state.step), **row)

@@ -30,6 +30,12 @@ class TrainState:
         return {"params": params, "batch_stats": self.batch_stats}
 
 
+def random_key(config: Config, purpose: str, index: jax.Array | int) -> jax.Array:
+    """The key for one purpose (parameters, order, augmentation) and one step or epoch of it."""
+    family = ("parameters", "order", "augmentation").index(purpose)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), family), index)
+
+
 def is_kernel(path: tuple, _) -> bool:
     """Whether a leaf of the parameters is a kernel."""
     return path[-1].key == "kernel"
@@ -85,4 +91,4 @@ def create_state(
             average=params if config.ema else None,
         )
 
-    return jax.jit(init)(jax.random.key(config.seed))
+    return jax.jit(init)(random_key(config, "parameters", 0))

@@ -12,7 +12,7 @@ import optax
 import qt_jax as qt
 from experiments.configs.cifar import Config, quant_config
 from experiments.data.augment import normalize, random_crop_flip
-from experiments.training.state import TrainState
+from experiments.training.state import TrainState, random_key
 
 FLIPPABLE = {"cifar10", "cifar100", "fashion-mnist"}
 """Data sets whose classes survive a left-right flip."""
@@ -65,7 +65,7 @@ def make_train_step(
     def step(state: TrainState, totals: Totals, split: Split, order: jax.Array):
         position = (state.step % (order.size // config.batch_size)) * config.batch_size
         chosen = jax.lax.dynamic_slice(order, (position,), (config.batch_size,))
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = random_key(config, "augmentation", state.step)
         raw = random_crop_flip(key, split.images[chosen], flip=config.dataset in FLIPPABLE)
         images, labels = normalize(raw, mean, std), split.labels[chosen]
         targets = optax.smooth_labels(
@@ -101,8 +101,8 @@ def make_train_step(
 
 def epoch_order(config: Config, images: int, epoch: int) -> jax.Array:
     """The order of epoch `epoch`: a permutation of the split, cut to whole batches; int32."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 0x0E), epoch)
-    return jax.random.permutation(key, images)[: images // config.batch_size * config.batch_size]
+    shuffled = jax.random.permutation(random_key(config, "order", epoch), images)
+    return shuffled[: images // config.batch_size * config.batch_size]
 
 
 def make_predict(

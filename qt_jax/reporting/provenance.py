@@ -33,8 +33,15 @@ def provenance(packages: Iterable[str]) -> dict[str, Any]:
         "accelerator": None,
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": command(),
     }
+
+
+def command() -> str:
+    """The command line of this process, with `python -m` where a module was run."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name] if spec else [os.path.basename(sys.argv[0])]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

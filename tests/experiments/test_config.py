@@ -76,7 +76,7 @@ def test_unknown_preset_names_the_known_ones():
         ("--test-limit", "0", "at least 1, got 0"),
         ("--learning-rate", "nan", "at least 0, got nan"),
         ("--learning-rate", "-0.1", "at least 0, got -0.1"),
-        ("--ema", "1.5", "from 0 to 1, got 1.5"),
+        ("--ema", "1.5", "from 0 to 0.999999, got 1.5"),
         ("--seed", "-1", "from 0 to 4294967295"),
         ("--reverse-pruning", "0", "(0, 1]"),
         ("--reverse-pruning-start", "2", "from 0 to 1"),

@@ -283,3 +283,41 @@ def test_attach_keeps_what_is_there():
     variables = ready(model, x)
     again = qt.attach_statistics(model, variables, CONFIG, x)
     chex.assert_trees_all_equal(variables, again)
+
+
+class Scaled(nn.Dense):
+    """A layer that calls the layer it inherits from."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return 2.0 * super().__call__(inputs)
+
+
+def test_a_subclass_that_calls_its_parent_is_quantized_once():
+    x = jax.random.normal(jax.random.key(1), (3, 7))
+    variables = ready(Scaled(4), x)
+    assert int(variables["batch_stats"]["quant_input"]["count"]) == 1
+    np.testing.assert_array_equal(
+        quantized(Scaled(4), variables, x), 2.0 * quantized(nn.Dense(4), variables, x)
+    )
+
+
+def test_a_transposed_kernel_has_one_scale_for_each_output_channel():
+    config = qt.QuantConfig(weights=qt.QuantSpec(4, axis=-1))
+    model = nn.ConvTranspose(6, (2, 2), transpose_kernel=True)
+    variables = ready(model, jnp.ones(IMAGE), config)
+    assert variables["batch_stats"]["quant_kernel"]["high"].shape == (6,)
+
+
+def test_one_bad_batch_does_not_poison_the_range():
+    model, x = nn.Dense(2), jnp.ones((3, 7))
+    variables = ready(model, x)
+    with qt.quant_trim(CONFIG, 0.0, train=True):
+        _, after = model.apply(variables, x * jnp.inf, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(after["batch_stats"]["quant_input"], variables["batch_stats"]["quant_input"])
+
+
+def test_missing_statistics_of_the_model_itself_are_not_invented():
+    variables = Block().init(jax.random.key(0), jnp.ones(IMAGE))
+    with pytest.raises(qt.InvalidInput, match="norm/mean"):
+        qt.attach_statistics(Block(), {"params": variables["params"]}, CONFIG, jnp.ones(IMAGE))
