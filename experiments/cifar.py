@@ -5,7 +5,6 @@ the run's folder; a relaunch goes on from the first that is missing.
 """
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
-from flax.traverse_util import flatten_dict
 from google.protobuf.message import DecodeError
 from rich.console import Console
 
 import qt_jax as qt
 from experiments import models
-from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, lambda_schedule, parse
+from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, parse
 from experiments.configs.run_folder import claim
 from experiments.data import Dataset, load
 from experiments.data.augment import normalize
+from experiments.summary import report
 from experiments.training.loop import train
 from qt_jax.backends import BACKENDS
 from qt_jax.export import save_verified, to_onnx, verify
 from qt_jax.reporting import records
-from qt_jax.reporting.figures import summary_figure
-from qt_jax.reporting.tables import accuracy_table, to_markdown
 
 QUANT_TRIM, FLOAT = "quant-trim", "float"
 ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
@@ -162,82 +159,6 @@ def training_provenance(directory: Path, method: str) -> dict[str, Any]:
     """Commit, versions and device of the last epoch that was trained."""
     last = [row for row in records.read(directory / "metrics.jsonl") if row.get("method") == method][-1:]
     return {key: row.get(key) for row in last for key in ("commit", "versions", "device")}
-
-
-def report(config: Config, trained: dict[str, Any], directory: Path, console: Console) -> None:
-    """The table in the terminal, summary.md and summary.png, from records.jsonl and metrics.jsonl."""
-    rows = records.read(directory / "records.jsonl")
-    metrics = records.read(directory / "metrics.jsonl")
-    if missing := trained.keys() - {row["method"] for row in metrics}:
-        raise qt.InvalidInput(
-            f"{directory}/metrics.jsonl has no epoch of {' and '.join(sorted(missing))}, although training "
-            "is complete. Restore the file, or choose another --out."
-        )
-    write(directory / "summary.md", summary(config, rows, metrics))
-    history = [
-        {
-            "epoch": row["epoch"],
-            "fp32_top1": row["validation_fp32"],
-            "fake_quant_top1": row["validation_fake_quant"],
-        }
-        for row in metrics
-        if "validation_fake_quant" in row
-    ]
-    total = max(row["step"] for row in metrics)
-    steps = np.linspace(0, total, 400)
-    lam = np.asarray(jax.vmap(lambda_schedule(config, total))(steps.astype(np.int32)))
-    weights = {
-        method: {
-            "/".join(path[:-1]): leaf.ravel()
-            for path, leaf in flatten_dict(variables["params"]).items()
-            if path[-1] == "kernel"
-        }
-        for method, variables in trained.items()
-    }
-    scratch = directory / "summary.partial.png"
-    summary_figure(rows, (steps, lam), weights, scratch, history)
-    os.replace(scratch, directory / "summary.png")
-    console.print(accuracy_table(rows), soft_wrap=False)
-    console.print(
-        f"{directory}/summary.md, summary.png, records.jsonl, {', '.join(ONNX_NAMES[m] for m in trained)}"
-    )
-
-
-def summary(config: Config, rows: list[records.Record], metrics: list[dict[str, Any]]) -> str:
-    """summary.md: the table, the drift between FP32 and fake quantization, the cost, the provenance."""
-    lines = [
-        f"# {config.dataset}, {config.model}, --sched {config.sched}, seed {config.seed}",
-        "",
-        to_markdown(rows),
-    ]
-    for method in dict.fromkeys(row["method"] for row in metrics):
-        mine = [row for row in metrics if row["method"] == method]
-        last = mine[-1]
-        seconds = sum(row["seconds"] for row in mine)
-        text = f"- {method}: {last['epoch']} epochs, {seconds / 60:.1f} minutes of training"
-        text += f", validation FP32 {100 * last['validation_fp32']:.2f} %"
-        if "validation_fake_quant" in last:
-            text += f", fake-quantized {100 * last['validation_fake_quant']:.2f} %"
-        lines.append(text)
-    row = rows[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    lines += [
-        "",
-        f"`{row['command']}`, commit {row['commit']}, {row['date']}",
-        "",
-        f"{row['cpu']}",
-        "",
-        versions,
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 if __name__ == "__main__":

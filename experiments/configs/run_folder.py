@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import qt_jax as qt
+from qt_jax.reporting.files import write_whole
 
 
 def claim(directory: Path, config: Any, free_to_change: set[str]) -> None:
@@ -28,11 +29,10 @@ def claim(directory: Path, config: Any, free_to_change: set[str]) -> None:
             f"{directory.absolute()} contains [ or \\, which orbax takes for a pattern: checkpoints there "
             "could not be read back. Choose another --out."
         )
-    scratch = path.with_suffix(".json.partial")
     mine = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
     try:
         present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-        begun = present - {path.name, scratch.name}
+        begun = present - {path.name, f"{path.name}.partial"}
         if path.name in present:
             theirs = _read(path)
             differ = _differences(theirs, mine, free_to_change)
@@ -49,8 +49,7 @@ def claim(directory: Path, config: Any, free_to_change: set[str]) -> None:
                 "Nothing was changed. Choose another --out."
             )
         directory.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(mine, indent=2) + "\n")
-        scratch.replace(path)
+        write_whole(path, json.dumps(mine, indent=2) + "\n")
     except OSError as error:
         raise qt.InvalidInput(
             f"{directory} cannot be the folder of a run ({error.strerror}: {error.filename}). "

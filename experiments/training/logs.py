@@ -1,13 +1,13 @@
 """Training metrics: JSON lines, TensorBoard, a progress bar."""
 
 import json
-import os
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from qt_jax.reporting import records
+from qt_jax.reporting.files import write_whole
 
 
 def drop_after(path: Path, method: str, step: int) -> None:
@@ -15,9 +15,7 @@ def drop_after(path: Path, method: str, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in records.read(path) if row.get("method") != method or row["step"] <= step]
-    scratch = path.with_suffix(".partial")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(scratch, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class TrainingLog:
