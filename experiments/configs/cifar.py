@@ -58,7 +58,7 @@ class Config:
     data_dir: Path | None = None
     """Folder or archive that holds the data set; otherwise the cache, then a download."""
     out: Path | None = None
-    """Folder of the run. Default: runs/DATASET-MODEL-SCHED-SEED."""
+    """Folder of the run. Default: runs/DATASET-MODEL-SCHED-SEED (-smoke)."""
     seed: int = 0
     """Seeds the initial parameters, the order of the images and their augmentation."""
 
@@ -135,7 +135,8 @@ class Config:
     @property
     def directory(self) -> Path:
         """The folder of the run."""
-        return self.out or Path("runs") / f"{self.dataset}-{self.model}-{self.sched}-{self.seed}"
+        smoke = "-smoke" if self.preset == "smoke" else ""
+        return self.out or Path("runs") / f"{self.dataset}-{self.model}-{self.sched}-{self.seed}{smoke}"
 
 
 def quant_config(config: Config) -> qt.QuantConfig:

@@ -140,6 +140,7 @@ def test_float_twin_differs_in_the_method_alone():
 def test_default_folder_names_the_run():
     assert Config(seed=4).directory == Path("runs/cifar10-fast-quartic-4")
     assert Config(out=Path("here")).directory == Path("here")
+    assert Config(preset="smoke").directory == Path("runs/cifar10-fast-quartic-0-smoke")
 
 
 def test_rules_are_spelt_path_equals_bits_or_skip():
