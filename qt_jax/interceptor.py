@@ -44,7 +44,8 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     without an observation yet passes its tensor through.
 
     Enter it inside the function that is jitted: around an already compiled one it has no effect, and
-    raises. `lam` may be traced, so a moving lambda costs no recompilation.
+    raises. `lam` may be traced, so a moving lambda costs no recompilation. Attach the statistics first: a
+    training step that has to create them returns another tree than it was given, and is traced twice.
 
     Args:
       config: specs and rules.
@@ -131,7 +132,9 @@ def _quantized_site(
     if not mutable and not module.has_variable(COLLECTION, name):
         raise InvalidInput(
             f"no statistics for {where!r} in {COLLECTION!r}. Attach them to a plain checkpoint with "
-            "qt.attach_statistics(model, variables, config, input), or pass the collection to apply."
+            "qt.attach_statistics(model, variables, config, input), or pass the collection to apply. Under a "
+            "transformation that does not lift the collection (nn.WeightNorm, nn.map_variables) the layer "
+            "cannot be reached: leave it out with qt.Rule(path, skip=True)."
         )
     channels = None if spec.axis is None else x.shape[spec.axis]
     statistics = module.variable(COLLECTION, name, empty_range, channels)

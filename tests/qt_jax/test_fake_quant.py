@@ -142,7 +142,8 @@ def test_straight_through_gradients():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"bits": 1}, "bits"), ({"bits": 17}, "bits"), ({"bits": 8.0}, "bits"), ({"ste": "soft"}, "ste"),
-     ({"quantile": 0.5}, "quantile"), ({"quantile": 1.1}, "quantile")],
+     ({"quantile": 0.5}, "quantile"), ({"quantile": 1.1}, "quantile"),
+     ({"axis": 1.5}, "axis"), ({"narrow_range": "yes"}, "narrow_range")],
 )  # fmt: skip
 def test_bad_specs_are_refused(options, message):
     with pytest.raises(qt.InvalidInput, match=f"QuantSpec.{message}"):

@@ -321,3 +321,20 @@ def test_missing_statistics_of_the_model_itself_are_not_invented():
     variables = Block().init(jax.random.key(0), jnp.ones(IMAGE))
     with pytest.raises(qt.InvalidInput, match="norm/mean"):
         qt.attach_statistics(Block(), {"params": variables["params"]}, CONFIG, jnp.ones(IMAGE))
+
+
+class Normalized(nn.Module):
+    """A layer under a transformation that lifts parameters alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="head")(nn.WeightNorm(nn.Dense(4))(x))
+
+
+def test_a_layer_that_cannot_be_reached_is_named_and_can_be_skipped():
+    x = jnp.ones((3, 7))
+    variables = Normalized().init(jax.random.key(0), x)
+    with pytest.raises(qt.InvalidInput, match="skip=True"):
+        qt.attach_statistics(Normalized(), variables, CONFIG, x)
+    config = qt.QuantConfig(rules=(qt.Rule("Dense_0", skip=True),))
+    assert set(qt.attach_statistics(Normalized(), variables, config, x)["batch_stats"]) == {"head"}

@@ -54,6 +54,8 @@ def test_an_unused_rule_is_an_error_that_names_near_misses(rules, message):
     [
         (lambda: qt.Rule("stage(1"), "not a regular expression"),
         (lambda: qt.Rule("stem", weights=4), "weights must be a QuantSpec"),
+        (lambda: qt.QuantConfig(weights=8), "weights must be a QuantSpec"),
+        (lambda: qt.QuantConfig(rules=("head",)), "tuple of Rule"),
         (lambda: qt.QuantConfig(momentum=1.0), "momentum"),
         (lambda: qt.QuantConfig(sample_size=0), "sample_size"),
         (lambda: qt.QuantConfig(rules=[qt.Rule("stem")]), "tuple"),
