@@ -19,6 +19,7 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments import models
+from experiments.command_line import exit_status
 from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, parse
 from experiments.configs.run_folder import claim
 from experiments.data import Dataset, load
@@ -36,14 +37,7 @@ ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    try:
-        run(parse(arguments), console)
-    except qt.InvalidInput as error:
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(
-            f"error: {error}", style="bold red"
-        )
-        return 2
-    return 0
+    return exit_status(lambda: run(parse(arguments), console))
 
 
 def run(config: Config, console: Console) -> None:

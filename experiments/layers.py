@@ -23,6 +23,7 @@ from rich.table import Table
 
 import qt_jax as qt
 from experiments.cifar import ONNX_NAMES, model_input
+from experiments.command_line import exit_status
 from experiments.data import Dataset, load
 from qt_jax.backends import BACKENDS
 from qt_jax.backends.ort import FP32
@@ -123,12 +124,8 @@ def run(options: Options, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    try:
-        run(tyro.cli(Options, args=arguments, prog="python -m experiments.layers"), Console())
-    except qt.InvalidInput as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="bold red", markup=False)
-        return 2
-    return 0
+    prog = "python -m experiments.layers"
+    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), Console()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from rich.console import Console
@@ -38,7 +37,7 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
     ]
     total = max(row["step"] for row in metrics)
     steps = np.linspace(0, total, 400)
-    lam = np.asarray(jax.vmap(lambda_schedule(config, total))(steps.astype(np.int32)))
+    lam = np.asarray(lambda_schedule(config, total)(steps.astype(np.int32)))
     weights = {
         method: {
             "/".join(path[:-1]): leaf.ravel()

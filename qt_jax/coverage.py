@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qt_jax.fake_quant import QuantSpec
-from qt_jax.interceptor import COLLECTION, INPUT, KERNEL, LAYERS, OUTPUT, quant_trim
+from qt_jax.interceptor import COLLECTION, LAYERS, is_range, quant_trim
 from qt_jax.rules import QuantConfig, Sites
 
 
@@ -105,7 +105,7 @@ def coverage(
 def _without_ranges(variables: dict[str, Any]) -> dict[str, Any]:
     """The variables less any ranges, which another config may have shaped."""
     statistics = flatten_dict(variables.get(COLLECTION, {}))
-    plain = {path: leaf for path, leaf in statistics.items() if not {KERNEL, INPUT, OUTPUT} & set(path)}
+    plain = {path: leaf for path, leaf in statistics.items() if not is_range(path)}
     return {**variables, COLLECTION: unflatten_dict(plain)}
 
 

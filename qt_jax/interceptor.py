@@ -28,6 +28,15 @@ KERNEL, INPUT, OUTPUT = "quant_kernel", "quant_input", "quant_output"
 """Names of the ranges beside a layer's other statistics, each {"low", "high", "count"}."""
 
 
+def is_range(path: tuple[str, ...]) -> bool:
+    """Whether a leaf of `batch_stats` at this path belongs to Quant-Trim.
+
+    >>> is_range(("head", "quant_input", "low")), is_range(("norm", "mean"))
+    (True, False)
+    """
+    return not {KERNEL, INPUT, OUTPUT}.isdisjoint(path)
+
+
 @dataclasses.dataclass
 class Visit:
     """What one trace of the context saw: the sites of every layer, by path."""
@@ -191,7 +200,7 @@ def attach_statistics(
     missing = {
         path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in present
     }
-    foreign = ["/".join(path) for path in missing if not {KERNEL, INPUT, OUTPUT} & set(path)]
+    foreign = ["/".join(path) for path in missing if not is_range(path)]
     if foreign:
         raise InvalidInput(
             f"the variables lack the model's own statistics {', '.join(foreign[:3])}: pass all that "

@@ -35,6 +35,7 @@ from rich.table import Table
 import qt_jax as qt
 from experiments import models
 from experiments.benchmarks.unfused import Unfused
+from experiments.command_line import exit_status
 from experiments.configs.cifar import Config, float_twin, lambda_schedule
 from experiments.training.state import TrainState, create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_train_step
@@ -278,12 +279,8 @@ def run(options: Options, console: Console) -> list[records.Record]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    try:
-        run(tyro.cli(Options, args=arguments, prog="python -m experiments.benchmarks.step"), Console())
-    except qt.InvalidInput as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        return 2
-    return 0
+    prog = "python -m experiments.benchmarks.step"
+    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), Console()))
 
 
 if __name__ == "__main__":

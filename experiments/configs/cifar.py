@@ -27,7 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("epochs", "batch_size", "steps_per_dispatch", "reverse_pruning_every"), (1, math.inf)),
     **dict.fromkeys(("train_limit", "test_limit", "calibration_size"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "weight_decay"), (0, sys.float_info.max)),
-    **dict.fromkeys(("momentum", "label_smoothing", "ema"), (0, 1)),
+    **dict.fromkeys(("momentum", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("range_momentum", "reverse_pruning_start"), (0, 1)),
     "ema": (0, 1 - 1e-6),
     **dict.fromkeys(("weight_quantile", "activation_quantile"), (0.5, 1)),
