@@ -5,68 +5,97 @@ only once what it holds has been verified.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import onnx
-from onnx import shape_inference
 
-from qt_jax.export.folding import (
-    drop_identities,
-    fold_batch_norm,
-    fold_clip,
-    fold_constants,
-    fold_dense,
-    fold_mean,
-)
+from qt_jax.errors import InvalidInput
+from qt_jax.export import folding
+from qt_jax.export.activations import fold_activations
+from qt_jax.export.batch import fixed_batch, symbolic_batch
+from qt_jax.export.folding import drop_absent_bias, fold_bias, fold_constants, fold_flatten, known_shapes
+from qt_jax.export.graph import with_shapes
 from qt_jax.export.layout import channels_first
 from qt_jax.export.lowering import lower
 from qt_jax.export.naming import name_by_path
 from qt_jax.export.operators import refuse_unsupported
-from qt_jax.export.verify import save, save_verified, verify
-from qt_jax.export.windows import explicit_windows
+from qt_jax.export.opsets import OPSETS, at_opset
+from qt_jax.export.products import einsum_to_matmul, unflatten_dense
+from qt_jax.export.saving import save
+from qt_jax.export.simplify import (
+    drop_expands,
+    drop_identities,
+    fold_index,
+    fold_mean,
+    fold_stack,
+    plain_reshapes,
+    short_slices,
+)
+from qt_jax.export.verify import save_verified, verify
+from qt_jax.export.windows import explicit_windows, fold_pad, resize_by_scale
 
 __all__ = ["save", "save_verified", "to_onnx", "verify"]
 
 PASSES = (
+    known_shapes,
     fold_constants,
     drop_identities,
+    drop_expands,
+    plain_reshapes,
     fold_mean,
+    drop_absent_bias,
+    einsum_to_matmul,
+    unflatten_dense,
+    plain_reshapes,
+    drop_identities,
     channels_first,
+    drop_identities,
+    fold_flatten,
+    plain_reshapes,
+    fold_index,
+    fold_stack,
+    plain_reshapes,
+    short_slices,
+    drop_identities,
+    fold_activations,
     explicit_windows,
-    fold_clip,
-    fold_batch_norm,
-    fold_dense,
-    name_by_path,
+    fold_pad,
+    resize_by_scale,
 )
 
 
 def to_onnx(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: Callable[..., Any],
     variables: Mapping[str, Any],
-    input_shape: Sequence[int],
+    input_shape: Any,
     *,
     opset: int = 17,
     dynamic_batch: bool = True,
-    input_name: str = "input",
-    output_name: str = "logits",
+    layout: Literal["nchw", "nhwc"] = "nchw",
+    fold_batch_norm: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> onnx.ModelProto:
-    """A standard FP32 ONNX graph of a convolutional classifier in Flax Linen.
+    """A standard FP32 ONNX graph of a Flax Linen model.
 
-    The graph takes float32 images `(batch, channels, height, width)` and holds operators of ai.onnx alone:
-    batch norm is folded into the convolutions, layout changes are gone, nodes, tensors and initializers bear
-    Flax paths (`stage1_block1/conv1/kernel`), and shapes are inferred anew.
+    The graph holds operators of ai.onnx alone: batch norm is folded into the layer before it, layout changes
+    are gone, nodes, tensors and initializers bear Flax paths (`stage1_block1/conv1/kernel`), shapes are
+    inferred anew. Inside, images are always channels-first, as ONNX's convolutions are.
 
     Args:
-      apply_fn: `(variables, images) -> logits`, images float32 `(batch, height, width, channels)`, logits
-        float32 `(batch, classes)`; the forward of inference.
+      apply_fn: `(variables, *inputs) -> array or a pytree of arrays`, the forward of inference; every array
+        leads with the batch, images are `(batch, height, width, channels)`.
       variables: Flax collections of arrays. Leaves that `apply_fn` does not read, such as Quant-Trim's
         statistics, do not appear in the graph.
-      input_shape: `(height, width, channels)`.
-      opset: of ai.onnx, 13 to 21.
+      input_shape: shape of the input without batch, `(height, width, channels)` for images; for several
+        inputs a sequence of shapes. A `jax.ShapeDtypeStruct` states a dtype other than float32.
+      opset: of ai.onnx, 13 to 21. Operators that came later are decomposed.
       dynamic_batch: a symbolic dimension "batch"; otherwise the batch is fixed to 1.
-      input_name: of the graph's input.
-      output_name: of the graph's output.
+      layout: of the graph's inputs and outputs of rank 4: "nchw" for channels-first, "nhwc" as in Flax.
+      fold_batch_norm: whether batch norm disappears in the layer before it. One that has none (before an
+        activation, after a concat) stays a BatchNormalization.
+      input_names: of the graph's inputs; by default "input", or "input_0", "input_1" and so on.
+      output_names: of the graph's outputs; by default "logits", or "output_0", "output_1" and so on.
 
     Returns:
       The graph, checked for its operators; `verify` compares its numbers.
@@ -93,9 +122,24 @@ def to_onnx(
     >>> verify(model, Net().apply, variables, images)["parameters"]
     162
     """
-    names = {"input_name": input_name, "output_name": output_name}
-    model = lower(apply_fn, variables, input_shape, opset=opset, dynamic_batch=dynamic_batch, **names)
+    if opset not in OPSETS:
+        raise InvalidInput(f"opset {opset} is not supported: choose {OPSETS[0]} to {OPSETS[-1]}")
+    if layout not in ("nchw", "nhwc"):
+        raise InvalidInput(f'layout {layout!r} is not supported: choose "nchw" or "nhwc"')
+    model = lower(
+        apply_fn,
+        variables,
+        input_shape,
+        channels_first=layout == "nchw",
+        input_names=input_names,
+        output_names=output_names,
+    )
     for improve in PASSES:
         model = improve(model)
+    if fold_batch_norm:
+        model = folding.fold_batch_norm(model)
+    model = fold_bias(model)
+    model = symbolic_batch(model) if dynamic_batch else fixed_batch(model)
+    model = name_by_path(at_opset(drop_identities(model), opset))
     refuse_unsupported(model)
-    return shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    return with_shapes(model)

@@ -4,13 +4,17 @@ Constants carry their origin in their name: `params/stem/kernel` is a leaf of th
 pass computes from it is called `params/stem/kernel#<how>`, so that `naming` can still see the Flax path.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper, shape_inference
+
+SHAPE_SIZE = 64
+"""Constants with no more elements than this may be shapes, axes or pads."""
 
 
 def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -31,12 +35,52 @@ def uses(model: onnx.ModelProto) -> Counter[str]:
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """The inferred shape of each tensor, 0 for a symbolic dimension; tensors of unknown rank are left out."""
-    inferred = shape_inference.infer_shapes(model).graph
+    inferred = shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
     return {
         entry.name: tuple(dimension.dim_value for dimension in entry.type.tensor_type.shape.dim)
         for entry in (*inferred.input, *inferred.value_info, *inferred.output)
         if entry.type.tensor_type.HasField("shape")
+    } | {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The ONNX element type of each tensor that is known."""
+    inferred = shape_inference.infer_shapes(_without_weights(model)).graph
+    known = (*inferred.input, *inferred.value_info, *inferred.output)
+    return {entry.name: entry.type.tensor_type.elem_type for entry in known} | {
+        tensor.name: tensor.data_type for tensor in model.graph.initializer
     }
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with its larger constants as inputs: shape inference copies what it is given, several times."""
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.graph.name = model.graph.name
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= SHAPE_SIZE:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(
+                helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    return light
+
+
+def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with the shape of every intermediate tensor recorded; raises where shapes contradict."""
+    inferred = shape_inference.infer_shapes(
+        _without_weights(model), check_type=True, strict_mode=True, data_prop=True
+    ).graph
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.value_info[:]
+    del result.graph.output[:]
+    result.graph.value_info.extend(inferred.value_info)
+    result.graph.output.extend(inferred.output)
+    return result
 
 
 def derived(name: str, how: str) -> str:
@@ -51,6 +95,22 @@ def origin(name: str) -> str:
     'params/stem/kernel'
     """
     return name.partition("#")[0]
+
+
+def common_origin(names: Iterable[str]) -> str:
+    """The leaf that constants stem from; of leaves of one name in several modules, that name in the module
+    that holds these; "" where there is none.
+
+    >>> common_origin(["params/cell/hi/kernel", "params/cell/hf/kernel#0"])
+    'params/cell/kernel'
+    """
+    origins = sorted({origin(name) for name in names})
+    if len(origins) < 2:
+        return "".join(origins)
+    paths = [name.split("/") for name in origins]
+    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    one_leaf = len({path[-1] for path in paths}) == 1 and shared[-1:] != paths[0][-1:]
+    return "/".join([*shared, paths[0][-1]]) if one_leaf and len(shared) > 1 else ""
 
 
 def flax_path(name: str) -> str:
@@ -104,3 +164,24 @@ def rebuild(
     return helper.make_model(
         graph, producer_name="qt_jax", opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset)
     )
+
+
+def fuse(
+    model: onnx.ModelProto,
+    values: dict[str, np.ndarray],
+    operators: frozenset[str],
+    fused: Callable[[NodeProto, NodeProto], NodeProto | None],
+) -> onnx.ModelProto:
+    """Replace a node and the one before it by `fused(node, before)`, where it has a result.
+
+    Asked only for nodes among `operators`, and for pairs in which the first node's output is read by the
+    second alone.
+    """
+    read = uses(model)
+    nodes: dict[str, NodeProto] = {}
+    for node in model.graph.node:
+        if node.op_type in operators:
+            before = [nodes[name] for name in node.input if name in nodes and read[name] == 1]
+            node = next(filter(None, (fused(node, candidate) for candidate in before)), node)
+        nodes[node.output[0]] = node
+    return rebuild(model, nodes.values(), values)

@@ -1,16 +1,14 @@
 """From a Linen apply function to a raw ONNX graph, through jax2onnx.
 
 The variables enter jax2onnx as named graph inputs and are then frozen into initializers, so that each keeps
-its path (`params/stem/kernel`) as its name.
+its path (`params/stem/kernel`) as its name. The batch is lowered as one concrete, unmistakable number, which
+leaves no shape arithmetic in the graph; `batch.symbolic_batch` makes it a symbol at the end.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.errors
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,147 +18,147 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
+from qt_jax.export.batch import unmistakable
+from qt_jax.export.layout import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
+from qt_jax.export.shims import jax2onnx_corrected
 
-OPSETS = range(13, 22)
+OPSET = 21
+"""Every model is lowered to this one dialect; `opsets.at_opset` restates it in an older one."""
 
-_inside_jax2onnx = jax.make_user_context(default_value=False)
-"""Part of every jit cache's key: a trace made under jax2onnx's patches is not reused outside them."""
+Inputs = tuple[jax.ShapeDtypeStruct, ...]
+
+
+def input_specs(input_shape: Any, batch: int) -> Inputs:
+    """One spec with batch for each input of the model.
+
+    Args:
+      input_shape: one shape without batch, or a sequence of them; an entry that is a `jax.ShapeDtypeStruct`
+        (shape without batch) states its dtype too, the others are float32.
+      batch: size of the leading axis.
+
+    >>> input_specs((32, 32, 3), 1)
+    (ShapeDtypeStruct(shape=(1, 32, 32, 3), dtype=float32),)
+    >>> [spec.shape for spec in input_specs([(8, 8, 3), (5,)], 2)]
+    [(2, 8, 8, 3), (2, 5)]
+    """
+    single = isinstance(input_shape, jax.ShapeDtypeStruct) or all(
+        isinstance(size, int | np.integer) for size in input_shape
+    )
+    specs = []
+    for entry in [input_shape] if single else input_shape:
+        shape, dtype = getattr(entry, "shape", entry), getattr(entry, "dtype", jnp.float32)
+        if not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
+            raise InvalidInput(f"input_shape {input_shape!r}: sizes must be positive whole numbers, no batch")
+        specs.append(jax.ShapeDtypeStruct((batch, *shape), dtype))
+    return tuple(specs)
 
 
 def lower(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: Callable[..., Any],
     variables: Mapping[str, Any],
-    input_shape: Sequence[int],
+    input_shape: Any,
     *,
-    opset: int,
-    dynamic_batch: bool,
-    input_name: str,
-    output_name: str,
+    channels_first: bool,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
 ) -> onnx.ModelProto:
-    """The graph as jax2onnx writes it: NCHW input, every variable that is read an initializer.
+    """The graph as jax2onnx writes it at opset `OPSET`, every variable that is read an initializer.
 
-    Arguments are those of `qt_jax.export.to_onnx`. Batch norm, layout changes and constant subgraphs are
-    still there, and recorded shapes are not.
+    Batch norm, layout changes and constant subgraphs are still there, and recorded shapes are not.
+
+    Args:
+      apply_fn: `(variables, *inputs) -> array, or a pytree of arrays`.
+      variables: Flax collections of arrays.
+      input_shape: as in `qt_jax.export.to_onnx`.
+      channels_first: whether tensors of rank 4 pass the graph's boundary as NCHW.
+      input_names: of the graph's inputs, one for each; None for the defaults of `qt_jax.export.to_onnx`.
+      output_names: of the graph's outputs, one for each leaf that `apply_fn` returns, or None.
 
     Raises:
-      InvalidInput: opset outside 13..21, variables or images that `apply_fn` does not take, an output other
-        than float32 `(batch, classes)`, or an operation that jax2onnx does not lower.
+      InvalidInput: variables or inputs that `apply_fn` does not take, an output without batch, or an
+        operation that jax2onnx does not lower.
     """
-    if opset not in OPSETS:
-        raise InvalidInput(f"opset {opset} is not supported: choose {OPSETS[0]} to {OPSETS[-1]}")
     leaves = flatten_dict(unfreeze(variables))
-    _check_signature(apply_fn, variables, input_shape)
+    sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
+    sizes += [size for spec in input_specs(input_shape, 1) for size in spec.shape]
+    inputs = input_specs(input_shape, unmistakable(sizes))
+    outputs = _outputs(apply_fn, variables, inputs)
+    input_names = _names("input", input_names, len(inputs), "input")
+    output_names = _names("output", output_names, len(outputs), "logits")
 
-    def positional(images: jax.Array, *values: jax.Array) -> jax.Array:
-        with _flax_pooling_signatures():
-            return apply_fn(unflatten_dict(dict(zip(leaves, values, strict=True))), images)
+    def positional(*arguments: jax.Array) -> list[jax.Array]:
+        data, values = arguments[: len(inputs)], arguments[len(inputs) :]
+        if channels_first:
+            data = [jnp.transpose(x, TO_CHANNELS_LAST[4]) if x.ndim == 4 else x for x in data]
+        outputs = apply_fn(unflatten_dict(dict(zip(leaves, values, strict=True))), *data)
+        return [
+            jnp.transpose(y, TO_CHANNELS_FIRST[4]) if channels_first and y.ndim == 4 else y
+            for y in jax.tree.leaves(outputs)
+        ]
 
     names = ["/".join(path) for path in leaves]
     specs = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves.values()]
+    boundary = [
+        jax.ShapeDtypeStruct((x.shape[0], x.shape[3], *x.shape[1:3]), x.dtype)
+        if channels_first and len(x.shape) == 4
+        else x
+        for x in inputs
+    ]
     raw = _convert(
-        positional,
-        [("batch" if dynamic_batch else 1, *input_shape), *specs],
-        opset=opset,
-        input_names=[input_name, *names],
-        output_names=[output_name],
-        inputs_as_nchw=[0],
+        positional, [*boundary, *specs], input_names=[*input_names, *names], output_names=[*output_names]
     )
+    for node in raw.graph.node:
+        if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
+            raise InvalidInput(
+                f"the model holds control flow that becomes a {node.op_type} (lax.while_loop, lax.cond or "
+                "fori_loop), which vendors' compilers do not take: unroll it in Python or use nn.scan."
+            )
     frozen = {name: np.asarray(leaf) for name, leaf in zip(names, leaves.values(), strict=True)}
     return graph.rebuild(raw, raw.graph.node, graph.constants(raw) | frozen)
 
 
-def _check_signature(apply_fn: Callable, variables: Mapping[str, Any], input_shape: Sequence[int]) -> None:
-    if len(input_shape) != 3:
-        raise InvalidInput(f"input_shape {tuple(input_shape)} must be (height, width, channels), no batch")
-    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+def _outputs(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) -> list[jax.ShapeDtypeStruct]:
+    """What the forward returns, checked."""
+    shapes = ", ".join(str((1, *spec.shape[1:])) for spec in inputs)
     try:
-        output = jax.eval_shape(apply_fn, variables, images)
-    except flax.errors.FlaxError as error:
+        outputs = jax.tree.leaves(jax.eval_shape(apply_fn, variables, *inputs))
+    except (flax.errors.FlaxError, TypeError, ValueError) as error:
         raise InvalidInput(
-            f"apply_fn does not take these variables and images {images.shape}: {error}. "
+            f"apply_fn does not take these variables and inputs {shapes}: {error}. "
             "Give the variables of this very model, call it with train=False, and the input_shape it was "
             "initialised with."
         ) from error
-    if not isinstance(output, jax.ShapeDtypeStruct) or len(output.shape) != 2 or output.dtype != jnp.float32:
-        raise InvalidInput(f"apply_fn must return one float32 array (batch, classes), it returns {output}")
+    for output in outputs:
+        if output.shape[:1] != inputs[0].shape[:1]:
+            raise InvalidInput(
+                f"every output of apply_fn must lead with the batch, one has shape {output.shape}: return "
+                "logits alone, without state or scalars"
+            )
+        if output.dtype not in (jnp.float32, jnp.int32):
+            raise InvalidInput(
+                f"apply_fn returns {output.dtype}: build the module with dtype=jnp.float32 for export"
+            )
+    return outputs
+
+
+def _names(kind: str, given: Sequence[str] | None, number: int, single: str) -> list[str]:
+    if given is None:
+        return [single] if number == 1 else [f"{kind}_{index}" for index in range(number)]
+    if isinstance(given, str) or len(given) != number or len(set(given)) != number:
+        raise InvalidInput(f"{kind}_names {given!r}: the model has {number} {kind}s, give each its own name")
+    return list(given)
 
 
 def _convert(function: Callable, inputs: Sequence[Any], **options: Any) -> onnx.ModelProto:
-    """jax2onnx, with its patches, its traces and its log kept to itself, and its errors made readable."""
-    relaxed = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with _functions_restored(), _quiet_logging(), _inside_jax2onnx(True), relaxed[0], relaxed[1]:
-        from jax2onnx import to_onnx  # importing it costs seconds: pay only when exporting
-
+    """jax2onnx's result, its errors made readable."""
+    with jax2onnx_corrected() as to_onnx:
         try:
-            return to_onnx(function, inputs, **options)
+            return to_onnx(function, inputs, opset=OPSET, normalization_mode="prefer_native", **options)
         except InvalidInput:
             raise
         except Exception as error:
+            reason = " ".join(str(error).split())[:500]
             raise InvalidInput(
-                f"jax2onnx cannot lower this model: {type(error).__name__}: {error}. "
+                f"jax2onnx cannot lower this model: {type(error).__name__}: {reason}. "
                 "Write the step it names with layers and functions of flax.linen."
             ) from error
-
-
-@contextmanager
-def _functions_restored() -> Iterator[None]:
-    """Undo what jax2onnx replaces for good: its import leaves a `jnp.cumsum` without positional axis."""
-    layers = [value for value in vars(nn).values() if isinstance(value, type)]
-    before = [(owner, dict(vars(owner))) for owner in (jnp, jax.lax, jax.nn, nn, *layers)]
-    try:
-        yield
-    finally:
-        for owner, held in before:
-            for name, value in held.items():
-                if vars(owner).get(name) is not value:
-                    setattr(owner, name, value)
-
-
-@contextmanager
-def _flax_pooling_signatures() -> Iterator[None]:
-    """Give `nn.max_pool` and `nn.avg_pool` back the signatures that jax2onnx's replacements lack.
-
-    Those take keywords only, and read an explicit padding as "VALID" without a word.
-    """
-    lowered = nn.max_pool, nn.avg_pool
-
-    def check(padding: Any) -> None:
-        if not isinstance(padding, str):
-            raise InvalidInput(
-                f'pooling with explicit padding {padding} does not export: use "VALID" or "SAME"'
-            )
-
-    def max_pool(inputs, window_shape, strides=None, padding="VALID"):
-        check(padding)
-        return lowered[0](inputs, window_shape=window_shape, strides=strides, padding=padding)
-
-    def avg_pool(inputs, window_shape, strides=None, padding="VALID", count_include_pad=True):
-        check(padding)
-        options = {"strides": strides, "padding": padding, "count_include_pad": count_include_pad}
-        return lowered[1](inputs, window_shape=window_shape, **options)
-
-    nn.max_pool, nn.avg_pool = max_pool, avg_pool
-    try:
-        yield
-    finally:
-        nn.max_pool, nn.avg_pool = lowered
-
-
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Silence jax2onnx and onnx_ir below errors.
-
-    A handler on the root logger keeps jax2onnx's `logging.info` from installing one that would stay.
-    """
-    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    placeholder = logging.NullHandler()
-    logging.getLogger().addHandler(placeholder)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        logging.getLogger().removeHandler(placeholder)

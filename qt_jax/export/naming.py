@@ -8,8 +8,10 @@ import onnx
 from onnx import NodeProto, defs
 
 from qt_jax.export import graph
+from qt_jax.export.operators import NORMALIZING, WEIGHTED
 
-WEIGHTED = frozenset({"Conv", "Gemm"})
+MODULES = WEIGHTED | NORMALIZING | {"Gather"}
+"""Operators that stand for a module of their own, if a leaf of the variables is among their inputs."""
 
 
 def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -43,7 +45,7 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
     for position, node in enumerate(model.graph.node):
         feeds = [name for name in node.input if name and name not in values]
         feed = max(feeds, key=order.__getitem__, default="")
-        base, scope = _place(node, values, scopes.get(feed, ""))
+        base, scope = _place(node, values, scopes.get(feed, ""), taken)
         occupied = taken.difference(node.output)  # the module `logits` may write the tensor `logits`
         name = next(candidate for candidate in _candidates(base) if candidate not in occupied)
         taken.add(name)
@@ -60,14 +62,17 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.rebuild(model, nodes, named)
 
 
-def _place(node: NodeProto, values: dict[str, np.ndarray], scope: str) -> tuple[str, str]:
+def _place(node: NodeProto, values: dict[str, np.ndarray], scope: str, taken: set[str]) -> tuple[str, str]:
     """The wanted name of `node`, and the scope of its output: the module that called it."""
     leaves = filter(None, (graph.flax_path(name) for name in node.input if name in values))
     module = next((path.rpartition("/")[0] for path in leaves), "")
-    if module and node.op_type in WEIGHTED:
-        return module, module.rpartition("/")[0]
-    scope = module or scope
-    return f"{scope}/{node.op_type}".removeprefix("/"), scope
+    caller = module.rpartition("/")[0]
+    if module and node.op_type in MODULES:
+        return module, caller
+    base = f"{module or scope}/{node.op_type}".removeprefix("/")
+    if module:
+        scope = caller if module in taken else module  # the bias of a layer that stands already, or a leaf
+    return base, scope
 
 
 def _constant_base(node: NodeProto, index: int, name: str) -> str:

@@ -6,49 +6,70 @@ import onnx
 
 from qt_jax.errors import InvalidInput
 
-ARITHMETIC = frozenset({"Add", "Clip", "Concat", "Div", "Max", "Min", "Mul", "Relu", "Sigmoid", "Sub"})
+ACTIVATIONS = frozenset(
+    {"Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Relu", "Selu"}
+    | {"Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu"}
+)
+UNARY = ACTIVATIONS | frozenset(
+    {"Abs", "Cast", "Ceil", "Cos", "Erf", "Exp", "Floor", "Identity", "Log", "Neg", "Not", "Reciprocal"}
+    | {"Round", "Sign", "Sin", "Sqrt"}
+)
+BINARY = frozenset(
+    {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul"}
+    | {"Or", "PRelu", "Pow", "Sub", "Where"}
+)
 POOLING = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
-SUPPORTED = frozenset({"Conv", "Flatten", "Gemm", "Transpose"}) | ARITHMETIC | POOLING
-MAX_TRANSPOSES = 1
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+NORMALIZING = frozenset(
+    {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
+)
+REDUCING = frozenset(
+    {
+        "ArgMax",
+        "LogSoftmax",
+        "LpNormalization",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "Softmax",
+    }
+)
+SHAPING = frozenset(
+    {"Concat", "Expand", "Flatten", "Gather", "Pad", "Reshape", "Resize", "Shape", "Slice", "Split"}
+    | {"Squeeze", "Transpose", "Unsqueeze"}
+)
+SUPPORTED = UNARY | BINARY | POOLING | WEIGHTED | NORMALIZING | REDUCING | SHAPING
 
-FLATTEN = "reduce height and width with jnp.mean(x, axis=(1, 2)) in place of a reshape"
 REMEDIES = {
-    "BatchNormalization": "apply nn.BatchNorm directly to a convolution's output that nothing else reads",
-    "Cast": "build the module with dtype=jnp.float32 for export",
     "CastLike": "build the module with dtype=jnp.float32 for export",
-    "Gather": FLATTEN,
-    "Reshape": FLATTEN,
-    "Shape": FLATTEN,
-    "Squeeze": FLATTEN,
-    "Unsqueeze": FLATTEN,
-    "ReduceMean": "take means over height and width of (batch, height, width, channels) only: axis=(1, 2)",
-    "Slice": 'pad with numbers or "SAME" in place of "CIRCULAR", and do not index into images',
-    "MatMul": "multiply by a kernel held in the variables, as nn.Dense does",
-    "Transpose": "keep images channels-last between layers and use layers of flax.linen",
+    "Einsum": "write it with jnp.matmul and reshape, or with nn.Dense or nn.DenseGeneral",
+    "ReduceProd": "write the product of a few terms out",
+    "CumSum": "no low-bit compiler takes it: precompute it, or move it out of the model",
+    "NonZero": "its result has no fixed shape: move it out of the model",
+    "Range": 'pad with numbers, "SAME" or "CIRCULAR" in place of "REFLECT"; make positions a constant',
+    "TopK": "move the selection out of the model",
 }
-ANY_REMEDY = "write this step with convolution, dense, pooling, ReLU and addition layers of flax.linen"
+ANY_REMEDY = "write this step with layers and functions of flax.linen, or move it out of the model"
 
 
 def refuse_unsupported(model: onnx.ModelProto) -> None:
-    """Raise where `model` holds what compilers for convolutional networks cannot be relied on to take.
+    """Raise where `model` holds what low-bit compilers cannot be relied on to take.
 
     Raises:
-      InvalidInput: an operator outside `SUPPORTED` or a second Transpose; names the node and the remedy.
+      InvalidInput: an operator outside `SUPPORTED`; names the node, what feeds it and the remedy.
     """
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or node.op_type not in SUPPORTED:
-            raise InvalidInput(_message(node, "which is outside the supported operators"))
-    transposes = [node for node in model.graph.node if node.op_type == "Transpose"]
-    if len(transposes) > MAX_TRANSPOSES:
-        raise InvalidInput(_message(transposes[-1], f"one of {len(transposes)} (at most {MAX_TRANSPOSES})"))
+            operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            remedy = REMEDIES.get(node.op_type, ANY_REMEDY)
+            raise InvalidInput(
+                f'node "{node.name}" reading {list(node.input)} is a {operator}, which is outside the '
+                f"operators that vendors' compilers share: {remedy}"
+            )
 
 
 def count_operators(model: onnx.ModelProto) -> dict[str, int]:
     """How often each operator occurs, most frequent first."""
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
-
-
-def _message(node: onnx.NodeProto, complaint: str) -> str:
-    remedy = REMEDIES.get(node.op_type, ANY_REMEDY)
-    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return f'node "{node.name}" reading {list(node.input)} is a {operator}, {complaint}: {remedy}'

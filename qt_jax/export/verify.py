@@ -1,11 +1,9 @@
-"""Checks that an exported graph is standard and computes what the JAX forward computes, and saves it."""
+"""Checks that an exported graph is standard and computes what the JAX forward computes."""
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,105 +13,81 @@ from flax.traverse_util import flatten_dict
 from onnx import shape_inference
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import graph
-from qt_jax.export.naming import WEIGHTED
-from qt_jax.export.operators import MAX_TRANSPOSES, count_operators
+from qt_jax.export.operators import WEIGHTED
+from qt_jax.export.saving import staged
+from qt_jax.export.summary import summarize
+from qt_jax.export.views import TO_CHANNELS_FIRST
+
+NUMBERED = re.compile(r"_\d+$")
 
 
 def verify(
     model: onnx.ModelProto,
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: Callable[..., Any],
     variables: Mapping[str, Any],
-    images_nhwc: Any,
+    inputs: Any,
     *,
     batch_sizes: Sequence[int] = (1, 7),
     tolerance: float = 1e-4,
+    layout: Literal["nchw", "nhwc"] = "nchw",
 ) -> dict[str, Any]:
-    """Check the graph's form, and its logits in onnxruntime (CPU) against the JAX forward.
+    """Check the graph's form, and its outputs in onnxruntime (CPU) against the JAX forward.
 
-    Form: ai.onnx operators alone, no BatchNormalization, at most one Transpose, every node named and every
-    weight named by its Flax path, onnx.checker's full check. Numbers: for each batch size the largest
-    absolute difference of the logits on the first images given. JAX computes the largest batch, in full
-    float32 whatever the platform's default precision.
+    Form: ai.onnx operators alone, every node named and every weight named by its Flax path, onnx.checker's
+    full check. Numbers: for each batch size the largest absolute difference of any output on the first
+    inputs given. JAX computes the largest batch, in full float32 whatever the platform's default precision.
 
     Args:
       model: from `to_onnx`.
       apply_fn: as given to `to_onnx`.
       variables: as given to `to_onnx`.
-      images_nhwc: float32 `(n, height, width, channels)`, normalised as for the model, n at least the
-        largest batch size. Real images: random ones reach other activations.
+      inputs: what `apply_fn` takes, images float32 `(n, height, width, channels)` normalised as for the
+        model, n at least the largest batch size; a sequence of arrays where the model has several inputs.
+        Real images: random ones reach other activations.
       batch_sizes: each is run once.
-      tolerance: absolute, in logits.
+      tolerance: absolute, in units of the output.
+      layout: as given to `to_onnx`.
 
     Returns:
-      `operators` (name -> count), `parameters`, `macs` (of convolutions and Gemm, one image), `bytes`,
-      `opset`, `max_difference` (batch size -> logits).
+      What `summary.summarize` says, and `max_difference` (batch size -> largest difference).
 
     Raises:
       InvalidInput: naming the first check that failed.
     """
     _check_domains(model)
-    _check_operators(model)
     _check_names(model, variables)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
         raise _failure("onnx.checker", str(error)) from error
-    differences = _differences(model, apply_fn, variables, np.asarray(images_nhwc, np.float32), batch_sizes)
-    for size, difference in differences.items():
+    data = [np.asarray(x) for x in (inputs if isinstance(inputs, list | tuple) else [inputs])]
+    for size, difference in (
+        differences := _differences(model, apply_fn, variables, data, batch_sizes, layout == "nchw")
+    ).items():
         if not difference <= tolerance:  # catches NaN too
             raise _failure(
                 "parity",
-                f"logits differ from the JAX forward by {difference:.3g} at batch size {size}, tolerance "
-                f"{tolerance:.3g}. Was the model exported from these variables, for inference?",
+                f"the outputs differ from the JAX forward by {difference:.3g} at batch size {size}, "
+                f"tolerance {tolerance:.3g}. Was the model exported from these variables, for inference?",
             )
-    return {
-        "operators": count_operators(model),
-        "parameters": sum(value.size for value in graph.constants(model).values()),
-        "macs": _multiply_accumulates(model),
-        "bytes": model.ByteSize(),
-        "opset": model.opset_import[0].version,
-        "max_difference": differences,
-    }
-
-
-def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
-    """Write `model` to `path`, whole or not at all; a file already there is replaced at the end."""
-    with _staged(Path(path)) as temporary:
-        onnx.save(model, temporary)
+    return summarize(model) | {"max_difference": differences}
 
 
 def save_verified(
     model: onnx.ModelProto,
     path: str | os.PathLike,
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: Callable[..., Any],
     variables: Mapping[str, Any],
-    images_nhwc: Any,
-    *,
-    batch_sizes: Sequence[int] = (1, 7),
-    tolerance: float = 1e-4,
+    inputs: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write `model`, `verify` what the file holds, and only then give the file its name.
 
     Arguments, result and errors are those of `verify`. On an error nothing at `path` has changed.
     """
-    with _staged(Path(path)) as temporary:
+    with staged(path) as temporary:
         onnx.save(model, temporary)
-        written = onnx.load(temporary)
-        options = {"batch_sizes": batch_sizes, "tolerance": tolerance}
-        return verify(written, apply_fn, variables, images_nhwc, **options)
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return verify(onnx.load(temporary), apply_fn, variables, inputs, **options)
 
 
 def _failure(check: str, finding: str) -> InvalidInput:
@@ -129,66 +103,76 @@ def _check_domains(model: onnx.ModelProto) -> None:
         raise _failure("domain", f"the model imports {sorted(domains)} or defines functions of its own")
 
 
-def _check_operators(model: onnx.ModelProto) -> None:
-    counts = count_operators(model)
-    if counts.get("BatchNormalization"):
-        raise _failure("operators", f"{counts['BatchNormalization']} BatchNormalization left unfolded")
-    if counts.get("Transpose", 0) > MAX_TRANSPOSES:
-        raise _failure("operators", f"{counts['Transpose']} Transpose, at most {MAX_TRANSPOSES} allowed")
-
-
 def _check_names(model: onnx.ModelProto, variables: Mapping[str, Any]) -> None:
     """Every node has a name of its own; every weight is called after the leaf of `params` it comes from."""
     names = [node.name for node in model.graph.node]
     if not all(names) or len(set(names)) < len(names):
         raise _failure("names", "a node has no name, or two nodes have the same")
-    leaves = flatten_dict(variables.get("params", {}), sep="/")
+    leaves = flatten_dict(variables.get("params", {}), sep="/").keys()
+    constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        weight = node.input[1] if node.op_type in WEIGHTED else None
-        if weight is not None and re.sub(r"_\d+$", "", weight) not in leaves and weight not in leaves:
+        weight = node.input[1] if node.op_type in WEIGHTED else ""
+        if weight in constant and not any(_stems(name, leaves) for name in (weight, NUMBERED.sub("", weight))):
             raise _failure("names", f'the weight "{weight}" of node "{node.name}" is no leaf of the params')
+
+
+def _stems(name: str, leaves: Iterable[str]) -> bool:
+    """Whether `name` is a leaf, or joins leaves of that name in the modules below."""
+    module, _, leaf = name.rpartition("/")
+    below = f"{module}/" if module else ""
+    return name in leaves or any(path.startswith(below) and path.endswith(f"/{leaf}") for path in leaves)
 
 
 def _differences(
     model: onnx.ModelProto,
     apply_fn: Callable,
     variables: Mapping[str, Any],
-    images: np.ndarray,
+    inputs: list[np.ndarray],
     batch_sizes: Sequence[int],
+    channels_first: bool,
 ) -> dict[int, float]:
-    """Largest absolute difference of the logits by batch size; JAX computes the largest batch, once."""
-    if len(images) < max(batch_sizes):
-        raise InvalidInput(f"verification at batch sizes {tuple(batch_sizes)} got {len(images)} images only")
-    images = images[: max(batch_sizes)]
+    """Largest absolute difference of any output by batch size; JAX computes the largest batch, once."""
+    largest = max(batch_sizes)
+    if min(map(len, inputs)) < largest:
+        given = min(map(len, inputs))
+        raise InvalidInput(f"verification at batch sizes {tuple(batch_sizes)} got {given} inputs only")
+    inputs = [x[:largest] for x in inputs]
     with jax.default_matmul_precision("highest"):
-        expected = np.asarray(jax.jit(apply_fn)(variables, images))
-    channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        outputs = jax.tree.leaves(jax.jit(apply_fn)(variables, *inputs))
+    expected, fed = (
+        [np.asarray(x) if x.ndim != 4 or not channels_first else _channels_first(x) for x in tensors]
+        for tensors in (outputs, inputs)
+    )
+    session = _session(model)
     differences = {}
     for size in batch_sizes:
-        logits = _run(model, channels_first[:size])
-        if logits.shape != expected[:size].shape:
-            shapes = f"{logits.shape}, the JAX forward's {expected[:size].shape}"
-            raise _failure("parity", f"the logits' shape at batch size {size} is {shapes}")
-        differences[size] = float(np.max(np.abs(logits - expected[:size])))
+        found = _run(session, [x[:size] for x in fed])
+        for output, wanted in zip(found, expected, strict=True):
+            if output.shape != wanted[:size].shape:
+                shapes = f"{output.shape}, the JAX forward's {wanted[:size].shape}"
+                raise _failure("parity", f"an output's shape at batch size {size} is {shapes}")
+        differences[size] = max(
+            float(np.max(np.abs(output - wanted[:size])))
+            for output, wanted in zip(found, expected, strict=True)
+        )
     return differences
 
 
-def _run(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    """The logits by onnxruntime on the CPU."""
+def _channels_first(x: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(x).transpose(TO_CHANNELS_FIRST[4]))
+
+
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        (logits,) = session.run(None, {model.graph.input[0].name: images})
+        return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise _failure("onnxruntime", f"batch size {len(images)}: {error}") from error
-    return logits
+        raise _failure("onnxruntime", f"the model does not load: {error}") from error
 
 
-def _multiply_accumulates(model: onnx.ModelProto) -> int:
-    """Multiplications of convolutions and matrix products for one image."""
-    values = graph.constants(model)
-    shapes = graph.shapes(model)
-    return sum(
-        values[node.input[1]].size * int(np.prod(shapes[node.output[0]][2:]))
-        for node in model.graph.node
-        if node.op_type in WEIGHTED
-    )
+def _run(session: onnxruntime.InferenceSession, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """The outputs by onnxruntime on the CPU."""
+    names = [entry.name for entry in session.get_inputs()]
+    try:
+        return session.run(None, dict(zip(names, inputs, strict=True)))
+    except Exception as error:
+        raise _failure("onnxruntime", f"batch size {len(inputs[0])}: {error}") from error

@@ -8,8 +8,13 @@ from onnx import NodeProto, helper
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
+from qt_jax.export.operators import WEIGHTED
 
-WINDOWED = frozenset({"AveragePool", "Conv", "MaxPool"})
+WINDOWED = frozenset({"AveragePool", "Conv", "ConvTranspose", "MaxPool"})
+RESIZE = {
+    "cubic": {"cubic_coeff_a": -0.5, "exclude_outside": 1},
+    "nearest": {"nearest_mode": "round_prefer_ceil"},
+}
 
 
 def explicit_windows(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -27,9 +32,64 @@ def explicit_windows(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.rebuild(model, nodes, values)
 
 
+def fold_pad(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with constant padding of height and width joined to the window that follows.
+
+    Zeros before a convolution or a mean that counts its pads, -inf before a maximum.
+    """
+    values = graph.constants(model)
+
+    def padded(window: NodeProto, pad: NodeProto) -> NodeProto | None:
+        stated = graph.attributes(window)
+        if pad.op_type != "Pad" or graph.attributes(pad).get("mode", b"constant") != b"constant":
+            return None
+        value = values[pad.input[2]].item() if len(pad.input) > 2 and pad.input[2] else 0.0
+        low, high = values[pad.input[1]].reshape(2, -1).tolist()
+        counted = window.op_type != "AveragePool" or stated.get("count_include_pad", 0) == 1
+        wanted = -np.inf if window.op_type == "MaxPool" else 0.0
+        if value != wanted or any(low[:2] + high[:2]) or min(low + high) < 0 or not counted:
+            return None
+        both = np.array(stated["pads"]) + np.array(low[2:] + high[2:])
+        if window.op_type != "Conv" and np.any(both >= np.tile(stated["kernel_shape"], 2)):
+            return None  # ONNX wants each pad of a pool to be smaller than its kernel
+        return helper.make_node(
+            window.op_type,
+            [pad.input[0], *window.input[1:]],
+            window.output,
+            **(stated | {"pads": both.tolist()}),
+        )
+
+    return graph.fuse(model, values, WINDOWED - {"ConvTranspose"}, padded)
+
+
+def resize_by_scale(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with each Resize as `jax.image.resize` computes it, told its scales: sizes would hold the batch.
+
+    Pixels lie at half coordinates; the nearest one is rounded half up, the cubic kernel is Keys' with
+    a = -1/2, cut at the border (ONNX's default is -3/4, the border repeated). A scale is moved up by the least step where float32 would round the size below its whole number.
+    """
+    values, shapes = graph.constants(model), graph.shapes(model)
+
+    def scaled(node: NodeProto) -> NodeProto:
+        if node.op_type != "Resize":
+            return node
+        before, after = (np.array(shapes[name]) for name in (node.input[0], node.output[0]))
+        scales = (after / before).astype(np.float32)
+        scales = np.where(
+            np.floor(before.astype(np.float32) * scales) < after, np.nextafter(scales, 9), scales
+        )
+        name = f"{node.output[0]}#scales"
+        values[name] = scales.astype(np.float32)
+        mode = graph.attributes(node)["mode"].decode()
+        stated = {"mode": mode, "coordinate_transformation_mode": "half_pixel"} | RESIZE.get(mode, {})
+        return helper.make_node("Resize", [node.input[0], "", name], node.output, **stated)
+
+    return graph.rebuild(model, [scaled(node) for node in model.graph.node], values)
+
+
 def _explicit(node: NodeProto, values: dict[str, np.ndarray], shape: Sequence[int]) -> NodeProto:
     stated = graph.attributes(node)
-    if node.op_type == "Conv" and node.input[1] not in values:
+    if node.op_type in WEIGHTED and node.input[1] not in values:
         raise InvalidInput(f'the kernel "{node.input[1]}" is computed from the images: it must be a constant')
     kernel = stated.get("kernel_shape") or values[node.input[1]].shape[2:]
     strides = stated.get("strides", [1] * len(kernel))
@@ -37,7 +97,7 @@ def _explicit(node: NodeProto, values: dict[str, np.ndarray], shape: Sequence[in
     window = {"kernel_shape": list(kernel), "strides": strides}
     if node.op_type != "AveragePool":  # it has no dilations before opset 19
         window["dilations"] = dilations
-    if node.op_type == "Conv":
+    if node.op_type in WEIGHTED:
         window["group"] = stated.get("group", 1)
     padding = stated.pop("auto_pad", b"NOTSET").decode()
     if padding.startswith("SAME"):

@@ -1,0 +1,118 @@
+"""The two exporters that are compared, behind one signature: variables in, a file out.
+
+qt_jax converts and verifies the file against the JAX forward at two batch sizes. PyTorch is called as its
+documentation does (dynamo, its own optimizer on, weights in a file of their own) and checks nothing.
+"""
+
+import importlib.util
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qt_jax as qt
+from qt_jax.export import save_verified, to_onnx
+
+OURS, TORCH = "qt_jax", "torch"
+VERIFIED = 7
+"""Images that the verification of a file needs."""
+
+Export = Callable[[Path], dict[str, float]]
+"""Writes the file and returns the seconds it took: convert_s, and verify_s where the exporter verifies."""
+
+
+class Network(NamedTuple):
+    """A Linen module for square images, and their height in pixels."""
+
+    module: nn.Module
+    image_size: int
+
+
+def require_torch() -> None:
+    """Raises InvalidInput, with the remedy, where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise qt.InvalidInput(
+            "the comparison needs PyTorch, which is not installed: python -m pip install -r "
+            "experiments/benchmarks/requirements.txt"
+        )
+
+
+def random_variables(network: Network) -> dict[str, Any]:
+    """Variables as of a trained network: He-scaled kernels, batch norms that are not the identity."""
+    images = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(network.module.init, jax.random.key(0), images)
+    random = np.random.default_rng(0)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key in ("scale", "var"):
+            values = random.uniform(0.5, 1.5, leaf.shape)
+        else:
+            fan_in = np.prod(leaf.shape[:-1]) if path[-1].key == "kernel" else 100
+            values = random.normal(0.0, fan_in**-0.5, leaf.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_images(network: Network, count: int) -> np.ndarray:
+    """Images `(count, height, width, 3)`, float32 of unit variance."""
+    shape = (count, network.image_size, network.image_size, 3)
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def exporter(name: str, network: Network, variables: dict[str, Any], opset: int) -> Export:
+    """The exporter of that name, ready to write the network to a file as often as it is called."""
+    return {OURS: _ours, TORCH: _torch}[name](network, variables, opset)
+
+
+def _ours(network: Network, variables: dict[str, Any], opset: int) -> Export:
+    images = random_images(network, VERIFIED)
+
+    def export(path: Path) -> dict[str, float]:
+        def apply_fn(variables, images):  # new in every call, so that nothing is compiled beforehand
+            return network.module.apply(variables, images, train=False)
+
+        start = time.perf_counter()
+        model = to_onnx(apply_fn, variables, images.shape[1:], opset=opset)
+        converted = time.perf_counter()
+        save_verified(model, path, apply_fn, variables, images)
+        return {"convert_s": converted - start, "verify_s": time.perf_counter() - converted}
+
+    return export
+
+
+def _torch(network: Network, variables: dict[str, Any], opset: int) -> Export:
+    import torch
+
+    from experiments.benchmarks.torch_models import load_variables, twin
+
+    model = twin(network.module, network.image_size)
+    load_variables(model, variables)
+    example = torch.zeros(2, 3, network.image_size, network.image_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+    def export(path: Path) -> dict[str, float]:
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (example,),
+                path,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=({0: "batch"},),
+                input_names=["input"],
+                output_names=["logits"],
+                verbose=False,
+            )
+        return {"convert_s": time.perf_counter() - start}
+
+    return export

@@ -1,0 +1,95 @@
+"""MobileNetV2 for 32x32 images, in plain Linen."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.models.depthwise import conv_general_dilated
+from experiments.models.resnet import SAME_3X3
+
+
+class Stage(NamedTuple):
+    """Blocks of one resolution: the expansion of each, its output features, how many, the first's stride."""
+
+    expansion: int
+    features: int
+    blocks: int
+    stride: int
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection, and a shortcut where shapes allow it
+    (Sandler et al. 2018, arXiv 1801.04381, figure 4).
+    """
+
+    features: int
+    expansion: int = 6
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+        hidden = x.shape[-1] * self.expansion
+
+        y = x
+        if self.expansion > 1:
+            y = conv(hidden, (1, 1), padding="VALID", name="expand")(y)
+            y = nn.relu6(norm(name="expand_norm")(y))
+        y = conv(
+            hidden,
+            (3, 3),
+            strides=(self.stride, self.stride),
+            padding=SAME_3X3,
+            feature_group_count=hidden,
+            conv_general_dilated=conv_general_dilated,
+            name="depthwise",
+        )(y)
+        y = nn.relu6(norm(name="depthwise_norm")(y))
+        y = conv(self.features, (1, 1), padding="VALID", name="project")(y)
+        y = norm(name="project_norm")(y)
+        return x + y if x.shape == y.shape else y
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381, table 2) cut to small images: a stem of stride 1,
+    the first five widths, a last 1x1 convolution of `last` features. 0.34 M parameters.
+
+    `MobileNetV2(stem=4, stages=(Stage(1, 4, 1, 1), Stage(2, 8, 2, 2)), last=16)` is a tiny one for tests.
+
+    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`.
+    """
+
+    stem: int = 32
+    stages: Sequence[Stage] = (
+        Stage(1, 16, 1, 1),
+        Stage(6, 24, 2, 1),
+        Stage(6, 32, 3, 2),
+        Stage(6, 64, 2, 2),
+        Stage(6, 96, 2, 1),
+    )
+    last: int = 256
+    num_classes: int = 10
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+
+        x = conv(self.stem, (3, 3), padding=SAME_3X3, name="stem")(x)
+        x = nn.relu6(norm(name="stem_norm")(x))
+        for number, stage in enumerate(self.stages, start=1):
+            for block in range(1, stage.blocks + 1):
+                stride = stage.stride if block == 1 else 1
+                block_of = partial(InvertedResidual, stage.features, stage.expansion, stride, self.dtype)
+                x = block_of(name=f"stage{number}_block{block}")(x, train)
+        x = conv(self.last, (1, 1), padding="VALID", name="last")(x)
+        x = nn.relu6(norm(name="last_norm")(x))
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)

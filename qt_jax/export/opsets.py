@@ -1,0 +1,147 @@
+"""One dialect into another: graphs are built at opset 21 and restated for older compilers here."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import NodeProto, helper
+
+from qt_jax.export import graph
+
+OPSETS = range(13, 22)
+REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"})
+
+Values = dict[str, np.ndarray]
+
+
+def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """`model`, written at opset 21, in the operators of an earlier opset.
+
+    Operators that came later are decomposed: GroupNormalization (21), Gelu (20), LayerNormalization (17),
+    HardSwish (14), Shape with a start (15). Reductions take their axes as an attribute before 18.
+    """
+    values = graph.constants(model)
+    shapes = graph.shapes(model)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        since, restate = RESTATED.get(node.op_type, (0, None))
+        if restate is not None and opset < since:
+            nodes.extend(restate(node, values, shapes))
+        else:
+            nodes.append(node)
+    target = onnx.ModelProto()
+    target.CopyFrom(model)
+    del target.opset_import[:]
+    target.opset_import.append(helper.make_opsetid("", opset))
+    return graph.rebuild(target, nodes, values)
+
+
+def _scalar(values: Values, number: float) -> str:
+    name = f"constant#{number}"
+    values[name] = np.array(number, np.float32)
+    return name
+
+
+def _chain(output: str, *steps: tuple) -> list[NodeProto]:
+    """Nodes `(operator, inputs, attributes)`; an input `...` is the output of the step before."""
+    nodes: list[NodeProto] = []
+    for index, (operator, inputs, *attributes) in enumerate(steps):
+        before = nodes[-1].output[0] if nodes else ""
+        read = [before if name is ... else name for name in inputs]
+        name = output if index == len(steps) - 1 else f"{output}/{index}"
+        nodes.append(helper.make_node(operator, read, [name], **(attributes[0] if attributes else {})))
+    return nodes
+
+
+def _hard_swish(node: NodeProto, values: Values, _) -> list[NodeProto]:
+    """x * max(0, min(1, x / 6 + 1 / 2))."""
+    (x,), (y,) = node.input, node.output
+    return _chain(y, ("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}), ("Mul", [x, ...]))
+
+
+def _gelu(node: NodeProto, values: Values, _) -> list[NodeProto]:
+    """x / 2 * (1 + erf(x / sqrt(2))), or its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    (x,), (y,) = node.input, node.output
+    one, half = _scalar(values, 1.0), _scalar(values, 0.5)
+    if graph.attributes(node).get("approximate", b"none") == b"none":
+        inner = [("Div", [x, _scalar(values, float(np.sqrt(2)))]), ("Erf", [...])]
+    else:
+        inner = [
+            ("Mul", [x, x]),
+            ("Mul", [..., x]),
+            ("Mul", [..., _scalar(values, 0.044715)]),
+            ("Add", [x, ...]),
+            ("Mul", [..., _scalar(values, float(np.sqrt(2 / np.pi)))]),
+            ("Tanh", [...]),
+        ]
+    return _chain(y, *inner, ("Add", [..., one]), ("Mul", [x, ...]), ("Mul", [..., half]))
+
+
+def _layer_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto]:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, over the axes from `axis` on."""
+    (x, scale, *bias), y = node.input, node.output[0]
+    stated = graph.attributes(node)
+    rank = len(shapes[x])
+    axes = list(range(stated.get("axis", -1) % rank, rank))
+    mean = helper.make_node("ReduceMean", [x], [f"{y}/mean"], axes=axes)
+    centred = helper.make_node("Sub", [x, f"{y}/mean"], [f"{y}/centred"])
+    return [
+        mean,
+        centred,
+        *_chain(
+            y,
+            ("Mul", [f"{y}/centred", f"{y}/centred"]),
+            ("ReduceMean", [...], {"axes": axes}),
+            ("Add", [..., _scalar(values, stated.get("epsilon", 1e-5))]),
+            ("Sqrt", [...]),
+            ("Div", [f"{y}/centred", ...]),
+            ("Mul", [..., scale]),
+            *[("Add", [..., name]) for name in bias],
+        ),
+    ]
+
+
+def _group_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto]:
+    """Each group an instance, then the scale and bias of each channel."""
+    (x, scale, bias), y = node.input, node.output[0]
+    stated = graph.attributes(node)
+    groups, trailing = stated["num_groups"], (1,) * (len(shapes[x]) - 2)
+    values |= {
+        f"{y}/ones": np.ones(groups, np.float32),
+        f"{y}/zeros": np.zeros(groups, np.float32),
+        f"{y}/groups": np.array((0, groups, -1), np.int64),
+        f"{y}/full": np.array((-1, *shapes[x][1:]), np.int64),
+    }
+    for name in (scale, bias):
+        values[graph.derived(name, y)] = values[name].reshape(-1, *trailing)
+    return _chain(
+        y,
+        ("Reshape", [x, f"{y}/groups"]),
+        ("InstanceNormalization", [..., f"{y}/ones", f"{y}/zeros"], {"epsilon": stated["epsilon"]}),
+        ("Reshape", [..., f"{y}/full"]),
+        ("Mul", [..., graph.derived(scale, y)]),
+        ("Add", [..., graph.derived(bias, y)]),
+    )
+
+
+def _reduction(node: NodeProto, values: Values, _) -> list[NodeProto]:
+    axes = values[node.input[1]].ravel().tolist()
+    stated = graph.attributes(node)
+    return [helper.make_node(node.op_type, node.input[:1], node.output, axes=axes, **stated)]
+
+
+def _shape(node: NodeProto, values: Values, _) -> list[NodeProto]:
+    """Shape from `start` to `end`, by a Slice."""
+    stated = graph.attributes(node)
+    values |= {f"shape#{end}": np.array([stated[end]], np.int64) for end in ("start", "end")}
+    return _chain(node.output[0], ("Shape", [node.input[0]]), ("Slice", [..., "shape#start", "shape#end"]))
+
+
+RESTATED: dict[str, tuple[int, Callable[..., list[NodeProto]]]] = {
+    **dict.fromkeys(REDUCTIONS, (18, _reduction)),
+    "Gelu": (20, _gelu),
+    "GroupNormalization": (21, _group_norm),
+    "HardSwish": (14, _hard_swish),
+    "LayerNormalization": (17, _layer_norm),
+    "Shape": (15, _shape),
+}

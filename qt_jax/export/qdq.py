@@ -1,0 +1,195 @@
+"""Standard QuantizeLinear / DequantizeLinear pairs in an exported graph, on the grids of its `Ranges`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import NodeProto, helper, shape_inference
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export import graph
+from qt_jax.export.encodings import Encoding, Ranges, model_sha256
+from qt_jax.export.placement import quantized_tensors
+
+BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+
+FIRST_OPSET = {4: 21, 8: 13, 16: 21}
+"""From which opset QuantizeLinear and DequantizeLinear take integers of that width, and an axis."""
+
+SIGNED = {4: ml_dtypes.int4, 8: np.int8, 16: np.int16}
+UNSIGNED = {8: np.uint8, 16: np.uint16}
+
+
+def insert_qdq(
+    model: onnx.ModelProto, ranges: Ranges, *, signed: bool = True, learned_only: bool = False
+) -> onnx.ModelProto:
+    """`model` with its quantized layers on integers, as `ranges` says, in operators of ai.onnx alone.
+
+    Kernels are stored as integers behind DequantizeLinear, biases as INT32 at input scale * kernel scale. An
+    activation has one pair, `<tensor>/QuantizeLinear` and `<tensor>/DequantizeLinear`, whoever reads it;
+    where pairs stand is said in `placement`. A layer that learned another grid than the tensor has, because
+    others read the tensor too, requantizes it: a second pair follows the first on that layer's branch.
+
+    Args:
+      model: from `to_onnx`.
+      ranges: from `tensor_ranges` on this very graph.
+      signed: INT8 and INT16 activations. Otherwise UINT8 and UINT16 with shifted zero-points: the same
+        numbers, and what onnxruntime on x86 makes integer kernels of by default (the signed graph needs its
+        session option "session.qdqisint8allowed").
+      learned_only: pairs at the inputs of layers and nowhere else, as the JAX forward at lambda = 1 computes.
+        Few convolutions are then integer kernels.
+
+    Returns:
+      A graph of the same inputs, outputs and opset, with shapes inferred anew. Symmetric activations clip at
+      the ends of their type, [-128, 127], where training's narrow range has [-127, 127].
+
+    Raises:
+      InvalidInput: `ranges` is of another graph or lacks a tensor, or the opset lacks an integer type (INT4
+        and INT16: 21).
+
+    >>> import flax.linen as nn, jax
+    >>> import qt_jax as qt
+    >>> from qt_jax.export import to_onnx
+    >>> from qt_jax.export.ranges import tensor_ranges
+    >>> net, images = nn.Conv(4, (3, 3), padding=1), jax.random.normal(jax.random.key(0), (8, 6, 6, 3))
+    >>> variables = qt.attach_statistics(net, net.init(jax.random.key(1), images), qt.QuantConfig(), images)
+    >>> with qt.quant_trim(qt.QuantConfig(), 0.0, train=True):
+    ...     _, seen = net.apply(variables, images, mutable=["batch_stats"])
+    >>> model = to_onnx(net.apply, variables, (6, 6, 3), output_names=("features",))
+    >>> calibration = np.asarray(images).transpose(0, 3, 1, 2)
+    >>> ranges = tensor_ranges(model, variables | seen, qt.QuantConfig(), calibration)
+    >>> quantized = insert_qdq(model, ranges)
+    >>> [node.name for node in quantized.graph.node]  # doctest: +NORMALIZE_WHITESPACE
+    ['input/QuantizeLinear', 'input/DequantizeLinear', 'kernel/DequantizeLinear', 'bias/DequantizeLinear',
+     'Conv', 'features/QuantizeLinear', 'features/DequantizeLinear']
+    """
+    if ranges.model_sha256 != model_sha256(model):
+        raise InvalidInput("these ranges are of another graph: compute them anew with tensor_ranges")
+    wanted = set()
+    if not learned_only:
+        wanted = quantized_tensors(model, ranges.inputs.keys() & ranges.kernels.keys())
+    missing = (wanted | set(ranges.kernels.values())) - ranges.tensors.keys()
+    if missing:
+        raise InvalidInput(f"these ranges lack {', '.join(sorted(missing)[:8])}")
+    outputs = wanted.intersection(output.name for output in model.graph.output)
+    writer = _Writer(graph.constants(model), ranges, wanted, outputs, signed, model.opset_import[0].version)
+    for node in model.graph.node:
+        writer.add(node)
+    quantized = graph.rebuild(model, writer.nodes, writer.values)
+    return shape_inference.infer_shapes(quantized, check_type=True, strict_mode=True, data_prop=True)
+
+
+def storage_bits(bits: int) -> int:
+    """The width of the narrowest integer type of ONNX that holds so many bits.
+
+    >>> [storage_bits(bits) for bits in (3, 4, 6, 8, 9)]
+    [4, 4, 8, 8, 16]
+    """
+    return next(width for width in SIGNED if bits <= width)
+
+
+@dataclasses.dataclass
+class _Writer:
+    """The graph as it is written: nodes in order, constants by name.
+
+    `wanted` are the tensors that have a pair of their own, `outputs` those of them that leave the graph;
+    `written` tells what stands for a (tensor, grid) already, `bases` which names are taken.
+    """
+
+    values: dict[str, np.ndarray]
+    ranges: Ranges
+    wanted: set[str]
+    outputs: set[str]
+    signed: bool
+    opset: int
+    nodes: list[NodeProto] = dataclasses.field(default_factory=list)
+    written: dict[tuple, str] = dataclasses.field(default_factory=dict)
+    bases: set[str] = dataclasses.field(default_factory=set)
+
+    def add(self, node: NodeProto) -> None:
+        """Write `node`; before it what it reads, quantized, and behind it what leaves the graph."""
+        learned = self.ranges.inputs.get(node.name)
+        inputs = [self._activation(name, None if index else learned) for index, name in enumerate(node.input)]
+        if node.name in self.ranges.kernels:
+            kernel = self.ranges.tensors[node.input[1]]
+            integers = kernel.integers(self.values[node.input[1]])
+            inputs[1] = self._constant(node.input[1], integers, kernel.bits, kernel.scale, kernel.axis)
+            if learned is not None and node.op_type in BIASED and len(node.input) > 2:
+                inputs[2] = self._bias(node.input[2], np.float32(learned.scale) * np.float32(kernel.scale))
+        made = [f"{name}/float" if name in self.outputs else name for name in node.output]
+        self.nodes.append(graph.rewired(node, inputs, made))
+        for name in self.outputs.intersection(node.output):
+            encoding = self.ranges.tensors[name]
+            self.written[name, encoding.grid] = self._pair(f"{name}/float", self._base(name), encoding, name)
+
+    def _activation(self, name: str, learned: Encoding | None) -> str:
+        """The tensor to read in place of `name`, by a layer with that learned grid or by another operator."""
+        source = name
+        if name in self.wanted:
+            source = self._shared(name, name, self.ranges.tensors[name])
+            if learned is not None and learned.grid == self.ranges.tensors[name].grid:
+                return source
+        return source if learned is None else self._shared(source, name, learned)
+
+    def _shared(self, source: str, name: str, encoding: Encoding) -> str:
+        """`source` behind a pair called after the tensor `name`: the one that is there, or a new one."""
+        key = source, encoding.grid
+        if key not in self.written:
+            base = self._base(name)
+            self.written[key] = self._pair(source, base, encoding, f"{base}/DequantizeLinear")
+        return self.written[key]
+
+    def _pair(self, source: str, base: str, encoding: Encoding, output: str) -> str:
+        self._require_opset(encoding.bits, base)
+        shift, types = (0, SIGNED) if self.signed else (2 ** (encoding.bits - 1), UNSIGNED)
+        zero_point = np.array(encoding.zero_point[0] + shift, types[encoding.bits])
+        quantized = f"{base}/QuantizeLinear"
+        grid = f"{quantized}/scale", f"{quantized}/zero_point"  # a norm has a "scale" of its own
+        self.values |= dict(zip(grid, (np.float32(encoding.scale[0]), zero_point), strict=True))
+        self._node("QuantizeLinear", quantized, [source, *grid], quantized)
+        return self._node("DequantizeLinear", f"{base}/DequantizeLinear", [quantized, *grid], output)
+
+    def _bias(self, name: str, scale: np.ndarray) -> str:
+        """A bias on 32 bits at the scale of the products it is added to, `(1,)` or `(channels,)`."""
+        integers = np.rint(self.values[name].astype(np.float64) / scale.astype(np.float64))
+        return self._constant(name, integers, 32, tuple(scale.tolist()), 0 if len(scale) > 1 else None)
+
+    def _constant(
+        self, name: str, integers: np.ndarray, bits: int, scale: tuple[float, ...], axis: int | None
+    ) -> str:
+        """Integers behind DequantizeLinear, with zero-points 0."""
+        key = name, scale
+        if key not in self.written:
+            base = self._base(name)
+            dtype = np.int32 if bits == 32 else SIGNED[storage_bits(bits)]
+            if bits != 32:
+                self._require_opset(bits, name)
+            stored = np.float32(scale[0] if axis is None else scale)
+            dequantized = f"{base}/DequantizeLinear"
+            named = f"{base}/quantized", f"{dequantized}/scale", f"{dequantized}/zero_point"
+            parts = integers.astype(dtype), stored, np.zeros(stored.shape, dtype)
+            self.values |= dict(zip(named, parts, strict=True))
+            along = {} if axis is None else {"axis": axis}
+            self.written[key] = self._node("DequantizeLinear", dequantized, named, dequantized, **along)
+        return self.written[key]
+
+    def _base(self, name: str) -> str:
+        """`name`, or `name_1` and so on where that is taken."""
+        numbered = (f"{name}_{number}" for number in range(1, len(self.bases) + 1))
+        base = next(candidate for candidate in (name, *numbered) if candidate not in self.bases)
+        self.bases.add(base)
+        return base
+
+    def _node(self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
+        return output
+
+    def _require_opset(self, bits: int, name: str) -> None:
+        width = storage_bits(bits)
+        if self.opset < FIRST_OPSET[width]:
+            raise InvalidInput(
+                f'"{name}" on {bits} bits needs INT{width}, which ONNX has from opset {FIRST_OPSET[width]}: '
+                f"export with that opset; this graph has {self.opset}"
+            )

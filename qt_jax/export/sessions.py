@@ -1,0 +1,70 @@
+"""Graphs run in onnxruntime on the CPU, batch by batch."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from qt_jax.errors import InvalidInput
+
+BATCH = 64
+"""Inputs run at once where the graph leaves the batch open."""
+
+
+def open_session(
+    model: onnx.ModelProto, *, optimize: bool, save_optimized: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """A session that runs `model` as it is written, or optimised with every integer kernel there is.
+
+    Two defaults of onnxruntime are set aside. On x86 it makes INT8 activations UINT8 first, and gives up on
+    those with two readers. And it rounds the float input of a product with an integer kernel to 8 bits.
+
+    Args:
+      optimize: all optimisations, or none.
+      save_optimized: where to write the optimised graph, in operators that bear their node's name: without
+        those for this very machine.
+    """
+    level = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if save_optimized is not None:
+        options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(save_optimized)
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def named_inputs(
+    model: onnx.ModelProto, inputs: np.ndarray | Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Float32 inputs by the graph's names; an array alone is that of its only input.
+
+    Raises:
+      InvalidInput: other names than the graph's, no examples, or not as many of each.
+    """
+    names = [entry.name for entry in model.graph.input]
+    given = dict(inputs) if isinstance(inputs, Mapping) else {names[0]: inputs}
+    sizes = {len(array) for array in given.values()}
+    if given.keys() != set(names) or len(sizes) != 1 or sizes == {0}:
+        raise InvalidInput(
+            f"the graph reads {', '.join(names)}; got {sorted(sizes)} examples for {', '.join(given)}: give "
+            "as many of each, and at least one"
+        )
+    return {name: np.asarray(array, np.float32) for name, array in given.items()}
+
+
+def run_batches(
+    session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray], outputs: list[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors `outputs` by name, for one batch of the inputs after another."""
+    first = session.get_inputs()[0].shape[0]
+    size = first if isinstance(first, int) else BATCH
+    for start in range(0, len(next(iter(inputs.values()))), size):
+        batch = {name: array[start : start + size] for name, array in inputs.items()}
+        yield dict(zip(outputs, session.run(outputs, batch), strict=True))
