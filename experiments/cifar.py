@@ -1,7 +1,7 @@
 """`python -m experiments.cifar --sched quartic`: train, export, deploy at low bits, compare with a twin.
 
-Stages: train -> (float twin) -> export -> verify -> evaluate -> table and figure. Each leaves its product in
-the run's folder; a relaunch goes on from the first that is missing.
+Stages: train -> (float twin) -> describe -> export -> verify -> evaluate -> table and figure. Each leaves its
+product in the run's folder; a relaunch goes on from the first that is missing.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +23,14 @@ from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, parse
 from experiments.configs.run_folder import claim
 from experiments.data import Dataset, load
 from experiments.data.augment import normalize
+from experiments.description import describe
 from experiments.summary import report
 from experiments.training.loop import train
 from qt_jax.backends import BACKENDS
-from qt_jax.export import save_verified, to_onnx, verify
+from qt_jax.export import verify
+from qt_jax.export.checkpoint import load as load_network
+from qt_jax.export.deploy import deploy, learned_ranges, ranges_path
+from qt_jax.export.encodings import write_ranges
 from qt_jax.reporting import records
 
 QUANT_TRIM, FLOAT = "quant-trim", "float"
@@ -57,40 +60,38 @@ def run(config: Config, console: Console) -> None:
         twins[FLOAT] = float_twin(config)
 
     model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
-    exported = models.create(config.model, dataset.num_classes)
     trained = {method: train(twin, model, dataset, directory, method) for method, twin in twins.items()}
-    for method, variables in trained.items():
-        export(exported, variables, dataset, directory / ONNX_NAMES[method], console)
+    for method, twin in twins.items():
+        path = directory / ONNX_NAMES[method]
+        describe(twin, dataset, f"checkpoints/{method}", path.with_suffix(".json"))
+        export(path, console)
     for method in trained:
         evaluate(config, method, dataset, directory, console)
     report(config, trained, directory, console)
 
 
-def export(
-    model: nn.Module, variables: dict[str, Any], dataset: Dataset, path: Path, console: Console
-) -> None:
-    """Writes the verified FP32 graph; one that is there is verified again."""
-
-    def apply_fn(variables, images):
-        return model.apply(variables, images, train=False)
-
-    real = np.asarray(normalize(dataset.validation_images[:8], dataset.mean, dataset.std))
-    if path.exists():
-        try:
-            verify(onnx.load(path), apply_fn, variables, real)
-        except (DecodeError, qt.InvalidInput) as error:
-            raise qt.InvalidInput(
-                f"{path} is not the graph of this run's checkpoint ({error}). Delete it and relaunch."
-            ) from error
+def export(path: Path, console: Console) -> None:
+    """Writes the verified FP32 graph and its learned ranges; a graph that is there is verified again."""
+    network = load_network(path.with_suffix(".json"))
+    if not path.exists():
+        summary = deploy(network, path)
+        operators = ", ".join(f"{count} {name}" for name, count in summary["operators"].items())
+        console.print(
+            f"{path.name}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates, "
+            f"opset {summary['opset']} ({operators}); largest difference to JAX "
+            f"{max(summary['max_difference'].values()):.1e}; "
+            f"ranges: {summary['ranges'] or summary['ranges_reason']}",
+        )
         return
-    graph = to_onnx(apply_fn, variables, real.shape[1:])
-    summary = save_verified(graph, path, apply_fn, variables, real)
-    operators = ", ".join(f"{count} {name}" for name, count in summary["operators"].items())
-    console.print(
-        f"{path.name}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates, "
-        f"opset {summary['opset']} ({operators}); largest difference to JAX "
-        f"{max(summary['max_difference'].values()):.1e}",
-    )
+    try:
+        graph = onnx.load(path)
+        verify(graph, network.apply_fn, network.variables, network.samples.parity)
+    except (DecodeError, qt.InvalidInput) as error:
+        raise qt.InvalidInput(
+            f"{path} is not the graph of this run's checkpoint ({error}). Delete it and relaunch."
+        ) from error
+    if not ranges_path(path).exists() and (ranges := learned_ranges(network, graph)[0]) is not None:
+        write_ranges(ranges, ranges_path(path))
 
 
 def model_input(dataset: Dataset, images: np.ndarray) -> np.ndarray:

@@ -13,7 +13,14 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export import folding
 from qt_jax.export.activations import fold_activations
 from qt_jax.export.batch import fixed_batch, symbolic_batch
-from qt_jax.export.folding import drop_absent_bias, fold_bias, fold_constants, fold_flatten, known_shapes
+from qt_jax.export.folding import (
+    drop_absent_bias,
+    fold_affine,
+    fold_constants,
+    fold_flatten,
+    fold_shift,
+    known_shapes,
+)
 from qt_jax.export.graph import with_shapes
 from qt_jax.export.layout import channels_first
 from qt_jax.export.lowering import lower
@@ -32,6 +39,7 @@ from qt_jax.export.simplify import (
     short_slices,
 )
 from qt_jax.export.verify import save_verified, verify
+from qt_jax.export.weights import aside, attached
 from qt_jax.export.windows import explicit_windows, fold_pad, resize_by_scale
 
 __all__ = ["save", "save_verified", "to_onnx", "verify"]
@@ -58,6 +66,7 @@ PASSES = (
     short_slices,
     drop_identities,
     fold_activations,
+    fold_shift,
     explicit_windows,
     fold_pad,
     resize_by_scale,
@@ -126,20 +135,20 @@ def to_onnx(
         raise InvalidInput(f"opset {opset} is not supported: choose {OPSETS[0]} to {OPSETS[-1]}")
     if layout not in ("nchw", "nhwc"):
         raise InvalidInput(f'layout {layout!r} is not supported: choose "nchw" or "nhwc"')
-    model = lower(
-        apply_fn,
-        variables,
-        input_shape,
-        channels_first=layout == "nchw",
-        input_names=input_names,
-        output_names=output_names,
-    )
-    for improve in PASSES:
-        model = improve(model)
-    if fold_batch_norm:
-        model = folding.fold_batch_norm(model)
-    model = fold_bias(model)
-    model = symbolic_batch(model) if dynamic_batch else fixed_batch(model)
-    model = name_by_path(at_opset(drop_identities(model), opset))
-    refuse_unsupported(model)
-    return with_shapes(model)
+    with aside():
+        model = lower(
+            apply_fn,
+            variables,
+            input_shape,
+            channels_first=layout == "nchw",
+            input_names=input_names,
+            output_names=output_names,
+        )
+        for improve in PASSES:
+            model = improve(model)
+        if fold_batch_norm:
+            model = fold_affine(folding.fold_batch_norm(model))
+        model = symbolic_batch(model) if dynamic_batch else fixed_batch(model)
+        model = name_by_path(at_opset(drop_identities(model), opset))
+        refuse_unsupported(model)
+        return attached(with_shapes(model))

@@ -94,6 +94,13 @@ def write_ranges(ranges: Ranges, path: str | os.PathLike) -> None:
     Keys: `version`, `model_sha256`, `opset`; `tensors` and `inputs`, from a tensor or a layer to `scale`,
     `zero_point`, `min`, `max` (lists of one value, or of one for each channel), `bits`, `scheme` ("symmetric"
     or "asymmetric"), `axis` (null for one scale), `q_min`, `q_max`, `source`; `kernels`. Integers are signed.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "ranges.json"
+    >>> grid = Encoding((0.5,), (-128,), (0.0,), (127.5,), 8, False, None, -128, 127, "learned")
+    >>> write_ranges(Ranges("0" * 64, 17, {"input": grid}, {}, {}), path)
+    >>> read_ranges(path).tensors["input"] == grid
+    True
     """
     document = {
         "version": VERSION,

@@ -1,6 +1,7 @@
 """Arithmetic done at export: constant subgraphs, batch norm into convolutions, bounds and biases."""
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,19 +49,24 @@ def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
             variable.append(node)
     read = {name for node in variable for name in node.input}
     wanted = [name for name in names if name in read]
-    values |= {names[name]: value for name, value in _evaluate(model, constant, wanted).items()}
+    computed = _evaluate(constant, wanted, values, model.opset_import)
+    values |= {names[name]: value for name, value in computed.items()}
     nodes = [graph.rewired(node, [names.get(name, name) for name in node.input]) for node in variable]
     return graph.rebuild(model, nodes, values)
 
 
-def _evaluate(model: onnx.ModelProto, nodes: list[NodeProto], wanted: list[str]) -> dict[str, np.ndarray]:
-    """The tensors `wanted` as `nodes` compute them from the initializers of `model`."""
-    outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
+def _evaluate(
+    nodes: list[NodeProto], wanted: list[str], values: dict[str, np.ndarray], opset_imports: Any
+) -> dict[str, np.ndarray]:
+    """The tensors `wanted` as `nodes` compute them from the constants `values`."""
     read = {name for node in nodes for name in node.input}
-    initializers = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    subgraph = helper.make_graph(nodes, "constants", [], outputs, initializers)
-    evaluator = ReferenceEvaluator(helper.make_model(subgraph, opset_imports=model.opset_import))
-    return dict(zip(wanted, map(np.asarray, evaluator.run(None, {})), strict=True))
+    given = {name: value for name, value in values.items() if name in read}
+    inputs, outputs = (
+        [helper.make_empty_tensor_value_info(name) for name in names] for names in (given, wanted)
+    )
+    subgraph = helper.make_graph(nodes, "constants", inputs, outputs)
+    evaluator = ReferenceEvaluator(helper.make_model(subgraph, opset_imports=opset_imports))
+    return dict(zip(wanted, map(np.asarray, evaluator.run(None, given)), strict=True))
 
 
 def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -101,50 +107,91 @@ def _scaled(kernel: np.ndarray, gain: np.ndarray, node: NodeProto) -> np.ndarray
     return kernel * gain.reshape([-1 if axis == other else 1 for other in range(kernel.ndim)])
 
 
-def fold_bias(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with a constant added to each feature of a layer made the layer's bias.
+def fold_shift(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with a constant added to each feature of a layer made part of the layer's bias."""
+    return _fold_affine(model, frozenset({"Add", "Sub"}))
 
-    A product of rows by a constant matrix becomes Gemm; on longer tensors MatMul and Add stay two.
+
+def fold_affine(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with constants that scale and shift each feature of a layer folded into kernel and bias.
+
+    What a batch norm written out by hand leaves behind. A product of rows by a constant matrix becomes Gemm;
+    on longer tensors MatMul and Add stay two.
     """
+    return _fold_affine(model, frozenset({"Add", "Div", "Mul", "Sub"}))
+
+
+def _fold_affine(model: onnx.ModelProto, operators: frozenset[str]) -> onnx.ModelProto:
     values, shapes = graph.constants(model), graph.shapes(model)
 
-    def biased(addition: NodeProto, before: NodeProto) -> NodeProto | None:
-        bias = next((name for name in addition.input if name in values), "")
-        if before.op_type not in (*FEATURE_AXIS, "MatMul") or not bias or not _without_bias(before, values):
+    def folded(node: NodeProto, layer: NodeProto) -> NodeProto | None:
+        constant = next((name for name in node.input if name in values), "")
+        fixed = layer.op_type in (*FEATURE_AXIS, "MatMul") and values.keys() >= {*layer.input[1:]}
+        reversed_ = node.op_type in ("Div", "Sub") and node.input[0] == constant
+        if not constant or not fixed or reversed_:
             return None
-        shape = shapes[addition.output[0]]
-        axis = len(shape) - 1 if before.op_type in ("Gemm", "MatMul") else 1
-        full = (1,) * (len(shape) - values[bias].ndim) + values[bias].shape
-        constant = before.input[1] in values
-        if full != tuple(size if other == axis else 1 for other, size in enumerate(shape)) or not constant:
+        shape = shapes[node.output[0]]
+        by_feature = _by_feature(values[constant], shape, layer)
+        if by_feature is None or (layer.op_type == "MatMul" and (len(shape) != 2 or node.op_type != "Add")):
             return None
-        row = graph.derived(bias, addition.output[0])
-        stated = graph.attributes(before)
-        if before.op_type == "MatMul":
-            if len(shape) != 2:
-                return None
-            stated = {"beta": 1.0}
-        values[row] = values[bias].reshape(-1)
-        operator = "Gemm" if before.op_type == "MatMul" else before.op_type
-        return helper.make_node(operator, [*before.input[:2], row], addition.output, **stated)
+        return _affine(node.op_type, by_feature, constant, layer, node.output[0], values)
 
-    return graph.fuse(model, values, frozenset({"Add"}), biased)
+    return graph.fuse(model, values, operators, folded)
 
 
-def _without_bias(node: NodeProto, values: dict[str, np.ndarray]) -> bool:
-    return len(node.input) < 3 or not np.any(values.get(node.input[2], np.ones(1)))
+def _by_feature(value: np.ndarray, shape: tuple[int, ...], layer: NodeProto) -> np.ndarray | None:
+    """A constant as one number for each feature of the layer's output of that shape; None if it is not."""
+    axis = len(shape) - 1 if layer.op_type in ("Gemm", "MatMul") else 1
+    if value.ndim > len(shape):
+        return None
+    full = (1,) * (len(shape) - value.ndim) + value.shape
+    if any(size != 1 for other, size in enumerate(full) if other != axis):
+        return None
+    return np.broadcast_to(value.reshape(-1), (shape[axis],)).astype(np.float64)
+
+
+def _affine(
+    operator: str,
+    number: np.ndarray,
+    constant: str,
+    layer: NodeProto,
+    output: str,
+    values: dict[str, np.ndarray],
+) -> NodeProto:
+    """`layer` followed by one arithmetic operator, as one layer that writes `output`."""
+    gain = {"Mul": lambda: number, "Div": lambda: 1.0 / number}.get(operator, lambda: None)()
+    shift = {"Add": number, "Sub": -number}.get(operator, 0.0)
+    kernel, *bias = layer.input[1:]
+    before = sum(values[name].astype(np.float64) for name in bias)
+    inputs = [layer.input[0], kernel]
+    if gain is not None:
+        inputs[1] = graph.derived(kernel, output)
+        values[inputs[1]] = _scaled(values[kernel], gain, layer).astype(np.float32)
+    after = before * (1.0 if gain is None else gain) + shift
+    if bias or gain is None:
+        own = graph.flax_path(constant) and not bias
+        inputs.append(graph.derived(constant if own else _sibling(kernel, "bias"), output))
+        values[inputs[2]] = np.broadcast_to(after, number.shape).astype(np.float32)
+    stated = graph.attributes(layer) if layer.op_type != "MatMul" else {}
+    return helper.make_node(
+        "Gemm" if layer.op_type == "MatMul" else layer.op_type, inputs, [output], **stated
+    )
 
 
 def drop_absent_bias(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with layers that have no bias in Flax, for which jax2onnx writes zeros, reading none."""
+    """`model` with layers that have no bias in Flax, for which jax2onnx writes zeros or a beta of 0, reading
+    none, so that a bias folded into them counts."""
     values = graph.constants(model)
-    nodes = [
-        graph.rewired(node, node.input[:2])
-        if node.op_type in FEATURE_AXIS and len(node.input) > 2 and is_absent(node.input[2], values)
-        else node
-        for node in model.graph.node
-    ]
-    return graph.rebuild(model, nodes, values)
+
+    def plain(node: NodeProto) -> NodeProto:
+        stated = graph.attributes(node)
+        absent = stated.get("beta") == 0.0 or (len(node.input) > 2 and is_absent(node.input[2], values))
+        if node.op_type not in FEATURE_AXIS or not absent:
+            return node
+        stated.pop("beta", None)
+        return helper.make_node(node.op_type, node.input[:2], node.output, **stated)
+
+    return graph.rebuild(model, [plain(node) for node in model.graph.node], values)
 
 
 def fold_flatten(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper, shape_inference
+from onnx import NodeProto, helper, shape_inference
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export.weights import tensor_of, value_of
 
 SHAPE_SIZE = 64
 """Constants with no more elements than this may be shapes, axes or pads."""
@@ -19,7 +22,7 @@ SHAPE_SIZE = 64
 
 def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     """The initializers by name."""
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return {tensor.name: value_of(tensor) for tensor in model.graph.initializer}
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` with its larger constants as inputs: shape inference copies what it is given, several times."""
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.graph.name = model.graph.name
-    light.graph.node.extend(model.graph.node)
+    light.graph.node.extend(map(_known_to_inference, model.graph.node))
     light.graph.input.extend(model.graph.input)
     light.graph.output.extend(model.graph.output)
     for tensor in model.graph.initializer:
@@ -69,11 +72,24 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return light
 
 
+def _known_to_inference(node: NodeProto) -> NodeProto:
+    """`node`; for GroupNormalization, whose shape ONNX does not infer, one that keeps the shape too."""
+    if node.op_type != "GroupNormalization":
+        return node
+    return helper.make_node("Identity", node.input[:1], node.output)
+
+
 def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with the shape of every intermediate tensor recorded; raises where shapes contradict."""
-    inferred = shape_inference.infer_shapes(
-        _without_weights(model), check_type=True, strict_mode=True, data_prop=True
-    ).graph
+    """`model` with the shape of every intermediate tensor recorded; raises InvalidInput if they contradict."""
+    try:
+        inferred = shape_inference.infer_shapes(
+            _without_weights(model), check_type=True, strict_mode=True, data_prop=True
+        ).graph
+    except shape_inference.InferenceError as error:
+        raise InvalidInput(
+            f"the shapes of the graph contradict each other: {error}. State input_shape without batch; "
+            "otherwise a layer works on more axes than jax2onnx lowers: reshape before it"
+        ) from error
     result = onnx.ModelProto()
     result.CopyFrom(model)
     del result.graph.value_info[:]
@@ -158,7 +174,7 @@ def rebuild(
         "main_graph",
         [entry for entry in model.graph.input if entry.name not in values],
         list(model.graph.output),
-        [numpy_helper.from_array(value, name) for name, value in values.items() if name in needed],
+        [tensor_of(value, name) for name, value in values.items() if name in needed],
     )
     opset = list(model.opset_import)
     return helper.make_model(

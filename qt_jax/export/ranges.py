@@ -51,8 +51,13 @@ def tensor_ranges(
     >>> import flax.linen as nn, jax
     >>> import qt_jax as qt
     >>> from qt_jax.export import to_onnx
-    >>> net, config, images = nn.Conv(4, (3, 3), padding=1), qt.QuantConfig(), jax.numpy.ones((2, 8, 8, 3))
-    >>> variables = qt.attach_statistics(net, net.init(jax.random.key(0), images), config, images)
+    >>> net, x = nn.Dense(2), np.float32([[-1.0, 0.0, 3.0], [0.5, 1.0, 2.0]])
+    >>> variables = qt.attach_statistics(net, net.init(jax.random.key(0), x), QuantConfig(), x)
+    >>> with qt.quant_trim(QuantConfig(), 0.0, train=True):
+    ...     _, seen = net.apply(variables, x, mutable=["batch_stats"])
+    >>> ranges = tensor_ranges(to_onnx(net.apply, variables, (3,)), variables | seen, QuantConfig(), x)
+    >>> {name: encoding.source for name, encoding in ranges.tensors.items()}
+    {'input': 'learned', 'logits': 'calibrated', 'kernel': 'learned'}
     """
     kernels, inputs, quantized = learned_encodings(model, variables, config)
     if not per_channel:

@@ -11,10 +11,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import flax.linen as nn
+import flax.linen.pooling as linen_pooling
 import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
+from flax.linen.linear import canonicalize_padding
 
 from qt_jax.errors import InvalidInput
 
@@ -82,7 +84,7 @@ def _pooling() -> Iterator[None]:
 
     A maximum is padded with -inf first; a mean, whose pads count, with zeros (`windows` joins the two).
     """
-    lowered = nn.max_pool, nn.avg_pool
+    lowered = nn.max_pool, nn.avg_pool, linen_pooling.pool
 
     def padded(inputs: jax.Array, padding: Any, value: float) -> tuple[jax.Array, str]:
         if isinstance(padding, str):
@@ -104,7 +106,14 @@ def _pooling() -> Iterator[None]:
         options = {"strides": strides, "padding": padding, "count_include_pad": count_include_pad}
         return lowered[1](inputs, window_shape=window_shape, **options)
 
-    with _replaced(nn, "max_pool", max_pool), _replaced(nn, "avg_pool", avg_pool):
+    def pool(inputs, init, reduce_fn, window_shape, strides, padding):
+        inputs, padding = padded(inputs, padding, init)
+        return lowered[2](inputs, init, reduce_fn, window_shape, strides, padding)
+
+    with ExitStack() as stack:
+        for name, function in (("max_pool", max_pool), ("avg_pool", avg_pool)):
+            stack.enter_context(_replaced(nn, name, function))
+        stack.enter_context(_replaced(linen_pooling, "pool", pool))  # what a kept nn.max_pool calls
         yield
 
 
@@ -128,13 +137,20 @@ def _resize() -> Iterator[None]:
 
 
 def _concrete() -> list[AbstractContextManager[None]]:
-    """Scans unrolled; `jnp.shape` a tuple of numbers, which jax2onnx makes a traced array; and random keys,
-    with which a recurrent cell "draws" the zeros that it starts from, not split."""
+    """Scans unrolled; `jnp.shape` a tuple of numbers, which jax2onnx makes a traced array; padding in tuples,
+    where jax2onnx passes Flax's list on; and random keys, with which a recurrent cell "draws" the zeros that
+    it starts from, not split."""
     return [
         _replaced(jax.lax, "scan", _unrolled_scan),
         _replaced(jnp, "shape", np.shape),
+        _replaced(nn.linear, "canonicalize_padding", _hashable_padding),
         _replaced(jax.random, "split", lambda key, num=2: [key] * num),
     ]
+
+
+def _hashable_padding(padding: Any, rank: int) -> Any:
+    found = canonicalize_padding(padding, rank)
+    return found if isinstance(found, str) else tuple(map(tuple, found))
 
 
 def _unrolled_scan(f, init, xs=None, length=None, reverse=False, unroll=1, **_):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -54,23 +55,7 @@ def verify(
     Raises:
       InvalidInput: naming the first check that failed.
     """
-    _check_domains(model)
-    _check_names(model, variables)
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
-        raise _failure("onnx.checker", str(error)) from error
-    data = [np.asarray(x) for x in (inputs if isinstance(inputs, list | tuple) else [inputs])]
-    for size, difference in (
-        differences := _differences(model, apply_fn, variables, data, batch_sizes, layout == "nchw")
-    ).items():
-        if not difference <= tolerance:  # catches NaN too
-            raise _failure(
-                "parity",
-                f"the outputs differ from the JAX forward by {difference:.3g} at batch size {size}, "
-                f"tolerance {tolerance:.3g}. Was the model exported from these variables, for inference?",
-            )
-    return summarize(model) | {"max_difference": differences}
+    return _verified(model, model, apply_fn, variables, inputs, batch_sizes, tolerance, layout)
 
 
 def save_verified(
@@ -79,15 +64,47 @@ def save_verified(
     apply_fn: Callable[..., Any],
     variables: Mapping[str, Any],
     inputs: Any,
-    **options: Any,
+    *,
+    batch_sizes: Sequence[int] = (1, 7),
+    tolerance: float = 1e-4,
+    layout: Literal["nchw", "nhwc"] = "nchw",
 ) -> dict[str, Any]:
-    """Write `model`, `verify` what the file holds, and only then give the file its name.
+    """Write `model`, `verify` it with the checker and onnxruntime reading the file, and only then name it.
 
     Arguments, result and errors are those of `verify`. On an error nothing at `path` has changed.
     """
     with staged(path) as temporary:
         onnx.save(model, temporary)
-        return verify(onnx.load(temporary), apply_fn, variables, inputs, **options)
+        return _verified(model, temporary, apply_fn, variables, inputs, batch_sizes, tolerance, layout)
+
+
+def _verified(
+    model: onnx.ModelProto,
+    stored: onnx.ModelProto | Path,
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    inputs: Any,
+    batch_sizes: Sequence[int],
+    tolerance: float,
+    layout: str,
+) -> dict[str, Any]:
+    """What `verify` does; `stored` is the model, or the file it was written to."""
+    _check_domains(model)
+    _check_names(model, variables)
+    try:
+        onnx.checker.check_model(stored, full_check=True)
+    except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
+        raise _failure("onnx.checker", str(error)) from error
+    data = [np.asarray(x) for x in (inputs if isinstance(inputs, list | tuple) else [inputs])]
+    differences = _differences(stored, apply_fn, variables, data, batch_sizes, layout == "nchw")
+    for size, difference in differences.items():
+        if not difference <= tolerance:  # catches NaN too
+            raise _failure(
+                "parity",
+                f"the outputs differ from the JAX forward by {difference:.3g} at batch size {size}, "
+                f"tolerance {tolerance:.3g}. Was the model exported from these variables, for inference?",
+            )
+    return summarize(model) | {"max_difference": differences}
 
 
 def _failure(check: str, finding: str) -> InvalidInput:
@@ -112,7 +129,9 @@ def _check_names(model: onnx.ModelProto, variables: Mapping[str, Any]) -> None:
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         weight = node.input[1] if node.op_type in WEIGHTED else ""
-        if weight in constant and not any(_stems(name, leaves) for name in (weight, NUMBERED.sub("", weight))):
+        if weight in constant and not any(
+            _stems(name, leaves) for name in (weight, NUMBERED.sub("", weight))
+        ):
             raise _failure("names", f'the weight "{weight}" of node "{node.name}" is no leaf of the params')
 
 
@@ -124,7 +143,7 @@ def _stems(name: str, leaves: Iterable[str]) -> bool:
 
 
 def _differences(
-    model: onnx.ModelProto,
+    stored: onnx.ModelProto | Path,
     apply_fn: Callable,
     variables: Mapping[str, Any],
     inputs: list[np.ndarray],
@@ -143,7 +162,7 @@ def _differences(
         [np.asarray(x) if x.ndim != 4 or not channels_first else _channels_first(x) for x in tensors]
         for tensors in (outputs, inputs)
     )
-    session = _session(model)
+    session = _session(stored)
     differences = {}
     for size in batch_sizes:
         found = _run(session, [x[:size] for x in fed])
@@ -162,9 +181,10 @@ def _channels_first(x: Any) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(x).transpose(TO_CHANNELS_FIRST[4]))
 
 
-def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def _session(stored: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
+    source = stored if isinstance(stored, Path) else stored.SerializeToString()
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise _failure("onnxruntime", f"the model does not load: {error}") from error
 

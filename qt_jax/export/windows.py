@@ -63,10 +63,13 @@ def fold_pad(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def resize_by_scale(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with each Resize as `jax.image.resize` computes it, told its scales: sizes would hold the batch.
+    """`model` with each Resize as `jax.image.resize` computes it, told its scales: sizes would hold the
+    batch.
 
     Pixels lie at half coordinates; the nearest one is rounded half up, the cubic kernel is Keys' with
-    a = -1/2, cut at the border (ONNX's default is -3/4, the border repeated). A scale is moved up by the least step where float32 would round the size below its whole number.
+    a = -1/2, cut at the border (ONNX's default is -3/4, the border repeated). A scale is moved up by the
+    least step where, times the size before, it would fall short of the whole number after: runtimes multiply
+    in float32 or float64.
     """
     values, shapes = graph.constants(model), graph.shapes(model)
 
@@ -75,11 +78,9 @@ def resize_by_scale(model: onnx.ModelProto) -> onnx.ModelProto:
             return node
         before, after = (np.array(shapes[name]) for name in (node.input[0], node.output[0]))
         scales = (after / before).astype(np.float32)
-        scales = np.where(
-            np.floor(before.astype(np.float32) * scales) < after, np.nextafter(scales, 9), scales
-        )
+        short = before * scales.astype(np.float64) < after
         name = f"{node.output[0]}#scales"
-        values[name] = scales.astype(np.float32)
+        values[name] = np.where(short, np.nextafter(scales, np.float32(np.inf)), scales)
         mode = graph.attributes(node)["mode"].decode()
         stated = {"mode": mode, "coordinate_transformation_mode": "half_pixel"} | RESIZE.get(mode, {})
         return helper.make_node("Resize", [node.input[0], "", name], node.output, **stated)
@@ -108,8 +109,24 @@ def _explicit(node: NodeProto, values: dict[str, np.ndarray], shape: Sequence[in
             )
         window["pads"] = _same_pads(padding, shape[2:], kernel, strides, dilations)
     else:
-        window["pads"] = stated.get("pads", [0] * 2 * len(kernel))
+        window["pads"] = list(stated.get("pads", [0] * 2 * len(kernel)))
+    if node.op_type == "ConvTranspose" and min(window["pads"]) < 0:
+        window["output_padding"] = _output_padding(node, window["pads"], strides)
+        window["pads"] = [max(pad, 0) for pad in window["pads"]]
     return helper.make_node(node.op_type, node.input, node.output, **(stated | window))
+
+
+def _output_padding(node: NodeProto, pads: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """What negative pads at the high ends stand for: positions that the window does not reach."""
+    beyond = [max(-pad, 0) for pad in pads[len(strides) :]]
+    if min(pads[: len(strides)]) < 0 or any(
+        size >= stride for size, stride in zip(beyond, strides, strict=True)
+    ):
+        raise InvalidInput(
+            f'the transposed convolution of "{node.input[0]}" by "{graph.flax_path(node.input[1])}" pads its '
+            "input beyond the kernel's reach, which ONNX does not: pad less, and use jnp.pad on the output"
+        )
+    return beyond
 
 
 def _same_pads(

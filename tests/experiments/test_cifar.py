@@ -31,7 +31,8 @@ METHODS = (cifar.QUANT_TRIM, cifar.FLOAT)
 SCHEMES = [scheme.name for scheme in BACKENDS["onnxruntime"].schemes]
 PRODUCTS = {
     *("config.json", "metrics.jsonl", "records.jsonl", "checkpoints", "tensorboard"),
-    *("model.onnx", "twin.onnx", "summary.md", "summary.png"),
+    *("model.onnx", "model.json", "model.ranges.json", "twin.onnx", "twin.json", "samples.npz"),
+    *("summary.md", "summary.png"),
 }
 
 
@@ -144,7 +145,7 @@ def test_relaunch_does_nothing_again(finished, monkeypatch, capsys):
         kept = [p for p in finished.folder.rglob("*") if p.is_file() and not p.name.startswith("summary")]
         return {path: path.stat().st_mtime_ns for path in kept}
 
-    for module, stage in ((loop, "make_train_step"), (cifar, "to_onnx"), (cifar.qt, "evaluate")):
+    for module, stage in ((loop, "make_train_step"), (cifar, "deploy"), (cifar.qt, "evaluate")):
         monkeypatch.setattr(module, stage, None)
     before = stamps()
     assert launch(finished.folder) == 0

@@ -1,6 +1,5 @@
 """to_onnx on whole networks: the form of the graph, its names, and its logits."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnx
 import pytest
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from experiments.models.fast_resnet import FastResNet
@@ -17,39 +16,8 @@ from experiments.models.resnet import ResNet
 from qt_jax.errors import InvalidInput
 from qt_jax.export import to_onnx, verify
 
-IMAGES = jax.random.normal(jax.random.key(0), (7, 9, 8, 3))
+SHAPE = (9, 8, 3)
 SMALL_RESNET = partial(ResNet, (1, 1, 1), width=8, num_classes=5)
-
-
-class Body(nn.Module):
-    """A 3x3 convolution to 4 channels, `body`, a mean, a linear head."""
-
-    body: Callable[[jax.Array], jax.Array]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.body(nn.Conv(4, (3, 3), padding=1, name="stem")(x))
-        x = x if x.ndim == 2 else jnp.mean(x, axis=(1, 2))
-        return nn.Dense(5, name="head")(x)
-
-
-def randomised(model: nn.Module) -> dict[str, Any]:
-    """Variables as training leaves them: no statistic, scale or bias is 0 or 1, variances are positive."""
-    rng = np.random.default_rng(2)
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        kernel = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        values = kernel if len(leaf.shape) > 1 else rng.uniform(0.1, 1.5, leaf.shape)
-        return values.astype(np.float32)
-
-    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(1), IMAGES))
-
-
-def exported(model: nn.Module, **options: Any) -> tuple[onnx.ModelProto, dict[str, Any], dict[str, Any]]:
-    """The graph, the variables and the summary of its verification."""
-    variables = randomised(model)
-    onnx_model = to_onnx(model.apply, variables, IMAGES.shape[1:], **options)
-    return onnx_model, variables, verify(onnx_model, model.apply, variables, IMAGES)
 
 
 def norm(**options: Any) -> nn.BatchNorm:
@@ -57,12 +25,12 @@ def norm(**options: Any) -> nn.BatchNorm:
 
 
 @pytest.fixture(scope="module")
-def small_resnet():
-    return exported(SMALL_RESNET())
+def small_resnet(export):
+    return export(SMALL_RESNET(), SHAPE)
 
 
 def test_resnet_holds_six_operators_and_agrees(small_resnet):
-    _, variables, summary = small_resnet
+    _, variables, summary, _ = small_resnet
     assert summary["operators"] == {
         "Conv": 9,
         "Relu": 7,
@@ -83,17 +51,17 @@ def test_multiply_accumulates_in_closed_form(small_resnet):
     stage1 = 2 * 9 * 8 * 8 * 9 * 8
     stage2 = (9 * 8 + 9 * 16 + 8) * 16 * 5 * 4
     stage3 = (9 * 16 + 9 * 32 + 16) * 32 * 3 * 2
-    assert small_resnet[2]["macs"] == stem + stage1 + stage2 + stage3 + 32 * 5
+    assert small_resnet.summary["macs"] == stem + stage1 + stage2 + stage3 + 32 * 5
 
 
 def test_names_are_flax_paths(small_resnet):
-    model, variables, _ = small_resnet
+    model, variables, *_ = small_resnet
     nodes = {node.name: node.op_type for node in model.graph.node}
     assert nodes["stage2_block1/shortcut"] == "Conv"
     assert nodes["stage2_block1/Add"] == "Add"
     assert nodes["stage2_block1/Relu_1"] == "Relu"
     assert nodes["head"] == "Gemm"
-    initializers = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     assert initializers["stage1_block1/conv1/kernel"].shape == (8, 8, 3, 3)
     np.testing.assert_array_equal(initializers["head/kernel"], variables["params"]["head"]["kernel"])
     for node in model.graph.node:
@@ -102,7 +70,7 @@ def test_names_are_flax_paths(small_resnet):
 
 
 def test_every_shape_is_recorded_and_the_batch_symbolic(small_resnet):
-    graph = small_resnet[0].graph
+    graph = small_resnet.model.graph
     shapes = {
         entry.name: [d.dim_param or d.dim_value for d in entry.type.tensor_type.shape.dim]
         for entry in (*graph.input, *graph.value_info, *graph.output)
@@ -113,26 +81,34 @@ def test_every_shape_is_recorded_and_the_batch_symbolic(small_resnet):
     assert shapes.keys() == {"input"} | {name for node in graph.node for name in node.output}
 
 
-def test_fast_resnet():
-    _, _, summary = exported(FastResNet(width=4, num_classes=5))
-    assert summary["operators"].keys() == {"Conv", "Relu", "Add", "GlobalAveragePool", "Flatten", "Gemm"}
+def test_fast_resnet(export):
+    operators = export(FastResNet(width=4, num_classes=5), SHAPE).operators
+    assert operators.keys() == {"Conv", "Relu", "Add", "GlobalAveragePool", "Flatten", "Gemm"}
 
 
 def test_unknown_statistics_do_not_appear(small_resnet):
-    plain, variables, _ = small_resnet
+    plain, variables, *_ = small_resnet
     statistics = {"input_low": jnp.zeros(()), "count": jnp.zeros((), jnp.int32)}
     extra = variables | {"batch_stats": variables["batch_stats"] | {"stem": statistics}}
-    model = to_onnx(SMALL_RESNET().apply, extra, IMAGES.shape[1:])
+    model = to_onnx(SMALL_RESNET().apply, extra, SHAPE)
     assert model == plain
 
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(13, 7), (17, 8), (21, 10)])
-def test_opsets_against_the_reference_evaluator(opset, ir_version):
-    net = Body(lambda x: nn.relu6(norm()(nn.Conv(4, (3, 3), 2, padding=1, use_bias=False)(x))))
-    model, variables, summary = exported(net, opset=opset)
+def test_opsets_against_the_reference_evaluator(opset, ir_version, export):
+    net = nn.Sequential(
+        [
+            nn.Conv(4, (3, 3), 2, padding=1, use_bias=False),
+            norm(),
+            nn.relu6,
+            partial(jnp.mean, axis=(1, 2)),
+            nn.Dense(5),
+        ]
+    )
+    model, variables, summary, (images,) = export(net, SHAPE, opset=opset)
     assert (summary["opset"], model.ir_version) == (opset, ir_version)
-    (logits,) = ReferenceEvaluator(model).run(None, {"input": np.asarray(IMAGES).transpose(0, 3, 1, 2)})
-    np.testing.assert_allclose(logits, net.apply(variables, IMAGES), rtol=0, atol=1e-5)
+    (logits,) = ReferenceEvaluator(model).run(None, {"input": images.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(logits, net.apply(variables, images), rtol=0, atol=1e-5)
 
 
 ONE = {"Conv": 1, "GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1}
@@ -180,36 +156,72 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_layers(name):
+def test_layers(name, export_body):
     body, operators = BODIES[name]
     with jax.numpy_dtype_promotion("standard"):  # nn.avg_pool divides by an integer
-        _, _, summary = exported(Body(body))
-    assert summary["operators"] == {key: count for key, count in (ONE | operators).items() if count}
+        found = export_body(body, SHAPE).operators
+    assert found == {key: count for key, count in (ONE | operators).items() if count}
 
 
-def test_one_convolution_under_two_batch_norms():
+def test_one_convolution_under_two_batch_norms(export_body):
     def body(x):
         shared = nn.Conv(4, (3, 3), padding=1, name="shared")
         return norm(name="second")(shared(nn.relu(norm(name="first")(shared(x)))))
 
-    model, _, _ = exported(Body(body))
-    names = [tensor.name for tensor in model.graph.initializer]
+    names = [tensor.name for tensor in export_body(body).model.graph.initializer]
     assert {"shared/kernel", "shared/bias", "shared/kernel_1", "shared/bias_1"} <= set(names)
 
 
-def test_one_kernel_used_twice_is_stored_once():
+def test_one_batch_norm_on_two_convolutions(export_body):
+    def body(x):
+        shared = norm(name="shared")
+        return shared(nn.Conv(4, (1, 1), name="b")(shared(nn.Conv(4, (1, 1), name="a")(x))))
+
+    assert export_body(body).operators == ONE | {"Conv": 3}
+
+
+def test_one_kernel_used_twice_is_stored_once(export_body):
     def body(x):
         shared = nn.Conv(4, (3, 3), padding=1, name="shared")
         return shared(nn.relu(shared(x)))
 
-    model, _, _ = exported(Body(body))
-    assert [node.name for node in model.graph.node if node.op_type == "Conv"] == [
-        "stem",
-        "shared",
-        "shared_1",
-    ]
-    assert [tensor.name for tensor in model.graph.initializer].count("shared/kernel") == 1
-    assert "shared/kernel_1" not in {tensor.name for tensor in model.graph.initializer}
+    graph = export_body(body).model.graph
+    assert [node.name for node in graph.node if node.op_type == "Conv"] == ["stem", "shared", "shared_1"]
+    names = [tensor.name for tensor in graph.initializer]
+    assert names.count("shared/kernel") == 1 and "shared/kernel_1" not in names
+
+
+def test_tied_weights_are_stored_once(export):
+    """An autoencoder whose decoder is the encoder's kernel transposed, and one used as it is."""
+
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.normal(), (6, 6))
+            return nn.relu(nn.relu(x @ kernel) @ kernel) @ kernel.T
+
+    model = export(Tied(), (6,)).model
+    assert [node.op_type for node in model.graph.node] == ["MatMul", "Relu", "MatMul", "Relu", "MatMul"]
+    assert [tensor.name for tensor in model.graph.initializer] == ["kernel", "kernel_1"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (lambda x: norm()(nn.relu(x)), 1),
+        (lambda x: norm()(jnp.concatenate([x, nn.relu(x)], axis=-1)), 1),
+        (lambda x: norm()(x) + x, 1),
+        (lambda x: norm(use_scale=False)(nn.max_pool(x, (2, 2))), 1),
+        (lambda x: norm()(nn.ConvTranspose(6, (2, 2), (2, 2))(x)), 0),
+        (lambda x: norm()(nn.Dense(6)(x)), 0),
+        (lambda x: norm()(nn.Dense(6)(x.mean((1, 2)))), 0),
+        (lambda x: norm()(nn.Dense(6, use_bias=False)(x.mean((1, 2)))), 0),
+    ],
+)
+def test_batch_norm_folds_into_a_layer_or_stays(body, kept, export_body):
+    operators = export_body(body).operators
+    assert operators.get("BatchNormalization", 0) == kept and "Transpose" not in operators
+    assert export_body(body, fold_batch_norm=False).operators["BatchNormalization"] == 1
 
 
 def test_interface_names_and_fixed_batch():
@@ -220,12 +232,13 @@ def test_interface_names_and_fixed_batch():
             x = nn.Dense(5, name="scores")(jnp.mean(x, axis=(1, 2)))
             return nn.Dropout(0.5, deterministic=True)(x)
 
-    variables = randomised(Net())
-    options = {"dynamic_batch": False, "input_name": "images", "output_name": "scores"}
-    model = to_onnx(Net().apply, variables, IMAGES.shape[1:], **options)
+    images = np.random.default_rng(0).normal(size=(7, *SHAPE)).astype(np.float32)
+    variables = Net().init(jax.random.key(0), images)
+    options = {"dynamic_batch": False, "input_names": ["images"], "output_names": ["scores"]}
+    model = to_onnx(Net().apply, variables, SHAPE, **options)
     assert [node.name for node in model.graph.node] == ["images_1", "GlobalAveragePool", "Flatten", "scores"]
     assert model.graph.input[0].name == "images" and model.graph.output[0].name == "scores"
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
-    verify(model, Net().apply, variables, IMAGES, batch_sizes=(1,))
+    verify(model, Net().apply, variables, images, batch_sizes=(1,))
     with pytest.raises(InvalidInput, match="onnxruntime: batch size 7"):
-        verify(model, Net().apply, variables, IMAGES)
+        verify(model, Net().apply, variables, images)

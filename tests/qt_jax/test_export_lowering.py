@@ -31,8 +31,8 @@ VARIABLES = Net().init(jax.random.key(1), IMAGES)
 
 def held_by_jax_and_flax():
     """Every attribute of the modules and classes that jax2onnx patches."""
-    modules = (nn, nn.pooling, nn.linear, nn.normalization, jax.nn, jnp, jax.lax)
-    owners = (*modules, nn.Conv, nn.BatchNorm, nn.Dense)
+    modules = (nn, nn.pooling, nn.linear, nn.normalization, jax.nn, jnp, jax.lax, jax.image, jax.random)
+    owners = (*modules, nn.Conv, nn.ConvTranspose, nn.BatchNorm, nn.Dense)
     return {(owner.__name__, name): value for owner in owners for name, value in vars(owner).items()}
 
 
@@ -62,9 +62,21 @@ def test_nothing_of_jax2onnx_stays(compiled_before):
     verify(model, apply_fn, VARIABLES, IMAGES, batch_sizes=(1,))
 
 
+def test_a_failing_export_leaves_nothing_either():
+    before, handlers = held_by_jax_and_flax(), list(logging.getLogger().handlers)
+    with pytest.raises(InvalidInput):
+        to_onnx(lambda v, x: jnp.linalg.qr(Net().apply(v, x)[:, :, None])[0][..., 0], VARIABLES, SHAPE)
+    after = held_by_jax_and_flax()
+    assert not [name for name, value in before.items() if after[name] is not value]
+    assert logging.getLogger().handlers == handlers
+
+
 def test_log_stays_silent(caplog):
     to_onnx(Net().apply, VARIABLES, SHAPE)
     assert not caplog.records
+
+
+CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
 
 
 class Body(nn.Module):
@@ -73,22 +85,49 @@ class Body(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = self.body(nn.Conv(4, (3, 3), padding=1, name="conv")(x))
-        return nn.Dense(3, name="head")(x)
+        return nn.Dense(3, name="head", dtype=x.dtype)(x)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (lambda x: x.reshape(x.shape[0], -1), r"Shape.*jnp.mean\(x, axis=\(1, 2\)\)"),
-        (lambda x: nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1))).mean((1, 2)), 'use "VALID" or "SAME"'),
-        (lambda x: nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1))).mean((1, 2)), 'use "VALID" or "SAME"'),
-        (lambda x: nn.BatchNorm(True)(nn.relu(x)).mean((1, 2)), "BatchNorm_0.*directly to a convolution"),
         (
-            lambda x: nn.Conv(4, (1, 1), dtype=jnp.bfloat16)(x).astype(jnp.float32).mean((1, 2)),
-            "dtype=jnp.float32",
+            lambda x: nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False).mean((1, 2)),
+            "count_include_pad=False.*count the pads",
         ),
-        (lambda x: jnp.sort(x, axis=-1).mean((1, 2)), "outside the supported operators"),
+        (
+            lambda x: nn.Conv(4, (1, 1), dtype=jnp.bfloat16)(x).mean((1, 2)),
+            "returns bfloat16.*dtype=jnp.float32",
+        ),
+        (
+            lambda x: jnp.sort(x, axis=-1).mean((1, 2)),
+            "IsNaN.*outside the operators that vendors' compilers share",
+        ),
+        (lambda x: jnp.cumsum(x, 1).mean((1, 2)), "CumSum.*no low-bit compiler takes it"),
+        (lambda x: jnp.prod(x, 1).mean(1), "ReduceProd.*write the product of a few terms out"),
         (lambda x: jnp.linalg.qr(x.mean((1, 2))[:, :, None])[0][..., 0], "jax2onnx cannot lower"),
+        (
+            lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y + i, x.mean((1, 2))),
+            "jax2onnx cannot lower|control flow.*unroll it in Python",
+        ),
+        (
+            lambda x: jax.image.resize(x, (x.shape[0], 3, 3, 4), "bilinear").mean((1, 2)),
+            "reduces with antialiasing.*antialias=False",
+        ),
+        (
+            lambda x: jax.lax.scan(lambda c, _: (c * 0.5, None), x.mean((1, 2)), length=257)[0],
+            "a scan of 257 steps",
+        ),
+        (
+            lambda x: jnp.einsum("bhwc,bhwd->bcd", x, x).mean(2),
+            "no matrix product between single axes",
+        ),
+        (
+            lambda x: jax.lax.conv_general_dilated(
+                x, jnp.stack([x.mean(0)[:3, :3]] * 2, -1), (1, 1), "SAME", dimension_numbers=CHANNELS_LAST
+            ).mean((1, 2)),
+            "computed from the images: it must be a constant",
+        ),
     ],
 )
 def test_refusals_name_the_remedy(body, message):
@@ -102,9 +141,26 @@ def test_refusals_name_the_remedy(body, message):
 def test_arguments_out_of_range():
     with pytest.raises(InvalidInput, match="opset 12"):
         to_onnx(Net().apply, VARIABLES, SHAPE, opset=12)
-    with pytest.raises(InvalidInput, match="no batch"):
+    with pytest.raises(InvalidInput, match="sizes must be positive whole numbers, no batch"):
+        to_onnx(Net().apply, VARIABLES, (0, *SHAPE))
+    with pytest.raises(InvalidInput, match="contradict"):
         to_onnx(Net().apply, VARIABLES, (1, *SHAPE))
     with pytest.raises(InvalidInput, match="variables of this very model"):
         to_onnx(Net().apply, VARIABLES, (6, 6, 4))
-    with pytest.raises(InvalidInput, match="one float32 array"):
-        to_onnx(lambda v, x: Net().apply(v, x)[:, :, None], VARIABLES, SHAPE)
+    with pytest.raises(InvalidInput, match="layout 'NCHW'"):
+        to_onnx(Net().apply, VARIABLES, SHAPE, layout="NCHW")
+    with pytest.raises(InvalidInput, match="must lead with the batch"):
+        to_onnx(lambda v, x: Net().apply(v, x).mean(), VARIABLES, SHAPE)
+    with pytest.raises(InvalidInput, match="returns bool: build the module"):
+        to_onnx(lambda v, x: Net().apply(v, x) > 0, VARIABLES, SHAPE)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), (), "input"])
+def test_each_input_and_output_has_one_name(names):
+    with pytest.raises(InvalidInput, match=r"the model has 1 input"):
+        to_onnx(Net().apply, VARIABLES, SHAPE, input_names=names)
+    with pytest.raises(InvalidInput, match=r"the model has 1 output"):
+        to_onnx(Net().apply, VARIABLES, SHAPE, output_names=names)
+    twice = ("same", "same")
+    with pytest.raises(InvalidInput, match="the model has 2 outputs, give each its own name"):
+        to_onnx(lambda v, x: (Net().apply(v, x),) * 2, VARIABLES, SHAPE, output_names=twice)

@@ -52,7 +52,7 @@ def test_summary(model):
 def test_a_wrong_weight(model, value):
     bias = numpy_helper.to_array(model.graph.initializer[1]) + np.float32(value)
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(bias, model.graph.initializer[1].name))
-    with pytest.raises(InvalidInput, match="parity: logits differ"):
+    with pytest.raises(InvalidInput, match="parity: the outputs differ"):
         check(model)
 
 
@@ -81,16 +81,6 @@ def test_a_node_without_a_name_of_its_own(model, name):
         check(model)
 
 
-def test_forbidden_operators(model):
-    relu = model.graph.node[1]
-    relu.op_type = "BatchNormalization"
-    with pytest.raises(InvalidInput, match="unfolded"):
-        check(model)
-    relu.op_type = model.graph.node[2].op_type = "Transpose"
-    with pytest.raises(InvalidInput, match="2 Transpose"):
-        check(model)
-
-
 def test_a_graph_that_the_checker_rejects(model):
     model.graph.node[1].attribute.append(helper.make_attribute("slope", 1.0))
     with pytest.raises(InvalidInput, match=r"onnx\.checker"):
@@ -98,12 +88,12 @@ def test_a_graph_that_the_checker_rejects(model):
 
 
 def test_another_number_of_classes(model):
-    with pytest.raises(InvalidInput, match="shape"):
+    with pytest.raises(InvalidInput, match=r"an output's shape at batch size 1 is \(1, 3\)"):
         verify(model, lambda v, x: Net().apply(v, x)[:, :2], VARIABLES, IMAGES)
 
 
 def test_too_few_images(model):
-    with pytest.raises(InvalidInput, match="got 7 images"):
+    with pytest.raises(InvalidInput, match="got 7 inputs only"):
         check(model, batch_sizes=(1, 8))
 
 

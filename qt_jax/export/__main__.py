@@ -1,0 +1,208 @@
+"""`python -m qt_jax.export RUN_DIR --out model.onnx`: a checkpoint to a verified ONNX file."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export.checkpoint import Deployable, deployable, load
+from qt_jax.export.deploy import deploy
+from qt_jax.export.description import Description, config_from_json
+
+PIPED_WIDTH = 160
+"""Columns of what is printed to a file or a pipe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Export a trained Flax Linen network to standard ONNX: FP32, or on integers (QDQ).
+
+    The file gets its name only after it has passed onnx.checker, loaded in onnxruntime and been compared with
+    the JAX forward. The network's own code is imported, by the name that the run or --model gives.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run (its model.json says all the rest), such a JSON file, or, with --model, a checkpoint of
+    orbax: a step, or the folder of steps, of which the newest counts."""
+    out: Path
+    """ONNX file to write. An FP32 graph with learned ranges has them beside it, in *.ranges.json."""
+    qdq: Literal["int8", "int4", "int16-act"] | None = None
+    """Quantize with QuantizeLinear / DequantizeLinear, on the learned ranges. int8: weights and activations;
+    int4: weights on 4 bits, activations on 8; int16-act: weights on 8, activations on 16."""
+    opset: int | None = None
+    """Of ai.onnx, 13 to 21. Default: 17; 21 for int4 and int16-act, which need it."""
+    per_tensor: bool = False
+    """One weight scale a layer in place of one for each output channel."""
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Of the graph's inputs and outputs."""
+    fold_batch_norm: bool = True
+    """Fold batch norm into the layer before it."""
+    dynamic_batch: bool = True
+    """Take any batch; otherwise exactly 1."""
+    json: bool = False
+    """Print the summary as one JSON object."""
+
+    model: str | None = None
+    """For a bare checkpoint: package.module:factory, which returns the Linen module."""
+    input_shape: tuple[int, ...] | None = None
+    """For a bare checkpoint: shape of the input without batch, such as 32 32 3."""
+    arguments: str | None = None
+    """For a bare checkpoint: JSON object of the factory's keyword arguments."""
+    call: str | None = None
+    """For a bare checkpoint: JSON object of keyword arguments of the forward, such as '{"train": false}'."""
+    quantization: str | None = None
+    """For a bare checkpoint with Quant-Trim's statistics: JSON object of the fields of qt.QuantConfig that
+    differ from its defaults."""
+    samples: Path | None = None
+    """For a bare checkpoint: .npz of real inputs, float32 as the model takes them: "calibration" (from the
+    training split) and "parity" (7 or more). Without it parity is measured on random inputs."""
+
+
+BARE = ("input_shape", "arguments", "call", "quantization", "samples")
+"""Options that only a bare checkpoint takes."""
+
+
+def network(options: Options) -> Deployable:
+    """The network that the command line names.
+
+    Raises:
+      InvalidInput: as `checkpoint.load`; an option that does not go with the others, or is no JSON object.
+    """
+    if options.model is None:
+        given = [f"--{name.replace('_', '-')}" for name in BARE if getattr(options, name) is not None]
+        if given:
+            raise InvalidInput(
+                f"{given[0]} is for a bare checkpoint, together with --model and --input-shape"
+            )
+        return load(options.source)
+    if options.input_shape is None:
+        raise InvalidInput("--model needs --input-shape: the sizes of one input, without batch")
+    description = Description(
+        model=options.model,
+        input_shape=options.input_shape,
+        checkpoint=str(options.source),
+        arguments=_object("arguments", options.arguments),
+        call=_object("call", options.call),
+        quantization=config_from_json(_object("quantization", options.quantization)),
+        samples=None if options.samples is None else str(options.samples),
+    )
+    return deployable(description)
+
+
+def _object(name: str, text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise InvalidInput(f"--{name} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidInput(f"--{name} {text!r} is not a JSON object such as '{{\"features\": 16}}'")
+    return value
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Exports, prints the summary, returns it."""
+    summary = deploy(
+        network(options),
+        options.out,
+        qdq=options.qdq,
+        opset=options.opset,
+        per_channel=not options.per_tensor,
+        layout=options.layout,
+        fold_batch_norm=options.fold_batch_norm,
+        dynamic_batch=options.dynamic_batch,
+    )
+    if options.json:
+        print(json.dumps(summary, allow_nan=False))
+        return summary
+    console.print(facts(summary))
+    if summary["layers"]:
+        console.print(layers(summary))
+    return summary
+
+
+def facts(summary: dict[str, Any]) -> Table:
+    """What the file holds and how it compares with JAX."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    macs = "unknown" if summary["macs"] is None else f"{summary['macs']:,}"
+    rows = {
+        "file": f"{summary['file']}, {summary['bytes']:,} bytes",
+        "graph": f"{'FP32' if summary['qdq'] is None else 'QDQ ' + summary['qdq']}, opset {summary['opset']}",
+        "operators": ", ".join(f"{count} {name}" for name, count in summary["operators"].items()),
+        "parameters": f"{summary['parameters']:,}",
+        "MACs": f"{macs} for one input",
+        "ranges": summary["ranges"] or f"no file: {summary['ranges_reason']}",
+    }
+    for size, difference in summary.get("max_difference", {}).items():
+        rows[f"parity, batch {size}"] = (
+            f"largest difference to JAX {difference:.1e} ({summary['inputs']} inputs)"
+        )
+    for output, found in summary.get("parity", {}).items():
+        rows[f"parity, {output}"] = _parity(found)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _parity(found: dict[str, Any]) -> str:
+    parts = []
+    if found["top1_agreement"] is not None:
+        parts.append(f"top-1 agrees on {100 * found['top1_agreement']:.2f} %")
+    parts.append(f"{100 * found['equal_integers']:.2f} % equal integers")
+    parts.append(f"largest difference {found['largest_difference']:.2f} steps")
+    parts.append("no error" if found["sqnr_db"] is None else f"SQNR {found['sqnr_db']:.1f} dB")
+    return f"{', '.join(parts)}, against JAX at lambda = 1 on {found['n']} real inputs"
+
+
+def layers(summary: dict[str, Any]) -> Table:
+    """What is quantized and what is not, by layer."""
+    rows, measured = summary["layers"], summary["qdq"] is not None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (
+        "layer",
+        "operator",
+        "weights",
+        "input",
+        *(["on integers"] if measured else []),
+        "because",
+    ):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        ran = ["yes" if row["integer_kernel"] else "no"] if measured else []
+        cells = (row["layer"], row["operator"], row["weights"] or "-", row["input"] or "-", *ran)
+        table.add_row(*cells, row["reason"] or "", style=None if row["reason"] is None else "yellow")
+    quantized = sum(row["weights"] is not None and row["input"] is not None for row in rows)
+    table.caption = (
+        f"{quantized} of {len(rows)} layers quantized" if measured else f"{quantized} of {len(rows)} ranged"
+    )
+    if measured:
+        ran = sum(bool(row["integer_kernel"]) for row in rows)
+        table.caption += f", {ran} on integer kernels in onnxruntime on this CPU"
+    table.caption_justify = "left"
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    options = tyro.cli(Options, args=arguments, prog="python -m qt_jax.export")
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=PIPED_WIDTH)
+    try:
+        run(options, console)
+    except InvalidInput as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""A trained network from its description: the module it names, the variables of its checkpoint."""
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export.description import NAME, Description, Samples, read_description, read_samples
+from qt_jax.interceptor import COLLECTION, is_range
+from qt_jax.rules import QuantConfig
+
+MARKER = "_METADATA"
+"""The file by which a folder is known as a checkpoint of orbax."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deployable:
+    """A network that is ready to be exported.
+
+    Attributes:
+      apply_fn: `(variables, inputs) -> outputs`, the forward of inference.
+      variables: Flax collections of numpy arrays.
+      input_shape: of the input, without batch.
+      config: of training; None if the variables hold no ranges of Quant-Trim.
+      samples: real inputs, or None.
+    """
+
+    apply_fn: Callable[..., Any]
+    variables: Mapping[str, Any]
+    input_shape: tuple[int, ...]
+    config: QuantConfig | None
+    samples: Samples | None
+
+
+def load(path: str | os.PathLike) -> Deployable:
+    """The network that a run's folder, or a description in it, describes.
+
+    The module is imported by the name in the description: this runs the code of the package that it names,
+    as found on `sys.path` (with `python -m`, the current directory first). Load only what you trust.
+
+    Args:
+      path: a folder that holds `model.json`, or such a file under any name.
+
+    Raises:
+      InvalidInput: no description, or a damaged one; and as `deployable`.
+    """
+    path = Path(path)
+    file = path / NAME if path.is_dir() else path
+    if not file.exists():
+        raise InvalidInput(
+            f"{file} is not there: nothing says which network this is. If the run is older than this file, "
+            "repeat the command that trained it, which resumes and adds it. For any other checkpoint give "
+            "--model package.module:factory and --input-shape."
+        )
+    return deployable(read_description(file), file.parent)
+
+
+def deployable(description: Description, base: str | os.PathLike = ".") -> Deployable:
+    """The network of a description whose paths are relative to `base`.
+
+    Raises:
+      InvalidInput: the module cannot be imported, or has no such factory, or that makes no Linen module; the
+        checkpoint is missing, damaged or lacks a collection; the samples are missing or of another shape.
+
+    >>> deployable(Description("flax.linen:Dence", (3,), "checkpoints", {"features": 2}))
+    Traceback (most recent call last):
+    qt_jax.errors.InvalidInput: module flax.linen has no 'Dence'...
+    """
+    base = Path(base)
+    module = create_module(description.model, description.arguments)
+    held = restore(base / description.checkpoint)
+    key = description.collections.get("params", "params")
+    if not held.get(key):
+        raise InvalidInput(
+            f"the checkpoint {base / description.checkpoint} has no parameters under {key!r}; it holds "
+            f"{', '.join(map(repr, held))}"
+        )
+    variables = {name: held.get(key) or {} for name, key in description.collections.items()}
+    learned = any(map(is_range, flatten_dict(variables.get(COLLECTION, {}))))
+    call = dict(description.call)
+
+    def apply_fn(variables, inputs):
+        return module.apply(variables, inputs, **call)
+
+    samples = None
+    if description.samples is not None:
+        samples = read_samples(base / description.samples, description.input_shape)
+    config = description.quantization if learned else None
+    return Deployable(apply_fn, variables, description.input_shape, config, samples)
+
+
+def create_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """What the factory `package.module:factory` makes of keyword arguments.
+
+    Raises:
+      InvalidInput: as `deployable`.
+
+    >>> create_module("flax.linen:Dense", {"features": 2}).features
+    2
+    """
+    package, colon, factory = name.partition(":")
+    if not (package and colon and factory):
+        raise InvalidInput(f"the model {name!r} is not of the form package.module:factory")
+    try:
+        imported = importlib.import_module(package)
+    except ImportError as error:
+        raise InvalidInput(
+            f"the module {package!r} of the model {name!r} cannot be imported ({error}). Run the "
+            "command where it can be: from the root of that project, or with PYTHONPATH set."
+        ) from error
+    try:
+        make = attrgetter(factory)(imported)
+    except AttributeError as error:
+        raise InvalidInput(f"module {package} has no {factory!r}, which the model {name!r} names") from error
+    try:
+        module = make(**arguments)
+    except (TypeError, KeyError) as error:
+        raise InvalidInput(f"{name} cannot be called with {dict(arguments)}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise InvalidInput(f"{name} makes a {type(module).__name__}, not a flax.linen.Module")
+    return module
+
+
+def restore(path: str | os.PathLike) -> dict[str, Any]:
+    """The tree of a checkpoint of orbax as numpy arrays, whatever devices it was saved from.
+
+    Args:
+      path: the checkpoint, a step of a `CheckpointManager`, or a folder of steps, of which the newest counts.
+
+    Raises:
+      InvalidInput: there is no checkpoint, or it is damaged.
+    """
+    folder = epath.Path(find(Path(path)).absolute())
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        saved = handler.metadata(folder).tree
+        arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        tree = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arrays))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        symptom = str(error).partition("\n")[0][:200]
+        raise InvalidInput(f"the checkpoint {folder} is damaged: {symptom}") from error
+    finally:
+        handler.close()
+    if not isinstance(tree, dict):
+        raise InvalidInput(f"the checkpoint {folder} holds a {type(tree).__name__}, not collections by name")
+    return tree
+
+
+def find(path: Path) -> Path:
+    """The folder of the checkpoint that `path` is, or holds."""
+    if (path / MARKER).exists():
+        return path
+    children = [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
+    items = [child for child in children if (child / MARKER).exists() and not child.name.isdecimal()]
+    steps = [child for child in children if child.name.isdecimal()]
+    if len(items) > 1:
+        raise InvalidInput(
+            f"{path} holds several checkpoints: name one of {', '.join(map(str, sorted(items)))}"
+        )
+    if items:
+        return items[0]
+    if steps:
+        return find(max(steps, key=lambda step: int(step.name)))
+    raise InvalidInput(
+        f"{path} is no checkpoint of orbax and holds none"
+        + ("" if path.is_dir() else " (there is no such folder)")
+        + ": name a folder saved by orbax, one of its steps, or the folder of all steps"
+    )

@@ -1,0 +1,214 @@
+"""From a trained network to a verified file: the FP32 graph with its ranges, or a QDQ graph."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+
+import qt_jax as qt
+from qt_jax.errors import InvalidInput
+from qt_jax.export import save_verified, to_onnx
+from qt_jax.export.checkpoint import Deployable
+from qt_jax.export.encodings import Ranges, write_ranges
+from qt_jax.export.layer_report import layer_rows
+from qt_jax.export.modes import MODES, deployed_config
+from qt_jax.export.parity import integer_kernels, parity
+from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
+from qt_jax.export.ranges import tensor_ranges
+from qt_jax.export.summary import summarize
+
+OPSET = 17
+"""Of ai.onnx, unless told otherwise and where it has the integers."""
+
+RANDOM = 8
+"""Random inputs that stand in for real ones when a network brings none."""
+
+
+def deploy(
+    network: Deployable,
+    out: str | os.PathLike,
+    *,
+    qdq: str | None = None,
+    opset: int | None = None,
+    per_channel: bool = True,
+    layout: Literal["nchw", "nhwc"] = "nchw",
+    fold_batch_norm: bool = True,
+    dynamic_batch: bool = True,
+) -> dict[str, Any]:
+    """Export `network` to the file `out`, which gets its name only after it has been verified.
+
+    An FP32 graph of a network with learned ranges has them in `<out less .onnx>.ranges.json` beside it.
+
+    Args:
+      network: from `qt_jax.export.checkpoint.load`.
+      out: the ONNX file; one that is there is replaced at the end.
+      qdq: None for FP32, else a mode of `qt_jax.export.modes`.
+      opset: None for 17, or for 21 where the mode needs it.
+      per_channel: one scale for each output channel of a kernel, in QDQ and in the ranges.
+      layout, fold_batch_norm, dynamic_batch: as `qt_jax.to_onnx` takes them.
+
+    Returns:
+      What `summary.summarize` says, `parameters` and `macs` being those of the FP32 graph, and: `file`,
+      `qdq`, `inputs` (on what parity was measured), `max_difference` (FP32: by batch size), `parity` (QDQ:
+      by output, against JAX at lambda = 1), `layers` (a row for each weighted layer), `ranges` (the file, or
+      None) and `ranges_reason` (why there is none).
+
+    Raises:
+      InvalidInput: what cannot be exported, and why; QDQ without learned ranges or without real inputs.
+        Nothing at `out` has changed then.
+    """
+    out = Path(out)
+    opset = _opset(opset, qdq)
+    if qdq is not None:
+        _require_learned(network, qdq)
+    if out.is_dir():
+        raise InvalidInput(f"{out} is a folder: name the file to write, such as {out / 'model.onnx'}")
+    model = to_onnx(
+        network.apply_fn,
+        network.variables,
+        network.input_shape,
+        opset=opset,
+        layout=layout,
+        fold_batch_norm=fold_batch_norm,
+        dynamic_batch=dynamic_batch,
+    )
+    options = {"layout": layout, "batch_sizes": (1, 7) if dynamic_batch else (1,)}
+    path, ranges = ranges_path(out), None
+    try:
+        if qdq is None:
+            summary, ranges = _float(network, model, out, per_channel, options)
+        else:
+            summary = _quantized(network, model, out, qdq, per_channel, options)
+        if ranges is None:
+            path.unlink(missing_ok=True)  # those of the graph that was there before
+        else:
+            write_ranges(ranges, path)
+    except OSError as error:
+        raise InvalidInput(f"{out} cannot be written: {error.strerror}") from error
+    return summary | {
+        "file": str(out),
+        "qdq": qdq,
+        "inputs": _inputs(network)[1],
+        "ranges": None if ranges is None else str(path),
+    }
+
+
+def ranges_path(out: Path) -> Path:
+    """Where the ranges of the graph in `out` are.
+
+    >>> ranges_path(Path("run/model.onnx")).name
+    'model.ranges.json'
+    """
+    return out.with_name(f"{out.name.removesuffix('.onnx')}.ranges.json")
+
+
+def learned_ranges(
+    network: Deployable, model: onnx.ModelProto, *, per_channel: bool = True, layout: str = "nchw"
+) -> tuple[Ranges | None, str | None]:
+    """The ranges of an FP32 graph, or None and the reason: without them the graph is as good as ever."""
+    if network.config is None:
+        return None, "the network was not trained with Quant-Trim: no learned ranges"
+    if network.samples is None:
+        return None, "no samples to range what the statistics do not cover"
+    try:
+        calibration = _as_graph(network.samples.calibration, layout)
+        found = tensor_ranges(model, network.variables, network.config, calibration, per_channel=per_channel)
+    except InvalidInput as error:
+        return None, str(error)
+    return found, None
+
+
+def _opset(opset: int | None, qdq: str | None) -> int:
+    if qdq is None:
+        return opset or OPSET
+    if qdq not in MODES:
+        raise InvalidInput(f"QDQ mode {qdq!r} is unknown; choose one of {', '.join(MODES)}")
+    first = max(FIRST_OPSET[storage_bits(bits)] for bits in MODES[qdq])
+    if opset is not None and opset < first:
+        raise InvalidInput(
+            f"QDQ mode {qdq} needs integers that ONNX has from opset {first}, not {opset}: leave the opset "
+            f"out, or give {first}"
+        )
+    return max(OPSET, first) if opset is None else opset
+
+
+def _require_learned(network: Deployable, qdq: str) -> None:
+    if network.config is None:
+        raise InvalidInput(
+            f"QDQ mode {qdq} needs learned ranges, and these variables hold none: train with qt.quant_trim, "
+            "or export FP32 and let the vendor's toolchain calibrate"
+        )
+    if network.samples is None:
+        raise InvalidInput(
+            f"QDQ mode {qdq} needs real inputs, for what the learned ranges do not cover and to measure "
+            'parity: give samples, an .npz with the arrays "calibration" and "parity"'
+        )
+
+
+def _inputs(network: Deployable) -> tuple[np.ndarray, str]:
+    """What parity is measured on, and its name."""
+    if network.samples is not None:
+        return network.samples.parity, "real"
+    shape = (RANDOM, *network.input_shape)
+    return np.random.default_rng(0).standard_normal(shape, np.float32), "random normal, seed 0"
+
+
+def _as_graph(images: np.ndarray, layout: str) -> np.ndarray:
+    """Images as the graph takes them."""
+    return (
+        np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if layout == "nchw" and images.ndim == 4
+        else images
+    )
+
+
+def _float(
+    network: Deployable,
+    model: onnx.ModelProto,
+    out: Path,
+    per_channel: bool,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], Ranges | None]:
+    """Saves the FP32 graph; returns its summary, and its ranges if there are any."""
+    ranges, reason = learned_ranges(network, model, per_channel=per_channel, layout=options["layout"])
+    summary = save_verified(model, out, network.apply_fn, network.variables, _inputs(network)[0], **options)
+    layers = [] if ranges is None else layer_rows(model, network.config, ranges)
+    return summary | {"layers": layers, "ranges_reason": reason}, ranges
+
+
+def _quantized(
+    network: Deployable,
+    model: onnx.ModelProto,
+    out: Path,
+    mode: str,
+    per_channel: bool,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Saves the QDQ graph; returns its summary. It holds its ranges itself: there is no file of them."""
+    config = deployed_config(network.config, mode)
+    calibration = _as_graph(network.samples.calibration, options["layout"])
+    ranges = tensor_ranges(model, network.variables, config, calibration, per_channel=per_channel)
+    quantized = insert_qdq(model, ranges)
+    inputs = network.samples.parity
+
+    def fake_quantized(variables, inputs):
+        with qt.quant_trim(config, 1.0, train=False):
+            return network.apply_fn(variables, inputs)
+
+    found = parity(quantized, fake_quantized, network.variables, inputs, ranges, layout=options["layout"])
+    kernels = integer_kernels(quantized)
+    # How close the numbers are is `parity`'s to say; here form, loading, shapes, and that all is finite.
+    summary = save_verified(
+        quantized, out, fake_quantized, network.variables, inputs, tolerance=math.inf, **options
+    )
+    del summary["max_difference"]
+    summary |= {key: value for key, value in summarize(model).items() if key in ("parameters", "macs")}
+    layers = layer_rows(model, config, ranges, kernels)
+    return summary | {
+        "parity": found,
+        "layers": layers,
+        "ranges_reason": "the graph holds its ranges itself",
+    }

@@ -1,0 +1,99 @@
+"""parity: a QDQ graph follows the JAX forward at lambda = 1, and a wrong one is seen."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qt_jax as qt
+from qt_jax.errors import InvalidInput
+from qt_jax.export import to_onnx
+from qt_jax.export.modes import deployed_config
+from qt_jax.export.parity import integer_kernels, parity
+from qt_jax.export.qdq import insert_qdq
+from qt_jax.export.ranges import tensor_ranges
+
+CONFIG = qt.QuantConfig()
+IMAGES = np.random.default_rng(0).normal(size=(48, 8, 8, 3)).astype(np.float32)
+CALIBRATION = np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2))
+
+
+class Net(nn.Module):
+    """Convolution with batch norm, a shortcut, logits and features."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), padding=1, use_bias=False, name="stem")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True, name="norm")(x))
+        x = x + nn.Conv(6, (3, 3), padding=1, name="inner")(x)
+        features = nn.Conv(2, (1, 1), name="features")(x)
+        return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2))), features
+
+
+def fake_quant(config, variables, x):
+    with qt.quant_trim(config, 1.0, train=False):
+        return Net().apply(variables, x)
+
+
+@pytest.fixture(scope="module")
+def net():
+    variables = jax.jit(Net().init)(jax.random.key(1), IMAGES)
+    variables = qt.attach_statistics(Net(), variables, CONFIG, IMAGES)
+    variables["batch_stats"]["norm"]["mean"] = jnp.linspace(-0.5, 0.5, 6)
+    variables["params"]["norm"]["scale"] = jnp.linspace(-1.0, 2.0, 6)
+    with qt.quant_trim(CONFIG, 0.0, train=True):
+        _, seen = jax.jit(partial(Net().apply, mutable=["batch_stats"]))(variables, IMAGES)
+    variables = jax.tree.map(np.array, {**variables, **seen})
+    names = ("logits", "features")
+    return variables, to_onnx(Net().apply, variables, IMAGES.shape[1:], opset=21, output_names=names)
+
+
+def test_learned_sites_alone_follow_jax(net):
+    variables, model = net
+    ranges = tensor_ranges(model, variables, CONFIG, CALIBRATION)
+    exact = insert_qdq(model, ranges, learned_only=True)
+    found = parity(exact, partial(fake_quant, CONFIG), variables, IMAGES, ranges)
+    assert found.keys() == {"logits", "features"} and found["logits"]["n"] == 48
+    assert found["logits"]["top1_agreement"] == 1.0 and found["features"]["top1_agreement"] is None
+    for output in found.values():
+        assert output["equal_integers"] > 0.95 and output["largest_difference"] < 3
+        assert output["sqnr_db"] > 45
+
+
+def test_all_sites_are_integer_kernels_and_close(net):
+    variables, model = net
+    ranges = tensor_ranges(model, variables, CONFIG, CALIBRATION)
+    full = insert_qdq(model, ranges)
+    assert all(integer_kernels(full).values())
+    found = parity(full, partial(fake_quant, CONFIG), variables, [IMAGES], ranges)
+    assert found["logits"]["top1_agreement"] > 0.9 and found["logits"]["sqnr_db"] > 25
+    assert found["features"]["largest_difference"] < 6
+
+
+@pytest.mark.parametrize("mode", ["int4", "int16-act"])
+def test_deployed_modes_follow_jax_under_the_deployed_config(net, mode):
+    variables, model = net
+    config = deployed_config(CONFIG, mode)
+    ranges = tensor_ranges(model, variables, config, CALIBRATION)
+    quantized = insert_qdq(model, ranges, learned_only=True)
+    found = parity(quantized, partial(fake_quant, config), variables, IMAGES, ranges)
+    assert found["logits"]["sqnr_db"] > (80 if mode == "int16-act" else 45)
+    other = parity(quantized, partial(fake_quant, CONFIG), variables, IMAGES, ranges)
+    assert other["logits"]["sqnr_db"] < found["logits"]["sqnr_db"] - 10
+
+
+def test_wrong_scale_and_wrong_outputs_are_seen(net):
+    variables, model = net
+    ranges = tensor_ranges(model, variables, CONFIG, CALIBRATION)
+    kernel = ranges.tensors["head/kernel"]
+    doubled = dataclasses.replace(kernel, scale=tuple(2 * scale for scale in kernel.scale))
+    wrong = insert_qdq(model, dataclasses.replace(ranges, tensors=ranges.tensors | {"head/kernel": doubled}))
+    found = parity(wrong, partial(fake_quant, CONFIG), variables, IMAGES, ranges)
+    right = parity(insert_qdq(model, ranges), partial(fake_quant, CONFIG), variables, IMAGES, ranges)
+    assert found["logits"]["sqnr_db"] < right["logits"]["sqnr_db"]
+    with pytest.raises(InvalidInput, match="outputs have shapes"):
+        parity(wrong, lambda v, x: fake_quant(CONFIG, v, x)[0], variables, IMAGES, ranges)
