@@ -40,6 +40,9 @@ class Options:
     """Of ai.onnx, 13 to 21. Default: 17; 21 for int4 and int16-act, which need it."""
     per_tensor: bool = False
     """One weight scale a layer in place of one for each output channel."""
+    signed: bool = False
+    """Activations as INT8 or INT16 in place of UINT8 or UINT16: the same numbers, for compilers that take
+    these alone. onnxruntime on x86 has integer kernels for the unsigned ones by default."""
     layout: Literal["nchw", "nhwc"] = "nchw"
     """Of the graph's inputs and outputs."""
     fold_batch_norm: bool = True
@@ -114,6 +117,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         qdq=options.qdq,
         opset=options.opset,
         per_channel=not options.per_tensor,
+        signed=options.signed,
         layout=options.layout,
         fold_batch_norm=options.fold_batch_norm,
         dynamic_batch=options.dynamic_batch,
@@ -143,7 +147,7 @@ def facts(summary: dict[str, Any]) -> Table:
     }
     for size, difference in summary.get("max_difference", {}).items():
         rows[f"parity, batch {size}"] = (
-            f"largest difference to JAX {difference:.1e} ({summary['inputs']} inputs)"
+            f"largest difference to JAX {difference:.1e} (inputs: {summary['inputs']})"
         )
     for output, found in summary.get("parity", {}).items():
         rows[f"parity, {output}"] = _parity(found)

@@ -40,7 +40,9 @@ def fixed_batch(model: onnx.ModelProto, size: int = 1) -> onnx.ModelProto:
             values[name] = np.where(value % mark == 0, value // mark * size, value)
         elif _repeats(value, mark):
             values[name] = np.repeat(value[:1], size, axis=0)
-    return _with_boundary(graph.rebuild(model, model.graph.node, values), size)
+    result = graph.rebuild(model, model.graph.node, values)
+    _refuse_held(result, mark)
+    return _with_boundary(result, size)
 
 
 def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -119,11 +121,12 @@ def _expanded(source: str, output: str, target, values: Values) -> list[NodeProt
 
 def _refuse_held(model: onnx.ModelProto, mark: int) -> None:
     for name, value in graph.constants(model).items():
-        if _holds_batch(value, mark) or mark in value.shape:
+        counted = value.size == 1 and value.item() in (mark, np.float32(1 / mark))
+        if _holds_batch(value, mark) or mark in value.shape or counted:
             reader = next(node for node in model.graph.node if name in node.input)
             raise InvalidInput(
                 f"the batch is a fixed number in the {reader.op_type} that reads {list(reader.input)[:1]}: "
-                "use x.shape[0] only in reshape and broadcast_to, or export with dynamic_batch=False"
+                "use x.shape[0] only in reshape and broadcast_to"
             )
 
 

@@ -155,6 +155,14 @@ def _slice(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
     return _moved(node, view, views, [starts, ends, views.constant(axes, moved), *steps])
 
 
+def _gather(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
+    """Entries along one axis, all axes kept, as in `x[:, ::-1]`."""
+    if views.values.get(node.input[1], np.zeros(())).ndim != 1:
+        return None
+    axis = graph.attributes(node).get("axis", 0) % len(view.permutation)
+    return _moved(node, view, views, axis=view.permutation[axis])
+
+
 def _matmul(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
     """A product over the channels of an image, `(.., C) @ (C, N)`, is a 1x1 convolution."""
     rank = len(view.permutation)
@@ -170,6 +178,7 @@ def _matmul(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None
 HANDLERS: dict[str, Callable[[NodeProto, View, Views], list[NodeProto] | None]] = {
     **dict.fromkeys(REDUCTIONS, _reduction),
     "Expand": _expand,
+    "Gather": _gather,
     "MatMul": _matmul,
     "Pad": _pad,
     "Resize": _resize,

@@ -57,6 +57,8 @@ def load(path: str | os.PathLike) -> Deployable:
     """
     path = Path(path)
     file = path / NAME if path.is_dir() else path
+    if not path.exists():
+        raise InvalidInput(f"{path} is not there: name the folder of a run, or a description in it")
     if not file.exists():
         raise InvalidInput(
             f"{file} is not there: nothing says which network this is. If the run is older than this file, "

@@ -34,6 +34,7 @@ def deploy(
     qdq: str | None = None,
     opset: int | None = None,
     per_channel: bool = True,
+    signed: bool = False,
     layout: Literal["nchw", "nhwc"] = "nchw",
     fold_batch_norm: bool = True,
     dynamic_batch: bool = True,
@@ -48,6 +49,7 @@ def deploy(
       qdq: None for FP32, else a mode of `qt_jax.export.modes`.
       opset: None for 17, or for 21 where the mode needs it.
       per_channel: one scale for each output channel of a kernel, in QDQ and in the ranges.
+      signed: as `insert_qdq` takes it.
       layout, fold_batch_norm, dynamic_batch: as `qt_jax.to_onnx` takes them.
 
     Returns:
@@ -81,7 +83,7 @@ def deploy(
         if qdq is None:
             summary, ranges = _float(network, model, out, per_channel, options)
         else:
-            summary = _quantized(network, model, out, qdq, per_channel, options)
+            summary = _quantized(network, model, out, qdq, per_channel, signed, options)
         if ranges is None:
             path.unlink(missing_ok=True)  # those of the graph that was there before
         else:
@@ -185,13 +187,14 @@ def _quantized(
     out: Path,
     mode: str,
     per_channel: bool,
+    signed: bool,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Saves the QDQ graph; returns its summary. It holds its ranges itself: there is no file of them."""
     config = deployed_config(network.config, mode)
     calibration = _as_graph(network.samples.calibration, options["layout"])
     ranges = tensor_ranges(model, network.variables, config, calibration, per_channel=per_channel)
-    quantized = insert_qdq(model, ranges)
+    quantized = insert_qdq(model, ranges, signed=signed)
     inputs = network.samples.parity
 
     def fake_quantized(variables, inputs):

@@ -7,6 +7,7 @@ pass computes from it is called `params/stem/kernel#<how>`, so that `naming` can
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def _known_to_inference(node: NodeProto) -> NodeProto:
 
 
 def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with the shape of every intermediate tensor recorded; raises InvalidInput if they contradict."""
+    """`model` with the shape of every tensor recorded; raises InvalidInput where they contradict."""
     try:
         inferred = shape_inference.infer_shapes(
             _without_weights(model), check_type=True, strict_mode=True, data_prop=True
@@ -124,9 +125,10 @@ def common_origin(names: Iterable[str]) -> str:
     if len(origins) < 2:
         return "".join(origins)
     paths = [name.split("/") for name in origins]
-    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    one_leaf = len({path[-1] for path in paths}) == 1 and shared[-1:] != paths[0][-1:]
-    return "/".join([*shared, paths[0][-1]]) if one_leaf and len(shared) > 1 else ""
+    modules = zip(*(path[:-1] for path in paths), strict=False)
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, modules)]
+    one_leaf = len({path[-1] for path in paths}) == 1
+    return "/".join([*shared, paths[0][-1]]) if one_leaf and shared else ""
 
 
 def flax_path(name: str) -> str:

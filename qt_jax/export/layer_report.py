@@ -45,6 +45,8 @@ def layer_rows(
             "integer_kernel": None if kernels is None else kernels[name],
         }
         reason = _why_float(row, node.input[1].rpartition("/")[0], name in weighted, config)
+        if row["weights"] is None and row["integer_kernel"]:
+            reason = f"{reason}; onnxruntime rounds them to INT8 by itself"
         if reason is None and row["integer_kernel"] is False:
             reason = _why_no_integer_kernel(node.op_type, ranges.tensors[kernel].bits, fed.bits)
         rows.append(row | {"reason": reason})

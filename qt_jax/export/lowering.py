@@ -122,6 +122,13 @@ def _outputs(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) -
     shapes = ", ".join(str((1, *spec.shape[1:])) for spec in inputs)
     try:
         outputs = jax.tree.leaves(jax.eval_shape(apply_fn, variables, *inputs))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        first, *rest = str(error).splitlines()
+        place = next((line.strip() for line in rest if "from line" in line), "")
+        raise InvalidInput(
+            f"the model cannot be traced, by jax.jit either: {first} {place}. It turns an array into a "
+            "Python number (float(), int(), .item(), if): compute that with numpy, outside JAX."
+        ) from error
     except (flax.errors.FlaxError, TypeError, ValueError) as error:
         raise InvalidInput(
             f"apply_fn does not take these variables and inputs {shapes}: {error}. "

@@ -41,7 +41,9 @@ def parity(
 
     Returns:
       For each graph output by name: `n`; `top1_agreement`, the fraction of rows of `(n, classes)` outputs
-      with the same class, None for other shapes; `equal_integers`, the fraction of numbers on the same
+      with the same class, and `margins`, JAX's lead of the first class over the second in steps of the
+      output's grid (`median`, and `largest_lost` among rows of another class), None for other shapes;
+      `equal_integers`, the fraction of numbers on the same
       integer of the output's grid; `largest_difference`, in steps of that grid; `sqnr_db` of the graph's
       output against JAX's, None where they are equal.
 
@@ -98,10 +100,19 @@ def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dic
     return {
         "n": len(expected),
         "top1_agreement": agreement(expected, found) if expected.ndim == 2 else None,
+        "margins": _margins(expected, found, step) if expected.ndim == 2 else None,
         "equal_integers": float(np.mean(encoding.integers(expected) == encoding.integers(found))),
         "largest_difference": float(difference.max() / step),
         "sqnr_db": ratio if math.isfinite(ratio) else None,
     }
+
+
+def _margins(expected: np.ndarray, found: np.ndarray, step: float) -> dict[str, float | None]:
+    """JAX's lead of the first class over the second, in steps: the median, and the largest that was lost."""
+    second, first = np.sort(expected.astype(np.float64), axis=1)[:, -2:].T
+    lead = (first - second) / step
+    lost = lead[expected.argmax(axis=1) != found.argmax(axis=1)]
+    return {"median": float(np.median(lead)), "largest_lost": float(lost.max()) if lost.size else None}
 
 
 def integer_kernels(model: onnx.ModelProto) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from onnx import NodeProto, helper, shape_inference
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.encodings import Encoding, Ranges, model_sha256
+from qt_jax.export.operators import WEIGHTED
 from qt_jax.export.placement import quantized_tensors
 
 BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
@@ -23,7 +24,7 @@ UNSIGNED = {8: np.uint8, 16: np.uint16}
 
 
 def insert_qdq(
-    model: onnx.ModelProto, ranges: Ranges, *, signed: bool = True, learned_only: bool = False
+    model: onnx.ModelProto, ranges: Ranges, *, signed: bool = False, learned_only: bool = False
 ) -> onnx.ModelProto:
     """`model` with its quantized layers on integers, as `ranges` says, in operators of ai.onnx alone.
 
@@ -35,9 +36,9 @@ def insert_qdq(
     Args:
       model: from `to_onnx`.
       ranges: from `tensor_ranges` on this very graph.
-      signed: INT8 and INT16 activations. Otherwise UINT8 and UINT16 with shifted zero-points: the same
-        numbers, and what onnxruntime on x86 makes integer kernels of by default (the signed graph needs its
-        session option "session.qdqisint8allowed").
+      signed: INT8 and INT16 activations in place of UINT8 and UINT16: the same numbers with shifted
+        zero-points. Compilers differ in which they take. onnxruntime on x86 makes integer kernels of the
+        unsigned ones by default; of the signed ones with its session option "session.qdqisint8allowed".
       learned_only: pairs at the inputs of layers and nowhere else, as the JAX forward at lambda = 1 computes.
         Few convolutions are then integer kernels.
 
@@ -111,7 +112,13 @@ class _Writer:
     def add(self, node: NodeProto) -> None:
         """Write `node`; before it what it reads, quantized, and behind it what leaves the graph."""
         learned = self.ranges.inputs.get(node.name)
-        inputs = [self._activation(name, None if index else learned) for index, name in enumerate(node.input)]
+        skipped = node.name not in self.ranges.kernels and node.op_type in WEIGHTED
+        if skipped and node.input[1] in self.values:  # behind a DequantizeLinear its kernel is rounded too
+            inputs = list(node.input)
+        else:
+            inputs = [
+                self._activation(name, None if index else learned) for index, name in enumerate(node.input)
+            ]
         if node.name in self.ranges.kernels:
             kernel = self.ranges.tensors[node.input[1]]
             integers = kernel.integers(self.values[node.input[1]])

@@ -18,6 +18,7 @@ from experiments.configs.cifar import FREE_TO_CHANGE, parse
 from experiments.models.resnet import ResNet
 from experiments.training import loop
 from qt_jax.backends import BACKENDS
+from qt_jax.export import __main__ as cli
 from qt_jax.reporting import records
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
@@ -34,6 +35,8 @@ PRODUCTS = {
     *("model.onnx", "model.json", "model.ranges.json", "twin.onnx", "twin.json", "samples.npz"),
     *("summary.md", "summary.png"),
 }
+ADDED = ("model.json", "twin.json", "samples.npz", "model.ranges.json")
+LATE = ("model.onnx", *ADDED)
 
 
 class Finished(NamedTuple):
@@ -154,11 +157,12 @@ def test_relaunch_does_nothing_again(finished, monkeypatch, capsys):
 
 
 def test_evaluation_and_export_resume_where_something_is_missing(finished, copy, capsys):
-    """Two records gone and a third cut short; one graph gone: written anew, it is the same to the byte."""
+    """Two records gone, a third cut short, and the graph: written anew, it is the same to the byte."""
     path = copy / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:1], *lines[2:18]]) + lines[18][:40])
-    (copy / "model.onnx").unlink()
+    for name in LATE:
+        (copy / name).unlink()
     with pytest.warns(UserWarning, match="was cut short"):
         assert launch(copy) == 0
     rows = records.read(path)
@@ -170,7 +174,34 @@ def test_evaluation_and_export_resume_where_something_is_missing(finished, copy,
     for row in rows:
         for key in ("checkpoint", "top1", "nll", "sqnr_db"):
             assert row[key] == expected[row["method"], row["scheme"]][key], (row["scheme"], key)
-    assert (copy / "model.onnx").read_bytes() == (finished.folder / "model.onnx").read_bytes()
+    for name in LATE:
+        assert (copy / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
+def test_older_run_gets_what_it_lacks(finished, copy, capsys):
+    """A graph that is there is kept; its description, samples and ranges are added."""
+    for name in ADDED:
+        (copy / name).unlink()
+    assert cli.main([str(copy), "--out", str(copy.parent / "m.onnx")]) == 2
+    assert "repeat the command that trained it" in capsys.readouterr().err
+    stamp = (copy / "model.onnx").stat().st_mtime_ns
+    assert launch(copy) == 0
+    assert (copy / "model.onnx").stat().st_mtime_ns == stamp
+    for name in ADDED:
+        assert (copy / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
+def test_run_exports_itself_again(finished, tmp_path, capsys):
+    """`python -m qt_jax.export` needs the folder alone: the same FP32 graph, and one on integers."""
+    out = tmp_path / "m.onnx"
+    assert cli.main([str(finished.folder), "--out", str(out)]) == 0
+    for name in ("model.onnx", "model.ranges.json"):
+        again = out if name == "model.onnx" else tmp_path / "m.ranges.json"
+        assert again.read_bytes() == (finished.folder / name).read_bytes()
+    assert cli.main([str(finished.folder), "--out", str(out), "--qdq", "int8"]) == 0
+    assert "against JAX at lambda = 1 on 144 real inputs" in capsys.readouterr().out
+    assert cli.main([str(finished.folder / "twin.json"), "--out", str(out), "--qdq", "int8"]) == 2
+    assert "needs learned ranges" in capsys.readouterr().err
 
 
 def refused(folder: Path, capsys, *flags: str) -> str:

@@ -18,9 +18,10 @@ import pytest
 from rich.console import Console
 
 import qt_jax as qt
-from experiments import cifar
+from experiments import cifar, models
 from experiments.configs.cifar import PRESETS, Config, lambda_schedule
 from experiments.data import load
+from experiments.description import describe
 from experiments.models.resnet import ResNet
 from experiments.training import checkpoints, loop
 from experiments.training.logs import TrainingLog
@@ -196,7 +197,9 @@ def test_averaged_parameters_are_exported_and_a_terminal_sees_the_bar(tmp_path, 
     assert not np.array_equal(state.average["head"]["kernel"], state.params["head"]["kernel"])
 
     path = tmp_path / "model.onnx"
-    cifar.export(TINY, variables, DIGITS, path, Console(file=io.StringIO()))
+    monkeypatch.setitem(models.MODELS, config.model, partial(ResNet, (1,), 4))
+    describe(config, DIGITS, f"checkpoints/{METHOD}", path.with_suffix(".json"))
+    cifar.export(path, Console(file=io.StringIO()))
     weights = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer}
     kernel = variables["params"]["head"]["kernel"]
     assert any(np.array_equal(weights["head/kernel"], k) for k in (kernel, kernel.T))

@@ -147,8 +147,12 @@ BODIES = {
         {"GlobalAveragePool": 2, "Mul": 1},
     ),
     "constants a channel": (
+        lambda x: nn.relu(x) * jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4) - 1.0,
+        {"Relu": 1, "Mul": 1, "Sub": 1},
+    ),
+    "constants a channel, behind a layer": (
         lambda x: x * jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4) - 1.0,
-        {"Mul": 1, "Sub": 1},
+        {},
     ),
     "concatenation": (lambda x: jnp.concatenate([x, nn.relu(x)], axis=-1), {"Concat": 1, "Relu": 1}),
     "dropout": (nn.Dropout(0.5, deterministic=True), {}),
@@ -201,7 +205,7 @@ def test_tied_weights_are_stored_once(export):
             return nn.relu(nn.relu(x @ kernel) @ kernel) @ kernel.T
 
     model = export(Tied(), (6,)).model
-    assert [node.op_type for node in model.graph.node] == ["MatMul", "Relu", "MatMul", "Relu", "MatMul"]
+    assert [node.op_type for node in model.graph.node] == ["Gemm", "Relu", "Gemm", "Relu", "Gemm"]
     assert [tensor.name for tensor in model.graph.initializer] == ["kernel", "kernel_1"]
 
 

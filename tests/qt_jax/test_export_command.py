@@ -208,10 +208,12 @@ def test_modes_of_qdq(mode, opset, kernel, integer, project, tmp_path, capsys):
     assert found["top1_agreement"] >= 0.75 and found["sqnr_db"] > 20
     rows = {row["layer"]: row for row in summary["layers"]}
     assert rows.keys() == {"stem", "inner", "head"}
-    assert rows["stem"]["integer_kernel"] is integer and rows["inner"]["integer_kernel"] is False
+    assert rows["stem"]["integer_kernel"] is integer and rows["inner"]["weights"] is None
+    if rows["inner"]["integer_kernel"]:  # onnxruntime's own doing, and said so
+        assert rows["inner"]["reason"].endswith("'inner'; onnxruntime rounds them to INT8 by itself")
     if not integer:
         assert rows["stem"]["reason"].startswith("no integer kernel for INT")
-    assert summary["parameters"] == 539
+    assert summary["parameters"] == 533
 
 
 def test_graph_follows_the_options(project, tmp_path, capsys):
@@ -397,7 +399,7 @@ def test_missing_and_damaged_files_are_refused(run, variables, tmp_path, capsys)
     assert "model.json does not describe a network (JSONDecodeError" in refused(capsys, run, *out)
     (run / "model.json").unlink()
     assert "repeat the command that trained it" in refused(capsys, run, *out)
-    assert "is not there" in refused(capsys, tmp_path / "nowhere.json", *out)
+    assert "nowhere is not there: name the folder" in refused(capsys, tmp_path / "nowhere", *out)
     bare = ("--model", f"{MODULE}:Net", "--input-shape", *SHAPE)
     for name in ("one", "two"):
         save_tree(tmp_path / "several" / name, variables)

@@ -153,17 +153,47 @@ def test_product_and_addition_become_gemm(product, addition, build, check_equal)
     constants = {"w": normal(4, 5), "v": normal(5, 4), "bias": normal(5), "row": normal(1, 5)}
     nodes = [(operator, inputs, "x", attributes), ("Add", addition, "output", {})]
     model = build(nodes, constants | {"zero": np.zeros(5, np.float32)}, [3, 4])
-    folded = folding.fold_bias(folding.drop_absent_bias(model))
+    folded = folding.fold_shift(folding.drop_absent_bias(model))
     assert operators(folded) == ["Gemm"]
     check_equal(model, folded, normal(3, 4))
 
 
-def test_additions_that_are_no_bias_stay(build):
-    constants = {"w": normal(4, 5), "b": normal(5), "scalar": np.float32(1)}
-    biased = build([("Gemm", "input w b", "x", {}), ("Add", "x b", "output", {})], constants, [3, 4])
-    scalar = build([("MatMul", "input w", "x", {}), ("Add", "x scalar", "output", {})], constants, [3, 4])
-    assert operators(folding.fold_bias(biased)) == ["Gemm", "Add"]
-    assert operators(folding.fold_bias(scalar)) == ["MatMul", "Add"]
+@pytest.mark.parametrize("operator", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("constant", ["column", "scalar"])
+@pytest.mark.parametrize("layer", ["Gemm", "Conv", "ConvTranspose"])
+def test_arithmetic_by_feature_becomes_the_layer_s(operator, bias, constant, layer, build, check_equal):
+    square = layer == "Gemm"
+    constants = {
+        "params/c/kernel": normal(4, 4) if square else normal(4, 4, 3, 3),
+        "params/c/bias": normal(4),
+        "column": RNG.uniform(0.5, 2, 4 if square else (4, 1, 1)).astype(np.float32),
+        "scalar": np.float32(0.7),
+    }
+    inputs = "input params/c/kernel" + " params/c/bias" * bias
+    nodes = [(layer, inputs, "x", {}), (operator, f"x {constant}", "output", {})]
+    images = normal(2, 4) if square else normal(2, 4, 5, 5)
+    model = build(nodes, constants, [*images.shape], images.ndim)
+    folded = folding.fold_affine(model)
+    assert operators(folded) == [layer]
+    check_equal(model, folded, images)
+
+
+@pytest.mark.parametrize("operator", ["Sub", "Div"])
+def test_a_constant_minus_or_over_a_layer_stays(operator, build, check_equal):
+    nodes = [("Gemm", "input w", "x", {}), (operator, "row x", "output", {})]
+    model = build(nodes, {"w": np.eye(4, 5, dtype=np.float32) + 1, "row": normal(5)}, [3, 4])
+    folded = folding.fold_affine(model)
+    assert operators(folded) == ["Gemm", operator]
+    check_equal(model, folded, 1 + normal(3, 4) ** 2)
+
+
+def test_a_product_of_longer_tensors_keeps_its_addition(build, check_equal):
+    nodes = [("MatMul", "input w", "x", {}), ("Add", "x row", "output", {})]
+    model = build(nodes, {"w": normal(4, 5), "row": normal(5)}, [2, 3, 4], 3)
+    folded = folding.fold_affine(model)
+    assert operators(folded) == ["MatMul", "Add"]
+    check_equal(model, folded, normal(2, 3, 4))
 
 
 def test_a_bias_for_each_feature_of_an_image_only(build, check_equal):
@@ -172,7 +202,7 @@ def test_a_bias_for_each_feature_of_an_image_only(build, check_equal):
     for bias, expected in (("channels", ["Conv"]), ("columns", ["Conv", "Add"])):
         nodes = [("Conv", "input w", "x", {}), ("Add", f"{bias} x", "output", {})]
         model = build(nodes, constants, [2, 4, 5, 5], 4)
-        folded = folding.fold_bias(model)
+        folded = folding.fold_shift(model)
         assert operators(folded) == expected
         check_equal(model, folded, normal(2, 4, 5, 5))
 

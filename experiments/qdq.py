@@ -1,0 +1,138 @@
+"""`python -m experiments.qdq RUN_DIR ...`: how closely QDQ graphs follow training, and what remains.
+
+Each run's network is exported on integers and compared, in onnxruntime with all optimisations, with the JAX
+fake-quant forward at lambda = 1 on the run's parity samples (1,000 validation images). Three graphs tell the
+sources of difference apart: pairs at the learned sites alone and activations on 16 bits (nearly nothing but
+the order of summation), pairs at the learned sites alone on 8 bits (the same differences, now tipping
+roundings), and all pairs (what integer kernels need between layers besides).
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import qt_jax as qt
+from experiments.command_line import exit_status
+from qt_jax.export import to_onnx
+from qt_jax.export.checkpoint import Deployable, load
+from qt_jax.export.modes import deployed_config
+from qt_jax.export.parity import integer_kernels, parity
+from qt_jax.export.qdq import insert_qdq
+from qt_jax.export.ranges import tensor_ranges
+from qt_jax.reporting import records
+from qt_jax.reporting.provenance import provenance
+
+GRAPHS = {
+    "learned sites, 16 bits": ("int16-act", True),
+    "learned sites": ("int8", True),
+    "all sites": ("int8", False),
+}
+"""Graph -> mode of deployment, and whether pairs stand at the learned sites alone."""
+PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare QDQ graphs of finished runs with the JAX fake-quant forward."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of finished `python -m experiments.cifar`."""
+    out: Path | None = None
+    """File to which one JSON line for each graph is appended."""
+
+
+def measure(network: Deployable, name: str) -> dict[str, Any]:
+    """The parity of one graph of `GRAPHS`, and how many layers ran on integers."""
+    mode, learned_only = GRAPHS[name]
+    config = deployed_config(network.config, mode)
+    model = to_onnx(network.apply_fn, network.variables, network.input_shape, opset=21)
+    calibration = np.ascontiguousarray(network.samples.calibration.transpose(0, 3, 1, 2))
+    ranges = tensor_ranges(model, network.variables, config, calibration)
+    graph = insert_qdq(model, ranges, learned_only=learned_only)
+
+    def fake_quantized(variables: Any, images: Any) -> Any:
+        with qt.quant_trim(config, 1.0, train=False):
+            return network.apply_fn(variables, images)
+
+    (found,) = parity(graph, fake_quantized, network.variables, network.samples.parity, ranges).values()
+    kernels = integer_kernels(graph)
+    convolutions = {node.name for node in graph.graph.node if node.op_type == "Conv"}
+    return found | {
+        "convolutions": len(convolutions),
+        "integer_convolutions": sum(kernels[layer] for layer in convolutions),
+        "products": len(kernels) - len(convolutions),
+        "integer_products": sum(ran for layer, ran in kernels.items() if layer not in convolutions),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One row for each run and graph."""
+    shown = Table(title="QDQ in onnxruntime against the JAX forward at lambda = 1", box=box.SIMPLE_HEAD)
+    shown.add_column("run", overflow="fold")
+    shown.add_column("graph")
+    for heading in (
+        "top-1\n%",
+        "equal\n%",
+        "steps",
+        "SQNR\ndB",
+        "lead\nlost",
+        "median\nlead",
+        "Conv",
+        "Gemm",
+    ):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        margins = row["margins"]
+        lost = "-" if margins["largest_lost"] is None else f"{margins['largest_lost']:.2f}"
+        shown.add_row(
+            row["run"],
+            row["graph"],
+            f"{100 * row['top1_agreement']:.1f}",
+            f"{100 * row['equal_integers']:.1f}",
+            f"{row['largest_difference']:.2f}",
+            "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+            lost,
+            f"{margins['median']:.0f}",
+            f"{row['integer_convolutions']}/{row['convolutions']}",
+            f"{row['integer_products']}/{row['products']}",
+        )
+    shown.caption = (
+        "top-1: same class; equal: integers of the output; steps: largest difference, in steps of the\n"
+        "output; lead lost: the largest lead of JAX's first class over its second where another class was\n"
+        "found, in steps; Conv, Gemm: on integer kernels"
+    )
+    shown.caption_justify = "left"
+    return shown
+
+
+def run(options: Options, console: Console) -> None:
+    """Measures every graph of every run, prints the table, appends the rows."""
+    rows = []
+    for path in options.runs:
+        network = load(path)
+        if network.config is None or network.samples is None:
+            raise qt.InvalidInput(f"{path} holds no network trained with Quant-Trim and its samples")
+        for name in GRAPHS:
+            console.print(f"{path.name}: {name}")
+            rows.append({"run": path.name, "graph": name} | measure(network, name))
+            if options.out is not None:
+                records.append(options.out, rows[-1] | provenance(PACKAGES))
+    console.print(table(rows))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    prog = "python -m experiments.qdq"
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), console))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
