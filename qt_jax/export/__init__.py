@@ -12,7 +12,7 @@ import onnx
 from qt_jax.errors import InvalidInput
 from qt_jax.export import folding
 from qt_jax.export.activations import fold_activations
-from qt_jax.export.batch import fixed_batch, symbolic_batch
+from qt_jax.export.batch import symbolic_batch
 from qt_jax.export.folding import (
     drop_absent_bias,
     fold_affine,
@@ -140,6 +140,7 @@ def to_onnx(
             apply_fn,
             variables,
             input_shape,
+            batch=None if dynamic_batch else 1,
             channels_first=layout == "nchw",
             input_names=input_names,
             output_names=output_names,
@@ -148,7 +149,8 @@ def to_onnx(
             model = improve(model)
         if fold_batch_norm:
             model = fold_affine(folding.fold_batch_norm(model))
-        model = symbolic_batch(model) if dynamic_batch else fixed_batch(model)
+        if dynamic_batch:
+            model = symbolic_batch(model)
         model = name_by_path(at_opset(drop_identities(model), opset))
         refuse_unsupported(model)
         return attached(with_shapes(model))

@@ -4,18 +4,45 @@ jax2onnx knows `nn.hard_swish` by that name alone: a model that keeps the functi
 many do, is traced through to its arithmetic.
 """
 
+import functools
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import NodeProto, helper
+from onnx.reference import ReferenceEvaluator
 
 from qt_jax.export import graph
+from qt_jax.export.operators import BINARY, UNARY
 
 Values = dict[str, np.ndarray]
 Producers = dict[str, NodeProto]
 
+PROBES = np.linspace(-12.0, 12.0, 97, dtype=np.float32)
+TOLERANCE = 4e-6
+"""Largest difference at a probe x, times max(1, |x|)."""
+OPSET = 21
+LONGEST = 16
+"""Nodes of the longest expression that is looked at."""
+LAST = frozenset({"Add", "Div", "Mul", "Where"})
+"""Operators that such an expression ends with."""
+
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gelu": ("Gelu", {"approximate": "none"}),
+    "gelu, tanh": ("Gelu", {"approximate": "tanh"}),
+    "hard sigmoid": ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+    "hard swish": ("HardSwish", {}),
+    "elu": ("Elu", {}),
+    "selu": ("Selu", {}),
+    "softplus": ("Softplus", {}),
+}
+
 
 def fold_activations(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with the arithmetic of Relu, Clip, LeakyRelu, HardSigmoid and HardSwish made these operators.
+    """`model` with the arithmetic of activations made their operators.
+
+    Relu, Clip and LeakyRelu, which have parameters, are known by their form; those of `CURVES` by their
+    values: an expression of one tensor and of numbers that has a curve's values at every probe is that curve.
 
     >>> from onnx import numpy_helper
     >>> bounds = [numpy_helper.from_array(np.array(bound, np.float32), str(bound)) for bound in (0, 6)]
@@ -29,7 +56,7 @@ def fold_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     producers: Producers = {}
     nodes = []
     for node in model.graph.node:
-        for recognised in (_relu, _clip, _leaky_relu, _hard_sigmoid, _hard_swish):
+        for recognised in (_relu, _clip, _leaky_relu, _by_value):
             node = recognised(node, producers, values) or node
         producers[node.output[0]] = node
         nodes.append(node)
@@ -97,29 +124,60 @@ def _leaky_relu(node: NodeProto, producers: Producers, values: Values) -> NodePr
     return helper.make_node("LeakyRelu", [x], node.output, alpha=slope)
 
 
-def _hard_sigmoid(node: NodeProto, producers: Producers, values: Values) -> NodeProto | None:
-    """clip(x + 3, 0, 6) / 6 (Howard et al. 2019, arXiv 1905.02244)."""
-    number, tensor = _joined(node, values)
-    sixth = node.op_type == "Div" and number == 6.0 and node.input[0] == tensor
-    sixth |= node.op_type == "Mul" and number == np.float32(1 / 6)
-    bounded = _bounds(producers.get(tensor), values) if sixth else None
-    if bounded is None or bounded[:2] != (0.0, 6.0):
+def _by_value(node: NodeProto, producers: Producers, values: Values) -> NodeProto | None:
+    """The curve of `CURVES` that the expression ending in `node` computes of a tensor before it."""
+    if node.op_type not in LAST:
         return None
-    shift = producers.get(bounded[2])
-    three, x = _joined(shift, values)
-    if three != 3.0 or shift.op_type != "Add":
-        return None
-    return helper.make_node("HardSigmoid", [x], node.output, alpha=1 / 6, beta=0.5)
-
-
-def _hard_swish(node: NodeProto, producers: Producers, _: Values) -> NodeProto | None:
-    """x times its hard sigmoid."""
-    if node.op_type != "Mul":
-        return None
-    for x, gate in (node.input, node.input[::-1]):
-        sigmoid = producers.get(gate)
-        if sigmoid is not None and sigmoid.op_type == "HardSigmoid" and sigmoid.input[0] == x:
-            stated = graph.attributes(sigmoid)
-            if np.allclose((stated.get("alpha", 0.2), stated.get("beta", 0.5)), (1 / 6, 0.5), atol=1e-6):
-                return helper.make_node("HardSwish", [x], node.output)
+    order = {name: position for position, name in enumerate(producers)}
+    expression, open_ends = [node], _tensors(node, values)
+    while open_ends and len(expression) < LONGEST:
+        if open_ends is None:
+            return None
+        if len(open_ends) == 1 and len(expression) > 1:
+            (source,) = open_ends
+            curve = _curve(expression[::-1], source, values)
+            if curve is not None:
+                operator, stated = CURVES[curve]
+                return helper.make_node(operator, [source], node.output, **stated)
+        latest = max(open_ends, key=lambda name: order.get(name, -1))
+        before = producers.get(latest)
+        if before is None or before.op_type not in UNARY | BINARY:
+            return None
+        more = _tensors(before, values)
+        if more is None:
+            return None
+        expression.append(before)
+        open_ends = (open_ends - {latest}) | more
     return None
+
+
+def _tensors(node: NodeProto, values: Values) -> set[str] | None:
+    """What `node` reads besides numbers; None if that includes a constant tensor."""
+    constants = [values[name].size for name in node.input if name in values]
+    return None if any(size != 1 for size in constants) else {x for x in node.input if x and x not in values}
+
+
+def _curve(expression: list[NodeProto], source: str, values: Values) -> str | None:
+    """The name of the curve that nodes in order compute of `source`, by its values at the probes."""
+    numbers = {name: values[name] for node in expression for name in node.input if name in values}
+    found = _evaluated(expression, {source: PROBES} | numbers)
+    for name in CURVES:
+        if np.all(np.abs(found - _wanted(name)) <= TOLERANCE * np.maximum(1.0, np.abs(PROBES))):
+            return name
+    return None
+
+
+@functools.cache
+def _wanted(curve: str) -> np.ndarray:
+    operator, stated = CURVES[curve]
+    return _evaluated([helper.make_node(operator, ["x"], ["y"], **stated)], {"x": PROBES})
+
+
+def _evaluated(nodes: list[NodeProto], given: dict[str, np.ndarray]) -> np.ndarray:
+    inputs = [helper.make_empty_tensor_value_info(name) for name in given]
+    output = helper.make_empty_tensor_value_info(nodes[-1].output[0])
+    body = helper.make_graph(nodes, "expression", inputs, [output])
+    opset = [helper.make_opsetid("", OPSET)]
+    with np.errstate(all="ignore"):
+        (result,) = ReferenceEvaluator(helper.make_model(body, opset_imports=opset)).run(None, given)
+    return result

@@ -1,4 +1,4 @@
-"""From the one concrete batch a graph was lowered with to a symbolic one, or to a fixed one."""
+"""From the one concrete batch a graph was lowered with to a symbolic one."""
 
 from collections.abc import Iterable
 
@@ -30,19 +30,6 @@ def unmistakable(sizes: Iterable[int]) -> int:
 
 def _mark(model: onnx.ModelProto) -> int:
     return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-
-
-def fixed_batch(model: onnx.ModelProto, size: int = 1) -> onnx.ModelProto:
-    """`model`, lowered with an unmistakable batch, for batches of exactly `size`."""
-    values, mark = graph.constants(model), _mark(model)
-    for name, value in values.items():
-        if _holds_batch(value, mark):
-            values[name] = np.where(value % mark == 0, value // mark * size, value)
-        elif _repeats(value, mark):
-            values[name] = np.repeat(value[:1], size, axis=0)
-    result = graph.rebuild(model, model.graph.node, values)
-    _refuse_held(result, mark)
-    return _with_boundary(result, size)
 
 
 def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -130,15 +117,12 @@ def _refuse_held(model: onnx.ModelProto, mark: int) -> None:
             )
 
 
-def _with_boundary(model: onnx.ModelProto, batch: int | str) -> onnx.ModelProto:
-    """`model` with `batch` as the leading size of inputs and outputs."""
+def _with_boundary(model: onnx.ModelProto, batch: str) -> onnx.ModelProto:
+    """`model` with the symbol `batch` as the leading size of inputs and outputs."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for entry in (*result.graph.input, *result.graph.output):
         leading = entry.type.tensor_type.shape.dim[0]
         leading.Clear()
-        if isinstance(batch, int):
-            leading.dim_value = batch
-        else:
-            leading.dim_param = batch
+        leading.dim_param = batch
     return result

@@ -58,6 +58,7 @@ def lower(
     variables: Mapping[str, Any],
     input_shape: Any,
     *,
+    batch: int | None,
     channels_first: bool,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
@@ -70,6 +71,7 @@ def lower(
       apply_fn: `(variables, *inputs) -> array, or a pytree of arrays`.
       variables: Flax collections of arrays.
       input_shape: as in `qt_jax.export.to_onnx`.
+      batch: to lower with; None for one that no size of the model can be taken for.
       channels_first: whether tensors of rank 4 pass the graph's boundary as NCHW.
       input_names: of the graph's inputs, one for each; None for the defaults of `qt_jax.export.to_onnx`.
       output_names: of the graph's outputs, one for each leaf that `apply_fn` returns, or None.
@@ -81,7 +83,7 @@ def lower(
     leaves = flatten_dict(unfreeze(variables))
     sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
     sizes += [size for spec in input_specs(input_shape, 1) for size in spec.shape]
-    inputs = input_specs(input_shape, unmistakable(sizes))
+    inputs = input_specs(input_shape, batch or unmistakable(sizes))
     outputs = _outputs(apply_fn, variables, inputs)
     input_names = _names("input", input_names, len(inputs), "input")
     output_names = _names("output", output_names, len(outputs), "logits")
@@ -90,10 +92,14 @@ def lower(
         data, values = arguments[: len(inputs)], arguments[len(inputs) :]
         if channels_first:
             data = [jnp.transpose(x, TO_CHANNELS_LAST[4]) if x.ndim == 4 else x for x in data]
-        outputs = apply_fn(unflatten_dict(dict(zip(leaves, values, strict=True))), *data)
+        held = unflatten_dict(dict(zip(leaves, values, strict=True)))
+        outputs = jax.tree.leaves(apply_fn(held, *data))
+        named = {id(x) for x in data}
+        for index, y in enumerate(outputs):
+            outputs[index] = jnp.copy(y) if id(y) in named else y  # a tensor has one name in the graph
+            named.add(id(y))
         return [
-            jnp.transpose(y, TO_CHANNELS_FIRST[4]) if channels_first and y.ndim == 4 else y
-            for y in jax.tree.leaves(outputs)
+            jnp.transpose(y, TO_CHANNELS_FIRST[4]) if channels_first and y.ndim == 4 else y for y in outputs
         ]
 
     names = ["/".join(path) for path in leaves]

@@ -129,9 +129,9 @@ def _check_names(model: onnx.ModelProto, variables: Mapping[str, Any]) -> None:
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         weight = node.input[1] if node.op_type in WEIGHTED else ""
-        if weight in constant and not any(
-            _stems(name, leaves) for name in (weight, NUMBERED.sub("", weight))
-        ):
+        candidates = (weight, NUMBERED.sub("", weight))
+        own = weight.startswith(f"{node.name}/")  # a constant of the model's code
+        if weight in constant and not own and not any(_stems(name, leaves) for name in candidates):
             raise _failure("names", f'the weight "{weight}" of node "{node.name}" is no leaf of the params')
 
 
