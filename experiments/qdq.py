@@ -4,14 +4,18 @@ Each run's network is exported on integers and compared, in onnxruntime with all
 fake-quant forward at lambda = 1 on the run's parity samples (1,000 validation images). Three graphs tell the
 sources of difference apart: pairs at the learned sites alone and activations on 16 bits (nearly nothing but
 the order of summation), pairs at the learned sites alone on 8 bits (the same differences, now tipping
-roundings), and all pairs (what integer kernels need between layers besides).
+roundings), and all pairs (what integer kernels need between layers besides). How much a network makes of a
+tipped rounding is told by JAX itself: its own forward, summed in float32 in batches of another size.
 """
 
 import dataclasses
+import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 from rich import box
@@ -26,6 +30,7 @@ from qt_jax.export.modes import deployed_config
 from qt_jax.export.parity import integer_kernels, parity
 from qt_jax.export.qdq import insert_qdq
 from qt_jax.export.ranges import tensor_ranges
+from qt_jax.metrics import agreement, sqnr_db
 from qt_jax.reporting import records
 from qt_jax.reporting.provenance import provenance
 
@@ -35,6 +40,8 @@ GRAPHS = {
     "all sites": ("int8", False),
 }
 """Graph -> mode of deployment, and whether pairs stand at the learned sites alone."""
+PIPED_WIDTH = 140
+"""Columns of what is printed to a file or a pipe."""
 PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
 
@@ -72,11 +79,35 @@ def measure(network: Deployable, name: str) -> dict[str, Any]:
     }
 
 
+def jax_itself(network: Deployable) -> dict[str, Any]:
+    """The fake-quant forward in batches of 5 against that in batches of 100: other sums, other roundings."""
+    config = deployed_config(network.config, "int8")
+
+    def fake_quantized(variables: Any, images: Any) -> Any:
+        with qt.quant_trim(config, 1.0, train=False):
+            return network.apply_fn(variables, images)
+
+    images = network.samples.parity
+    with jax.default_matmul_precision("highest"):
+        forward = jax.jit(fake_quantized)
+        expected, found = (
+            np.concatenate(
+                [forward(network.variables, images[i : i + size]) for i in range(0, len(images), size)]
+            )
+            for size in (100, 5)
+        )
+    ratio = sqnr_db(expected, found)
+    return {
+        "top1_agreement": agreement(expected, found),
+        "sqnr_db": ratio if math.isfinite(ratio) else None,
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """One row for each run and graph."""
     shown = Table(title="QDQ in onnxruntime against the JAX forward at lambda = 1", box=box.SIMPLE_HEAD)
-    shown.add_column("run", overflow="fold")
-    shown.add_column("graph")
+    shown.add_column("run", no_wrap=True)
+    shown.add_column("graph", no_wrap=True)
     for heading in (
         "top-1\n%",
         "equal\n%",
@@ -89,6 +120,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     ):
         shown.add_column(heading, justify="right")
     for row in rows:
+        if "margins" not in row:
+            ratio = "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+            cells = (f"{100 * row['top1_agreement']:.1f}", "", "", ratio)
+            shown.add_row(row["run"], row["graph"], *cells)
+            continue
         margins = row["margins"]
         lost = "-" if margins["largest_lost"] is None else f"{margins['largest_lost']:.2f}"
         shown.add_row(
@@ -119,9 +155,11 @@ def run(options: Options, console: Console) -> None:
         network = load(path)
         if network.config is None or network.samples is None:
             raise qt.InvalidInput(f"{path} holds no network trained with Quant-Trim and its samples")
-        for name in GRAPHS:
+        compared = {"JAX itself, batches of 5": partial(jax_itself, network)}
+        compared |= {name: partial(measure, network, name) for name in GRAPHS}
+        for name, measured in compared.items():
             console.print(f"{path.name}: {name}")
-            rows.append({"run": path.name, "graph": name} | measure(network, name))
+            rows.append({"run": path.name, "graph": name} | measured())
             if options.out is not None:
                 records.append(options.out, rows[-1] | provenance(PACKAGES))
     console.print(table(rows))
@@ -130,7 +168,9 @@ def run(options: Options, console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
     prog = "python -m experiments.qdq"
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=PIPED_WIDTH)
     return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), console))
 
 

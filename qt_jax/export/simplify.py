@@ -138,7 +138,7 @@ def fold_index(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fold_stack(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with one entry of a stack, such as the last state of a recurrent cell, read from where it is."""
+    """`model` with one entry of a stack, such as a recurrent cell's last state, read from where it is."""
     values, shapes = graph.constants(model), graph.shapes(model)
     stacks = {node.output[0]: node for node in model.graph.node if node.op_type == "Concat"}
 
