@@ -131,8 +131,8 @@ def to_onnx(
     >>> verify(model, Net().apply, variables, images)["parameters"]
     162
     """
-    if opset not in OPSETS:
-        raise InvalidInput(f"opset {opset} is not supported: choose {OPSETS[0]} to {OPSETS[-1]}")
+    if not isinstance(opset, int) or opset not in OPSETS:
+        raise InvalidInput(f"opset {opset!r} is not supported: choose {OPSETS[0]} to {OPSETS[-1]}")
     if layout not in ("nchw", "nhwc"):
         raise InvalidInput(f'layout {layout!r} is not supported: choose "nchw" or "nhwc"')
     with aside():

@@ -18,7 +18,8 @@ from qt_jax.export.operators import BINARY, UNARY
 Values = dict[str, np.ndarray]
 Producers = dict[str, NodeProto]
 
-PROBES = np.linspace(-12.0, 12.0, 97, dtype=np.float32)
+FAR = np.array([15, 17, 20, 25, 30, 40, 60, 80, 1e2, 3e2, 7e2], np.float32)
+PROBES = np.concatenate([np.linspace(-12.0, 12.0, 97, dtype=np.float32), FAR, -FAR])
 TOLERANCE = 4e-6
 """Largest difference at a probe x, times max(1, |x|)."""
 OPSET = 21
@@ -69,6 +70,8 @@ def _joined(node: NodeProto | None, values: Values) -> tuple[float | None, str]:
         return None, ""
     numbers = [name for name in node.input if name in values and values[name].size == 1]
     tensors = [name for name in node.input if name not in numbers]
+    if any(values[name].dtype != np.float32 for name in numbers):
+        return None, ""
     return (values[numbers[0]].item(), tensors[0]) if len(numbers) == len(tensors) == 1 else (None, "")
 
 
@@ -160,17 +163,20 @@ def _tensors(node: NodeProto, values: Values) -> set[str] | None:
 def _curve(expression: list[NodeProto], source: str, values: Values) -> str | None:
     """The name of the curve that nodes in order compute of `source`, by its values at the probes."""
     numbers = {name: values[name] for node in expression for name in node.input if name in values}
+    if any(value.dtype != np.float32 for value in numbers.values()):
+        return None
     found = _evaluated(expression, {source: PROBES} | numbers)
-    for name in CURVES:
-        if np.all(np.abs(found - _wanted(name)) <= TOLERANCE * np.maximum(1.0, np.abs(PROBES))):
-            return name
-    return None
+    if not np.all(np.isfinite(found)):
+        return None
+    near = TOLERANCE * np.maximum(1.0, np.abs(PROBES))
+    return next((name for name in CURVES if np.all(np.abs(found - _wanted(name)) <= near)), None)
 
 
 @functools.cache
 def _wanted(curve: str) -> np.ndarray:
     operator, stated = CURVES[curve]
-    return _evaluated([helper.make_node(operator, ["x"], ["y"], **stated)], {"x": PROBES})
+    curve_node = helper.make_node(operator, ["x"], ["y"], **stated)
+    return _evaluated([curve_node], {"x": PROBES.astype(np.float64)})
 
 
 def _evaluated(nodes: list[NodeProto], given: dict[str, np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.operators import BINARY
 
-MARKS = (9973, 9967, 9949, 9941)
+MARKS = (1009, 1013, 1019, 1021)
 """Batches to lower with: primes. A size that is a multiple of the one chosen holds the batch."""
 
 NAME = "batch"
@@ -21,8 +21,8 @@ Values = dict[str, np.ndarray]
 def unmistakable(sizes: Iterable[int]) -> int:
     """A batch that no size of a model can be taken for.
 
-    >>> unmistakable([3, 2 * 9973])
-    9967
+    >>> unmistakable([3, 2 * 1009])
+    1013
     """
     sizes = set(sizes)
     return next(mark for mark in MARKS if all(size % mark for size in sizes))
@@ -81,7 +81,8 @@ def _holds_batch(value: np.ndarray | None, mark: int) -> bool:
 def _repeats(value: np.ndarray, mark: int) -> bool:
     """Whether a constant holds the same for each image."""
     batched = value.ndim > 0 and value.shape[0] == mark
-    return batched and np.array_equal(value, np.broadcast_to(value[:1], value.shape))
+    floating = np.issubdtype(value.dtype, np.floating)
+    return batched and np.array_equal(value, np.broadcast_to(value[:1], value.shape), equal_nan=floating)
 
 
 def _shape(values: Values, sizes) -> str:

@@ -32,7 +32,11 @@ def carry(node: NodeProto, views: Views) -> list[NodeProto] | None:
         return None
     if node.op_type in AXIS_ATTRIBUTE:
         axis = view.permutation[graph.attributes(node).get("axis", -1) % len(view.permutation)]
-        return _moved(node, view, views, axis=axis)
+        inputs = [
+            views.transposed(name, view) if node.op_type == "Concat" and name in views.values else name
+            for name in node.input
+        ]
+        return _moved(graph.rewired(node, inputs), view, views, axis=axis)
     handler = HANDLERS.get(node.op_type)
     return None if handler is None else handler(node, view, views)
 
@@ -103,6 +107,9 @@ def _reduction(node: NodeProto, view: View, views: Views) -> list[NodeProto] | N
     rank = len(view.permutation)
     axes = {view.permutation[axis % rank] for axis in views.values[node.input[1]].ravel().tolist()}
     kept = graph.attributes(node).get("keepdims", 1)
+    left = [axis for axis in view.permutation if axis not in axes]
+    if not kept and left != sorted(left):
+        return None
     if axes == set(range(2, rank)) and node.op_type in GLOBAL_POOLS:
         pool = helper.make_node(GLOBAL_POOLS[node.op_type], [view.source], [f"{node.output[0]}/source"])
         if kept:
@@ -114,8 +121,7 @@ def _reduction(node: NodeProto, view: View, views: Views) -> list[NodeProto] | N
     moved = views.constant(node.input[1], np.array(sorted(axes), np.int64))
     if kept:
         return _moved(node, view, views, [moved])
-    left = [axis for axis in view.permutation if axis not in axes]
-    return [graph.rewired(node, [view.source, moved])] if left == sorted(left) else None
+    return [graph.rewired(node, [view.source, moved])]
 
 
 def _expand(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:

@@ -116,7 +116,7 @@ def create_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise InvalidInput(f"the model {name!r} is not of the form package.module:factory")
     try:
         imported = importlib.import_module(package)
-    except ImportError as error:
+    except Exception as error:  # whatever that module raises when it runs
         raise InvalidInput(
             f"the module {package!r} of the model {name!r} cannot be imported ({error}). Run the "
             "command where it can be: from the root of that project, or with PYTHONPATH set."
@@ -127,8 +127,10 @@ def create_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise InvalidInput(f"module {package} has no {factory!r}, which the model {name!r} names") from error
     try:
         module = make(**arguments)
-    except (TypeError, KeyError) as error:
-        raise InvalidInput(f"{name} cannot be called with {dict(arguments)}: {error}") from error
+    except Exception as error:  # whatever the factory raises
+        raise InvalidInput(
+            f"{name} cannot be called with {dict(arguments)}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(module, nn.Module):
         raise InvalidInput(f"{name} makes a {type(module).__name__}, not a flax.linen.Module")
     return module

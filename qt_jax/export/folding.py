@@ -17,12 +17,16 @@ FEATURE_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
 
 
 def known_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with Shape computed: with a concrete batch every shape is a constant."""
+    """`model` with Shape computed, as with a concrete batch every shape is a constant, and with the axes of
+    each reduction written out."""
     values, shapes = graph.constants(model), graph.shapes(model)
     nodes = []
     for node in model.graph.node:
         if node.op_type == "Shape" and not node.attribute and node.input[0] in shapes:
             values[node.output[0]] = np.array(shapes[node.input[0]], np.int64)
+        elif node.op_type.startswith("Reduce") and len(node.input) == 1:
+            values[f"{node.output[0]}#axes"] = np.arange(len(shapes[node.input[0]]), dtype=np.int64)
+            nodes.append(graph.rewired(node, [node.input[0], f"{node.output[0]}#axes"]))
         else:
             nodes.append(node)
     return graph.rebuild(model, nodes, values)
@@ -131,6 +135,8 @@ def _fold_affine(model: onnx.ModelProto, operators: frozenset[str]) -> onnx.Mode
         if not constant or not fixed or reversed_:
             return None
         shape = shapes[node.output[0]]
+        if shapes.get(layer.output[0], shape) != shape:
+            return None
         by_feature = _by_feature(values[constant], shape, layer)
         if by_feature is None or (layer.op_type == "MatMul" and (len(shape) != 2 or node.op_type != "Add")):
             return None
@@ -210,8 +216,9 @@ def fold_flatten(model: onnx.ModelProto) -> onnx.ModelProto:
             shape = shapes[transpose.output[0]]
             last = tuple(graph.attributes(transpose)["perm"]) == TO_CHANNELS_LAST.get(len(shape))
             rows = shapes[node.output[0]] == (shape[0], math.prod(shape[1:]))
-            gemm = all(reader.op_type == "Gemm" for reader in readers[node.output[0]])
-            if last and rows and gemm and read[node.output[0]] == len(readers[node.output[0]]):
+            layers = readers.get(node.output[0], [])
+            fixed = all(by_constant(reader, node.output[0]) for reader in layers)
+            if last and rows and layers and fixed and read[node.output[0]] == len(layers):
                 reordered[node.output[0]] = shape[1:]
                 return helper.make_node("Flatten", transpose.input, node.output, axis=1)
         if node.op_type == "Gemm" and node.input[0] in reordered and node.input[1] in values:
@@ -221,6 +228,10 @@ def fold_flatten(model: onnx.ModelProto) -> onnx.ModelProto:
             values[name] = permuted.reshape(kernel.shape)
             return graph.rewired(node, [node.input[0], name, *node.input[2:]])
         return node
+
+    def by_constant(reader: NodeProto, rows: str) -> bool:
+        plain = reader.op_type == "Gemm" and not graph.attributes(reader).get("transB")
+        return plain and reader.input[0] == rows and reader.input[1] in values
 
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:

@@ -62,7 +62,7 @@ def output_gains(node: NodeProto, folded: np.ndarray, raw: np.ndarray) -> np.nda
     """
     axis = channel_axis(node, folded.ndim)
     rows = _rows(folded, axis)
-    for layout in _layouts(node, raw, folded.shape):
+    for layout in _layouts(node, raw, folded):
         original = _rows(layout, axis)
         energy = np.sum(original**2, axis=1)
         gains = np.sum(rows * original, axis=1) / np.where(energy > 0, energy, 1.0)
@@ -77,13 +77,15 @@ def _rows(kernel: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1).astype(np.float64)
 
 
-def _layouts(node: NodeProto, raw: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """`raw` in each layout of that shape in which the node may hold it."""
+def _layouts(node: NodeProto, raw: np.ndarray, folded: np.ndarray) -> list[np.ndarray]:
+    """`raw` in each layout of the shape of `folded` in which the node may hold it."""
+    shape = folded.shape
     if raw.size != math.prod(shape):
         return []
     if node.op_type in ("Gemm", "MatMul"):  # several input or feature axes (DenseGeneral) became one
         transposed = graph.attributes(node).get("transB")
-        return [raw.reshape(shape[::-1]).T if transposed else raw.reshape(shape)]
+        kernel = raw.reshape(shape[::-1]).T if transposed else raw.reshape(shape)
+        return [kernel, *_channels_first_rows(kernel, folded)]
     if raw.ndim == 2:  # a dense layer on images, made a 1x1 convolution
         return [raw.T.reshape(shape)]
     spatial = tuple(range(raw.ndim - 2))
@@ -92,6 +94,22 @@ def _layouts(node: NodeProto, raw: np.ndarray, shape: tuple[int, ...]) -> list[n
         both = [raw.transpose(-2, -1, *spatial), *kernels]
         kernels = [np.flip(kernel, range(2, kernel.ndim)) for kernel in both] + both
     return [kernel for kernel in kernels if kernel.shape == shape]
+
+
+def _channels_first_rows(kernel: np.ndarray, folded: np.ndarray) -> list[np.ndarray]:
+    """A kernel on flattened images, its rows from (height, width, channel) to (channel, height, width).
+
+    The number of channels is the one with which a column of `kernel` is a multiple of that of `folded`.
+    """
+    rows = len(kernel)
+    column = int(np.argmax(np.sum(np.square(folded, dtype=np.float64), axis=0)))
+    wanted, original = (array[:, column].astype(np.float64) for array in (folded, kernel))
+    length = np.linalg.norm(wanted) * np.linalg.norm(original)
+    for channels in (number for number in range(2, rows) if rows % number == 0):
+        moved = original.reshape(-1, channels).T.ravel()
+        if abs(moved @ wanted) >= (1.0 - FIT) * length > 0.0:
+            return [kernel.reshape(-1, channels, kernel.shape[1]).swapaxes(0, 1).reshape(kernel.shape)]
+    return []
 
 
 def least_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:

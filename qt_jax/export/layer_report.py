@@ -49,6 +49,7 @@ def layer_rows(
             reason = f"{reason}; onnxruntime rounds them to INT8 by itself"
         if reason is None and row["integer_kernel"] is False:
             reason = _why_no_integer_kernel(node.op_type, ranges.tensors[kernel].bits, fed.bits)
+            reason = reason or "its output is read in floating point"
         rows.append(row | {"reason": reason})
     return rows
 

@@ -5,7 +5,7 @@ its path (`params/stem/kernel`) as its name. The batch is lowered as one concret
 leaves no shape arithmetic in the graph; `batch.symbolic_batch` makes it a symbol at the end.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -25,6 +25,9 @@ from qt_jax.export.shims import jax2onnx_corrected
 OPSET = 21
 """Every model is lowered to this one dialect; `opsets.at_opset` restates it in an older one."""
 
+RANDOM = ("Bernoulli", "Multinomial", "Random")
+"""What operators that draw numbers are called."""
+
 Inputs = tuple[jax.ShapeDtypeStruct, ...]
 
 
@@ -41,6 +44,8 @@ def input_specs(input_shape: Any, batch: int) -> Inputs:
     >>> [spec.shape for spec in input_specs([(8, 8, 3), (5,)], 2)]
     [(2, 8, 8, 3), (2, 5)]
     """
+    if not isinstance(input_shape, jax.ShapeDtypeStruct | list | tuple):
+        raise InvalidInput(f"input_shape {input_shape!r} must be a tuple of sizes without batch: (32, 32, 3)")
     single = isinstance(input_shape, jax.ShapeDtypeStruct) or all(
         isinstance(size, int | np.integer) for size in input_shape
     )
@@ -84,9 +89,18 @@ def lower(
     sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
     sizes += [size for spec in input_specs(input_shape, 1) for size in spec.shape]
     inputs = input_specs(input_shape, batch or unmistakable(sizes))
-    outputs = _outputs(apply_fn, variables, inputs)
+    outputs, numbers = _outputs(apply_fn, variables, inputs)
+    if batch is None:
+        other = input_specs(input_shape, inputs[0].shape[0] + 1)
+        if not np.array_equal(numbers, _outputs(apply_fn, variables, other)[1], equal_nan=True):
+            raise InvalidInput(
+                "the forward computes with the batch size: use x.shape[0] only in reshape and broadcast_to, "
+                "or export with dynamic_batch=False"
+            )
     input_names = _names("input", input_names, len(inputs), "input")
     output_names = _names("output", output_names, len(outputs), "logits")
+    if common := set(input_names) & set(output_names):
+        raise InvalidInput(f"the name {common.pop()!r} is given to an input and to an output: change one")
 
     def positional(*arguments: jax.Array) -> list[jax.Array]:
         data, values = arguments[: len(inputs)], arguments[len(inputs) :]
@@ -113,7 +127,15 @@ def lower(
     raw = _convert(
         positional, [*boundary, *specs], input_names=[*input_names, *names], output_names=[*output_names]
     )
+    values = graph.constants(raw)
     for node in raw.graph.node:
+        training = node.op_type == "Dropout" and np.any(values.get("".join(node.input[2:3]), False))
+        if training or node.op_type.startswith(RANDOM):
+            raise InvalidInput(
+                "the forward draws random numbers"
+                + (" in Dropout: call it with train=False or deterministic=True" if training else "")
+                + ("" if training else ": give them as an input, or hold them in the variables")
+            )
         if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
             raise InvalidInput(
                 f"the model holds control flow that becomes a {node.op_type} (lax.while_loop, lax.cond or "
@@ -123,11 +145,14 @@ def lower(
     return graph.rebuild(raw, raw.graph.node, graph.constants(raw) | frozen)
 
 
-def _outputs(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) -> list[jax.ShapeDtypeStruct]:
-    """What the forward returns, checked."""
+def _outputs(
+    apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs
+) -> tuple[list[jax.ShapeDtypeStruct], list[float]]:
+    """What the forward returns, checked, and the floating-point numbers that it computes with."""
     shapes = ", ".join(str((1, *spec.shape[1:])) for spec in inputs)
     try:
-        outputs = jax.tree.leaves(jax.eval_shape(apply_fn, variables, *inputs))
+        traced, returned = jax.make_jaxpr(apply_fn, return_shape=True)(variables, *inputs)
+        outputs = jax.tree.leaves(returned)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         first, *rest = str(error).splitlines()
         place = next((line.strip() for line in rest if "from line" in line), "")
@@ -151,13 +176,40 @@ def _outputs(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) -
             raise InvalidInput(
                 f"apply_fn returns {output.dtype}: build the module with dtype=jnp.float32 for export"
             )
-    return outputs
+    if not outputs:
+        raise InvalidInput("apply_fn returns nothing: it must return the logits, or a pytree of arrays")
+    constants = [float(value) for value in traced.consts if _is_number(value)]
+    return outputs, constants + list(_numbers(traced.jaxpr))
+
+
+def _is_number(value: Any) -> bool:
+    return np.size(value) == 1 and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+
+
+def _numbers(jaxpr: Any) -> Iterator[float]:
+    """The floating-point literals of a trace, in order, but for those by which a sum is made a mean."""
+    sums = set()
+    for equation in jaxpr.eqns:
+        kept = equation.primitive.name in ("broadcast_in_dim", "reshape") and id(equation.invars[0]) in sums
+        if equation.primitive.name == "reduce_sum" or kept:
+            sums.update(map(id, equation.outvars))
+        if equation.primitive.name == "div" and id(equation.invars[0]) in sums:
+            continue
+        for operand in equation.invars:
+            if hasattr(operand, "val") and _is_number(operand.val):
+                yield float(operand.val)
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            if hasattr(parameter, "eqns"):
+                yield from _numbers(getattr(parameter, "jaxpr", parameter))
 
 
 def _names(kind: str, given: Sequence[str] | None, number: int, single: str) -> list[str]:
     if given is None:
         return [single] if number == 1 else [f"{kind}_{index}" for index in range(number)]
-    if isinstance(given, str) or len(given) != number or len(set(given)) != number:
+    named = isinstance(given, list | tuple) and all(isinstance(name, str) and name for name in given)
+    if not named or len(given) != number or len(set(given)) != number:
         raise InvalidInput(f"{kind}_names {given!r}: the model has {number} {kind}s, give each its own name")
     return list(given)
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto, defs, helper
 
+from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 
 OPSETS = range(13, 22)
@@ -27,6 +28,8 @@ def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         since, restate = RESTATED.get(node.op_type, (0, None))
         if restate is not None and opset < since:
             nodes.extend(restate(node, values, shapes))
+        elif not defs.has(node.op_type, opset):
+            raise InvalidInput(f"ONNX has no {node.op_type} at opset {opset}: choose a later one")
         else:
             nodes.append(node)
     target = onnx.ModelProto()
@@ -75,6 +78,12 @@ def _gelu(node: NodeProto, values: Values, _) -> list[NodeProto]:
             ("Tanh", [...]),
         ]
     return _chain(y, *inner, ("Add", [..., one]), ("Mul", [x, ...]), ("Mul", [..., half]))
+
+
+def _mish(node: NodeProto, values: Values, _) -> list[NodeProto]:
+    """x * tanh(softplus(x))."""
+    (x,), (y,) = node.input, node.output
+    return _chain(y, ("Softplus", [x]), ("Tanh", [...]), ("Mul", [x, ...]))
 
 
 def _layer_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto]:
@@ -143,5 +152,6 @@ RESTATED: dict[str, tuple[int, Callable[..., list[NodeProto]]]] = {
     "GroupNormalization": (21, _group_norm),
     "HardSwish": (14, _hard_swish),
     "LayerNormalization": (17, _layer_norm),
+    "Mish": (18, _mish),
     "Shape": (15, _shape),
 }

@@ -35,7 +35,7 @@ def parity(
       apply_fake_quant: `(variables, *inputs) -> array or tuple of arrays`, the forward of inference inside
         `quant_trim(config, 1.0, train=False)`, with the config that `ranges` was made with.
       variables: as given to `tensor_ranges`.
-      inputs: float32 `(n, ...)` as JAX takes them (images NHWC), one array for each graph input. Real ones.
+      inputs: `(n, ...)` as JAX takes them (images NHWC), one array for each graph input. Real ones.
       ranges: gives the steps in which an output is counted.
       layout: of the graph's tensors of rank 4, as given to `to_onnx`.
 
@@ -51,7 +51,7 @@ def parity(
       InvalidInput: the outputs differ in number or shape from those of JAX.
     """
     several = inputs if isinstance(inputs, Sequence) else [inputs]
-    arrays = [np.asarray(array, np.float32) for array in several]
+    arrays = [np.asarray(array) for array in several]
     names = [entry.name for entry in qdq_model.graph.input]
     placed = [_graph_layout(array, layout) for array in arrays]
     feeds = named_inputs(qdq_model, dict(zip(names, placed, strict=False)))
@@ -89,8 +89,7 @@ def _forward(
             compiled(variables, *(array[end - size : end] for array in arrays))
             for size, end in zip(sizes, ends, strict=True)
         ]
-    batches = [result if isinstance(result, (tuple, list)) else (result,) for result in results]
-    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    return [np.concatenate(parts) for parts in zip(*map(jax.tree.leaves, results), strict=True)]
 
 
 def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dict[str, float | int | None]:

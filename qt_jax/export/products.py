@@ -24,7 +24,7 @@ def unflatten_dense(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     values, shapes = graph.constants(model), graph.shapes(model)
     reshapes = {node.output[0]: node for node in model.graph.node if node.op_type == "Reshape"}
-    back = {node.input[0]: shapes[node.output[0]] for node in reshapes.values()}
+    back = {node.input[0]: shapes.get(node.output[0], ()) for node in reshapes.values()}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         flattened = reshapes.get(node.input[0]) if node.op_type == "Gemm" else None
@@ -110,6 +110,8 @@ def _matmul(
         raise _no_product(einsum, equation)
     output = einsum.output[0]
     product = [*batch, *rows, *columns]
+    if sorted(product) != sorted(wanted) or len(set(left)) < len(left) or len(set(right)) < len(right):
+        raise _no_product(einsum, equation)
     nodes = []
     sources = []
     for name, labels, order in (

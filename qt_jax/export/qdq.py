@@ -112,7 +112,7 @@ class _Writer:
     def add(self, node: NodeProto) -> None:
         """Write `node`; before it what it reads, quantized, and behind it what leaves the graph."""
         learned = self.ranges.inputs.get(node.name)
-        skipped = node.name not in self.ranges.kernels and node.op_type in WEIGHTED
+        skipped = learned is None and node.name not in self.ranges.kernels and node.op_type in WEIGHTED
         if skipped and node.input[1] in self.values:  # behind a DequantizeLinear its kernel is rounded too
             inputs = list(node.input)
         else:

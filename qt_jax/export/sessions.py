@@ -43,7 +43,7 @@ def open_session(
 def named_inputs(
     model: onnx.ModelProto, inputs: np.ndarray | Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Float32 inputs by the graph's names; an array alone is that of its only input.
+    """Inputs by the graph's names, in its types; an array alone is that of its only input.
 
     Raises:
       InvalidInput: other names than the graph's, no examples, or not as many of each.
@@ -56,7 +56,9 @@ def named_inputs(
             f"the graph reads {', '.join(names)}; got {sorted(sizes)} examples for {', '.join(given)}: give "
             "as many of each, and at least one"
         )
-    return {name: np.asarray(array, np.float32) for name, array in given.items()}
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.input}
+    dtypes = {name: onnx.helper.tensor_dtype_to_np_dtype(types[name]) for name in given}
+    return {name: np.asarray(array, dtypes[name]) for name, array in given.items()}
 
 
 def run_batches(

@@ -163,6 +163,8 @@ def _differences(
         for tensors in (outputs, inputs)
     )
     session = _session(stored)
+    if len(session.get_outputs()) != len(expected):
+        raise _failure("parity", f"{len(session.get_outputs())} outputs, the JAX forward has {len(expected)}")
     differences = {}
     for size in batch_sizes:
         found = _run(session, [x[:size] for x in fed])
@@ -170,11 +172,14 @@ def _differences(
             if output.shape != wanted[:size].shape:
                 shapes = f"{output.shape}, the JAX forward's {wanted[:size].shape}"
                 raise _failure("parity", f"an output's shape at batch size {size} is {shapes}")
-        differences[size] = max(
-            float(np.max(np.abs(output - wanted[:size])))
-            for output, wanted in zip(found, expected, strict=True)
-        )
+        largest_of = [_difference(*pair) for pair in zip(found, (y[:size] for y in expected), strict=True)]
+        differences[size] = float(np.max(largest_of))  # NaN, if any is
     return differences
+
+
+def _difference(output: np.ndarray, wanted: np.ndarray) -> float:
+    with np.errstate(invalid="ignore"):
+        return float(np.max(np.where(output == wanted, 0.0, np.abs(output - wanted))))
 
 
 def _channels_first(x: Any) -> np.ndarray:

@@ -71,10 +71,10 @@ class Views:
 
     def constant_for_source(self, name: str, view: View) -> str:
         """The constant `name`, which broadcasts against the view, for its source."""
+        return name if self.values[name].size == 1 else self.transposed(name, view)
+
+    def transposed(self, name: str, view: View) -> str:
+        """The constant `name`, in the layout of the view, in that of its source."""
         value = self.values[name]
-        if value.size == 1:
-            return name
-        rank = len(view.permutation)
-        return self.constant(
-            name, value.reshape((1,) * (rank - value.ndim) + value.shape).transpose(view.inverse)
-        )
+        full = (1,) * (len(view.permutation) - value.ndim) + value.shape
+        return self.constant(name, value.reshape(full).transpose(view.inverse))

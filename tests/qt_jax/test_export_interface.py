@@ -138,7 +138,7 @@ def test_variables_keep_their_paths_through_the_lowering():
             return nn.BatchNorm(True, name="norm")(nn.Dense(3, name="dense")(x))
 
     variables = Net().init(jax.random.key(0), jnp.zeros((1, 4)))
-    options = {"channels_first": True, "input_names": None, "output_names": None}
+    options = {"batch": None, "channels_first": True, "input_names": None, "output_names": None}
     names = {tensor.name for tensor in lower(Net().apply, variables, (4,), **options).graph.initializer}
     leaves = {f"params/dense/{leaf}" for leaf in ("kernel", "bias")}
     leaves |= {f"params/norm/{leaf}" for leaf in ("scale", "bias")}

@@ -105,7 +105,7 @@ def test_one_layer_by_hand():
 
 def test_form_of_the_graph():
     model = residual()
-    quantized = insert_qdq(model, ranged(model, ["first", "inner", "y"]))
+    quantized = insert_qdq(model, ranged(model, ["first", "inner", "y"]), signed=True)
     onnx.checker.check_model(quantized, full_check=True)
     names = [node.name for node in quantized.graph.node]
     assert len(set(names)) == len(names) and {node.domain for node in quantized.graph.node} <= {"", "ai.onnx"}
@@ -170,7 +170,7 @@ def test_modes(bits):
             insert_qdq(model, ranged(model, ["first", "inner", "y"], bits=bits))
         model = residual(opset=21)
     ranges = ranged(model, ["first", "inner", "y"], bits=bits)
-    quantized = insert_qdq(model, ranges)
+    quantized = insert_qdq(model, ranges, signed=True)
     onnx.checker.check_model(quantized, full_check=True)
     types = {tensor.name: tensor.data_type for tensor in quantized.graph.initializer}
     expected = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}
