@@ -251,3 +251,22 @@ def test_kernel_that_is_no_multiple_is_ranged_by_itself(residual):
     params["head"]["kernel"] = params["head"]["kernel"] ** 3
     ranges = tensor_ranges(model, {**variables, "params": params}, CONFIG, CALIBRATION)
     assert ranges.tensors["head/kernel"].source == "folded kernel" and "head" in ranges.kernels
+
+
+def test_a_kernel_on_flattened_images_keeps_its_learned_grid():
+    """Its rows are permuted to channels-first order, whatever the number of channels."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(3, (3, 3), padding=1, name="conv")(x))
+            return nn.Dense(4, name="head")(x.reshape(len(x), -1))
+
+    net, config = Net(), qt.QuantConfig()
+    images = np.asarray(jax.random.normal(jax.random.key(0), (8, 4, 5, 2)))
+    variables = qt.attach_statistics(net, net.init(jax.random.key(1), images), config, images)
+    with qt.quant_trim(config, 0.0, train=True):
+        _, seen = net.apply(variables, images, mutable=["batch_stats"])
+    model = to_onnx(net.apply, variables, (4, 5, 2))
+    ranges = tensor_ranges(model, variables | seen, config, images.transpose(0, 3, 1, 2))
+    assert ranges.tensors["head/kernel"].source == "learned"
