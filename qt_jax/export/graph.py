@@ -39,7 +39,7 @@ def uses(model: onnx.ModelProto) -> Counter[str]:
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """The inferred shape of each tensor, 0 for a symbolic dimension; tensors of unknown rank are left out."""
-    inferred = shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
+    inferred = shape_inference.infer_shapes(without_weights(model), data_prop=True).graph
     return {
         entry.name: tuple(dimension.dim_value for dimension in entry.type.tensor_type.shape.dim)
         for entry in (*inferred.input, *inferred.value_info, *inferred.output)
@@ -49,14 +49,14 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 def element_types(model: onnx.ModelProto) -> dict[str, int]:
     """The ONNX element type of each tensor that is known."""
-    inferred = shape_inference.infer_shapes(_without_weights(model)).graph
+    inferred = shape_inference.infer_shapes(without_weights(model)).graph
     known = (*inferred.input, *inferred.value_info, *inferred.output)
     return {entry.name: entry.type.tensor_type.elem_type for entry in known} | {
         tensor.name: tensor.data_type for tensor in model.graph.initializer
     }
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` with its larger constants as inputs: shape inference copies what it is given, several times."""
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.graph.name = model.graph.name
@@ -84,7 +84,7 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` with the shape of every tensor recorded; raises InvalidInput where they contradict."""
     try:
         inferred = shape_inference.infer_shapes(
-            _without_weights(model), check_type=True, strict_mode=True, data_prop=True
+            without_weights(model), check_type=True, strict_mode=True, data_prop=True
         ).graph
     except shape_inference.InferenceError as error:
         raise InvalidInput(
