@@ -10,8 +10,8 @@ from qt_jax.export import graph
 from qt_jax.export.operators import WEIGHTED, count_operators
 
 
-def summarize(model: onnx.ModelProto) -> dict[str, Any]:
-    """Operators, size and work of `model`.
+def summarize(model: onnx.ModelProto, size: int | None = None) -> dict[str, Any]:
+    """Operators, size and work of `model`; its `size` in bytes is counted anew unless it is given.
 
     Returns:
       `operators` (name -> count), `parameters` (elements of the constants of floating point), `macs`
@@ -34,7 +34,7 @@ def summarize(model: onnx.ModelProto) -> dict[str, Any]:
             if tensor.data_type == onnx.TensorProto.FLOAT
         ),
         "macs": multiply_accumulates(model),
-        "bytes": model.ByteSize(),
+        "bytes": model.ByteSize() if size is None else size,
         "opset": model.opset_import[0].version,
     }
 

@@ -56,7 +56,9 @@ def verify(
     Raises:
       InvalidInput: naming the first check that failed.
     """
-    return _verified(model, model, apply_fn, variables, inputs, batch_sizes, tolerance, layout)
+    _check_form(model, variables, model.SerializeToString())
+    differences = _differences(model, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+    return summarize(model) | {"max_difference": differences}
 
 
 def save_verified(
@@ -75,38 +77,24 @@ def save_verified(
     Arguments, result and errors are those of `verify`. On an error nothing at `path` has changed.
     """
     with staged(path) as temporary:
-        onnx.save(model, temporary)
-        return _verified(model, temporary, apply_fn, variables, inputs, batch_sizes, tolerance, layout)
+        serialized = model.SerializeToString()
+        temporary.write_bytes(serialized)
+        _check_form(model, variables, serialized)
+        size = len(serialized)
+        del serialized
+        differences = _differences(temporary, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+    return summarize(model, size) | {"max_difference": differences}
 
 
-def _verified(
-    model: onnx.ModelProto,
-    stored: onnx.ModelProto | Path,
-    apply_fn: Callable[..., Any],
-    variables: Mapping[str, Any],
-    inputs: Any,
-    batch_sizes: Sequence[int],
-    tolerance: float,
-    layout: str,
-) -> dict[str, Any]:
-    """What `verify` does; `stored` is the model, or the file it was written to."""
+def _check_form(model: onnx.ModelProto, variables: Mapping[str, Any], serialized: bytes) -> None:
+    """Domains, names, onnx.checker on the bytes, and strict shape inference, which reads no weight."""
     _check_domains(model)
     _check_names(model, variables)
     try:
-        onnx.checker.check_model(model)
-        onnx.checker.check_model(without_weights(model), full_check=True)  # inference reads no weight
+        onnx.checker.check_model(serialized)
+        onnx.checker.check_model(without_weights(model), full_check=True)
     except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
         raise _failure("onnx.checker", str(error)) from error
-    data = [np.asarray(x) for x in (inputs if isinstance(inputs, list | tuple) else [inputs])]
-    differences = _differences(stored, apply_fn, variables, data, batch_sizes, layout == "nchw")
-    for size, difference in differences.items():
-        if not difference <= tolerance:  # catches NaN too
-            raise _failure(
-                "parity",
-                f"the outputs differ from the JAX forward by {difference:.3g} at batch size {size}, "
-                f"tolerance {tolerance:.3g}. Was the model exported from these variables, for inference?",
-            )
-    return summarize(model) | {"max_difference": differences}
 
 
 def _failure(check: str, finding: str) -> InvalidInput:
@@ -148,11 +136,17 @@ def _differences(
     stored: onnx.ModelProto | Path,
     apply_fn: Callable,
     variables: Mapping[str, Any],
-    inputs: list[np.ndarray],
+    given: Any,
     batch_sizes: Sequence[int],
-    channels_first: bool,
+    layout: str,
+    tolerance: float,
 ) -> dict[int, float]:
-    """Largest absolute difference of any output by batch size; JAX computes the largest batch, once."""
+    """Largest absolute difference of any output by batch size, each within the tolerance.
+
+    JAX computes the largest batch, once.
+    """
+    inputs = [np.asarray(x) for x in (given if isinstance(given, list | tuple) else [given])]
+    channels_first = layout == "nchw"
     largest = max(batch_sizes)
     if min(map(len, inputs)) < largest:
         given = min(map(len, inputs))
@@ -176,7 +170,13 @@ def _differences(
                 shapes = f"{output.shape}, the JAX forward's {wanted[:size].shape}"
                 raise _failure("parity", f"an output's shape at batch size {size} is {shapes}")
         largest_of = [_difference(*pair) for pair in zip(found, (y[:size] for y in expected), strict=True)]
-        differences[size] = float(np.max(largest_of))  # NaN, if any is
+        differences[size] = difference = float(np.max(largest_of))  # NaN, if any is
+        if not difference <= tolerance:
+            raise _failure(
+                "parity",
+                f"the outputs differ from the JAX forward by {difference:.3g} at batch size {size}, "
+                f"tolerance {tolerance:.3g}. Was the model exported from these variables, for inference?",
+            )
     return differences
 
 
