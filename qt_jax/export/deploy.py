@@ -19,6 +19,7 @@ from qt_jax.export.parity import integer_kernels, parity
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
 from qt_jax.export.ranges import tensor_ranges
 from qt_jax.export.summary import summarize
+from qt_jax.export.views import as_graph
 
 OPSET = 17
 """Of ai.onnx, unless told otherwise and where it has the integers."""
@@ -116,7 +117,7 @@ def learned_ranges(
     if network.samples is None:
         return None, "no samples to range what the statistics do not cover"
     try:
-        calibration = _as_graph(network.samples.calibration, layout)
+        calibration = as_graph(network.samples.calibration, layout)
         found = tensor_ranges(model, network.variables, network.config, calibration, per_channel=per_channel)
     except InvalidInput as error:
         return None, str(error)
@@ -158,15 +159,6 @@ def _inputs(network: Deployable) -> tuple[np.ndarray, str]:
     return np.random.default_rng(0).standard_normal(shape, np.float32), "random normal, seed 0"
 
 
-def _as_graph(images: np.ndarray, layout: str) -> np.ndarray:
-    """Images as the graph takes them."""
-    return (
-        np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        if layout == "nchw" and images.ndim == 4
-        else images
-    )
-
-
 def _float(
     network: Deployable,
     model: onnx.ModelProto,
@@ -192,7 +184,7 @@ def _quantized(
 ) -> dict[str, Any]:
     """Saves the QDQ graph; returns its summary. It holds its ranges itself: there is no file of them."""
     config = deployed_config(network.config, mode)
-    calibration = _as_graph(network.samples.calibration, options["layout"])
+    calibration = as_graph(network.samples.calibration, options["layout"])
     ranges = tensor_ranges(model, network.variables, config, calibration, per_channel=per_channel)
     quantized = insert_qdq(model, ranges, signed=signed)
     inputs = network.samples.parity

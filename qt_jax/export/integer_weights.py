@@ -13,9 +13,8 @@ from onnx import NodeProto
 
 from qt_jax.export import graph
 from qt_jax.export.encodings import Encoding
+from qt_jax.export.operators import WEIGHTED
 from qt_jax.fake_quant import SCALE_FLOOR, QuantSpec
-
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 FIT = 1e-5
 """Largest relative residual of a channel that is called a multiple of another: float32 rounding only."""

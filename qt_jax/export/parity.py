@@ -12,8 +12,9 @@ import onnx
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export.encodings import Encoding, Ranges
-from qt_jax.export.integer_weights import WEIGHTED
+from qt_jax.export.operators import WEIGHTED
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
+from qt_jax.export.views import as_graph
 from qt_jax.metrics import agreement, sqnr_db
 
 INTEGER_KERNELS = frozenset({"MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"})
@@ -53,14 +54,14 @@ def parity(
     several = inputs if isinstance(inputs, Sequence) else [inputs]
     arrays = [np.asarray(array) for array in several]
     names = [entry.name for entry in qdq_model.graph.input]
-    placed = [_graph_layout(array, layout) for array in arrays]
+    placed = [as_graph(array, layout) for array in arrays]
     feeds = named_inputs(qdq_model, dict(zip(names, placed, strict=False)))
     outputs = [entry.name for entry in qdq_model.graph.output]
     session = open_session(qdq_model, optimize=True)
     parts = list(run_batches(session, feeds, outputs))
     found = [np.concatenate([part[name] for part in parts]) for name in outputs]
     expected = _forward(apply_fake_quant, variables, arrays, [len(part[outputs[0]]) for part in parts])
-    expected = [_graph_layout(array, layout) for array in expected]
+    expected = [as_graph(array, layout) for array in expected]
     if [array.shape for array in expected] != [array.shape for array in found]:
         shapes = [array.shape for array in found], [array.shape for array in expected]
         raise InvalidInput(f"the graph's outputs have shapes {shapes[0]}, those of JAX {shapes[1]}")
@@ -68,11 +69,6 @@ def parity(
         name: _compare(ours, theirs, ranges.tensors[name])
         for name, ours, theirs in zip(outputs, expected, found, strict=True)
     }
-
-
-def _graph_layout(array: np.ndarray, layout: str) -> np.ndarray:
-    channels_first = layout == "nchw" and array.ndim == 4
-    return np.ascontiguousarray(array.transpose(0, 3, 1, 2)) if channels_first else array
 
 
 def _forward(

@@ -18,7 +18,7 @@ from qt_jax.export.graph import without_weights
 from qt_jax.export.operators import WEIGHTED
 from qt_jax.export.saving import staged
 from qt_jax.export.summary import summarize
-from qt_jax.export.views import TO_CHANNELS_FIRST
+from qt_jax.export.views import as_graph
 
 NUMBERED = re.compile(r"_\d+$")
 
@@ -146,7 +146,6 @@ def _differences(
     JAX computes the largest batch, once.
     """
     inputs = [np.asarray(x) for x in (given if isinstance(given, list | tuple) else [given])]
-    channels_first = layout == "nchw"
     largest = max(batch_sizes)
     if min(map(len, inputs)) < largest:
         given = min(map(len, inputs))
@@ -155,10 +154,7 @@ def _differences(
     with jax.default_matmul_precision("highest"):
         forward = jax.jit(apply_fn, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
         outputs = jax.tree.leaves(forward(variables, *inputs))
-    expected, fed = (
-        [np.asarray(x) if x.ndim != 4 or not channels_first else _channels_first(x) for x in tensors]
-        for tensors in (outputs, inputs)
-    )
+    expected, fed = ([as_graph(x, layout) for x in tensors] for tensors in (outputs, inputs))
     session = _session(stored)
     if len(session.get_outputs()) != len(expected):
         raise _failure("parity", f"{len(session.get_outputs())} outputs, the JAX forward has {len(expected)}")
@@ -183,10 +179,6 @@ def _differences(
 def _difference(output: np.ndarray, wanted: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):
         return float(np.max(np.where(output == wanted, 0.0, np.abs(output - wanted))))
-
-
-def _channels_first(x: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(x).transpose(TO_CHANNELS_FIRST[4]))
 
 
 def _session(stored: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:

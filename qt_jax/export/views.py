@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -10,6 +11,13 @@ from qt_jax.export import graph
 
 TO_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
+
+
+def as_graph(array: Any, layout: str) -> np.ndarray:
+    """An array as JAX has it, as a graph of that layout has it: rank 4 channels-first, if "nchw"."""
+    array = np.asarray(array)
+    moved = layout == "nchw" and array.ndim == 4
+    return np.ascontiguousarray(array.transpose(TO_CHANNELS_FIRST[4])) if moved else array
 
 
 @dataclasses.dataclass(frozen=True)
