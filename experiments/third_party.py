@@ -12,6 +12,7 @@ Nothing of them is kept here; `--sources` is a folder they were unpacked to:
 import dataclasses
 import importlib
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from qt_jax.reporting import records
 from qt_jax.reporting.provenance import provenance
 
 BATCHES = (1, 3)
+FOLDERS = re.compile(r"/\S*/(?=\w+\.py)")
+"""What stands before a file's name: whose machine it was is no part of a record."""
 PACKAGES = ("jax", "flax", "jax2onnx", "onnx", "onnxruntime", "numpy")
 
 
@@ -156,7 +159,7 @@ def measure(case: Case, opset: int) -> dict[str, Any]:
         row |= {"seconds": time.perf_counter() - start, "nodes": len(graph.graph.node)}
         return row | verify(graph, forward, variables, x, batch_sizes=BATCHES)
     except qt.InvalidInput as error:
-        return row | {"status": "refused", "reason": str(error)}
+        return row | {"status": "refused", "reason": FOLDERS.sub("", str(error))}
 
 
 def _positional(case: Case, x: jax.Array) -> tuple[jax.Array, ...]:
