@@ -27,7 +27,7 @@ from experiments.command_line import exit_status
 from qt_jax.export import to_onnx
 from qt_jax.export.checkpoint import Deployable, load
 from qt_jax.export.modes import deployed_config
-from qt_jax.export.parity import integer_kernels, parity
+from qt_jax.export.parity import fake_quant_forward, integer_kernels, parity
 from qt_jax.export.qdq import insert_qdq
 from qt_jax.export.ranges import tensor_ranges
 from qt_jax.metrics import agreement, sqnr_db
@@ -64,11 +64,8 @@ def measure(network: Deployable, name: str) -> dict[str, Any]:
     ranges = tensor_ranges(model, network.variables, config, calibration)
     graph = insert_qdq(model, ranges, learned_only=learned_only)
 
-    def fake_quantized(variables: Any, images: Any) -> Any:
-        with qt.quant_trim(config, 1.0, train=False):
-            return network.apply_fn(variables, images)
-
-    (found,) = parity(graph, fake_quantized, network.variables, network.samples.parity, ranges).values()
+    forward = fake_quant_forward(network.apply_fn, config)
+    (found,) = parity(graph, forward, network.variables, network.samples.parity, ranges).values()
     kernels = integer_kernels(graph)
     convolutions = {node.name for node in graph.graph.node if node.op_type == "Conv"}
     return found | {
@@ -83,13 +80,9 @@ def jax_itself(network: Deployable) -> dict[str, Any]:
     """The fake-quant forward in batches of 5 against that in batches of 100: other sums, other roundings."""
     config = deployed_config(network.config, "int8")
 
-    def fake_quantized(variables: Any, images: Any) -> Any:
-        with qt.quant_trim(config, 1.0, train=False):
-            return network.apply_fn(variables, images)
-
     images = network.samples.parity
     with jax.default_matmul_precision("highest"):
-        forward = jax.jit(fake_quantized)
+        forward = jax.jit(fake_quant_forward(network.apply_fn, config))
         expected, found = (
             np.concatenate(
                 [forward(network.variables, images[i : i + size]) for i in range(0, len(images), size)]

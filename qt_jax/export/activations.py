@@ -134,8 +134,6 @@ def _by_value(node: NodeProto, producers: Producers, values: Values) -> NodeProt
     order = {name: position for position, name in enumerate(producers)}
     expression, open_ends = [node], _tensors(node, values)
     while open_ends and len(expression) < LONGEST:
-        if open_ends is None:
-            return None
         if len(open_ends) == 1 and len(expression) > 1:
             (source,) = open_ends
             curve = _curve(expression[::-1], source, values)

@@ -69,7 +69,7 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     size = helper.make_node("Shape", [model.graph.input[0].name], ["batch_size"], start=0, end=1)
     result = graph.rebuild(model, [size, *nodes], values)
     _refuse_held(result, mark)
-    return _with_boundary(result, NAME)
+    return _with_boundary(result)
 
 
 def _holds_batch(value: np.ndarray | None, mark: int) -> bool:
@@ -118,12 +118,12 @@ def _refuse_held(model: onnx.ModelProto, mark: int) -> None:
             )
 
 
-def _with_boundary(model: onnx.ModelProto, batch: str) -> onnx.ModelProto:
-    """`model` with the symbol `batch` as the leading size of inputs and outputs."""
+def _with_boundary(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with the symbol "batch" as the leading size of inputs and outputs."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for entry in (*result.graph.input, *result.graph.output):
         leading = entry.type.tensor_type.shape.dim[0]
         leading.Clear()
-        leading.dim_param = batch
+        leading.dim_param = NAME
     return result

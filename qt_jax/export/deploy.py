@@ -8,14 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-import qt_jax as qt
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save_verified, to_onnx
 from qt_jax.export.checkpoint import Deployable
 from qt_jax.export.encodings import Ranges, write_ranges
 from qt_jax.export.layer_report import layer_rows
 from qt_jax.export.modes import MODES, deployed_config
-from qt_jax.export.parity import integer_kernels, parity
+from qt_jax.export.parity import fake_quant_forward, integer_kernels, parity
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
 from qt_jax.export.ranges import tensor_ranges
 from qt_jax.export.summary import summarize
@@ -189,10 +188,7 @@ def _quantized(
     quantized = insert_qdq(model, ranges, signed=signed)
     inputs = network.samples.parity
 
-    def fake_quantized(variables, inputs):
-        with qt.quant_trim(config, 1.0, train=False):
-            return network.apply_fn(variables, inputs)
-
+    fake_quantized = fake_quant_forward(network.apply_fn, config)
     found = parity(quantized, fake_quantized, network.variables, inputs, ranges, layout=options["layout"])
     kernels = integer_kernels(quantized)
     # How close the numbers are is `parity`'s to say; here form, loading, shapes, and that all is finite.

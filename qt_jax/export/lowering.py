@@ -127,6 +127,13 @@ def lower(
     raw = _convert(
         positional, [*boundary, *specs], input_names=[*input_names, *names], output_names=[*output_names]
     )
+    _refuse_unlowered(raw)
+    frozen = {name: np.asarray(leaf) for name, leaf in zip(names, leaves.values(), strict=True)}
+    return graph.rebuild(raw, raw.graph.node, graph.constants(raw) | frozen)
+
+
+def _refuse_unlowered(raw: onnx.ModelProto) -> None:
+    """Raise where the forward draws random numbers or branches on data."""
     values = graph.constants(raw)
     for node in raw.graph.node:
         training = node.op_type == "Dropout" and np.any(values.get("".join(node.input[2:3]), False))
@@ -141,8 +148,6 @@ def lower(
                 f"the model holds control flow that becomes a {node.op_type} (lax.while_loop, lax.cond or "
                 "fori_loop), which vendors' compilers do not take: unroll it in Python or use nn.scan."
             )
-    frozen = {name: np.asarray(leaf) for name, leaf in zip(names, leaves.values(), strict=True)}
-    return graph.rebuild(raw, raw.graph.node, graph.constants(raw) | frozen)
 
 
 def _outputs(

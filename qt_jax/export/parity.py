@@ -15,9 +15,21 @@ from qt_jax.export.encodings import Encoding, Ranges
 from qt_jax.export.operators import WEIGHTED
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
 from qt_jax.export.views import as_graph
+from qt_jax.interceptor import quant_trim
 from qt_jax.metrics import agreement, sqnr_db
+from qt_jax.rules import QuantConfig
 
 INTEGER_KERNELS = frozenset({"MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"})
+
+
+def fake_quant_forward(apply_fn: Callable[..., Any], config: QuantConfig) -> Callable[..., Any]:
+    """`apply_fn` at lambda = 1 with its ranges frozen: what a QDQ graph stands for."""
+
+    def forward(variables: Any, *inputs: Any) -> Any:
+        with quant_trim(config, 1.0, train=False):
+            return apply_fn(variables, *inputs)
+
+    return forward
 
 
 def parity(
@@ -33,8 +45,8 @@ def parity(
 
     Args:
       qdq_model: from `insert_qdq`.
-      apply_fake_quant: `(variables, *inputs) -> array or tuple of arrays`, the forward of inference inside
-        `quant_trim(config, 1.0, train=False)`, with the config that `ranges` was made with.
+      apply_fake_quant: `(variables, *inputs) -> array or tuple of arrays`, from `fake_quant_forward` with the
+        config that `ranges` was made with.
       variables: as given to `tensor_ranges`.
       inputs: `(n, ...)` as JAX takes them (images NHWC), one array for each graph input. Real ones.
       ranges: gives the steps in which an output is counted.
