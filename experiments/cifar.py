@@ -5,6 +5,7 @@ product in the run's folder; a relaunch goes on from the first that is missing.
 """
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from experiments.data.augment import normalize
 from experiments.description import describe
 from experiments.summary import report
 from experiments.training.loop import train
-from qt_jax.backends import BACKENDS
+from qt_jax.backends import ort
 from qt_jax.export import verify
 from qt_jax.export.checkpoint import load as load_network
 from qt_jax.export.deploy import deploy, learned_ranges, ranges_path
@@ -34,6 +35,11 @@ from qt_jax.export.encodings import write_ranges
 from qt_jax.reporting import records
 
 QUANT_TRIM, FLOAT = "quant-trim", "float"
+SCHEMES = (
+    *("fp32", "int8-pt-minmax", "int8-pc-minmax", "int8-pt-percentile", "int8-pc-percentile"),
+    *("int4w-pt-minmax", "int4w-pc-minmax", "int4w-pt-percentile", "int4w-pc-percentile", "int8-dynamic"),
+)
+"""Those of onnxruntime that end every run."""
 ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
 
 
@@ -104,7 +110,10 @@ def model_input(dataset: Dataset, images: np.ndarray) -> np.ndarray:
 
 
 def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, console: Console) -> None:
-    """One record for each backend and scheme that has none yet, on the test set."""
+    """One record for each of `SCHEMES` that has none yet, on the test set.
+
+    `python -m experiments.backends` takes a finished run through all the other toolchains.
+    """
     path = directory / "records.jsonl"
     onnx_path = directory / ONNX_NAMES[method]
     checkpoint = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
@@ -113,8 +122,8 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         for row in records.read(path)
         if row["status"] == "ok" and row["method"] == method and row["checkpoint"] == checkpoint
     }
-    wanted = {(backend.name, scheme.name) for backend in BACKENDS.values() for scheme in backend.schemes}
-    if wanted <= done:
+    schemes = [scheme for scheme in SCHEMES if (ort.BACKEND.name, scheme) not in done]
+    if not schemes:
         return
     identity = {
         "run": directory.name,
@@ -137,17 +146,17 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
     test = slice(config.test_limit)
     calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
     test_set = (model_input(dataset, dataset.test_images[test]), dataset.test_labels[test])
-    for backend in sorted({backend for backend, _ in wanted - done}):
-        schemes = [scheme for name, scheme in wanted - done if name == backend]
-        qt.evaluate(
-            onnx_path,
-            calibration,
-            test_set,
-            backends=[backend],
-            schemes=schemes,
-            identity=identity,
-            on_record=keep,
-        )
+    qt.evaluate(
+        onnx_path,
+        calibration,
+        test_set,
+        backends=[ort.BACKEND.name],
+        schemes=schemes,
+        runtimes=[ort.REFERENCE.name],
+        jobs=os.cpu_count() or 1,
+        identity=identity,
+        on_record=keep,
+    )
 
 
 def training_provenance(directory: Path, method: str) -> dict[str, Any]:

@@ -25,8 +25,7 @@ import qt_jax as qt
 from experiments.cifar import ONNX_NAMES, model_input
 from experiments.command_line import exit_status
 from experiments.data import Dataset, load
-from qt_jax.backends import BACKENDS
-from qt_jax.backends.ort import FP32
+from qt_jax.export.sessions import named_inputs, open_session, run_batches
 from qt_jax.reporting import records
 from qt_jax.reporting.provenance import provenance
 
@@ -64,8 +63,9 @@ def rounded(graph: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
 
 def logits(graph: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
     """The float graph's logits in onnxruntime."""
-    runtime = BACKENDS["onnxruntime"]
-    return runtime.run(runtime.compile(graph, images[:1], FP32), images)
+    [output] = [entry.name for entry in graph.graph.output]
+    batches = run_batches(open_session(graph, optimize=False), named_inputs(graph, images), [output])
+    return np.concatenate([batch[output] for batch in batches])
 
 
 def sensitivity(graph: onnx.ModelProto, dataset: Dataset, title: str) -> dict[str, dict]:

@@ -136,12 +136,33 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int =
     0.25
     """
     logits, labels = _labelled(logits, labels)
+    members, confidence, correct = _confidence_bins(logits, labels, bins)
+    gaps = np.bincount(members, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def reliability(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> list[list[float | int | None]]:
+    """For each bin of `expected_calibration_error`: samples, mean confidence, accuracy (None in an empty bin).
+
+    >>> reliability([[0.0, 0.0], [0.0, 0.0]], [1, 0], bins=2)
+    [[2, 0.5, 0.5], [0, None, None]]
+    """
+    logits, labels = _labelled(logits, labels)
+    members, confidence, correct = _confidence_bins(logits, labels, bins)
+    counts = np.bincount(members, minlength=bins)
+    sums = (np.bincount(members, weights=values, minlength=bins) for values in (confidence, correct))
+    rows = zip(counts.tolist(), *(values.tolist() for values in sums), strict=True)
+    return [[n, a / n, b / n] if n else [0, None, None] for n, a, b in rows]
+
+
+def _confidence_bins(
+    logits: np.ndarray, labels: np.ndarray, bins: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bin, the confidence and the correctness of each sample."""
     upper_edges = np.arange(1, _positive_int("bins", bins) + 1) / bins
     confidence = _softmax(logits).max(axis=1)
     correct = logits.argmax(axis=1) == labels
-    members = np.searchsorted(upper_edges, confidence, side="left")
-    gaps = np.bincount(members, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    return np.searchsorted(upper_edges, confidence, side="left"), confidence, correct
 
 
 def logit_mse(reference: ArrayLike, test: ArrayLike) -> float:

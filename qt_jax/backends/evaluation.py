@@ -1,7 +1,11 @@
-"""Run one float model through backends and schemes; one record for each, whatever becomes of it."""
+"""Run one float model through backends, schemes and runtimes; one record for each, whatever becomes of it."""
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -9,16 +13,16 @@ from typing import Any
 import numpy as np
 import onnx
 
-from qt_jax.backends.ort import FP32, OnnxRuntime, single_input
-from qt_jax.backends.protocol import Artifact, Backend, Scheme
+from qt_jax.backends import cost, ort, steps
+from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import select
+from qt_jax.backends.rows import Job, Row
 from qt_jax.errors import InvalidInput
-from qt_jax.metrics import classification_metrics
-from qt_jax.reporting.provenance import provenance
-from qt_jax.reporting.records import Record, new_record
+from qt_jax.reporting import records
+from qt_jax.reporting.records import Record
 
-UNMEASURED = "latency, cycles, energy and cost were not measured"
-REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
+RECORDS = "records.jsonl"
+NO_IDENTITY: Mapping[str, Any] = MappingProxyType({})
 
 
 def evaluate(
@@ -28,71 +32,165 @@ def evaluate(
     *,
     backends: str | Sequence[str] = "all",
     schemes: Sequence[str] | None = None,
-    identity: Mapping[str, Any] = MappingProxyType({}),
+    runtimes: Sequence[str] | None = None,
+    limit: int | None = None,
+    simulated_limit: int | None = 500,
+    jobs: int = 1,
+    limits: steps.Limits = steps.Limits(),  # noqa: B008 (frozen)
+    folder: str | Path | None = None,
+    identity: Mapping[str, Any] = NO_IDENTITY,
+    price_per_hour: float | None = None,
+    retry: bool = False,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Accuracy and fidelity of a float classifier under every backend and scheme.
+    """Accuracy, fidelity and speed of a float classifier under every backend, scheme and runtime.
 
-    FP32 in ONNX Runtime comes first and always: it is the reference of `logit_mse`, `sqnr_db` and
-    `agreement`. A scheme that fails gives a record with its status and reason; the others go on.
+    FP32 in ONNX Runtime comes first and always: it is the reference of `logit_mse`, `sqnr_db`, `agreement`
+    and `reference_top1`. Every other row compiles, runs and is timed in processes of their own: one that is
+    refused, crashes, hangs or lacks its toolchain gives a record with its status and reason; the others go
+    on.
 
     Args:
-        model: a float ONNX model, or the path of one, with one image input and logits as first output.
-        calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports).
+        model: a float ONNX model, or the path of one, with one input and logits `(n, classes)` as first
+        output. calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports); every
+            vendor's quantizer gets these same images.
         test_set: images `(n, ...)` float32, as `calibration`, and labels `(n,)` integers.
         backends: "all", or names from `BACKENDS`.
         schemes: names of the schemes to run besides the reference; None for all.
+        runtimes: names of the runtimes to run besides the reference's; None for all.
+        limit: the first so many test images; None for all.
+        simulated_limit: the same for runtimes that imitate hardware, which are slow.
+        jobs: rows at a time. Timing always has the machine for itself, after all rows have run.
+        limits: seconds and GiB of each process.
+        folder: keeps records.jsonl, logs, compiled models and logits; what is found there is not done again.
+            None: a temporary folder.
         identity: keys that say whose records these are: run, task, model, method, seed, checkpoint.
-        on_record: called with each record as soon as it is complete.
+        price_per_hour: of this machine, in USD; None for `cost.PRICE_PER_CPU_HOUR` each CPU.
+        retry: run again what did not end well the last time.
+        on_record: called with each record that is new, as soon as it is complete.
 
-    Returns records (see `qt_jax.reporting.records`) in the order in which they ran.
+    Returns records (see `qt_jax.reporting.records`), the reference first, then by backend, scheme and
+    runtime.
 
     Raises:
-        InvalidInput: an unknown backend or scheme, arrays that do not fit, a model that does not run.
+        InvalidInput: an unknown backend, scheme or runtime, arrays that do not fit, a model that does not
+        run.
 
     Example:
         >>> import onnx.parser
         >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
         ... g (float[b, 3] input) => (float[b, 3] logits) { logits = Relu(input) }''')
         >>> images = np.eye(3, dtype=np.float32)
-        >>> [record] = evaluate(model, images, (images, np.arange(3)), schemes=["fp32"], identity={"seed": 0})
+        >>> [record] = evaluate(model, images, (images, np.arange(3)), schemes=[], identity={"seed": 0})
         >>> record["scheme"], record["top1"], record["seed"]
         ('fp32', 1.0, 0)
     """
-    jobs = _jobs(select(backends), schemes)
+    chosen = offered(backends, schemes, runtimes)
     model = _load(model)
-    test_images, test_labels = test_set
-    _check_arrays(model, calibration, test_images, test_labels)
+    images, labels = test_set[0][:limit], test_set[1][:limit]
+    _check_arrays(model, calibration, images, labels)
+    price = cost.PRICE_PER_CPU_HOUR * (os.cpu_count() or 1) if price_per_hour is None else price_per_hour
+    with _home(folder) as home:
+        job = _job(home, model, calibration, images, labels, identity, limits, price, retry)
+        few = len(images) if simulated_limit is None else min(simulated_limit, len(images))
+        rows = [Row(job, b, s, r, few if r.simulated else len(images)) for b, s, r in chosen]
+        return _finish(job, rows, jobs, on_record)
 
-    records = []
 
-    def keep(record: Record) -> None:
-        records.append(record)
+def _finish(job: Job, rows: list[Row], jobs: int, on_record: Callable[[Record], None] | None) -> list[Record]:
+    """The records of all rows: those found, then those made now, in parallel but for the clock."""
+    path = job.folder / RECORDS
+    found = {record["key"]: record for record in records.read(path)}
+
+    def known(row: Row) -> bool:
+        record = found.get(row.key)
+        if record is None or (job.retry and record["status"] != "ok"):
+            return False
+        return record["status"] != "unavailable" or record["reason"] == row.missing()
+
+    def keep(row: Row, reference: np.ndarray | None) -> None:
+        record = row.record(reference)
+        records.append(path, record)
+        found[row.key] = record
         if on_record is not None:
             on_record(record)
 
-    started = time.perf_counter()
-    reference, measured = _reference(model, calibration, test_images, test_labels)
-    keep(_record(OnnxRuntime(), FP32, calibration, identity, measured, started))
-    for backend, scheme in jobs:
-        started = time.perf_counter()
-        measured = _attempt(backend, scheme, model, calibration, test_images, test_labels, reference)
-        keep(_record(backend, scheme, calibration, identity, measured, started))
-    return records
+    reference_row, *others = rows
+    pending = [row for row in others if not known(row)]
+    if pending or not known(reference_row):
+        reference = _reference(reference_row)
+        if not known(reference_row):
+            keep(reference_row, None)
+        ready = [row for row in pending if row.missing() is None]
+        for row in pending:
+            if row not in ready:
+                keep(row, reference)
+        for row in _in_parallel(ready, jobs):
+            if not row.runtime.timed:
+                keep(row, reference)
+        for row in ready:
+            if row.runtime.timed:
+                keep(row, reference)
+    return [found[row.key] for row in rows]
 
 
-def _jobs(backends: Iterable[Backend], names: Sequence[str] | None) -> list[tuple[Backend, Scheme]]:
-    """What is to be run after the reference. Raises InvalidInput for a scheme that no backend offers."""
-    offered = [(backend, scheme) for backend in backends for scheme in backend.schemes]
-    if names is not None:
-        known = {scheme.name for _, scheme in offered} | {FP32.name}
+def _in_parallel(rows: Sequence[Row], jobs: int) -> Iterator[Row]:
+    """Rows once they have run, in their order. An interruption ends all workers first."""
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [(row, pool.submit(row.run)) for row in rows]
+        try:
+            for row, finished in running:
+                finished.result()
+                yield row
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            steps.stop_all()
+            raise
+
+
+def _reference(row: Row) -> np.ndarray:
+    """Float logits. Raises InvalidInput where they are nothing to compare with."""
+    answer = row.run()
+    if answer.status != "ok":
+        raise InvalidInput(f"ONNX Runtime cannot run the float model to compare with: {answer.reason}")
+    logits = row.logits()
+    if logits.ndim != 2 or len(logits) != row.n:
+        raise InvalidInput(
+            f"The float model is no classifier: its first output has shape {logits.shape} for {row.n} "
+            "images, where logits (n, classes) are needed."
+        )
+    broken = int(np.sum(~np.isfinite(logits).all(axis=1)))
+    if broken:
+        raise InvalidInput(
+            f"The float model is no reference to compare with: logits of {broken} of {row.n} images are not "
+            "finite."
+        )
+    return logits
+
+
+def offered(
+    backends: str | Sequence[str] = "all",
+    schemes: Sequence[str] | None = None,
+    runtimes: Sequence[str] | None = None,
+) -> list[tuple[Backend, Scheme, Runtime]]:
+    """The rows that `evaluate` makes of one model, the reference first. Raises InvalidInput as it does.
+
+    >>> [(b.name, s.name, r.name) for b, s, r in offered("onnxruntime", ["int8-dynamic"], ["optimized"])]
+    [('onnxruntime', 'fp32', 'reference'), ('onnxruntime', 'int8-dynamic', 'optimized')]
+    """
+    reference = (ort.BACKEND, ort.FP32, ort.REFERENCE)
+    rows = [(b, s, r) for b in select(backends) for s in b.schemes for r in b.runtimes]
+    for what, names, place in (("schemes", schemes, 1), ("runtimes", runtimes, 2)):
+        if names is None:
+            continue
+        known = {row[place].name for row in [*rows, reference]}
         unknown = [name for name in names if name not in known]
         if unknown:
             raise InvalidInput(
-                f"No chosen backend offers the schemes {unknown}: choose among {sorted(known)}."
+                f"No chosen backend offers the {what} {unknown}: choose among {sorted(known)}."
             )
-        offered = [(backend, scheme) for backend, scheme in offered if scheme.name in names]
-    return [(b, s) for b, s in offered if (b.name, s) != (OnnxRuntime.name, FP32)]
+        rows = [row for row in rows if row[place].name in names]
+    return [reference, *(row for row in rows if row != reference)]
 
 
 def _load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
@@ -106,20 +204,34 @@ def _load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
         ) from error
 
 
+def single_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    """The graph's one input; weights listed among the inputs do not count.
+
+    Raises InvalidInput if there is none, or more than one.
+    """
+    weights = {initializer.name for initializer in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise InvalidInput(
+            f"The ONNX model must have exactly one input, found {[value.name for value in inputs]}: export "
+            "the forward alone."
+        )
+    return inputs[0]
+
+
 def _check_arrays(
     model: onnx.ModelProto, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray
 ) -> None:
-    name = single_input(model)
-    [dims] = [value.type.tensor_type.shape.dim for value in model.graph.input if value.name == name]
-    expected = [dim.dim_value or None for dim in dims]
+    taken = single_input(model)
+    expected = [dim.dim_value or None for dim in taken.type.tensor_type.shape.dim]
     for what, array in (("calibration", calibration), ("test images", images)):
         fits = array.ndim == len(expected) and all(
             want in (None, got) for want, got in zip(expected[1:], array.shape[1:], strict=True)
         )
         if array.dtype != np.float32 or not fits:
             raise InvalidInput(
-                f"{what} is {array.dtype} {array.shape}, but the model's input {name!r} takes float32 (n, "
-                f"{', '.join(str(want or '*') for want in expected[1:])}): our exports are channels-first."
+                f"{what} is {array.dtype} {array.shape}, but the model's input {taken.name!r} takes float32 "
+                f"(n, {', '.join(str(want or '*') for want in expected[1:])}): our exports are channels-first."
             )
     if not len(images) or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise InvalidInput(
@@ -128,84 +240,49 @@ def _check_arrays(
         )
 
 
-def _reference(
-    model: onnx.ModelProto, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, Record]:
-    """Float logits and their record keys. Raises InvalidInput where they are nothing to compare with."""
-    ort = OnnxRuntime()
-    try:
-        artifact = ort.compile(model, calibration, FP32)
-        logits = ort.run(artifact, images)
-    except Exception as error:
-        raise InvalidInput(f"ONNX Runtime cannot run the float model to compare with: {error}") from error
-    measured = _measure(artifact, logits, labels, None)
-    if measured["status"] != "ok":
-        raise InvalidInput(f"The float model is no reference to compare with: {measured['reason']}.")
-    return logits, measured
+@contextmanager
+def _home(folder: str | Path | None) -> Iterator[Path]:
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="qt_jax-") as temporary:
+        yield Path(temporary)
 
 
-def _attempt(
-    backend: Backend,
-    scheme: Scheme,
-    model: onnx.ModelProto,
-    calibration: np.ndarray,
-    images: np.ndarray,
-    labels: np.ndarray,
-    reference: np.ndarray,
-) -> Record:
-    """Compile and run one scheme; never raises, since one vendor's crash must not stop the others."""
-    missing = backend.available()
-    if missing is not None:
-        return {"status": "unavailable", "reason": missing}
-    try:
-        artifact = backend.compile(model, calibration, scheme)
-        return _measure(artifact, backend.run(artifact, images), labels, reference)
-    except Exception as error:
-        return {"status": "crashed", "reason": f"{type(error).__name__}: {error}"}
-
-
-def _measure(
-    artifact: Artifact, logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None
-) -> Record:
-    """The record keys that come from logits; `reference` is None where these are the reference themselves."""
-    about = {"runtime": artifact.runtime, "model_bytes": artifact.model_bytes}
-    expected = (len(labels), *logits.shape[1:2]) if reference is None else reference.shape
-    if logits.shape != expected:
-        return about | {
-            "status": "invalid",
-            "reason": f"logits have shape {logits.shape}, expected {expected}",
-        }
-    broken = int(np.sum(~np.isfinite(logits).all(axis=1)))
-    if broken:
-        return about | {
-            "status": "invalid",
-            "reason": f"logits of {broken} of {len(labels)} images are not finite",
-        }
-    reason = f"{REFERENCE}; {UNMEASURED}" if reference is None else UNMEASURED
-    return about | classification_metrics(logits, labels, reference) | {"status": "ok", "reason": reason}
-
-
-def _record(
-    backend: Backend,
-    scheme: Scheme,
-    calibration: np.ndarray,
-    identity: Mapping[str, Any],
-    measured: Record,
-    started: float,
-) -> Record:
-    quantized = scheme.calibration is not None
-    return new_record(
-        **identity,
-        backend=backend.name,
-        vendor=backend.vendor,
-        kind=backend.kind,
-        scheme=scheme.name,
-        weight_bits=scheme.weight_bits,
-        activation_bits=scheme.activation_bits,
-        per_channel=scheme.per_channel,
-        dynamic=scheme.dynamic,
-        calibration={"n": len(calibration), "method": scheme.calibration} if quantized else None,
-        seconds=round(time.perf_counter() - started, 3),
-        **measured,
-        **provenance(backend.packages),
+def _job(home, model, calibration, images, labels, identity, limits, price, retry) -> Job:
+    """The job, with its model and arrays in files named by their content."""
+    data = home / "data"
+    data.mkdir(exist_ok=True)
+    payload = model.SerializeToString()
+    arrays = {"calibration": calibration, "images": images, "labels": labels}
+    hashes = {"model": hashlib.sha256(payload).hexdigest()}
+    hashes |= {name: _digest(array) for name, array in arrays.items()}
+    paths = {name: data / f"{name}-{hashes[name][:12]}.npy" for name in ("calibration", "images")}
+    paths["model"] = data / f"model-{hashes['model'][:12]}.onnx"
+    for name, path in paths.items():
+        if path.exists():
+            continue
+        scratch = path.with_name(f"partial-{os.getpid()}-{path.name}")
+        if name == "model":
+            scratch.write_bytes(payload)
+        else:
+            np.save(scratch, arrays[name])
+        os.replace(scratch, path)
+    return Job(
+        home,
+        **paths,
+        labels=labels,
+        hashes=hashes,
+        limits=limits,
+        identity=identity,
+        calibration_size=len(calibration),
+        work=cost.work(model),
+        price_per_hour=price,
+        retry=retry,
     )
+
+
+def _digest(array: np.ndarray) -> str:
+    description = f"{array.dtype} {array.shape} ".encode()
+    return hashlib.sha256(description + np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,187 +1,251 @@
-"""ONNX Runtime on the CPU: the float reference, static QDQ quantization, and dynamic quantization.
+"""ONNX Runtime on the CPU: the float reference, static, dynamic and weight-only quantization.
 
 Numerics
-    Activations are asymmetric uint8, static kernels symmetric int8 or int4. ONNX Runtime builds its
-    symmetric grids itself: int8 is [-127, 127] with scale max|w| / 127, int4 is [-8, 7] with scale
-    2 max|w| / 15, so that +max|w| saturates to 7. Kernels are always ranged by their maximum; "minmax"
-    and "percentile" name how ACTIVATIONS are ranged. "percentile" keeps the central
-    `PERCENTILE` percent of the calibration values, half of the rest cut on either side.
+    Scheme names: "int8" has asymmetric uint8 activations and symmetric int8 kernels (U8S8), "int8-s8s8"
+    symmetric int8 for both, which is what TensorRT expects; pt and pc are one scale a kernel and one an
+    output channel. ONNX Runtime builds its symmetric grids itself: int8 is [-127, 127] with scale max|w| /
+    127, int4 is [-8, 7] with scale 2 max|w| / 15, so that +max|w| saturates to 7. Kernels are always ranged
+    by their maximum; "minmax", "entropy" and "percentile" name how ACTIVATIONS are ranged. "percentile"
+    keeps the central `PERCENTILE` percent of the calibration values, half of the rest cut on either side.
 
-    Every session runs with graph optimizations off. The quantized graph is then executed as it is
-    written (dequantize, compute in float, requantize), the same on every CPU. With optimizations on, ONNX
-    Runtime swaps in integer kernels whose results differ, and saturate on x86 CPUs without VNNI.
+    "qop" writes QLinearConv and its like (QOperator) where the others write QuantizeLinear and
+    DequantizeLinear pairs (QDQ). "int4w-blocks" stores matrix products' kernels alone on 4 bits, one scale
+    for each 32 weights (MatMulNBits); convolutions stay float.
+
+    Two runtimes, since a graph and what executes it are two things. "reference" has graph optimizations
+    off: the graph is executed as it is written (dequantize, compute in float, requantize), the same on every
+    CPU. "optimized" is what ships: ONNX Runtime fuses and swaps in integer kernels, whose results differ,
+    and which saturate on x86 CPUs without VNNI.
 
     Dynamic quantization ranges each activation over the whole batch it sits in, so that it is run at
     batch 1, as on a device. Its kernels are asymmetric uint8: what ONNX Runtime's ConvInteger takes.
 """
 
 import contextlib
-import io
-import logging
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
-from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from qt_jax.backends.protocol import Artifact, Scheme
-from qt_jax.errors import InvalidInput
+from qt_jax.backends.protocol import Compiled, Refused, Runtime, Scheme, Session
 
 PERCENTILE = 99.99
-BATCH = 100
+MODEL = "model.onnx"
+BLOCK = 32
 
 FP32 = Scheme("fp32", weight_bits=32, activation_bits=32)
+REFERENCE = Runtime("reference", "graph optimizations off", batch=100)
+OPTIMIZED = Runtime("optimized", "all graph optimizations", batch=100, timed=True)
+BLOCKS = Scheme("int4w-blocks", 4, 32, per_channel=True)
+DYNAMIC = Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True)
 
-_CALIBRATION = {
-    "minmax": (CalibrationMethod.MinMax, {}),
-    f"percentile {PERCENTILE}": (
-        # ONNX Runtime's default is symmetric: behind a ReLU half of the uint8 grid would stand for nothing.
-        CalibrationMethod.Percentile,
-        {"CalibPercentile": PERCENTILE, "CalibTensorRangeSymmetric": False},
-    ),
-}
-_WEIGHT_TYPE = {8: QuantType.QInt8, 4: QuantType.QInt4}
+_METHODS = {"minmax": "minmax", "percentile": f"percentile {PERCENTILE}", "entropy": "entropy"}
 
 
 def _static_schemes() -> Iterator[Scheme]:
-    bits = (("int8", 8), ("int4w", 4))
-    for (prefix, weight_bits), method, (granularity, per_channel) in product(
-        bits, _CALIBRATION, (("pt", False), ("pc", True))
-    ):
-        yield Scheme(f"{prefix}-{granularity}-{method.split()[0]}", weight_bits, 8, per_channel, method)
+    granularities = (("pt", False), ("pc", True))
+    for prefix, methods in (("int8", _METHODS), ("int8-s8s8", _METHODS), ("int4w", ("minmax", "percentile"))):
+        for method, (granularity, per_channel) in product(methods, granularities):
+            weight_bits = 4 if prefix == "int4w" else 8
+            name = f"{prefix}-{granularity}-{method}"
+            yield Scheme(name, weight_bits, 8, per_channel, _METHODS[method])
+    yield Scheme("int8-qop-pc-minmax", 8, 8, True, "minmax")
+    yield Scheme("int8-qop-s8s8-pc-minmax", 8, 8, True, "minmax")
+    yield Scheme("int16act-pc-minmax", 8, 16, True, "minmax")
 
 
 class OnnxRuntime:
-    """The `Backend` for ONNX Runtime's CPU provider.
+    """The backend for ONNX Runtime's CPU provider.
 
-    >>> [scheme.name for scheme in OnnxRuntime().schemes][:3]
+    >>> [scheme.name for scheme in BACKEND.schemes][:3]
     ['fp32', 'int8-pt-minmax', 'int8-pc-minmax']
     """
 
     name = "onnxruntime"
     vendor = "Microsoft"
+    stands_for = "CPUs from phones to servers; int8-s8s8-pc is the grid TensorRT takes"
     kind = "CPU runtime"
+    environment = None
     packages = ("onnxruntime", "onnx", "numpy")
-    schemes = (FP32, *_static_schemes(), Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True))
+    schemes = (FP32, *_static_schemes(), DYNAMIC, BLOCKS)
+    runtimes = (REFERENCE, OPTIMIZED)
 
     def available(self) -> str | None:
         return None
 
-    def compile(self, model: onnx.ModelProto, calibration: np.ndarray, scheme: Scheme) -> Artifact:
-        """As `Backend.compile`. Raises InvalidInput if `model` has not exactly one input, or a static
-        scheme is given no calibration images."""
-        input_name = single_input(model)
+    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+        """As `Backend.compile`, with ONNX Runtime's own quantizer. Static schemes need calibration images."""
+        target = folder / MODEL
         if scheme == FP32:
-            payload = model.SerializeToString()
+            target.write_bytes(source.read_bytes())
+        elif scheme == BLOCKS:
+            _quantize_blocks(source, target)
         else:
-            payload = _quantize(model, input_name, calibration, scheme)
-        batch = 1 if scheme.dynamic else BATCH
-        runtime = f"onnxruntime {onnxruntime.__version__}, CPU, graph optimizations off, batch {batch}"
-        return Artifact((payload, batch), len(payload), runtime)
+            _quantize(source, target, calibration, scheme)
+        return Compiled(target.stat().st_size, _operators(target))
 
-    def run(self, artifact: Artifact, inputs: np.ndarray) -> np.ndarray:
-        payload, batch = artifact.payload
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3  # errors
-        session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+    def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
+        session = _session(folder / MODEL, optimize=runtime == OPTIMIZED)
         name = session.get_inputs()[0].name
-        batches = (inputs[start : start + batch] for start in range(0, len(inputs), batch))
-        return np.concatenate([session.run(None, {name: images})[0] for images in batches])
+        return lambda images: session.run(None, {name: images})[0]
 
 
-def single_input(model: onnx.ModelProto) -> str:
-    """The name of the graph's one input; weights listed among the inputs do not count.
-
-    Raises InvalidInput if there is none, or more than one.
-    """
-    weights = {initializer.name for initializer in model.graph.initializer}
-    names = [value.name for value in model.graph.input if value.name not in weights]
-    if len(names) != 1:
-        raise InvalidInput(
-            f"The ONNX model must have exactly one input, found {names}: export the forward alone."
-        )
-    return names[0]
+BACKEND = OnnxRuntime()
 
 
-def _quantize(model: onnx.ModelProto, input_name: str, calibration: np.ndarray, scheme: Scheme) -> bytes:
-    """The quantized model, serialised. ONNX Runtime's quantizer works on files: all in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="qt_jax-") as folder, _quiet():
-        source, prepared, quantized = (
-            Path(folder, f"{stage}.onnx") for stage in ("source", "prepared", "quantized")
-        )
-        onnx.save(model, source)  # given a ModelProto, the quantizer would move its weights out of it
-        # Fuses what is left to fuse and infers shapes: a tensor of unknown shape is not quantized.
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        if scheme.dynamic:
-            quantize_dynamic(
-                prepared, quantized, per_channel=scheme.per_channel, weight_type=QuantType.QUInt8
-            )
-        else:
-            method, options = _CALIBRATION[scheme.calibration]
-            quantize_static(
-                prepared,
-                quantized,
-                _CalibrationBatches(input_name, calibration),
-                quant_format=QuantFormat.QDQ,
-                per_channel=scheme.per_channel,
-                activation_type=QuantType.QUInt8,
-                weight_type=_WEIGHT_TYPE[scheme.weight_bits],
-                calibrate_method=method,
-                extra_options={"CalibStridedMinMax": 1, **options},
-            )
-        return quantized.read_bytes()
+def _session(path: Path, optimize: bool, optimized_path: str = ""):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.log_severity_level = 3  # errors
+    # On x86 ONNX Runtime leaves int8 activations in float unless it is told that they may stay.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    if optimized_path:
+        options.optimized_model_filepath = optimized_path
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-class _CalibrationBatches(CalibrationDataReader):
+def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Scheme) -> None:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = Path("prepared.onnx")
+    # Fuses what is left to fuse and infers shapes: a tensor of unknown shape is not quantized.
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    if scheme.dynamic:
+        quantize_dynamic(prepared, target, per_channel=scheme.per_channel, weight_type=QuantType.QUInt8)
+        return
+    if not len(calibration):
+        raise Refused("static quantization needs calibration images, got none: give a few hundred")
+    method, options = _method(scheme)
+    symmetric = "s8s8" in scheme.name or scheme.activation_bits == 16
+    signed = {8: QuantType.QInt8, 16: QuantType.QInt16}[scheme.activation_bits]
+    quantize_static(
+        prepared,
+        target,
+        _reader(calibration, _input_name(prepared)),
+        quant_format=QuantFormat.QOperator if "qop" in scheme.name else QuantFormat.QDQ,
+        per_channel=scheme.per_channel,
+        activation_type=signed if symmetric else QuantType.QUInt8,
+        weight_type={8: QuantType.QInt8, 4: QuantType.QInt4}[scheme.weight_bits],
+        calibrate_method=method,
+        extra_options={
+            "ActivationSymmetric": symmetric,
+            "UseQDQContribOps": scheme.activation_bits == 16,
+            "CalibStridedMinMax": 1,
+            **options,
+        },
+    )
+
+
+def _method(scheme: Scheme):
+    """ONNX Runtime's calibration method, and its options."""
+    from onnxruntime.quantization import CalibrationMethod
+
+    name = scheme.calibration.split()[0]
+    if name == "percentile":
+        # The default is symmetric: behind a ReLU half of the uint8 grid would stand for nothing.
+        symmetric = "s8s8" in scheme.name
+        options = {"CalibPercentile": PERCENTILE, "CalibTensorRangeSymmetric": symmetric}
+        return CalibrationMethod.Percentile, options
+    return {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy}[name], {}
+
+
+def _input_name(path: Path) -> str:
+    import onnx
+
+    return onnx.load(path).graph.input[0].name
+
+
+def _reader(images: np.ndarray, input_name: str, batch: int = 64):
     """Feeds calibration images batch by batch.
 
     With `CalibStridedMinMax` 1 the quantizer asks for one batch at a time and reduces it to ranges or
     histograms (of either method, whatever the name says) before the next: memory is that of one batch.
     """
+    from onnxruntime.quantization import CalibrationDataReader
 
-    def __init__(self, input_name: str, images: np.ndarray, batch: int = 64):
-        if not len(images):
-            raise InvalidInput("Static quantization needs calibration images, got none: give a few hundred.")
-        self._batches = [{input_name: images[i : i + batch]} for i in range(0, len(images), batch)]
-        self.set_range(0, len(self._batches))
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.set_range(0, len(self))
 
-    def __len__(self) -> int:
-        return len(self._batches)
+        def __len__(self):
+            return -(-len(images) // batch)
 
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self._pending = iter(self._batches[start_index:end_index])
+        def set_range(self, start_index, end_index):
+            self._pending = iter(range(start_index * batch, min(end_index * batch, len(images)), batch))
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._pending, None)
+        def get_next(self):
+            start = next(self._pending, None)
+            return None if start is None else {input_name: images[start : start + batch]}
+
+    return Reader()
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop what the quantizer prints, and what it says below ERROR through the root logger."""
+def _quantize_blocks(source: Path, target: Path) -> None:
+    """MatMulNBits knows MatMul alone: a Gemm first becomes MatMul and Add."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    def keep(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "onnxruntime" not in record.pathname
+    model = onnx.load(source)
+    nodes = [part for node in model.graph.node for part in _without_gemm(node, model.graph)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    quantizer = MatMulNBitsQuantizer(model, bits=4, block_size=BLOCK, is_symmetric=True)
+    quantizer.process()
+    if not any(node.op_type == "MatMulNBits" for node in quantizer.model.model.graph.node):
+        raise Refused(
+            "the graph has no matrix product with a constant kernel, and 4-bit blocks reach no other"
+        )
+    onnx.save(quantizer.model.model, target)
 
-    root = logging.getLogger()
-    handler = logging.NullHandler()  # without a handler, logging.warning() would install one for good
-    root.addHandler(handler)
-    root.addFilter(keep)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        root.removeFilter(keep)
-        root.removeHandler(handler)
+
+def _without_gemm(node, graph) -> list:
+    """`node`, or the MatMul and the Add that a plain Gemm with a constant kernel consists of."""
+    from onnx import helper, numpy_helper
+
+    attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+    kernels = [
+        tensor for tensor in graph.initializer if node.op_type == "Gemm" and tensor.name == node.input[1]
+    ]
+    scaled = attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0
+    if not kernels or scaled or attributes.get("transA"):
+        return [node]
+    kernel = numpy_helper.to_array(kernels[0])
+    name = f"{kernels[0].name}/columns"
+    columns = np.ascontiguousarray(kernel.T if attributes.get("transB") else kernel)
+    graph.initializer.append(numpy_helper.from_array(columns, name))
+    biased = len(node.input) == 3
+    middle = f"{node.output[0]}/product" if biased else node.output[0]
+    parts = [helper.make_node("MatMul", [node.input[0], name], [middle], name=f"{node.name}/MatMul")]
+    if biased:
+        parts.append(
+            helper.make_node("Add", [middle, node.input[2]], [node.output[0]], name=f"{node.name}/Add")
+        )
+    return parts
+
+
+def _operators(path: Path) -> Mapping[str, Mapping[str, int]]:
+    """How the optimized graph executes: operators that take quantized tensors count as integer."""
+    import onnx
+
+    optimized = "optimized.onnx"
+    with contextlib.suppress(FileNotFoundError):
+        Path(optimized).unlink()
+    _session(path, optimize=True, optimized_path=optimized)
+    quantized: set[str] = set()
+    counts: dict[str, dict[str, int]] = {}
+    for node in onnx.load(optimized).graph.node:
+        if node.op_type == "DequantizeLinear":
+            continue
+        native = node.op_type.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in node.op_type
+        carries = bool(node.input) and node.input[0] in quantized
+        if node.op_type == "QuantizeLinear" or carries or node.op_type.startswith("QLinear"):
+            quantized.update(node.output)
+        if node.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
+            kinds = counts.setdefault(node.op_type, {"integer": 0, "float": 0})
+            kinds["integer" if native or carries else "float"] += 1
+    return counts

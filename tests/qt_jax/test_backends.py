@@ -1,244 +1,258 @@
-"""onnxruntime's schemes against the ONNX reference evaluator and numpy; the harness against fake vendors."""
+"""The harness: records, cache, limits, and a fake vendor that fails in every way one can."""
 
-import logging
-import tempfile
-import warnings
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.parser
-import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper
 
-from qt_jax.backends import BACKENDS, Artifact, Scheme, evaluate
+from qt_jax.backends import BACKENDS, environments, evaluate, steps
+from qt_jax.backends.evaluation import offered
+from qt_jax.backends.protocol import KINDS
 from qt_jax.backends.registry import select
+from qt_jax.backends.steps import Limits
 from qt_jax.errors import InvalidInput
+from qt_jax.reporting import records
 from qt_jax.reporting.records import FIELDS, STATUSES
 
-CLASSES, CHANNELS, SIZE = 4, 8, 8
-ORT = BACKENDS["onnxruntime"]
-SCHEMES = {scheme.name: scheme for scheme in ORT.schemes}
+MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[batch, 6] input) => (float[batch, 4] logits) <float[1] axes_unused = {0}> {
+        ones = Constant<value = float[6, 1] {1, 1, 1, 1, 1, 1}>()
+        factors = Constant<value = float[1, 4] {0, 1, 2, 3}>()
+        sum = MatMul(input, ones)
+        logits = MatMul(sum, factors)
+    }""")
+del MODEL.graph.initializer[:]
 RNG = np.random.default_rng(0)
-CALIBRATION, IMAGES = (
-    RNG.standard_normal((n, 3, SIZE, SIZE)).astype(np.float32)
-    + RNG.normal(0, 1, (n, 3, 1, 1)).astype(np.float32)
-    for n in (70, 101)
-)
+CALIBRATION, IMAGES = (RNG.normal(0.3, 1, (n, 6)).astype(np.float32) for n in (9, 40))
+LABELS = np.where(IMAGES.sum(axis=1) > 0, 3, 0)
 
 
-GRAPH = f"""<ir_version: 10, opset_import: ["" : 17]>
-net (float[batch, 3, {SIZE}, {SIZE}] input) => (float[batch, {CLASSES}] logits) {{
-    stem = Conv<pads = [1, 1, 1, 1]>(input, "stem/kernel", "stem/bias")
-    stem_relu = Relu(stem)
-    block = Conv<pads = [1, 1, 1, 1]>(stem_relu, "block/kernel", "block/bias")
-    sum = Add(stem_relu, block)
-    sum_relu = Relu(sum)
-    mean = GlobalAveragePool(sum_relu)
-    flat = Flatten(mean)
-    logits = Gemm<transB = 1>(flat, "head/kernel", "head/bias")
-}}"""
+@pytest.fixture(scope="module")
+def fake():
+    """The fake vendor, registered as a user would register one."""
+    path = Path(__file__).with_name("fake_vendor.py")
+    spec = importlib.util.spec_from_file_location("fake_vendor", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fake_vendor"] = module
+    spec.loader.exec_module(module)
+    BACKENDS["fake"] = module.BACKEND
+    yield module
+    del BACKENDS["fake"], sys.modules["fake_vendor"]
 
 
-def conv_net():
-    """What the export yields, with random weights."""
-    shapes = {"stem": (CHANNELS, 3, 3, 3), "block": (CHANNELS, CHANNELS, 3, 3), "head": (CLASSES, CHANNELS)}
-    model = onnx.parser.parse_model(GRAPH)
-    for layer, shape in shapes.items():
-        kernel = RNG.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-        for name, values in (("kernel", kernel), ("bias", RNG.normal(0, 0.1, shape[0]))):
-            model.graph.initializer.append(
-                numpy_helper.from_array(values.astype(np.float32), f"{layer}/{name}")
-            )
-    onnx.checker.check_model(model, full_check=True)
-    return model
+def run(folder, **changes):
+    arguments = {"model": MODEL, "calibration": CALIBRATION, "test_set": (IMAGES, LABELS)} | changes
+    return evaluate(**arguments, folder=folder)
 
 
-MODEL = conv_net()
-REFERENCE = ORT.run(ORT.compile(MODEL, CALIBRATION, SCHEMES["fp32"]), IMAGES)
-LABELS = REFERENCE.argmax(axis=1)
+@pytest.fixture(scope="module")
+def faults(fake, tmp_path_factory):
+    """One evaluation with every fault but the endless loop, two rows at a time."""
+    folder = tmp_path_factory.mktemp("faults")
+    schemes = [scheme.name for scheme in fake.BACKEND.schemes if scheme.name != "hang"]
+    rows = run(folder, backends="fake", schemes=schemes, jobs=2, simulated_limit=30, identity={"seed": 3})
+    return folder, {row["scheme"]: row for row in rows}
 
 
-def compiled(scheme, model=MODEL, calibration=CALIBRATION):
-    return onnx.load_from_string(ORT.compile(model, calibration, SCHEMES[scheme]).payload[0])
-
-
-def weight_integers(model, name):
-    """The integers, scale and zero point behind `name` in a QDQ model."""
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    return tuple(tensors[f"{name}_{suffix}"] for suffix in ("quantized", "scale", "zero_point"))
-
-
-def test_scheme_names_are_those_of_the_issue():
-    assert set(SCHEMES) == {"fp32", "int8-dynamic"} | {
-        f"{bits}-{granularity}-{method}"
-        for bits in ("int8", "int4w")
-        for granularity in ("pt", "pc")
-        for method in ("minmax", "percentile")
+def test_each_fault_is_a_row_of_its_own_and_the_rest_is_complete(fake, faults):
+    _, rows = faults
+    assert list(rows) == ["fp32", *(s for s in fake.COMPILE_FAULTS + fake.RUN_FAULTS if s != "hang")]
+    expected = {
+        "refused": ("refused", "compile: operator Foo is unknown to this tool"),
+        "exit": (
+            "crashed",
+            "compile ended with exit status 3 and no answer; its last words: licence expired",
+        ),
+        "segfault": ("crashed", "killed by SIGSEGV"),
+        "allocation": ("crashed", "out of memory at its limit of 12 GiB"),
+        "silent": ("crashed", "compile ended with exit status 0 and no answer"),
+        "nan": ("invalid", "logits of 5 of 30 images are not finite"),
+        "shape": ("invalid", "logits have shape (30, 2), expected (30, 4)"),
+        "garbage": ("crashed", "run: ValueError: could not convert string to float"),
+        "run-crash": ("crashed", "run: RuntimeError: device lost"),
     }
+    for scheme, (status, reason) in expected.items():
+        assert rows[scheme]["status"] == status, scheme
+        assert reason in rows[scheme]["reason"], scheme
+        assert rows[scheme]["top1"] is None
 
 
-@pytest.mark.parametrize(
-    "scheme", ["int8-pt-minmax", "int8-pc-percentile", "int4w-pt-percentile", "int4w-pc-minmax"]
-)
-@pytest.mark.parametrize("kernel", ["stem/kernel", "block/kernel", "head/kernel"])
-def test_weight_integers_equal_rounding_on_the_documented_grid(scheme, kernel):
-    [values] = [numpy_helper.to_array(t) for t in MODEL.graph.initializer if t.name == kernel]
-    integers, scale, zero_point = weight_integers(compiled(scheme), kernel)
-    four = SCHEMES[scheme].weight_bits == 4
-    axes = tuple(range(1, values.ndim)) if SCHEMES[scheme].per_channel else None
-    largest = np.abs(values.astype(np.float64)).max(axis=axes, keepdims=True)
-    expected_scale = 2 * largest / 15 if four else largest / 127
-    np.testing.assert_allclose(np.ravel(scale), np.ravel(expected_scale), rtol=1e-6)
-    assert not np.any(zero_point.astype(np.int8))
-    scaled = values / expected_scale
-    clear = np.abs(np.abs(scaled - np.floor(scaled)) - 0.5) > 1e-4  # ties may round either way in float32
-    expected = np.clip(np.round(scaled), *((-8, 7) if four else (-127, 127)))
-    np.testing.assert_array_equal(integers.astype(np.int8)[clear], expected[clear])
+def log_of(faults, scheme):
+    folder, rows = faults
+    return (folder / rows[scheme]["log"]).read_text()
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile"])
-def test_activation_ranges_are_those_of_the_calibration_images(method):
-    """Over a ragged last batch, which holds an outlier: 1050 images are 16 batches of 64 and one of 26."""
-    spiked = np.tile(CALIBRATION, (15, 1, 1, 1))
-    spiked[-1, 0, 0, 0] = 40.0
-    model = compiled(f"int8-pt-{method}", calibration=spiked)
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    scale, zero_point = tensors["input_scale"], tensors["input_zero_point"]
-    assert zero_point.dtype == np.uint8
-    low, high = (0 - float(zero_point)) * scale, (255 - float(zero_point)) * scale
-    if method == "minmax":
-        expected = spiked.min(), spiked.max()
-    else:
-        expected = np.quantile(spiked, [0.00005, 0.99995])
-        assert expected[1] < 20
-    np.testing.assert_allclose((low, high), expected, atol=2 * 40 / 1024 + scale)
+def test_logs_are_kept_and_working_directories_are_not(faults):
+    assert "compiling exit with 9 images" in log_of(faults, "exit")
+    assert "device lost" in log_of(faults, "run-crash")
+    assert "operator Foo" in log_of(faults, "refused")
+    folder, _ = faults
+    assert not list(folder.glob("work/*/work")) and not list(folder.glob("work/*.partial"))
 
 
-@pytest.mark.parametrize("scheme", ["int8-pt-minmax", "int8-pc-percentile", "int8-dynamic"])
-def test_run_equals_the_onnx_reference_evaluator(scheme):
-    """A second implementation of the same graph; requantization may round a few ties the other way."""
-    newer = version_converter.convert_version(MODEL, 21)  # the evaluator's oldest DequantizeLinear is 19
-    artifact = ORT.compile(newer, CALIBRATION, SCHEMES[scheme])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="onnx.reference")
-        from onnx.reference import ReferenceEvaluator
-
-        evaluator = ReferenceEvaluator(onnx.load_from_string(artifact.payload[0]))
-        expected = np.concatenate([evaluator.run(None, {"input": IMAGES[i : i + 1]})[0] for i in range(20)])
-    quantum = np.ptp(REFERENCE) / 255
-    assert np.abs(ORT.run(artifact, IMAGES[:20]) - expected).max() <= 2 * quantum
-
-
-def test_int4_result_does_not_depend_on_the_opset_of_the_export():
-    """Below opset 21 ONNX Runtime uses its own 4-bit DequantizeLinear, from 21 on the standard one."""
-    newer = version_converter.convert_version(MODEL, 21)
-    results = [
-        ORT.run(ORT.compile(model, CALIBRATION, SCHEMES["int4w-pc-minmax"]), IMAGES)
-        for model in (MODEL, newer)
-    ]
-    np.testing.assert_array_equal(*results)
+def test_a_good_row_says_all_there_is_to_say(faults):
+    _, rows = faults
+    for row in rows.values():
+        assert set(FIELDS) <= set(row) and row["status"] in STATUSES and row["kind"] in KINDS
+        assert row["seed"] == 3 and row["data"] == rows["fp32"]["data"]
+    exact, reference = rows["exact"], rows["fp32"]
+    assert (reference["n"], exact["n"], exact["simulated"]) == (40, 30, True)
+    assert exact["agreement"] == 1.0 and exact["logit_mse"] < 1e-10 and exact["cycles"] == 42
+    assert exact["top1"] == exact["reference_top1"] == 1.0
+    assert exact["operators"] == {"Conv": {"integer": 2, "float": 0}}
+    assert exact["model_bytes"] == 4 and exact["calibration"] == {"n": 9, "method": "minmax"}
+    assert exact["latency_ms_p50"] is None and "emulation" in exact["reason"]
+    assert "Horowitz" in exact["energy_source"] and exact["energy_mj"] > 0
+    assert sum(n for n, *_ in exact["reliability"]) == 30
+    assert exact["versions"]["numpy"] == np.__version__
 
 
-def test_dynamic_logits_of_an_image_do_not_depend_on_its_neighbours():
-    artifact = ORT.compile(MODEL, CALIBRATION[:0], SCHEMES["int8-dynamic"])
-    np.testing.assert_array_equal(ORT.run(artifact, IMAGES)[7:8], ORT.run(artifact, IMAGES[7:8]))
+def test_a_second_run_does_nothing(faults, monkeypatch):
+    folder, rows = faults
+    content = (folder / "records.jsonl").read_bytes()
+    monkeypatch.setattr(steps, "perform", lambda *_, **__: pytest.fail("a step was performed again"))
+    schemes = list(rows)[1:]
+    again = run(folder, backends="fake", schemes=schemes, simulated_limit=30, identity={"seed": 3})
+    assert {row["scheme"]: row for row in again} == rows
+    assert (folder / "records.jsonl").read_bytes() == content
 
 
-def test_every_scheme_keeps_its_promise_of_fidelity():
-    records = evaluate(
-        MODEL, CALIBRATION, (IMAGES, LABELS), identity={"method": "float", "seed": 3, "run": "r"}
-    )
-    assert [record["scheme"] for record in records] == list(SCHEMES)
-    assert {record["status"] for record in records} == {"ok"}
-    for record in records:
-        assert set(FIELDS) <= set(record) and record["status"] in STATUSES
-        assert record["reason"]
-        assert (record["method"], record["seed"], record["run"]) == ("float", 3, "r")
-        assert (record["n"], record["model_bytes"] > 0, record["seconds"] > 0) == (len(IMAGES), True, True)
-        assert "graph optimizations off" in record["runtime"]
-        assert record["versions"]["onnxruntime"] == onnxruntime.__version__
-    reference, quantized = records[0], {record["scheme"]: record for record in records[1:]}
-    assert (reference["top1"], reference["sqnr_db"], reference["calibration"]) == (1.0, None, None)
-    assert quantized["int8-pc-percentile"]["calibration"] == {"n": 70, "method": "percentile 99.99"}
-    assert quantized["int8-dynamic"]["calibration"] is None and quantized["int8-dynamic"]["dynamic"]
-    for name, record in quantized.items():
-        floor = 10 if name.startswith("int4") else 28
-        assert record["sqnr_db"] > floor, name
-        assert record["agreement"] == record["top1"]  # the labels are the reference's own decisions
-    assert quantized["int4w-pc-minmax"]["sqnr_db"] < quantized["int8-pc-minmax"]["sqnr_db"]
-
-
-def test_quiet_and_without_leftovers(capfd, caplog, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before, model = logging.getLogger().handlers[:], MODEL.SerializeToString()
-    for scheme in ("int4w-pc-percentile", "int8-dynamic"):
-        ORT.run(ORT.compile(MODEL, CALIBRATION, SCHEMES[scheme]), IMAGES)
-    assert capfd.readouterr() == ("", "")
-    assert not caplog.records and logging.getLogger().handlers == before and not logging.getLogger().filters
-    assert not list(tmp_path.iterdir())
-    assert MODEL.SerializeToString() == model
-
-
-class FakeVendor:
-    """A backend that fails in the way its scheme is named after."""
-
-    name, vendor, kind, packages = "fake", "Nobody", "vendor simulator", ("numpy",)
-    schemes = tuple(Scheme(name, 8, 8, False, "minmax") for name in ("crash", "nan", "shape", "exact"))
-
-    def available(self):
-        return None
-
-    def compile(self, model, calibration, scheme):
-        if scheme.name == "crash":
-            raise RuntimeError("unsupported operator Foo")
-        return Artifact(scheme.name, None, "fake runtime")
-
-    def run(self, artifact, inputs):
-        logits = REFERENCE.copy()
-        if artifact.payload == "nan":
-            logits[2] = np.nan
-        return logits[:, :2] if artifact.payload == "shape" else logits
-
-
-class AbsentVendor(FakeVendor):
-    name = "absent"
-
-    def available(self):
-        return "absent-sdk is not installed: install it"
-
-
-def test_failures_become_records_and_the_others_go_on(monkeypatch):
-    for backend in (FakeVendor(), AbsentVendor()):
-        monkeypatch.setitem(BACKENDS, backend.name, backend)
+def test_retry_repeats_only_what_failed(fake, tmp_path):
+    choice = {"backends": "fake", "schemes": ["refused", "exact"]}
+    first = run(tmp_path, **choice)
     seen = []
-    records = evaluate(
-        MODEL, CALIBRATION, (IMAGES, LABELS), backends=["absent", "fake"], on_record=seen.append
-    )
-    assert seen == records
-    outcome = {
-        (record["backend"], record["scheme"]): (record["status"], record["reason"]) for record in records
+    second = run(tmp_path, **choice, retry=True, on_record=seen.append)
+    assert [row["scheme"] for row in seen] == ["refused"]
+    assert second[2] == first[2] and len(records.read(tmp_path / "records.jsonl")) == 4
+
+
+def test_endless_loop_is_stopped_with_its_children(fake, tmp_path):
+    started = time.monotonic()
+    row = run(tmp_path, backends="fake", schemes=["hang"], limits=Limits(seconds=4))[1]
+    assert (row["status"], row["reason"]) == ("timeout", "compile was stopped after 4 s")
+    assert time.monotonic() - started < 60
+    child = int((tmp_path / row["log"]).read_text().split()[-1])
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text()
+
+
+def test_half_written_cache_is_made_again(fake, tmp_path):
+    choice = {"backends": "fake", "schemes": ["exact"]}
+    good = run(tmp_path, **choice)[1]
+    for damage in (truncate_answers, truncate_logits, leave_half_a_step, cut_last_record):
+        damage(tmp_path)
+        if damage is not cut_last_record:
+            (tmp_path / "records.jsonl").unlink()
+            row = run(tmp_path, **choice)[1]
+        else:
+            with pytest.warns(UserWarning, match="cut short"):
+                row = run(tmp_path, **choice)[1]
+        same = ("status", "top1", "predictions", "key", "operators")
+        assert {name: row[name] for name in same} == {name: good[name] for name in same}, damage
+
+
+def truncate_answers(folder):
+    for path in folder.glob("work/*/answer.json"):
+        path.write_bytes(path.read_bytes()[:20])
+
+
+def truncate_logits(folder):
+    for path in folder.glob("work/*/logits.npy"):
+        path.write_bytes(path.read_bytes()[:150])
+
+
+def leave_half_a_step(folder):
+    for path in list(folder.glob("work/*-compile-*")):
+        os.rename(path, path.with_name(f"{path.name}.partial"))
+
+
+def cut_last_record(folder):
+    path = folder / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def test_another_model_data_or_calibration_is_another_row(fake, tmp_path):
+    choice = {"backends": "fake", "schemes": ["exact"]}
+    keys = [run(tmp_path, **choice)[1]["key"]]
+    other = onnx.ModelProto.FromString(MODEL.SerializeToString())
+    other.producer_name = "somebody else"
+    for change in (
+        {"model": other},
+        {"calibration": CALIBRATION[:5]},
+        {"test_set": (IMAGES[:39], LABELS[:39])},
+        {"identity": {"seed": 1}},
+    ):
+        keys.append(run(tmp_path, **choice, **change)[1]["key"])
+    assert len(set(keys)) == len(keys)
+
+
+def test_missing_toolchain_is_a_row_until_it_is_there(fake, tmp_path, monkeypatch):
+    choice = {"backends": "fake", "schemes": ["exact"]}
+    monkeypatch.setattr(type(fake.BACKEND), "available", lambda _: "fake-sdk is not installed: install it")
+    rows = [run(tmp_path, **choice)[1] for _ in range(2)]
+    assert (rows[0]["status"], rows[0]["reason"]) == ("unavailable", "fake-sdk is not installed: install it")
+    assert rows[0] == rows[1]
+    monkeypatch.undo()
+    assert run(tmp_path, **choice)[1]["status"] == "ok"
+
+
+def test_two_workers_at_a_time_do_not_wait_for_each_other(tmp_path):
+    """`hang` twice: both are stopped by their limit at about the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = Path(__file__).with_name("fake_vendor.py")
+    job = {
+        "step": "compile",
+        "backend_file": str(path),
+        "scheme": "hang",
+        "source": "x",
+        "calibration": str(tmp_path / "c.npy"),
+        "compiled": "./compiled",
     }
-    assert outcome[("onnxruntime", "fp32")][0] == "ok"
-    assert all(
-        outcome[("absent", s.name)] == ("unavailable", AbsentVendor().available()) for s in FakeVendor.schemes
-    )
-    assert outcome[("fake", "crash")] == ("crashed", "RuntimeError: unsupported operator Foo")
-    assert outcome[("fake", "nan")] == ("invalid", "logits of 1 of 101 images are not finite")
-    assert outcome[("fake", "shape")] == ("invalid", "logits have shape (101, 2), expected (101, 4)")
-    exact = records[-1]
-    assert (exact["status"], exact["agreement"], exact["logit_mse"]) == ("ok", 1.0, 0.0)
-    assert exact["sqnr_db"] is None and exact["model_bytes"] is None
+    np.save(tmp_path / "c.npy", CALIBRATION)
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda n: steps.perform(tmp_path / n, None, job, Limits(3)), ("a", "b")))
+    assert [answer.status for answer in answers] == ["timeout"] * 2
+    assert time.monotonic() - started < 5.5
 
 
-def test_only_the_chosen_schemes_run_after_the_reference(tmp_path):
+def test_interruption_ends_the_workers(fake, tmp_path):
+    def interrupt(record):
+        if record["scheme"] == "refused":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backends="fake", schemes=["refused", "hang"], jobs=2, on_record=interrupt)
+    assert not steps._LIVE
+
+
+def test_every_backend_describes_itself():
+    for backend in BACKENDS.values():
+        assert backend.kind in KINDS and backend.vendor and backend.stands_for
+        names = [scheme.name for scheme in backend.schemes]
+        assert len(set(names)) == len(names) and len(backend.runtimes) > 0
+        for scheme in backend.schemes:
+            assert not (scheme.dynamic and scheme.calibration)
+            if scheme.source:
+                origin, source = scheme.source
+                assert source in [other.name for other in BACKENDS[origin].schemes]
+        if backend.environment is not None:
+            assert backend.environment.licence and backend.environment.megabytes > 0
+            assert all("==" in requirement for requirement in backend.environment.requirements)
+
+
+def test_only_the_chosen_rows_run_after_the_reference():
     assert select("all") == list(BACKENDS.values())
-    onnx.save(MODEL, tmp_path / "m.onnx")
-    records = evaluate(
-        tmp_path / "m.onnx", CALIBRATION, (IMAGES, LABELS), schemes=["int8-dynamic"], backends="onnxruntime"
-    )
-    assert [record["scheme"] for record in records] == ["fp32", "int8-dynamic"]
+    rows = offered(["onnxruntime"], ["int8-dynamic"], ["optimized"])
+    assert [(s.name, r.name) for _, s, r in rows] == [("fp32", "reference"), ("int8-dynamic", "optimized")]
 
 
 def broken_file(folder):
@@ -247,35 +261,38 @@ def broken_file(folder):
     return path
 
 
-def two_inputs():
+def changed(change):
     model = onnx.ModelProto.FromString(MODEL.SerializeToString())
-    model.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, [1]))
+    change(model.graph)
     return model
 
 
-def unrunnable():
-    model = onnx.ModelProto.FromString(MODEL.SerializeToString())
-    model.graph.node[0].op_type = "NoSuchOperator"
-    return model
+def two_inputs(graph):
+    graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, [1]))
 
 
-def nan_weights():
-    model = onnx.ModelProto.FromString(MODEL.SerializeToString())
-    model.graph.initializer[-1].raw_data = np.full(CLASSES, np.nan, np.float32).tobytes()
-    return model
+def unrunnable(graph):
+    graph.node[2].op_type = "NoSuchOperator"
+
+
+def nan_weights(graph):
+    graph.node[1].attribute[0].t.CopyFrom(
+        helper.make_tensor("value", TensorProto.FLOAT, [1, 4], [float("nan")] * 4)
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backends": ["tensorrt"]}, "Unknown backends"),
-        ({"schemes": ["int3"]}, "No chosen backend offers"),
+        ({"backends": ["no-such"]}, "Unknown backends"),
+        ({"schemes": ["int3"]}, "No chosen backend offers the schemes"),
+        ({"runtimes": ["abacus"]}, "No chosen backend offers the runtimes"),
         ({"model": "absent.onnx"}, "absent.onnx cannot be read"),
         ({"model": broken_file}, "half.onnx cannot be read"),
-        ({"model": two_inputs()}, "exactly one input"),
-        ({"model": unrunnable()}, "cannot run the float model"),
-        ({"model": nan_weights()}, "no reference to compare with: logits of 101 of 101"),
-        ({"test_set": (IMAGES.transpose(0, 2, 3, 1), LABELS)}, "channels-first"),
+        ({"model": changed(two_inputs)}, "exactly one input"),
+        ({"model": changed(unrunnable)}, "cannot run the float model"),
+        ({"model": changed(nan_weights)}, "no reference to compare with: logits of 40 of 40"),
+        ({"test_set": (IMAGES[:, :5], LABELS)}, "channels-first"),
         ({"test_set": (IMAGES.astype(np.float64), LABELS)}, "float64"),
         ({"calibration": CALIBRATION[0]}, "calibration is float32"),
         ({"test_set": (IMAGES, LABELS[:5])}, "one integer an image"),
@@ -286,15 +303,20 @@ def nan_weights():
 def test_input_the_user_can_mend(change, message, tmp_path):
     if callable(change.get("model")):
         change = {"model": change["model"](tmp_path)}
-    arguments = {
-        "model": MODEL,
-        "calibration": CALIBRATION,
-        "test_set": (IMAGES, LABELS),
-    } | change
     with pytest.raises(InvalidInput, match=message):
-        evaluate(**arguments)
+        run(tmp_path, **{"backends": "onnxruntime", "schemes": [], **change})
 
 
-def test_static_quantization_without_calibration_images_says_so():
-    record = evaluate(MODEL, CALIBRATION[:0], (IMAGES, LABELS), schemes=["int8-pt-minmax"])[-1]
-    assert record["status"] == "crashed" and "needs calibration images" in record["reason"]
+def test_environment_that_is_not_there_names_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
+    asked = environments.Environment(
+        "toy", "3.11", ("six==1.17.0",), 1, "MIT", variables={"ROOT": "{site}/x"}
+    )
+    assert "is not installed: python -m qt_jax.backends install toy" in environments.missing(asked)
+    (tmp_path / "toy").mkdir()
+    assert "half installed" in environments.missing(asked)
+    (tmp_path / "toy" / "installed.json").write_text(json.dumps({"requirements": ["six==1"], "versions": {}}))
+    assert "other pins" in environments.missing(asked)
+    variables = environments.variables(asked)
+    assert variables["ROOT"] == f"{tmp_path}/toy/lib/python3.11/site-packages/x"
+    assert variables["PATH"].startswith(f"{tmp_path}/toy/bin{os.pathsep}")

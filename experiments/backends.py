@@ -1,0 +1,99 @@
+"""`python -m experiments.backends RUN_DIR ...`: finished runs through every vendor's toolchain, compared.
+
+Takes each network that a run of `experiments.cifar` exported (Quant-Trim and its float twin) through all
+backends, schemes and runtimes, on the run's own calibration images and the test set, the same for all, and
+writes records.jsonl and the report to --out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+import qt_jax as qt
+from experiments.cifar import ONNX_NAMES, model_input, training_provenance
+from experiments.command_line import exit_status
+from experiments.data import load
+from qt_jax.backends.__main__ import PIPED_WIDTH, Settings, evaluate_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare how every vendor's toolchain treats the networks of finished runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of finished `python -m experiments.cifar`, all of one data set."""
+    settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]
+    data_dir: Path | None = None
+    """Folder or archive that holds the data set, as for `experiments.cifar`."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.backends")
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=PIPED_WIDTH)
+    return exit_status(lambda: run(options, console))
+
+
+def run(options: Options, console: Console) -> None:
+    """Every network of every run, then the report."""
+    configs = {folder: run_config(folder) for folder in options.runs}
+    names = sorted({config["dataset"] for config in configs.values()})
+    if len(names) != 1:
+        raise qt.InvalidInput(f"The runs use different data sets ({', '.join(names)}): compare one at a time.")
+    dataset = load(names[0], options.data_dir, seed=0)
+    size = options.settings.calibration_size or configs[options.runs[0]]["calibration_size"]
+    models = [entry for folder, config in configs.items() for entry in networks(folder, config)]
+    images = dataset.test_images[: options.settings.limit]
+    labels = dataset.test_labels[: options.settings.limit]
+    evaluate_all(
+        models,
+        model_input(dataset, dataset.train_images[:size]),
+        (model_input(dataset, images), labels),
+        options.settings,
+        console,
+    )
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """What config.json of a run says. Raises InvalidInput if it is no run's folder."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise qt.InvalidInput(
+            f"{folder} is no folder of a finished `python -m experiments.cifar`: {error}."
+        ) from error
+
+
+def networks(folder: Path, config: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """The ONNX files of a run, each with what its records are to say of it.
+
+    Raises InvalidInput if there is none.
+    """
+    found = [(method, folder / name) for method, name in ONNX_NAMES.items() if (folder / name).exists()]
+    if not found:
+        raise qt.InvalidInput(f"{folder} holds none of {', '.join(ONNX_NAMES.values())}: finish the run first.")
+    shared = {"run": folder.name, "task": config["dataset"], "model": config["model"], "seed": config["seed"]}
+    return [
+        (
+            path,
+            {
+                **shared,
+                "method": method,
+                "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "training": training_provenance(folder, method),
+            },
+        )
+        for method, path in found
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What an inference costs in energy and money: by counters where they can be read, else by stated models.
+
+Energy model
+    E = MACs (e_mul + e_add) + weight bytes e_DRAM + 2 activation bytes e_SRAM: every weight is fetched from
+    DRAM once an image, every layer's output is written to and read from a 1 MB SRAM once. The constants are
+    those of a 45 nm process at 0.9 V, from M. Horowitz, "Computing's energy problem (and what we can do
+    about it)", ISSCC 2014: integer multiplication 0.2 pJ at 8 bits, taken as proportional to the product of
+    the operands' bits; a 32-bit integer addition 0.1 pJ; float multiply and add 3.7 + 0.9 pJ at 32 bits, 1.1
+    + 0.4 pJ at 16; 64 bits from a 1 MB SRAM 100 pJ, from DRAM 1.3 nJ (the lower end of the range given). It
+    ranks schemes of one network; it is no statement about any chip.
+
+Price model
+    USD per million inferences = price of an hour / (3600 throughput) x 1e6. The default price is 0.05 USD for
+    each virtual CPU and hour, a round figure for rented servers, not a quotation.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from qt_jax.backends.protocol import Scheme
+from qt_jax.export import graph
+from qt_jax.export.operators import WEIGHTED
+from qt_jax.export.summary import multiply_accumulates
+
+PICOJOULE = 1e-9
+"""Millijoules in one picojoule."""
+FLOAT_MAC = {32: 3.7 + 0.9, 16: 1.1 + 0.4}
+SRAM_BYTE, DRAM_BYTE = 100 / 8, 1300 / 8
+MODEL = "model: Horowitz, ISSCC 2014, 45 nm"
+COUNTER = "RAPL, all CPU packages, batch 1"
+PRICE_PER_CPU_HOUR = 0.05
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one image costs, whatever the bits: multiply-accumulates, and elements that layers put out."""
+
+    macs: int
+    activations: int
+
+
+def work(model: onnx.ModelProto) -> Work | None:
+    """Of convolutions and matrix products; None if a shape is unknown.
+
+    >>> import onnx.parser
+    >>> graph = 'g (float[b, 3] x) => (float[b, 2] y) <float[3, 2] k = {1,2,3,4,5,6}> { y = MatMul(x, k) }'
+    >>> work(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}'))
+    Work(macs=6, activations=2)
+    """
+    inferred = onnx.shape_inference.infer_shapes(model)
+    macs = multiply_accumulates(inferred)
+    if macs is None:
+        return None
+    shapes = graph.shapes(inferred)
+    outputs = [shapes[node.output[0]] for node in model.graph.node if node.op_type in WEIGHTED]
+    return Work(macs, sum(math.prod(shape[1:]) for shape in outputs))
+
+
+def energy_mj(work: Work, scheme: Scheme, weight_bytes: int) -> float:
+    """Millijoules of one image by the model above.
+
+    >>> layer = Work(macs=1000, activations=10)
+    >>> round(energy_mj(layer, Scheme("int8", 8, 8), weight_bytes=100) / PICOJOULE)  # 300 + 16250 + 250 pJ
+    16800
+    """
+    bits = max(scheme.weight_bits, scheme.activation_bits)
+    mac = 0.2 * scheme.weight_bits * scheme.activation_bits / 64 + 0.1
+    if scheme.calibration is None and not scheme.dynamic:
+        mac = FLOAT_MAC[32 if bits > 16 else 16]
+    moved = 2 * work.activations * scheme.activation_bits / 8
+    return PICOJOULE * (work.macs * mac + weight_bytes * DRAM_BYTE + moved * SRAM_BYTE)
+
+
+def keys(
+    clock: Mapping[str, Any],
+    work: Work | None,
+    scheme: Scheme,
+    model_bytes: int | None,
+    price_per_hour: float,
+) -> dict[str, Any]:
+    """The record's keys of speed, energy and cost, from what the clock of the `time` step says (if it
+    ran)."""
+    found: dict[str, Any] = {name: value for name, value in clock.items() if name != "energy_mj"}
+    counted = clock.get("energy_mj")
+    if counted is not None:
+        found |= {"energy_mj": counted, "energy_source": COUNTER}
+    elif work is not None and model_bytes is not None:
+        found |= {"energy_mj": energy_mj(work, scheme, model_bytes), "energy_source": MODEL}
+    if "throughput_ips" in clock:
+        found["cost"] = 1e6 * price_per_hour / (3600 * clock["throughput_ips"])
+        found["cost_source"] = (
+            f"USD per million inferences at {price_per_hour:g} USD an hour for this machine"
+        )
+    return found

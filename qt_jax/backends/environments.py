@@ -1,0 +1,192 @@
+"""Virtual environments of vendors' toolchains: where they are, what is missing, how uv builds them.
+
+Environments lie under `$QT_JAX_ENVIRONMENTS`, or in the user's cache directory. One counts as installed when
+its `installed.json`, written last, names the requirements of today: an interrupted or outdated one does not,
+and installing again goes on where it stopped, because uv keeps what it has downloaded.
+"""
+
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import platformdirs
+
+from qt_jax.backends.protocol import Backend, Environment
+from qt_jax.errors import InvalidInput
+from qt_jax.reporting.files import write_whole
+
+MARKER = "installed.json"
+INSTALL = "python -m qt_jax.backends install"
+
+
+def root() -> Path:
+    """The folder that holds the environments."""
+    chosen = os.environ.get("QT_JAX_ENVIRONMENTS")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("qt_jax")) / "environments"
+
+
+def location(environment: Environment) -> Path:
+    """The folder of `environment`, whether installed or not."""
+    return root() / environment.name
+
+
+def interpreter(environment: Environment | None) -> Path:
+    """The Python that runs a backend: that of its environment, or this one."""
+    return Path(sys.executable) if environment is None else location(environment) / "bin" / "python"
+
+
+def missing(environment: Environment | None) -> str | None:
+    """None if `environment` is installed as described today, else what is wrong and the command that mends
+    it."""
+    if environment is None:
+        return None
+    remedy = f"{INSTALL} {environment.name}"
+    folder = location(environment)
+    if not folder.exists():
+        return f"environment {environment.name!r} is not installed: {remedy}"
+    marker = _marker(environment)
+    if marker is None:
+        return f"environment {environment.name!r} is half installed: {remedy}"
+    if marker["requirements"] != _requirements(environment):
+        return f"environment {environment.name!r} was installed with other pins: {remedy}"
+    if not interpreter(environment).exists():
+        return f"environment {environment.name!r} has lost its Python: delete {folder}, then {remedy}"
+    return None
+
+
+def versions(backend: Backend) -> dict[str, str | None]:
+    """The versions of Python and of the backend's packages in the environment that runs it."""
+    if backend.environment is None:
+        found = {package: _version(package) for package in backend.packages}
+        return {"python": platform.python_version(), **found}
+    marker = _marker(backend.environment) or {"versions": {}}
+    names = ("python", *backend.packages)
+    return {name: marker["versions"].get(_normalized(name)) for name in names}
+
+
+def variables(environment: Environment | None) -> dict[str, str]:
+    """The environment variables of a worker: those of this process, and what the environment asks for."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    if environment is None:
+        return inherited
+    places = {"site": str(_site(environment)), "bin": str(location(environment) / "bin")}
+    asked = {name: value.format(**places) for name, value in environment.variables.items()}
+    search = [asked.pop("PATH", ""), places["bin"], inherited.get("PATH", "")]
+    return inherited | asked | {"PATH": os.pathsep.join(filter(None, search))}
+
+
+def install(environment: Environment) -> Path:
+    """Build `environment` with uv, whose progress goes to the terminal; returns its folder.
+
+    Raises InvalidInput if there is no such Python here, too little space, or uv fails.
+    """
+    folder = location(environment)
+    if missing(environment) is None:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free / 2**20
+    if free < 1.5 * environment.megabytes:
+        raise InvalidInput(
+            f"{environment.name} needs {environment.megabytes} MB and as much again for downloads, but "
+            f"{folder.parent} has {free:.0f} MB free: make room, or set QT_JAX_ENVIRONMENTS to another disk."
+        )
+    _uv("venv", "--quiet", "--allow-existing", "--python", _python(environment.python), str(folder))
+    into = ("pip", "install", "--python", str(interpreter(environment)))
+    _uv(*into, *environment.requirements)
+    if environment.without_dependencies:
+        _uv(*into, "--no-deps", *environment.without_dependencies)
+    for pattern in environment.remove:
+        for file in _site(environment).glob(pattern):
+            file.unlink()
+    content = {"requirements": _requirements(environment), "versions": _frozen(environment)}
+    write_whole(folder / MARKER, json.dumps(content, indent=1))
+    return folder
+
+
+def _requirements(environment: Environment) -> list[str]:
+    return [
+        f"python=={environment.python}.*",
+        *environment.requirements,
+        *environment.without_dependencies,
+        *(f"without {pattern}" for pattern in environment.remove),
+    ]
+
+
+def _marker(environment: Environment) -> dict | None:
+    try:
+        return json.loads((location(environment) / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _site(environment: Environment) -> Path:
+    return location(environment) / "lib" / f"python{environment.python}" / "site-packages"
+
+
+def _frozen(environment: Environment) -> dict[str, str]:
+    """Every distribution of `environment` with its version, and that of Python."""
+    code = (
+        "import json, platform; from importlib.metadata import distributions as d;"
+        "print(json.dumps([['python', platform.python_version()]] + [[x.name, x.version] for x in d()]))"
+    )
+    printed = subprocess.run([interpreter(environment), "-c", code], check=True, capture_output=True)
+    return {_normalized(name): version for name, version in json.loads(printed.stdout)}
+
+
+def _normalized(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _python(version: str) -> str:
+    """An interpreter of `version` on this machine, or the version itself for uv to find or fetch."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = (
+        sys.executable,
+        shutil.which(f"python{version}"),
+        *(str(path / "bin" / "python") for path in sorted(pyenv.glob(f"{version}.*"), reverse=True)),
+    )
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for candidate in filter(None, candidates):
+        answer = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
+        if answer.returncode == 0 and answer.stdout.strip() == version:
+            return candidate
+    return version
+
+
+def _uv(*arguments: str) -> None:
+    """Run uv; raises InvalidInput, with uv's own words above it in the terminal, if it fails."""
+    try:
+        import uv
+    except ImportError as error:
+        raise InvalidInput("Environments are built with uv: pip install uv.") from error
+    finished = subprocess.run([uv.find_uv_bin(), *arguments], env=os.environ | _sources())
+    if finished.returncode:
+        raise InvalidInput(
+            f"uv {' '.join(arguments[:2])} failed with status {finished.returncode} (see above). What was "
+            "downloaded is kept: run the same command again when the cause is mended."
+        )
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    """Where uv is to find packages, beyond its own settings: local folders that pip is told of, and CPU
+    builds of PyTorch, since no simulator uses a GPU."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
+    )
+    folders = asked.stdout.split() if asked.returncode == 0 else []
+    chosen = {"UV_FIND_LINKS": ",".join(folders)} if folders else {"UV_TORCH_BACKEND": "cpu"}
+    return {name: value for name, value in chosen.items() if name not in os.environ}

@@ -1,0 +1,212 @@
+"""One row: a scheme of a backend on one of its runtimes, from the float graph to a record."""
+
+import base64
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qt_jax.backends import cost, environments, steps
+from qt_jax.backends.protocol import Backend, Runtime, Scheme
+from qt_jax.backends.registry import BACKENDS, environments_of, file_of, scheme_of
+from qt_jax.metrics import classification_metrics, reliability
+from qt_jax.reporting.provenance import cpu, provenance
+from qt_jax.reporting.records import Record, new_record
+
+REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
+LOGITS = "logits.npy"
+UNTIMED = "latency and throughput of an emulation mean nothing"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every row of one evaluation shares: files, their hashes, limits, and whose records these are."""
+
+    folder: Path
+    model: Path
+    calibration: Path
+    images: Path
+    labels: np.ndarray
+    hashes: Mapping[str, str]
+    limits: steps.Limits
+    identity: Mapping[str, Any]
+    calibration_size: int
+    work: cost.Work | None
+    price_per_hour: float
+    retry: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A scheme of a backend on one runtime, over the first `n` test images of a job."""
+
+    job: Job = field(repr=False)
+    backend: Backend
+    scheme: Scheme
+    runtime: Runtime
+    n: int
+
+    @cached_property
+    def key(self) -> str:
+        """The hash of everything that decides what the record says, but for the clock."""
+        identity = sorted((name, str(value)) for name, value in self.job.identity.items())
+        shared = [self.job.hashes["labels"], identity, self.job.price_per_hour, self.runtime.timed and cpu()]
+        return _hash(self._run_key, shared)
+
+    @cached_property
+    def _run_key(self) -> str:
+        compiled = _compile_key(self.job, self.backend, self.scheme)
+        return _hash(compiled, self.job.hashes["images"], self.n, asdict(self.runtime))
+
+    def missing(self) -> str | None:
+        """Why this row cannot run here, or None."""
+        reasons = [environments.missing(needed) for needed in environments_of(self.backend)]
+        return next(filter(None, [*reasons, self.backend.available()]), None)
+
+    def run(self) -> steps.Answer:
+        """Compile and run; the answer of the last step that was reached."""
+        compiled = compile_scheme(self.job, self.backend, self.scheme)
+        return compiled if compiled.status != "ok" else self._step("run", compiled)
+
+    def logits(self) -> np.ndarray:
+        """What a successful `run` left; run again if the file has been damaged since."""
+        try:
+            return np.load(self.run().folder / LOGITS)
+        except (OSError, ValueError, EOFError):
+            shutil.rmtree(self.run().folder)
+            return np.load(self.run().folder / LOGITS)
+
+    def record(self, reference: np.ndarray | None) -> Record:
+        """The finished row; `reference` is None where this row is the reference itself."""
+        reason = self.missing()
+        if reason is not None:
+            return self._record({"status": "unavailable", "reason": reason}, 0.0)
+        answer = self.run()
+        log = str((answer.folder / steps.LOG).relative_to(self.job.folder))
+        if answer.status != "ok":
+            failed = {"status": answer.status, "reason": answer.reason, "log": log}
+            return self._record(failed, answer.seconds)
+        compiled = compile_scheme(self.job, self.backend, self.scheme)
+        about = {"model_bytes": compiled.result["model_bytes"], "operators": compiled.result["operators"]}
+        labels = self.job.labels[: self.n]
+        found = measure(self.logits(), labels, None if reference is None else reference[: self.n])
+        seconds = compiled.seconds + answer.seconds
+        if found["status"] == "ok":
+            reasons = [found["reason"], None if self.runtime.timed else UNTIMED]
+            found["reason"] = "; ".join(filter(None, reasons)) or None
+            found |= self._speed(compiled) | dict(compiled.result["measured"])
+        return self._record({"log": log} | about | found, seconds)
+
+    def _speed(self, compiled: steps.Answer) -> Record:
+        """Latency, throughput, energy and cost, with the reason where one of them is null."""
+        timed = self._step("time", compiled) if self.runtime.timed else None
+        clock = dict(timed.result) if timed is not None else {}
+        model_bytes = compiled.result["model_bytes"]
+        return cost.keys(clock, self.job.work, self.scheme, model_bytes, self.job.price_per_hour)
+
+    def _step(self, step: str, compiled: steps.Answer) -> steps.Answer:
+        job = {
+            "step": step,
+            "backend_file": str(file_of(self.backend)),
+            "scheme": self.scheme.name,
+            "runtime": self.runtime.name,
+            "compiled": str((compiled.folder / "compiled").absolute()),
+            "inputs": str(self.job.images.absolute()),
+            "n": self.n,
+            "logits": f"./{LOGITS}",
+        }
+        name = f"{self.backend.name}-{self.scheme.name}-{self.runtime.name}-{step}-{self._run_key[:12]}"
+        return steps.perform(
+            self.job.folder / "work" / name, self.backend.environment, job, self.job.limits, self.job.retry
+        )
+
+    def _record(self, measured: Record, seconds: float) -> Record:
+        backend, scheme = self.backend, self.scheme
+        calibration = {"n": self.job.calibration_size, "method": scheme.calibration}
+        about = provenance(backend.packages) | {"versions": environments.versions(backend)}
+        return new_record(
+            **self.job.identity,
+            key=self.key,
+            data=_hash(self.job.hashes["images"], self.job.hashes["calibration"], self.job.hashes["labels"]),
+            backend=backend.name,
+            vendor=backend.vendor,
+            stands_for=backend.stands_for,
+            kind=backend.kind,
+            runtime=self.runtime.name,
+            simulated=self.runtime.simulated,
+            scheme=scheme.name,
+            weight_bits=scheme.weight_bits,
+            activation_bits=scheme.activation_bits,
+            per_channel=scheme.per_channel,
+            dynamic=scheme.dynamic,
+            calibration=calibration if scheme.calibration is not None else None,
+            seconds=round(seconds, 3),
+            **about | measured,
+        )
+
+
+def compile_scheme(job: Job, backend: Backend, scheme: Scheme) -> steps.Answer:
+    """The compile step of `scheme`, after those it starts from; each is done once for all rows."""
+    source = job.model
+    if scheme.source is not None:
+        origin = BACKENDS.get(scheme.source[0], backend)
+        parent = compile_scheme(job, origin, scheme_of(origin, scheme.source[1]))
+        if parent.status != "ok":
+            return parent
+        source = parent.folder / "compiled"
+    description = {
+        "step": "compile",
+        "backend_file": str(file_of(backend)),
+        "scheme": scheme.name,
+        "source": str(source.absolute()),
+        "calibration": str(job.calibration.absolute()),
+        "compiled": "./compiled",
+    }
+    name = f"{backend.name}-{scheme.name}-compile-{_compile_key(job, backend, scheme)[:12]}"
+    return steps.perform(job.folder / "work" / name, backend.environment, description, job.limits, job.retry)
+
+
+def _compile_key(job: Job, backend: Backend, scheme: Scheme) -> str:
+    parent = None
+    if scheme.source is not None:
+        origin = BACKENDS.get(scheme.source[0], backend)
+        parent = _compile_key(job, origin, scheme_of(origin, scheme.source[1]))
+    code = hashlib.sha256(file_of(backend).read_bytes()).hexdigest()
+    own = [code, asdict(scheme), environments.versions(backend)]
+    return _hash(job.hashes["model"], job.hashes["calibration"], parent, own)
+
+
+def _hash(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def measure(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
+    """The record keys that come from logits; `reference` is None where these are the reference themselves.
+
+    Raises InvalidInput for labels that are no classes of the logits.
+    """
+    expected = (len(labels), *logits.shape[1:2]) if reference is None else reference.shape
+    if logits.shape != expected:
+        shapes = f"logits have shape {logits.shape}, expected {expected}"
+        return {"status": "invalid", "reason": shapes}
+    broken = int(np.sum(~np.isfinite(logits).all(axis=1)))
+    if broken:
+        lack = f"logits of {broken} of {len(labels)} images are not finite"
+        return {"status": "invalid", "reason": lack}
+    own = classification_metrics(logits, labels, reference)
+    floating = own if reference is None else classification_metrics(reference, labels)
+    decisions = logits.argmax(axis=1).astype("<u2").tobytes()
+    return own | {
+        "reference_top1": floating["top1"],
+        "reliability": reliability(logits, labels),
+        "predictions": base64.b64encode(zlib.compress(decisions, 9)).decode(),
+        "status": "ok",
+        "reason": REFERENCE if reference is None else None,
+    }

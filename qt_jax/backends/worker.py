@@ -1,0 +1,154 @@
+"""One step of one vendor job, in a process and an interpreter of its own: `python worker.py JOB.json`.
+
+The harness (`qt_jax.backends.jobs`) writes JOB.json and starts this file by its path, because the interpreter
+may be a vendor's environment without jax: `qt_jax` and `qt_jax.backends` are then bare packages whose
+`__init__` is not run. The answer goes to `answer` of the job, whole or not at all.
+"""
+
+import ctypes
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+WARM_UP, MOST_CALLS, MOST_SECONDS = 10, 300, 3.0
+"""Calls before the clock starts; calls and seconds after which timing ends."""
+
+
+def main(path: str) -> None:
+    job = json.loads(Path(path).read_text())
+    _die_with_parent()
+    limit = job["memory_bytes"]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    backend = load_backend(job["backend_file"])
+    [scheme] = [scheme for scheme in backend.schemes if scheme.name == job["scheme"]]
+    step = {"compile": _compile, "run": _run, "time": _time}[job["step"]]
+    started = time.perf_counter()
+    try:
+        answer = {"result": step(backend, scheme, job)}
+    except MemoryError as error:
+        lack = f"out of memory at its limit of {limit / 2**30:g} GiB {error}".rstrip()
+        answer = {"error": lack, "refused": False}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        name = "" if type(error).__name__ == "Refused" else f"{type(error).__name__}: "
+        answer = {"error": f"{name}{error}", "refused": job["step"] == "compile"}
+    answer["seconds"] = round(time.perf_counter() - started, 3)
+    _write(Path(job["answer"]), json.dumps(answer).encode())
+
+
+def _die_with_parent():
+    """A harness that is killed must not leave simulators behind (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def load_backend(file: str):
+    """`BACKEND` of the module at `file`, with `qt_jax.backends.protocol` importable but not qt_jax itself."""
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
+    for name, place in (("qt_jax", folder.parent), ("qt_jax.backends", folder)):
+        package = types.ModuleType(name)
+        package.__path__ = [str(place)]
+        sys.modules[name] = package
+    spec = importlib.util.spec_from_file_location(f"qt_jax.backends.{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.BACKEND
+
+
+def _compile(backend, scheme, job):
+    calibration = np.asarray(np.load(job["calibration"], mmap_mode="r"))
+    Path(job["compiled"]).mkdir()
+    compiled = backend.compile(Path(job["source"]), calibration, scheme, Path(job["compiled"]))
+    return {
+        "model_bytes": compiled.model_bytes,
+        "operators": {name: dict(counts) for name, counts in compiled.operators.items()},
+        "measured": dict(compiled.measured),
+    }
+
+
+def _run(backend, scheme, job):
+    session, batch, inputs = _session(backend, scheme, job)
+    logits, reported = [], time.perf_counter()
+    for start in range(0, len(inputs), batch):
+        logits.append(np.asarray(session(np.ascontiguousarray(inputs[start : start + batch])), np.float32))
+        if time.perf_counter() - reported > 10:
+            reported = time.perf_counter()
+            print(f"{start + len(logits[-1])} of {len(inputs)} images", flush=True)
+    scratch = f"{job['logits']}.partial.npy"
+    np.save(scratch, np.concatenate(logits))
+    os.replace(scratch, job["logits"])
+    return {"n": len(inputs)}
+
+
+def _time(backend, scheme, job):
+    """Milliseconds of single images, images a second at the larger batch."""
+    session, batch, inputs = _session(backend, scheme, job)
+    before = _joules()
+    single = _clock(session, inputs[:1])
+    after = _joules()
+    calls = WARM_UP + len(single)
+    result = {
+        "energy_mj": None if before is None or after < before else 1e3 * (after - before) / calls,
+        "latency_ms_p50": round(1e3 * float(np.percentile(single, 50)), 4),
+        "latency_ms_p99": round(1e3 * float(np.percentile(single, 99)), 4),
+        "throughput_ips": round(1 / float(np.median(single)), 2),
+        "throughput_batch": 1,
+    }
+    if batch > 1:
+        size = min(batch, len(inputs))
+        rate = size / float(np.median(_clock(session, inputs[:size])))
+        result |= {"throughput_ips": round(rate, 2), "throughput_batch": size}
+    return result
+
+
+def _session(backend, scheme, job):
+    [runtime] = [runtime for runtime in backend.runtimes if runtime.name == job["runtime"]]
+    batch = 1 if scheme.dynamic else runtime.batch
+    inputs = np.load(job["inputs"], mmap_mode="r")[: job["n"]]
+    return backend.load(Path(job["compiled"]), scheme, runtime), batch, inputs
+
+
+def _clock(session, images):
+    """Seconds of each call."""
+    images = np.ascontiguousarray(images)
+    for _ in range(WARM_UP):
+        session(images)
+    seconds, ends = [], time.perf_counter() + MOST_SECONDS
+    while len(seconds) < MOST_CALLS and (not seconds or time.perf_counter() < ends):
+        started = time.perf_counter()
+        session(images)
+        seconds.append(time.perf_counter() - started)
+    return np.asarray(seconds)
+
+
+def _joules():
+    """Energy all CPU packages have used so far, by RAPL's counters; None where they cannot be read."""
+    try:
+        counters = Path("/sys/class/powercap").glob("*-rapl:?/energy_uj")
+        readings = [int(counter.read_text()) for counter in counters]
+    except (OSError, ValueError):
+        return None
+    return 1e-6 * sum(readings) if readings else None
+
+
+def _write(path, content):
+    scratch = path.with_name(f"{path.name}.partial")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

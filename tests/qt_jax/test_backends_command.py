@@ -1,0 +1,149 @@
+"""`python -m qt_jax.backends`: list, doctor, install, run."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from qt_jax.backends import BACKENDS, environments
+from qt_jax.backends.__main__ import main
+from qt_jax.backends.protocol import Environment
+from qt_jax.reporting import records
+
+MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[batch, 6] input) => (float[batch, 4] logits) {
+        ones = Constant<value = float[6, 4] {1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2}>()
+        logits = MatMul(input, ones)
+    }""")
+TOY = Environment("toy", "3.11", ("six==1.17.0",), 1, "MIT", remove=("six.p*",), variables={"TOY": "{bin}"})
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The fake vendor, with an environment that is quick to install."""
+    spec = importlib.util.spec_from_file_location("fake_vendor", Path(__file__).with_name("fake_vendor.py"))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fake_vendor", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(BACKENDS, "fake", module.BACKEND)
+    return module.BACKEND
+
+
+@pytest.fixture
+def files(tmp_path):
+    images = np.random.default_rng(0).normal(0, 1, (30, 6)).astype(np.float32)
+    onnx.save(MODEL, tmp_path / "toy-net.onnx")
+    np.savez(tmp_path / "c.npz", whatever=images[:10])
+    np.savez(tmp_path / "t.npz", images=images, labels=np.arange(30) % 4)
+    return tmp_path
+
+
+def run(files, *more):
+    paths = (files / "toy-net.onnx", "--calibration", files / "c.npz", "--test", files / "t.npz")
+    return main(["run", *map(str, paths), "--out", str(files / "out"), *more])
+
+
+def test_list_names_every_backend_and_its_schemes(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for backend in BACKENDS.values():
+        assert backend.name in printed and backend.vendor in printed
+    assert "int8-pc-minmax" in printed and "optimized" in printed
+
+
+def test_doctor_says_what_is_missing_and_what_mends_it(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
+    monkeypatch.setattr(type(fake), "environment", TOY)
+    assert main(["doctor"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "'toy' is not installed: python -m qt_jax.backends install toy" in printed
+    assert "ready" in printed  # onnxruntime
+
+
+def test_install_says_size_and_licence_first_and_does_nothing_twice(fake, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
+    monkeypatch.setattr(type(fake), "environment", TOY)
+    assert main(["install", "fake", "--yes"]) == 0
+    printed = capfd.readouterr().out
+    assert "toy: 1 MB, Python 3.11" in printed and "licences: MIT" in printed and "[1/1]" in printed
+    assert environments.missing(TOY) is None
+    site = tmp_path / "toy" / "lib" / "python3.11" / "site-packages"
+    assert list(site.glob("six-*")) and not (site / "six.py").exists()  # removed, as asked
+    assert environments.variables(TOY)["TOY"] == str(tmp_path / "toy" / "bin")
+    assert main(["install", "toy", "fake"]) == 0
+    assert "Nothing to do" in capfd.readouterr().out
+
+
+def test_install_is_honest_about_what_cannot_be_done(fake, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
+    assert main(["install", "no-such", "-y"]) == 2
+    assert "no backend or environment 'no-such'" in capfd.readouterr().err
+    monkeypatch.setattr(type(fake), "environment", dataclasses.replace(TOY, megabytes=10**9))
+    assert main(["install", "toy", "-y"]) == 2
+    assert "make room" in capfd.readouterr().err
+    unknown = dataclasses.replace(TOY, requirements=("six==999",))
+    monkeypatch.setattr(type(fake), "environment", unknown)
+    assert main(["install", "toy", "-y"]) == 2
+    assert "run the same command again" in capfd.readouterr().err
+    assert "half installed" in environments.missing(unknown)
+
+
+def test_run_writes_records_and_a_report_and_nothing_the_second_time(fake, files, capsys):
+    schemes = ("--backends", "fake", "--schemes", "exact", "refused", "--jobs", "2")
+    assert run(files, *schemes) == 0
+    printed = capsys.readouterr().out
+    assert "fake refused simulator: refused: compile: operator Foo" in printed
+    assert "3 of 3 rows are new" in printed
+    rows = records.read(files / "out" / "records.jsonl")
+    assert [row["scheme"] for row in rows] == ["fp32", "exact", "refused"]
+    assert {row["method"] for row in rows} == {"toy-net"} and rows[0]["checkpoint"]
+    written = (files / "out" / "report.html").stat().st_mtime_ns
+    assert (files / "out" / "summary.md").exists()
+    assert run(files, *schemes) == 0
+    assert "0 of 3 rows are new" in capsys.readouterr().out
+    assert (files / "out" / "report.html").stat().st_mtime_ns == written
+
+
+def test_calibration_size_and_limits_are_settings(fake, files):
+    assert (
+        run(
+            files,
+            "--backends",
+            "fake",
+            "--schemes",
+            "exact",
+            "--calibration-size",
+            "4",
+            "--limit",
+            "20",
+            "--simulated-limit",
+            "5",
+        )
+        == 0
+    )
+    reference, exact = records.read(files / "out" / "records.jsonl")
+    assert (reference["n"], exact["n"], exact["calibration"]["n"]) == (20, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda files: (files / "toy-net.onnx").unlink(), "toy-net.onnx is not there"),
+        (lambda files: (files / "c.npz").write_bytes(b"nothing"), "c.npz cannot be read"),
+        (lambda files: (files / "c.npz").unlink(), "c.npz cannot be read"),
+        (lambda files: np.savez(files / "t.npz", images=np.zeros(3)), r"lacks the arrays ['labels']"),
+        (
+            lambda files: np.savez(files / "c.npz", a=np.zeros(3), b=np.zeros(3)),
+            r"lacks the arrays ['images']",
+        ),
+    ],
+)
+def test_input_the_user_can_mend(damage, message, files, capsys):
+    damage(files)
+    assert run(files, "--backends", "onnxruntime", "--schemes", "fp32") == 2
+    assert message in capsys.readouterr().err
