@@ -47,7 +47,7 @@ def run(options: Options, console: Console) -> None:
     configs = {folder: run_config(folder) for folder in options.runs}
     names = sorted({config["dataset"] for config in configs.values()})
     if len(names) != 1:
-        raise qt.InvalidInput(f"The runs use different data sets ({', '.join(names)}): compare one at a time.")
+        raise qt.InvalidInput(f"The runs use several data sets ({', '.join(names)}): compare one at a time.")
     dataset = load(names[0], options.data_dir, seed=0)
     size = options.settings.calibration_size or configs[options.runs[0]]["calibration_size"]
     models = [entry for folder, config in configs.items() for entry in networks(folder, config)]
@@ -79,7 +79,7 @@ def networks(folder: Path, config: dict[str, Any]) -> list[tuple[Path, dict[str,
     """
     found = [(method, folder / name) for method, name in ONNX_NAMES.items() if (folder / name).exists()]
     if not found:
-        raise qt.InvalidInput(f"{folder} holds none of {', '.join(ONNX_NAMES.values())}: finish the run first.")
+        raise qt.InvalidInput(f"{folder} holds none of {', '.join(ONNX_NAMES.values())}: finish the run.")
     shared = {"run": folder.name, "task": config["dataset"], "model": config["model"], "seed": config["seed"]}
     return [
         (

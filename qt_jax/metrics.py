@@ -142,7 +142,7 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int =
 
 
 def reliability(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> list[list[float | int | None]]:
-    """For each bin of `expected_calibration_error`: samples, mean confidence, accuracy (None in an empty bin).
+    """For each bin of `expected_calibration_error`: samples, mean confidence, accuracy; None in an empty bin.
 
     >>> reliability([[0.0, 0.0], [0.0, 0.0]], [1, 0], bins=2)
     [[2, 0.5, 0.5], [0, None, None]]

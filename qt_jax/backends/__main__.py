@@ -205,7 +205,8 @@ def run(command: Run, console: Console) -> None:
 
 def evaluate_all(models, calibration, test_set, settings: Settings, console: Console) -> list[Record]:
     """Each (model, identity) under the settings, with progress; then the report, if anything is new."""
-    from qt_jax.reporting.report import deployment_table, write_report
+    from qt_jax.reporting.deployment_tables import deployment_table
+    from qt_jax.reporting.report import write_report
 
     rows: list[Record] = []
     fresh: list[Record] = []

@@ -63,13 +63,14 @@ def work(model: onnx.ModelProto) -> Work | None:
 def energy_mj(work: Work, scheme: Scheme, weight_bytes: int) -> float:
     """Millijoules of one image by the model above.
 
-    >>> layer = Work(macs=1000, activations=10)
-    >>> round(energy_mj(layer, Scheme("int8", 8, 8), weight_bytes=100) / PICOJOULE)  # 300 + 16250 + 250 pJ
+    >>> layer, int8 = Work(macs=1000, activations=10), Scheme("int8", 8, 8, False, "minmax")
+    >>> round(energy_mj(layer, int8, weight_bytes=100) / PICOJOULE)  # 300 + 16250 + 250 picojoules
     16800
     """
     bits = max(scheme.weight_bits, scheme.activation_bits)
     mac = 0.2 * scheme.weight_bits * scheme.activation_bits / 64 + 0.1
-    if scheme.calibration is None and not scheme.dynamic:
+    stored_only = scheme.calibration is None and not scheme.dynamic and scheme.number_format == "integer"
+    if stored_only or scheme.number_format == "float":
         mac = FLOAT_MAC[32 if bits > 16 else 16]
     moved = 2 * work.activations * scheme.activation_bits / 8
     return PICOJOULE * (work.macs * mac + weight_bytes * DRAM_BYTE + moved * SRAM_BYTE)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from qt_jax.backends import cost, ort, steps
+from qt_jax.backends.inputs import fixed_batch, load, prepare
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import select
 from qt_jax.backends.rows import Job, Row
@@ -86,9 +87,8 @@ def evaluate(
         ('fp32', 1.0, 0)
     """
     chosen = offered(backends, schemes, runtimes)
-    model = _load(model)
     images, labels = test_set[0][:limit], test_set[1][:limit]
-    _check_arrays(model, calibration, images, labels)
+    model = prepare(load(model), calibration, images, labels)
     price = cost.PRICE_PER_CPU_HOUR * (os.cpu_count() or 1) if price_per_hour is None else price_per_hour
     with _home(folder) as home:
         job = _job(home, model, calibration, images, labels, identity, limits, price, retry)
@@ -193,53 +193,6 @@ def offered(
     return [reference, *(row for row in rows if row != reference)]
 
 
-def _load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
-    if isinstance(model, onnx.ModelProto):
-        return model
-    try:
-        return onnx.load(model)
-    except Exception as error:
-        raise InvalidInput(
-            f"{model} cannot be read as an ONNX model: {error}. Delete it and export it again."
-        ) from error
-
-
-def single_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    """The graph's one input; weights listed among the inputs do not count.
-
-    Raises InvalidInput if there is none, or more than one.
-    """
-    weights = {initializer.name for initializer in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1:
-        raise InvalidInput(
-            f"The ONNX model must have exactly one input, found {[value.name for value in inputs]}: export "
-            "the forward alone."
-        )
-    return inputs[0]
-
-
-def _check_arrays(
-    model: onnx.ModelProto, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray
-) -> None:
-    taken = single_input(model)
-    expected = [dim.dim_value or None for dim in taken.type.tensor_type.shape.dim]
-    for what, array in (("calibration", calibration), ("test images", images)):
-        fits = array.ndim == len(expected) and all(
-            want in (None, got) for want, got in zip(expected[1:], array.shape[1:], strict=True)
-        )
-        if array.dtype != np.float32 or not fits:
-            raise InvalidInput(
-                f"{what} is {array.dtype} {array.shape}, but the model's input {taken.name!r} takes float32 "
-                f"(n, {', '.join(str(want or '*') for want in expected[1:])}): our exports are channels-first."
-            )
-    if not len(images) or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise InvalidInput(
-            f"test labels must be one integer an image for at least one image, "
-            f"got {labels.dtype} {labels.shape} for {len(images)} images."
-        )
-
-
 @contextmanager
 def _home(folder: str | Path | None) -> Iterator[Path]:
     if folder is not None:
@@ -277,6 +230,7 @@ def _job(home, model, calibration, images, labels, identity, limits, price, retr
         limits=limits,
         identity=identity,
         calibration_size=len(calibration),
+        most_batch=fixed_batch(model),
         work=cost.work(model),
         price_per_hour=price,
         retry=retry,

@@ -34,7 +34,7 @@ PERCENTILE = 99.99
 MODEL = "model.onnx"
 BLOCK = 32
 
-FP32 = Scheme("fp32", weight_bits=32, activation_bits=32)
+FP32 = Scheme("fp32", weight_bits=32, activation_bits=32, number_format="float")
 REFERENCE = Runtime("reference", "graph optimizations off", batch=100)
 OPTIMIZED = Runtime("optimized", "all graph optimizations", batch=100, timed=True)
 BLOCKS = Scheme("int4w-blocks", 4, 32, per_channel=True)
@@ -126,7 +126,7 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Schem
     quantize_static(
         prepared,
         target,
-        _reader(calibration, _input_name(prepared)),
+        _reader(calibration, *_input(prepared)),
         quant_format=QuantFormat.QOperator if "qop" in scheme.name else QuantFormat.QDQ,
         per_channel=scheme.per_channel,
         activation_type=signed if symmetric else QuantType.QUInt8,
@@ -154,13 +154,15 @@ def _method(scheme: Scheme):
     return {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy}[name], {}
 
 
-def _input_name(path: Path) -> str:
+def _input(path: Path) -> tuple[str, int]:
+    """The name of the graph's input, and how many images to give it at once."""
     import onnx
 
-    return onnx.load(path).graph.input[0].name
+    graph_input = onnx.load(path).graph.input[0]
+    return graph_input.name, graph_input.type.tensor_type.shape.dim[0].dim_value or 64
 
 
-def _reader(images: np.ndarray, input_name: str, batch: int = 64):
+def _reader(images: np.ndarray, input_name: str, batch: int):
     """Feeds calibration images batch by batch.
 
     With `CalibStridedMinMax` 1 the quantizer asks for one batch at a time and reduces it to ranges or

@@ -41,6 +41,9 @@ class Scheme:
     """Whether each output channel of a kernel has a scale of its own; None where nothing is quantized."""
     calibration: str | None = None
     dynamic: bool = False
+    number_format: str = "integer"
+    """"integer": an affine grid with one scale a tensor or channel; "block": integers with an exponent for
+    each small block; "float"."""
     source: tuple[str, str] | None = None
     """(backend, scheme) whose compiled folder this scheme starts from; None: from the ONNX file."""
 

@@ -4,11 +4,11 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-from qt_jax.backends import ort
+from qt_jax.backends import ethos_u, k230, litert, openvino, ort, ryzen_ai, sophgo, tensorrt
 from qt_jax.backends.protocol import Backend, Environment, Scheme
 from qt_jax.errors import InvalidInput
 
-_MODULES = (ort,)
+_MODULES = (ort, openvino, litert, ethos_u, k230, sophgo, ryzen_ai, tensorrt)
 
 BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in _MODULES}
 """Name -> backend. Your own goes in with `BACKENDS[backend.name] = backend`; the file that defines its class

@@ -1,6 +1,8 @@
 """One row: a scheme of a backend on one of its runtimes, from the float graph to a record."""
 
+import ast
 import base64
+import functools
 import hashlib
 import json
 import shutil
@@ -38,6 +40,8 @@ class Job:
     limits: steps.Limits
     identity: Mapping[str, Any]
     calibration_size: int
+    most_batch: int | None
+    """Images that the graph takes at once, where it says so."""
     work: cost.Work | None
     price_per_hour: float
     retry: bool = False
@@ -120,6 +124,7 @@ class Row:
             "compiled": str((compiled.folder / "compiled").absolute()),
             "inputs": str(self.job.images.absolute()),
             "n": self.n,
+            "most_batch": self.job.most_batch,
             "logits": f"./{LOGITS}",
         }
         name = f"{self.backend.name}-{self.scheme.name}-{self.runtime.name}-{step}-{self._run_key[:12]}"
@@ -142,6 +147,7 @@ class Row:
             runtime=self.runtime.name,
             simulated=self.runtime.simulated,
             scheme=scheme.name,
+            number_format=scheme.number_format,
             weight_bits=scheme.weight_bits,
             activation_bits=scheme.activation_bits,
             per_channel=scheme.per_channel,
@@ -178,9 +184,24 @@ def _compile_key(job: Job, backend: Backend, scheme: Scheme) -> str:
     if scheme.source is not None:
         origin = BACKENDS.get(scheme.source[0], backend)
         parent = _compile_key(job, origin, scheme_of(origin, scheme.source[1]))
-    code = hashlib.sha256(file_of(backend).read_bytes()).hexdigest()
-    own = [code, asdict(scheme), environments.versions(backend)]
+    own = [_code(file_of(backend)), asdict(scheme), environments.versions(backend)]
     return _hash(job.hashes["model"], job.hashes["calibration"], parent, own)
+
+
+@functools.cache
+def _code(file: Path) -> str:
+    """The program in `file` without its comments and docstrings, which change no number."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            kept = [part for part in body if not _is_text(part)]
+            node.body = kept or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def _hash(*content: Any) -> str:

@@ -116,7 +116,7 @@ def _time(backend, scheme, job):
 
 def _session(backend, scheme, job):
     [runtime] = [runtime for runtime in backend.runtimes if runtime.name == job["runtime"]]
-    batch = 1 if scheme.dynamic else runtime.batch
+    batch = 1 if scheme.dynamic else min(runtime.batch, job["most_batch"] or runtime.batch)
     inputs = np.load(job["inputs"], mmap_mode="r")[: job["n"]]
     return backend.load(Path(job["compiled"]), scheme, runtime), batch, inputs
 

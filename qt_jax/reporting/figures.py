@@ -74,7 +74,7 @@ def _accuracy_by_scheme(axes: Axes, comparison: Comparison) -> None:
     shift = 0.16
     for index, method in enumerate(comparison.methods):
         centre = (index - (len(comparison.methods) - 1) / 2) * shift
-        colour = _colour(method, index)
+        colour = method_colour(method, index)
         for place, scheme in enumerate(comparison.schemes):
             values = list(measured(comparison.cells[method].get(scheme, {}), "top1").values())
             if not values:
@@ -148,7 +148,13 @@ def _weight_distribution(axes: Axes, weights: Mapping[str, Mapping[str, np.ndarr
     for index, (method, values) in enumerate(normalised.items()):
         label = f"{title(method)}: largest |w| {np.abs(values).max():.1f}"
         axes.hist(
-            values, bins, histtype="step", log=True, linewidth=1.5, color=_colour(method, index), label=label
+            values,
+            bins,
+            histtype="step",
+            log=True,
+            linewidth=1.5,
+            color=method_colour(method, index),
+            label=label,
         )
     axes.set_title("Weight distribution", loc="left")
     axes.set_xlabel("weight / root mean square of its layer")
@@ -163,5 +169,6 @@ def _over_rms(values: np.ndarray) -> np.ndarray:
     return values / max(np.sqrt(np.mean(values**2)), np.finfo(np.float32).tiny)
 
 
-def _colour(method: str, index: int) -> str:
+def method_colour(method: str, index: int) -> str:
+    """The colour of a known method in every figure, else the one at `index` of the others."""
     return COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])

@@ -61,11 +61,16 @@ def to_markdown(records: Sequence[Record]) -> str:
     comparison = compare(records)
     header, *rows = _grid(comparison, COLUMNS)
     rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = [_line(cells) for cells in (header, rule, *rows)]
+    lines = [markdown_line(cells) for cells in (header, rule, *rows)]
     return "\n".join([*lines, "", *[f"- {note}" for note in (*_notes(comparison), AGREEMENT)], ""])
 
 
-def _line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """One row of a Markdown table.
+
+    >>> markdown_line(["scheme", "top-1"])
+    '| scheme | top-1 |'
+    """
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
@@ -86,7 +91,7 @@ def _grid(comparison: Comparison, columns: tuple[str, ...]) -> list[list[str]]:
             row += [cells[column] for column in columns]
         if paired:
             ahead, behind = (measured(comparison.cells[m].get(scheme, {}), "top1") for m in METHODS)
-            row.append(_text(difference(ahead, behind), 100, signed=True))
+            row.append(with_spread(difference(ahead, behind), 100, signed=True))
         grid.append(row)
     return grid
 
@@ -102,11 +107,16 @@ def _method_cells(comparison: Comparison, method: str, scheme: str) -> dict[str,
     own = measured(schemes.get(comparison.reference, {}), "top1")
     drop = [] if scheme == comparison.reference else difference(own, top1)
     sqnr, agreement = measured(seeds, "sqnr_db").values(), measured(seeds, "agreement").values()
-    cells = (_text(top1.values(), 100), _text(drop, 100), _text(sqnr, 1, 1), _text(agreement, 100))
+    cells = (
+        with_spread(top1.values(), 100),
+        with_spread(drop, 100),
+        with_spread(sqnr, 1, 1),
+        with_spread(agreement, 100),
+    )
     return dict(zip(COLUMNS, cells, strict=True))
 
 
-def _text(values: Iterable[float], scale: float, digits: int = 2, signed: bool = False) -> str:
+def with_spread(values: Iterable[float], scale: float, digits: int = 2, signed: bool = False) -> str:
     """`mean ± spread`, or the mean alone for one value, or a dash for none."""
     values = [scale * value for value in values]
     if not values:

@@ -1,0 +1,118 @@
+"""A float model and its data, checked and made fit for toolchains that other people wrote."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import version_converter
+
+from qt_jax.errors import InvalidInput
+
+OLDEST_OPSET = 13
+"""Per-channel QuantizeLinear begins here; older graphs are converted."""
+
+
+def load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
+    """The model, read if it is a path. Raises InvalidInput if it cannot be."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    try:
+        return onnx.load(model)
+    except Exception as error:
+        raise InvalidInput(
+            f"{model} cannot be read as an ONNX model: {error}. Delete it and export it again."
+        ) from error
+
+
+def prepare(
+    model: onnx.ModelProto, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray
+) -> onnx.ModelProto:
+    """A copy of `model` as all toolchains get it, once it is sure that the data fit.
+
+    Sizes of the input that the graph leaves open, but for the batch, are those of the images; weights are not
+    listed among the inputs; an opset before 13 is raised to 13. Graphs that need none of it stay as they are.
+
+    Raises InvalidInput for several inputs, for arrays that do not fit, and for a batch fixed above 1.
+    """
+    given = single_input(model)
+    _check_images(given, calibration, images)
+    _check_labels(images, labels)
+    prepared = onnx.ModelProto()
+    prepared.CopyFrom(model)
+    taken = single_input(prepared)
+    batch, *others = taken.type.tensor_type.shape.dim
+    if batch.dim_value < 1:
+        batch.dim_param = batch.dim_param or "batch"
+    for dim, size in zip(others, images.shape[1:], strict=True):
+        dim.dim_value = size
+    listed = [value for value in prepared.graph.input if value.name == taken.name]
+    del prepared.graph.input[:]
+    prepared.graph.input.extend(listed)
+    if _opset(prepared) < OLDEST_OPSET:
+        try:
+            prepared = version_converter.convert_version(prepared, OLDEST_OPSET)
+        except Exception as error:
+            raise InvalidInput(
+                f"The model is of opset {_opset(model)} and onnx cannot convert it to {OLDEST_OPSET}: "
+                f"{error}. Export it again with a newer opset."
+            ) from error
+    if prepared.SerializeToString() == model.SerializeToString():
+        return model
+    return prepared
+
+
+def single_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    """The graph's one input; weights listed among the inputs do not count.
+
+    Raises InvalidInput if there is none, or more than one.
+    """
+    weights = {initializer.name for initializer in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise InvalidInput(
+            f"The ONNX model must have exactly one input, found {[value.name for value in inputs]}: export "
+            "the forward alone."
+        )
+    return inputs[0]
+
+
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """How many images the graph takes at once; None if any number."""
+    size = single_input(model).type.tensor_type.shape.dim[0].dim_value
+    return size if size > 0 else None
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _check_images(given: onnx.ValueInfoProto, calibration: np.ndarray, images: np.ndarray) -> None:
+    dims = given.type.tensor_type.shape.dim
+    expected = [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
+    for what, array in (("calibration", calibration), ("test images", images)):
+        fits = array.ndim == len(expected) and all(
+            want in (None, got) for want, got in zip(expected[1:], array.shape[1:], strict=True)
+        )
+        if array.dtype != np.float32 or not fits:
+            raise InvalidInput(
+                f"{what} is {array.dtype} {array.shape}, but the model's input {given.name!r} takes float32 "
+                f"(n, {', '.join(str(want or '*') for want in expected[1:])}): our exports are "
+                "channels-first."
+            )
+    if calibration.shape[1:] != images.shape[1:]:
+        raise InvalidInput(
+            f"calibration has images of {calibration.shape[1:]}, the test set of {images.shape[1:]}: they "
+            "must be alike."
+        )
+    if expected[0] not in (None, 1):
+        raise InvalidInput(
+            f"The model takes batches of exactly {expected[0]}: export it with an open batch, or with 1."
+        )
+
+
+def _check_labels(images: np.ndarray, labels: np.ndarray) -> None:
+    if not len(images) or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise InvalidInput(
+            f"test labels must be one integer an image for at least one image, "
+            f"got {labels.dtype} {labels.shape} for {len(images)} images."
+        )

@@ -1,0 +1,257 @@
+"""AMD Ryzen AI: Quark's ONNX quantizer, its default configurations, emulated by ONNX Runtime on the CPU.
+
+Numerics
+    Quark quantizes for the NPUs of Ryzen AI (XDNA). Its graph runs here as it is written: quantize,
+    dequantize, compute in float32, with ONNX Runtime's optimizations off. An NPU's own arithmetic may differ.
+    Schemes have the names of Quark's configurations.
+
+    =================  ===================================================================================
+    xint8              int8 kernels AND biases, uint8 activations with zero point 128 (symmetric); scales
+                       are powers of two, one a tensor, of least squared error. Average pooling is rescaled
+                       as the NPU does it
+    a8w8, a16w8        symmetric int8 kernels, symmetric int8 or int16 activations, one float scale a
+                       tensor, minmax. What leaves a ReLU uses half of the grid
+    s8s8-aaws,         affine int8 or uint8 activations (AA), symmetric int8 kernels (WS), percentile
+    u8s8-aaws
+    u8u8-aawa          affine uint8 kernels (WA) as well
+    s16s8-asws,        as these, with symmetric int16 (AS) or affine uint16 activations
+    u16s8-aaws
+    int8-cnn-default   u8s8-aaws with minmax
+    bf16, fp16         every tensor rounded to bfloat16 or to IEEE half, no scale
+    bfp16              8 bits a value (sign and 7), an 8-bit exponent for 8 neighbours: 9 bits a value
+    mx9, mx6, mx4      8, 5, 3 bits a value, an 8-bit exponent for 16, one more bit for each pair (Rouhani
+                       et al., ISCA 2023): 9, 6, 4 bits a value
+    mxint8, mxfp*      OCP Microscaling 1.0: an 8-bit exponent for 32 values of int8, fp8, fp6 or fp4
+    bf16-bfp16,        bfloat16 activations with kernels in bfp16 or mxint8
+    bf16-mxint8
+    mx9-int8           mx9 activations with int8 kernels and biases
+    =================  ===================================================================================
+
+    Blocks lie along axis 1 (channels) and round half to even. Their exponents come with each input, so that
+    nothing is calibrated. `weight_bits` is a value's with its share of the exponents, rounded. Integer
+    kernels have one scale a tensor; blocks are finer than channels, and count as per channel.
+
+Surprises
+    Every configuration first equalizes the ranges of neighbouring layers (CLE), bf16 too. The first use
+    compiles Quark's operators with a C++ compiler; they stay in the environment. Left out are configurations
+    that fine-tune (AdaRound, AdaQuant), the automatic mixtures, VINT8, which asks for random calibration
+    data, and MATMUL_NBITS, which leaves Conv and Gemm in float.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from qt_jax.backends.protocol import Compiled, Environment, Runtime, Scheme, Session
+
+MODEL = "model.onnx"
+EXTENSIONS = "TORCH_EXTENSIONS_DIR"
+
+_PERCENTILE = "percentile 99.999"
+# Quark's configuration, bits of kernels and activations, a scale for each channel or finer, calibration.
+_CONFIGURATIONS = (
+    ("XINT8", 8, 8, False, "power-of-two MinMSE"),
+    ("A8W8", 8, 8, False, "minmax"),
+    ("A16W8", 8, 16, False, "minmax"),
+    ("S8S8_AAWS", 8, 8, False, "percentile 99.9999"),
+    ("U8S8_AAWS", 8, 8, False, _PERCENTILE),
+    ("U8U8_AAWA", 8, 8, False, _PERCENTILE),
+    ("S16S8_ASWS", 8, 16, False, _PERCENTILE),
+    ("U16S8_AAWS", 8, 16, False, _PERCENTILE),
+    ("INT8_CNN_DEFAULT", 8, 8, False, "minmax"),
+    ("BF16", 16, 16, None, None),
+    ("FP16", 16, 16, None, None),
+    ("BFP16", 9, 9, True, None),
+    ("MX9", 9, 9, True, None),
+    ("MX6", 6, 6, True, None),
+    ("MX4", 4, 4, True, None),
+    ("MXINT8", 8, 8, True, None),
+    ("MXFP8E4M3", 8, 8, True, None),
+    ("MXFP8E5M2", 8, 8, True, None),
+    ("MXFP6E2M3", 6, 6, True, None),
+    ("MXFP6E3M2", 6, 6, True, None),
+    ("MXFP4E2M1", 4, 4, True, None),
+    ("BF16_BFP16", 9, 16, True, None),
+    ("BF16_MXINT8", 8, 16, True, None),
+    ("MX9_INT8", 8, 9, False, None),
+)
+
+
+def _number_format(
+    name: str, weight_bits: int, _activation_bits: int, per_channel: bool | None, _calibration
+) -> str:
+    if per_channel is None or name.startswith("MXFP"):
+        return "float"
+    return "block" if per_channel else "integer"
+
+
+_BY_SCHEME = {name.lower().replace("_", "-"): name for name, *_ in _CONFIGURATIONS}
+_INTEGER_KERNELS = {name for name, _, _, per_channel, _ in _CONFIGURATIONS if per_channel is False}
+
+
+class RyzenAI:
+    """The backend for AMD's quantizer of Ryzen AI.
+
+    >>> [scheme.name for scheme in BACKEND.schemes][:3]
+    ['xint8', 'a8w8', 'a16w8']
+    >>> {scheme.name for scheme in BACKEND.schemes if scheme.weight_bits == 4} == {"mx4", "mxfp4e2m1"}
+    True
+    """
+
+    name = "ryzen-ai"
+    vendor = "AMD"
+    stands_for = "Ryzen AI laptops' XDNA NPUs, whose integer and block formats Quark writes"
+    kind = "vendor quantizer on CPU"
+    environment = Environment(
+        name="ryzen-ai",
+        python="3.11",
+        requirements=(
+            "torch==2.13.0",
+            "amd-quark==0.13",
+            "onnxruntime==1.28.0",
+            "onnxruntime-extensions==0.15.2",
+            "onnx==1.22.0",
+            "numpy==2.4.6",
+        ),
+        megabytes=1400,
+        licence="MIT (amd-quark, onnxruntime), BSD-3-Clause (torch)",
+        variables={EXTENSIONS: "{site}/torch_extensions"},
+    )
+    packages = ("amd-quark", "onnxruntime", "torch", "onnx", "numpy")
+    schemes = tuple(
+        Scheme(name.lower().replace("_", "-"), *description, number_format=_number_format(name, *description))
+        for name, *description in _CONFIGURATIONS
+    )
+    runtimes = (Runtime("onnxruntime", "CPU emulation, graph optimizations off", 100, simulated=True),)
+
+    def available(self) -> str | None:
+        """Quark needs a C++ compiler for its operators."""
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is None:
+            return (
+                f"Quark builds its operators with a C++ compiler, and {compiler!r} is not there: install g++"
+            )
+        return None
+
+    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+        """As `Backend.compile`. Images are shown to Quark one by one, whatever batch the graph takes."""
+        import onnx
+
+        with _one_builder():
+            from quark.onnx import ModelQuantizer
+            from quark.onnx.quantization.config import Config, get_default_config
+
+        model = onnx.load(source, load_external_data=False)
+        weights = {initializer.name for initializer in model.graph.initializer}
+        [name] = [value.name for value in model.graph.input if value.name not in weights]
+        configuration = _BY_SCHEME[scheme.name]
+        quantizer = ModelQuantizer(Config(global_quant_config=get_default_config(configuration)))
+        target = folder / MODEL
+        quantizer.quantize_model(str(source), str(target), _reader(name, calibration))
+        # Kernels in formats that ONNX lacks are float32 in the file, whose size then says nothing.
+        size = target.stat().st_size if configuration in _INTEGER_KERNELS else None
+        nodes = onnx.load(target, load_external_data=False).graph.node
+        return Compiled(size, count_operators((n.op_type, n.input, n.output) for n in nodes))
+
+    def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
+        import onnxruntime
+
+        with _one_builder():
+            from quark.onnx import get_library_path
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3  # errors
+        options.register_custom_ops_library(get_library_path())
+        path = folder / MODEL
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        entry = session.get_inputs()[0]
+        fixed = entry.shape[0] if isinstance(entry.shape[0], int) else None
+
+        def run(images: np.ndarray) -> np.ndarray:
+            step = fixed or len(images)
+            starts = range(0, len(images), step)
+            return np.concatenate([session.run(None, {entry.name: images[i : i + step]})[0] for i in starts])
+
+        return run
+
+
+BACKEND = RyzenAI()
+
+
+def count_operators(nodes: Iterable[tuple[str, list[str], list[str]]]) -> dict[str, dict[str, int]]:
+    """Operators of Quark's graph, given as (operator, inputs, outputs) in order, by what they compute on.
+
+    Integer is what reads dequantized integers and is quantized to integers, itself or after others like it
+    that an NPU fuses with it (Conv and its Relu). All else counts as float, block formats too.
+
+    >>> count_operators([("DequantizeLinear", ["q"], ["x"]), ("Relu", ["x"], ["y"]),
+    ...                  ("QuantizeLinear", ["y"], ["z"])])
+    {'Relu': {'integer': 1}}
+    """
+    nodes = list(nodes)
+    fed: set[str] = set()
+    for operator, inputs, outputs in nodes:
+        if operator == "DequantizeLinear" or (_computes(operator) and any(name in fed for name in inputs)):
+            fed.update(outputs)
+    produced = {name for operator, _, outputs in nodes if operator != "Constant" for name in outputs}
+    kept: set[str] = set()
+    counts: dict[str, dict[str, int]] = {}
+    for operator, inputs, outputs in reversed(nodes):
+        integer = any(name in kept for name in outputs) and all(
+            name in fed for name in inputs if name in produced
+        )
+        if operator == "QuantizeLinear" or (_computes(operator) and integer):
+            kept.update(inputs)
+        if _computes(operator):
+            kinds = counts.setdefault(operator, {})
+            kind = "integer" if integer else "float"
+            kinds[kind] = kinds.get(kind, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _computes(operator: str) -> bool:
+    return operator != "Constant" and not operator.endswith(
+        ("QuantizeLinear", "DequantizeLinear", "Dequantize")
+    )
+
+
+def _reader(name: str, images: np.ndarray):
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Images(CalibrationDataReader):
+        def __init__(self):
+            self.rewind()
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def rewind(self) -> None:
+            self._pending = iter(images)
+
+        def get_next(self):
+            image = next(self._pending, None)
+            return None if image is None else {name: np.ascontiguousarray(image[None])}
+
+    return Images()
+
+
+@contextlib.contextmanager
+def _one_builder() -> Iterator[None]:
+    """Let one process at a time import Quark, which compiles what is not in `EXTENSIONS` yet.
+
+    torch marks a build by a file that a killed builder leaves behind, and then waits for it for ever. Whoever
+    holds the lock here is alone, so that any such file is stale.
+    """
+    extensions = Path(os.environ[EXTENSIONS])
+    extensions.mkdir(parents=True, exist_ok=True)
+    with open(extensions / "builder.lock", "w") as own:
+        fcntl.flock(own, fcntl.LOCK_EX)
+        for stale in extensions.glob("*/lock"):
+            stale.unlink()
+        yield

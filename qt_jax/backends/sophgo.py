@@ -1,0 +1,293 @@
+"""Sophgo TPUs: tpu-mlir's compiler and quantizer, and the C models of the chips that it ships.
+
+Numerics
+    Activations are symmetric around 0 with one threshold a tensor, a step of threshold / 127; what cannot be
+    negative is unsigned, threshold / 255, except on CV181x, whose int8 leaves half of its grid empty behind a
+    ReLU. "asym" is affine. Kernels are symmetric int8. Requantization, by chip, as the compiled graph says:
+
+    ================  =======================================================================================
+    BM1684X, BM1688   convolutions: one scale an output channel, integer multiplier and right shift, half up;
+                      matrix products: one scale a tensor. Additions rescale both sides to a common step
+                      with 8-bit multipliers.
+    CV181x            the same granularity, multipliers of 32 bits
+    BM1684            one scale a tensor and a right shift alone: scales of kernels are powers of two apart
+                      from those of activations, biases are int16
+    ================  =======================================================================================
+
+    "w4int8" has 4-bit kernels with one scale an output channel and 8-bit activations, "int4" both of 4 bits;
+    additions stay uint8. Thresholds minimize the Kullback-Leibler divergence of histograms of 2048 bins
+    ("kl"), then are tuned on 5 images, both the tool's defaults; "max" is the largest magnitude instead.
+    Calibration sees images one by one, and one table serves every chip.
+
+Execution
+    The chip's C model runs in this process. It computes a fixed batch, and most of its time goes to what does
+    not depend on the batch: graphs whose batch is symbolic are compiled for `BATCH` images, unless int4,
+    whose results do depend on it. All others gave bit-equal logits at batch 1 and 16.
+
+Surprises
+    Every bmodel carries the chip's kernel library, some 5 MB of a model's bytes on BM1684X and BM1688.
+    Full INT4 compiles without a warning and collapses to chance on the C model. Its logits change with the
+    batch, and are not those of the tool's own interpreter of the same lowered graph, itself far from float.
+    The tool's own runner picks the C model by rewriting a link inside its installation, so that jobs for
+    different chips would trip over each other.
+    Here the right library is loaded beforehand, and the link stays as it is.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme, Session
+
+BATCH = 16
+NEWEST_OPSET, NEWEST_IR = 19, 9  # of the environment's onnx and onnxruntime
+
+FLOAT = "bm1688-f32"
+SINGLE, BATCHED = "single", "batched"
+"""Folders beside the compiled float model: the converted graph for one image, and for `BATCH` of them."""
+
+_METHODS = {"kl": "kl of 2048 bins, tuned on 5 images", "max": "max, tuned on 5 images"}
+_SIGNATURE = re.compile(r'"tpu\.(\w+)"\(.* : \((.*)$')
+_ELEMENT = re.compile(r"tensor<(?:\d+x)*([^<>,\s]+)")
+_MOVES = {"Reshape", "Permute"}
+# Between opset 19 and 21 these changed more than the types they take, or came to be.
+_CHANGED_SINCE = {"AffineGrid", "DFT", "Gelu", "GridSample", "GroupNormalization", "ImageDecoder"}
+
+
+def _scheme(
+    name: str, weights: int, activations: int, per_channel: bool | None, method: str = "kl"
+) -> Scheme:
+    calibration = _METHODS[method] if activations <= 8 else None
+    source = None if name == FLOAT else ("sophgo", FLOAT)
+    number_format = "float" if per_channel is None else "integer"
+    return Scheme(name, weights, activations, per_channel, calibration, False, number_format, source)
+
+
+class Sophgo:
+    """The `Backend` of tpu-mlir's C models. A scheme's name begins with its chip.
+
+    >>> [scheme.name for scheme in BACKEND.schemes][:3]
+    ['bm1688-f32', 'bm1688-int8', 'bm1688-int8-max']
+    >>> BACKEND.schemes[1].source
+    ('sophgo', 'bm1688-f32')
+    """
+
+    name = "sophgo"
+    vendor = "Sophgo"
+    stands_for = "Sophgo BM1684, BM1684X, BM1688 and CV181x TPUs"
+    kind = "vendor simulator"
+    environment = Environment(
+        name="sophgo",
+        python="3.10",
+        requirements=(
+            "torch==1.12.1",
+            "numpy==1.24.3",
+            "scipy==1.11.1",
+            "tqdm==4.70.1",
+            "pillow==10.0.0",
+            "plotly==7.1.0",
+            "opencv-python-headless==4.8.0.76",
+            "protobuf==3.20.3",
+            "graphviz==0.21",
+            "pycocotools==2.0.6",
+            "scikit-image==0.21.0",
+            "scikit-learn==1.7.2",
+            "pandas==2.0.3",
+            "onnx==1.14.1",
+            "onnxruntime==1.16.3",
+            "onnxruntime-extensions==0.14.0",
+            "six==1.17.0",
+            "setuptools==79.0.1",
+            "psutil==7.2.2",
+            "transformers==4.49.0",
+            "rich==15.0.0",
+            "filelock==4.1.0",
+        ),
+        without_dependencies=("tpu-mlir==1.30.2", "onnxsim==0.4.17"),
+        remove=tuple(
+            f"tpu_mlir/lib/third_party/{library}" for library in ("libc.so.6", "libm.so.6", "libpthread.so.0")
+        ),
+        megabytes=3250,
+        licence="BSD-2-Clause (tpu-mlir, with third-party components of their own)",
+        variables={
+            "TPUC_ROOT": "{site}/tpu_mlir",
+            "PATH": "{site}/tpu_mlir/bin",
+            "PYTHONPATH": "{site}/tpu_mlir:{site}/tpu_mlir/python:{site}/tpu_mlir/customlayer/python",
+            "LD_LIBRARY_PATH": "{site}/tpu_mlir/lib:{site}/tpu_mlir/lib/capi:{site}/tpu_mlir/lib/third_party",
+            "OMP_NUM_THREADS": "2",
+        },
+    )
+    packages = ("tpu_mlir", "onnx", "onnxsim", "numpy")
+    schemes = (
+        _scheme(FLOAT, 32, 32, None),
+        _scheme("bm1688-int8", 8, 8, True),
+        _scheme("bm1688-int8-max", 8, 8, True, "max"),
+        _scheme("bm1684x-int8", 8, 8, True),
+        _scheme("bm1684x-int8-asym", 8, 8, True),
+        _scheme("cv181x-int8", 8, 8, True),
+        _scheme("cv181x-bf16", 16, 16, None),
+        _scheme("bm1684-int8", 8, 8, False),
+        _scheme("bm1688-w4int8", 4, 8, True),
+        _scheme("bm1688-int4", 4, 4, True),
+    )
+    runtimes = (Runtime("cmodel", "tpu-mlir's C model of the chip", batch=BATCH, simulated=True),)
+
+    def available(self) -> str | None:
+        return None
+
+    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+        """As `Backend.compile`. The float scheme also leaves the graphs and tables that the others share."""
+        if scheme.source is None:
+            _convert(source, calibration, folder)
+            source = folder
+        batched = (source / BATCHED).is_dir() and not scheme.name.endswith("int4")
+        work = Path("deploy").absolute()
+        shutil.copytree(source / (BATCHED if batched else SINGLE), work)
+        chip, quantization, *options = scheme.name.split("-")
+        model = folder / _file(chip)
+        table = source / ("max" if "max" in options else "kl")
+        _tool(
+            "model_deploy", work, "--mlir", "net.mlir", "--chip", chip, "--quantize", quantization,
+            "--calibration_table", table, "--model", model.name,
+            "--tolerance", "0,0", "--skip_validation",  # nothing is compared: no test input is given
+            *(["--asymmetric"] if "asym" in options else []),
+        )  # fmt: skip
+        shutil.copy(work / model.name, model)
+        [lowered] = work.glob("*_tpu.mlir")
+        return Compiled(model.stat().st_size, operators(lowered.read_text()))
+
+    def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
+        """As `Backend.load`. Batches are cut or filled up with zeros to the compiled one."""
+        chip = scheme.name.split("-")[0]
+        model, network = _network(str(folder / _file(chip)), chip)
+        [placed] = network.inputs
+        batch = placed.data.shape[0]
+
+        def step(images: np.ndarray) -> np.ndarray:
+            placed.data[: len(images)] = images
+            placed.data[len(images) :] = 0
+            network.forward()
+            return np.array(network.outputs[0].data, np.float32).reshape(batch, -1)[: len(images)]
+
+        def session(images: np.ndarray, keep=model) -> np.ndarray:
+            return np.concatenate([step(images[i : i + batch]) for i in range(0, len(images), batch)])
+
+        return session
+
+
+def _file(chip: str) -> str:
+    return "model.cvimodel" if chip.startswith("cv") else "model.bmodel"
+
+
+def _network(file: str, chip: str):
+    """(what has to stay alive, the network) of a compiled model."""
+    if chip.startswith("cv"):
+        import pyruntime_cvi
+
+        network = pyruntime_cvi.Model(file, output_all_tensors=False)
+        return network, network
+    root = Path(os.environ["TPUC_ROOT"])
+    ctypes.CDLL(str(root / "lib" / f"libcmodel_{chip}.so"), mode=ctypes.RTLD_GLOBAL)
+    import pyruntime_bm
+
+    model = pyruntime_bm.Model(file, 0, "")
+    return model, model.Net(model.networks[0])
+
+
+def _convert(source: Path, calibration: np.ndarray, folder: Path) -> None:
+    """The graph in tpu-mlir's own form and its calibration tables, into `folder`."""
+    import onnx
+
+    model = read(source)
+    prepared = Path("float.onnx").absolute()
+    onnx.save(model, prepared)
+    [taken] = model.graph.input
+    fixed = taken.type.tensor_type.shape.dim[0].dim_value == 1
+    for place, batch in ((SINGLE, 1),) if fixed else ((SINGLE, 1), (BATCHED, BATCH)):
+        work = Path(place).absolute()
+        work.mkdir()
+        shape = str([[batch, *calibration.shape[1:]]]).replace(" ", "")
+        _tool(
+            "model_transform", work, "--model_name", "net", "--model_def", prepared,
+            "--input_shapes", shape, "--mlir", "net.mlir",
+        )  # fmt: skip
+        (folder / place).mkdir()
+        for file in (work / "net.mlir", *work.glob("*weight.npz")):
+            shutil.copy(file, folder / place)
+    images = Path("images").absolute()
+    images.mkdir()
+    for i, image in enumerate(calibration):
+        np.savez(images / f"{i:06}.npz", **{taken.name: image[None]})
+    for method in _METHODS:
+        _tool(
+            "run_calibration", Path(SINGLE).absolute(), "net.mlir", "--dataset", images,
+            "--input_num", len(calibration), "--cali_method", method, "-o", folder / method,
+        )  # fmt: skip
+
+
+def read(source: Path):
+    """The `onnx.ModelProto` as the environment's onnx knows such: operators not in `_CHANGED_SINCE` mean the
+    same in opset 19 as in 20 and 21."""
+    import onnx
+
+    model = onnx.load(source)
+    for opset in model.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version > NEWEST_OPSET:
+            changed = ", ".join(sorted({node.op_type for node in model.graph.node} & _CHANGED_SINCE))
+            if changed:
+                raise Refused(f"{changed} of opset {opset.version}: tpu-mlir reads opset {NEWEST_OPSET}.")
+            opset.version = NEWEST_OPSET
+    model.ir_version = min(model.ir_version, NEWEST_IR)
+    return model
+
+
+def _tool(name: str, work: Path, *arguments) -> None:
+    """Run one of tpu-mlir's programs in `work`. What it prints goes to the job's log."""
+    script = Path(os.environ["TPUC_ROOT"], "python", "tools", f"{name}.py")
+    command = [sys.executable, str(script), *map(str, arguments)]
+    log = work / f"{name}.log"
+    with log.open("w") as stream:
+        code = subprocess.run(
+            command, cwd=work, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    text = log.read_text(errors="replace")
+    print(text, flush=True)
+    if code:
+        raise Refused(f"{name} ended with {code}: {complaint(text)}")
+
+
+def complaint(log: str) -> str:
+    """The last line of a log that names an error, or else its last line.
+
+    >>> complaint("INFO : start\\nloc(x): error: unsupported Foo\\nTraceback:\\nKeyError: 'Foo'\\n bye")
+    "KeyError: 'Foo'"
+    """
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log) if line.strip()]
+    errors = [line for line in lines if re.search(r"error|not support|assert|fail", line, re.IGNORECASE)]
+    return (errors or lines or ["it said nothing"])[-1][-300:]
+
+
+def operators(lowered: str) -> dict[str, dict[str, int]]:
+    """Kinds of operators in a lowered graph: on integers if no tensor they read or write is floating.
+
+    Hence the casts at both ends count as float. "GenericCpu" is what the compiler leaves to the host.
+    """
+    counts = defaultdict(lambda: {"integer": 0, "float": 0, "host": 0})
+    for line in lowered.splitlines():
+        found = _SIGNATURE.search(line)
+        if found and found[1] not in _MOVES:
+            elements = _ELEMENT.findall(found[2])
+            floating = any(element.startswith(("f", "bf", "!quant.calibrated")) for element in elements)
+            where = "host" if found[1] == "GenericCpu" else "float" if floating else "integer"
+            counts[found[1]][where] += 1
+    return {kind: dict(count) for kind, count in counts.items()}
+
+
+BACKEND = Sophgo()

@@ -1,0 +1,130 @@
+"""Image-by-image comparison of deployments from the decisions that records keep.
+
+A record's `predictions` are the argmax classes of its n images, the first n of one ordered test set: base64
+of zlib of little-endian uint16. Records of equal `data` saw the same images, so two of them can be compared
+on the first min(n). Two deployments of equal accuracy may still decide many images differently.
+"""
+
+import base64
+import binascii
+import functools
+import math
+import zlib
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from qt_jax.errors import InvalidInput
+from qt_jax.reporting.cells import measured, spread
+from qt_jax.reporting.deployment import Column, Deployment, Row, Seeds
+from qt_jax.reporting.records import Record
+
+EQUAL_ACCURACY = 0.002
+"""Largest difference of top-1 between two rows that are called equally accurate."""
+
+
+class Pair(NamedTuple):
+    """Two rows, the fraction of images they decide differently, and how far their top-1 lie apart."""
+
+    first: Row
+    second: Row
+    differ: float
+    apart: float
+
+
+@functools.lru_cache(maxsize=1024)
+def _decode(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<u2")
+
+
+def predictions(record: Record) -> np.ndarray | None:
+    """The decisions of a record, `(n,)` uint16, or None where it keeps none or does not name its data.
+
+    Raises InvalidInput if they cannot be decoded or are not n.
+
+    >>> text = base64.b64encode(zlib.compress(np.array([3, 1], "<u2").tobytes())).decode()
+    >>> predictions({"predictions": text, "data": "hash", "n": 2}).tolist()
+    [3, 1]
+    """
+    if not record.get("predictions") or not record.get("data"):
+        return None
+    try:
+        decoded = _decode(record["predictions"])
+        if len(decoded) != record.get("n"):
+            raise ValueError(f"{len(decoded)} of them for {record.get('n')} images")
+    except (ValueError, zlib.error, binascii.Error) as error:
+        where = ", ".join(str(record.get(key)) for key in ("backend", "scheme", "runtime", "method"))
+        raise InvalidInput(
+            f"The predictions of {where} cannot be read ({error}): was the file edited?"
+        ) from error
+    return decoded
+
+
+def agreement(first: Record, second: Record) -> float | None:
+    """The fraction of images that both decide alike; None if they did not see the same images."""
+    if first.get("data") != second.get("data"):
+        return None
+    decisions = predictions(first), predictions(second)
+    if decisions[0] is None or decisions[1] is None:
+        return None
+    shared = min(map(len, decisions))
+    return float(np.mean(decisions[0][:shared] == decisions[1][:shared]))
+
+
+def standard_error(alike: float, difference: float, n: int) -> float:
+    """An upper bound on the standard error of a difference d of two top-1 on the same n images.
+
+    Only images that the two decide differently, a fraction q = 1 - `alike`, can be right for one and wrong
+    for the other, so the paired difference has a variance of at most (q - d²) / n. No labels are needed.
+
+    >>> standard_error(alike=0.75, difference=0.0, n=100)
+    0.05
+    """
+    return math.sqrt(max(1 - alike - difference**2, 0.0) / n)
+
+
+def cell_agreement(first: Seeds, second: Seeds) -> float | None:
+    """Agreement of two cells, the mean over the seeds that both have."""
+    values = [agreement(first[seed], second[seed]) for seed in first if seed in second]
+    values = [value for value in values if value is not None]
+    return spread(values)[0] if values else None
+
+
+def agreement_matrix(deployment: Deployment, column: Column) -> tuple[list[Row], np.ndarray]:
+    """The rows that keep their decisions, and their `(rows, rows)` agreements, NaN where there is none."""
+    cells = deployment.cells[column]
+    rows = [
+        row
+        for row in deployment.rows
+        if any(predictions(record) is not None for record in cells.get(row, {}).values())
+    ]
+    matrix = np.full((len(rows), len(rows)), np.nan)
+    for i, j in combinations(range(len(rows)), 2):
+        value = cell_agreement(cells[rows[i]], cells[rows[j]])
+        matrix[i, j] = matrix[j, i] = np.nan if value is None else value
+    np.fill_diagonal(matrix, 1.0)
+    return rows, matrix
+
+
+def disagreeing_pairs(deployment: Deployment, column: Column, most: int = 5) -> list[Pair]:
+    """The pairs of rows within `EQUAL_ACCURACY` that disagree most, largest first, no row named twice.
+
+    Only rows of the same number of images: without labels, top-1 on a part of them is not known.
+    """
+    rows, matrix = agreement_matrix(deployment, column)
+    cells = deployment.cells[column]
+    found = []
+    for i, j in combinations(range(len(rows)), 2):
+        sizes = {record.get("n") for row in (rows[i], rows[j]) for record in cells[row].values()}
+        values = [measured(cells[row], "top1").values() for row in (rows[i], rows[j])]
+        if len(sizes) > 1 or not all(values) or not matrix[i, j] < 1:
+            continue
+        apart = abs(spread(values[0])[0] - spread(values[1])[0])
+        if apart <= EQUAL_ACCURACY + 1e-9:
+            found.append(Pair(rows[i], rows[j], 1 - matrix[i, j], apart))
+    chosen: list[Pair] = []
+    for pair in sorted(found, key=lambda pair: -pair.differ):
+        if not {row for other in chosen for row in other[:2]} & {pair.first, pair.second}:
+            chosen.append(pair)
+    return chosen[:most]

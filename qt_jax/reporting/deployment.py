@@ -1,0 +1,189 @@
+"""Deployment records arranged for comparison: a row a compiled model and runtime, a column a network.
+
+What is compared, and with what:
+
+- The drop of a row is `reference_top1 - top1`: the float model in onnxruntime and the row on the same images.
+  Simulators run on fewer images, so neither term is ever taken from another record.
+- INT8 rows have 8-bit weights and 8-bit activations, INT4 rows 4-bit weights and any activations, both on
+  integer grids (floats and integers with block exponents are neither); only rows of status ok count. The
+  spread of a group is its largest drop minus its smallest: of drops, because top-1 on 500 images and on
+  10,000 cannot be subtracted.
+- The gain is Quant-Trim's top-1 minus its float twin's, for the same seed, data and number of images.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qt_jax.errors import InvalidInput
+from qt_jax.reporting.cells import METHODS, measured, spread, title
+from qt_jax.reporting.records import Record
+
+Seeds = dict[int | None, Record]
+
+
+class Row(NamedTuple):
+    """What was deployed how: the empty string where a record does not say."""
+
+    backend: str
+    scheme: str
+    runtime: str
+
+    def __str__(self) -> str:
+        return " ".join(part for part in self if part)
+
+
+class Column(NamedTuple):
+    """Which network was deployed."""
+
+    task: str
+    model: str
+    method: str
+
+
+REFERENCE = Row("onnxruntime", "fp32", "reference")
+"""The row of the float model itself."""
+
+
+class Deployment(NamedTuple):
+    """`cells[column][row][seed]` is a record; `rows` and `columns` say in which order to show them."""
+
+    rows: list[Row]
+    columns: list[Column]
+    cells: dict[Column, dict[Row, Seeds]]
+
+    def seeds(self, column: Column, row: Row) -> Seeds:
+        """The records of one cell, none where nothing was tried."""
+        return self.cells[column].get(row, {})
+
+    def name(self, column: Column) -> str:
+        """The title of a column: what all columns share is left out, the method stays."""
+        parts = [title(column.method)]
+        for index in (1, 0):
+            if len({other[index] for other in self.columns}) > 1 and column[index] not in parts:
+                parts.insert(0, column[index])
+        return " ".join(part for part in parts if part) or "network"
+
+
+class Group(NamedTuple):
+    """The rows of one precision: how many, the one with the largest drop, and how far drops lie apart."""
+
+    size: int
+    worst: Row
+    drop: float
+    spread: float
+
+
+def arrange(records: Sequence[Record]) -> Deployment:
+    """Arrange records by row, column and seed. Of two for the same cell, the later one counts.
+
+    Rows come by backend (onnxruntime first, the others by name), from many bits to few, then by name; columns
+    by task and model, Quant-Trim and its twin before others.
+
+    Raises InvalidInput if there are no records, or one lacks its backend, scheme or status.
+
+    >>> records = [{"backend": "b", "scheme": s, "status": "ok", "weight_bits": w}
+    ...            for s, w in (("int8", 8), ("fp32", 32))]
+    >>> [str(row) for row in arrange(records).rows]
+    ['b fp32', 'b int8']
+    """
+    if not records:
+        raise InvalidInput("There are no records to report: did the run end before its first row?")
+    cells: dict[Column, dict[Row, Seeds]] = {}
+    bits: dict[Row, tuple[int, int]] = {}
+    for record in records:
+        if missing := [key for key in ("backend", "scheme", "status") if not record.get(key)]:
+            raise InvalidInput(f"A record without {' and '.join(missing)} is no deployment record: {record}")
+        row = Row(record["backend"], record["scheme"], record.get("runtime") or "")
+        column = Column(*(str(record.get(key) or "") for key in Column._fields))
+        cells.setdefault(column, {}).setdefault(row, {})[record.get("seed")] = record
+        bits[row] = (record.get("weight_bits") or 0, record.get("activation_bits") or 0)
+    rows = sorted(
+        bits,
+        key=lambda row: (row.backend != REFERENCE.backend, row.backend, *(-b for b in bits[row]), row),
+    )
+    known = list(METHODS)
+    columns = sorted(
+        cells,
+        key=lambda c: (c.task, c.model, known.index(c.method) if c.method in known else 2, c.method),
+    )
+    return Deployment(rows, columns, cells)
+
+
+def drops(seeds: Seeds) -> list[float]:
+    """Top-1 lost against the float model on the same images, a fraction for each seed that has both.
+
+    >>> drops({0: {"reference_top1": 0.75, "top1": 0.5}, 1: {"top1": 0.9}})
+    [0.25]
+    """
+    both = [(record.get("reference_top1"), record.get("top1")) for record in seeds.values()]
+    return [before - after for before, after in both if before is not None and after is not None]
+
+
+def statuses(seeds: Seeds) -> list[str]:
+    """What became of the seeds, each word once, without the ok ones.
+
+    >>> statuses({0: {"status": "ok"}, 1: {"status": "refused"}})
+    ['refused']
+    """
+    return sorted({record["status"] for record in seeds.values()} - {"ok"})
+
+
+def images(seeds: Seeds) -> list[int]:
+    """The different numbers of images of a cell."""
+    return sorted({record["n"] for record in seeds.values() if record.get("n")})
+
+
+def precision(seeds: Seeds) -> str | None:
+    """INT8 or INT4, as the module says, or None for another precision.
+
+    >>> precision({0: {"weight_bits": 4, "activation_bits": 16}})
+    'INT4'
+    """
+    for record in seeds.values():
+        if record.get("number_format", "integer") != "integer":
+            return None
+        if record.get("weight_bits") == 4:
+            return "INT4"
+        if record.get("weight_bits") == record.get("activation_bits") == 8:
+            return "INT8"
+    return None
+
+
+def group(deployment: Deployment, column: Column, name: str) -> Group | None:
+    """The rows of one precision that have a drop, None if there are none."""
+    found = {
+        row: spread(values)[0]
+        for row, seeds in deployment.cells[column].items()
+        if precision(seeds) == name and (values := drops(seeds))
+    }
+    if not found:
+        return None
+    worst = max(found, key=found.__getitem__)
+    return Group(len(found), worst, found[worst], found[worst] - min(found.values()))
+
+
+def pairs(deployment: Deployment) -> list[tuple[Column, Column]]:
+    """Each Quant-Trim column with that of its float twin, where both are there."""
+    ahead, behind = METHODS
+    twins = [(c, c._replace(method=behind)) for c in deployment.columns if c.method == ahead]
+    return [pair for pair in twins if pair[1] in deployment.cells]
+
+
+def comparable(ahead: Seeds, behind: Seeds) -> list[tuple[Record, Record]]:
+    """The records of two cells that can be subtracted: same seed, same data, same number of images.
+
+    >>> one, two = {"top1": 0.5, "n": 500}, {"top1": 0.5, "n": 9}
+    >>> len(comparable({0: one}, {0: one})), len(comparable({0: one}, {0: two}))
+    (1, 0)
+    """
+    first, second = measured(ahead, "top1"), measured(behind, "top1")
+    both = [(ahead[seed], behind[seed]) for seed in first if seed in second]
+    return [(a, b) for a, b in both if all(a.get(key) == b.get(key) for key in ("n", "data"))]
+
+
+def count_statuses(deployment: Deployment, column: Column) -> Counter[str]:
+    """How many records of a column ended how."""
+    return Counter(
+        record["status"] for seeds in deployment.cells[column].values() for record in seeds.values()
+    )

@@ -1,0 +1,225 @@
+"""LiteRT: the description, grids and graph surgery anywhere; the real toolchain where it is installed."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+
+from qt_jax.backends import environments, evaluate, litert
+from qt_jax.backends.litert import BACKEND, channels_last, dequantize, operators, quantize
+from qt_jax.backends.protocol import KINDS, Refused
+
+SCHEMES = {scheme.name: scheme for scheme in BACKEND.schemes}
+RNG = np.random.default_rng(0)
+IMAGES = RNG.standard_normal((24, 3, 9, 8)).astype(np.float32)
+
+
+def pooled(activation: str) -> onnx.ModelProto:
+    """A classifier whose max-pooling is padded, behind an activation."""
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+        net (float[batch, 3, 9, 8] input) => (float[batch, 4] logits) {{
+            stem = Conv<pads = [1, 1, 1, 1]>(input, kernel)
+            active = {activation}(stem)
+            pool = MaxPool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 0, 1, 1]>(active)
+            mean = GlobalAveragePool(pool)
+            flat = Flatten(mean)
+            logits = MatMul(flat, weights)
+        }}""")
+    for name, shape in (("kernel", (12, 3, 3, 3)), ("weights", (12, 4))):
+        weights = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weights, name))
+    return model
+
+
+def run(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": images})[0]
+
+
+def test_its_description_is_complete_and_pinned():
+    assert BACKEND.kind in KINDS
+    assert BACKEND.available() is None
+    assert all(requirement.count("==") == 1 for requirement in BACKEND.environment.requirements)
+    assert {scheme.source for scheme in BACKEND.schemes} == {None, ("litert", "fp32")}
+    assert SCHEMES["int8-dynamic"].dynamic and SCHEMES["int8-dynamic"].calibration is None
+    assert [runtime.timed for runtime in BACKEND.runtimes] == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_quantizing_rounds_half_away_from_zero_and_saturates(dtype):
+    limits = np.iinfo(dtype)
+    details = {"dtype": dtype, "quantization": (0.5, -3)}
+    x = np.float32([-1.25, -0.25, 0, 0.25, 0.75, 1e6, -1e6])
+    q = quantize(x, details)
+    assert q.dtype == dtype
+    np.testing.assert_array_equal(q, [-6, -4, -3, -2, -1, limits.max, limits.min])
+
+
+def test_a_grid_point_survives_the_round_trip():
+    details = {"dtype": np.int8, "quantization": (0.037, 11)}
+    points = np.arange(-128, 128).astype(np.int8)
+    x = dequantize(points, details)
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(quantize(x, details), points)
+
+
+def test_float_tensors_pass_unchanged():
+    details = {"dtype": np.float32, "quantization": (0.0, 0)}
+    assert quantize(IMAGES, details) is IMAGES
+    assert dequantize(IMAGES, details) is IMAGES
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 5), (2, 5)),
+        ((2, 3, 7), (2, 7, 3)),
+        ((2, 3, 8, 9), (2, 8, 9, 3)),
+        ((1, 2, 3, 4, 5), (1, 3, 4, 5, 2)),
+    ],
+)
+def test_channels_come_last(shape, expected):
+    assert channels_last(np.zeros(shape)).shape == expected
+
+
+def test_operators_are_told_apart_by_what_they_compute_on():
+    types = ["float32", "int8", "int32", "float32", "int8", "int32"]
+    tensors = [{"index": index, "dtype": np.dtype(name).type} for index, name in enumerate(types)]
+    steps = [
+        {"op_name": "QUANTIZE", "inputs": [0], "outputs": [1]},
+        {"op_name": "CONV_2D", "inputs": [1, 4, 2], "outputs": [1]},
+        {"op_name": "CONV_2D", "inputs": [0, 4, -1], "outputs": [3]},
+        {"op_name": "CONV_2D", "inputs": [0, 3, -1], "outputs": [3]},
+        {"op_name": "SHAPE", "inputs": [5], "outputs": [2]},
+        {"op_name": "DEQUANTIZE", "inputs": [1], "outputs": [0]},
+    ]
+    interpreter = SimpleNamespace(get_tensor_details=lambda: tensors, _get_ops_details=lambda: steps)
+    assert operators(interpreter) == {
+        "QUANTIZE": {"float": 1},
+        "CONV_2D": {"integer": 2, "float": 1},
+        "SHAPE": {"integer": 1},
+        "DEQUANTIZE": {"float": 1},
+    }
+
+
+def test_the_batch_is_fixed_and_a_second_input_refused():
+    model = litert._fixed(pooled("Relu"), (1, 3, 9, 8))
+    [value] = model.graph.input
+    assert [dimension.dim_value for dimension in value.type.tensor_type.shape.dim] == [1, 3, 9, 8]
+    assert run(model, IMAGES[:1]).shape == (1, 4)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, [1]))
+    with pytest.raises(Refused, match="other"):
+        litert._fixed(model, (1, 3, 9, 8))
+
+
+@pytest.mark.parametrize(("activation", "rewritten"), [("Relu", True), ("Sigmoid", True), ("Tanh", False)])
+def test_zeros_pad_a_pooling_only_where_nothing_is_negative(activation, rewritten):
+    model = pooled(activation)
+    before = run(model, IMAGES)
+    litert._pad_with_zeros(model.graph)
+    onnx.checker.check_model(model)
+    assert ("Pad" in [node.op_type for node in model.graph.node]) == rewritten
+    np.testing.assert_array_equal(run(model, IMAGES), before)
+
+
+class FakeConverter:
+    """Records what it was told; its `convert` runs the representative data, or fails."""
+
+    error: Exception | None = None
+
+    @classmethod
+    def from_saved_model(cls, path):
+        converter = cls()
+        converter.target_spec = SimpleNamespace(supported_ops=None)
+        converter.optimizations, converter.representative_dataset = [], None
+        converter._experimental_disable_per_channel = False
+        cls.last = converter
+        return converter
+
+    def convert(self):
+        if self.error:
+            raise self.error
+        self.shapes = (
+            [batch[0].shape for batch in self.representative_dataset()] if self.representative_dataset else []
+        )
+        return b"TFL3"
+
+
+@pytest.fixture
+def fake_converter(monkeypatch):
+    kernels = ("TFLITE_BUILTINS_INT8", "EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8")
+    tensorflow = ModuleType("tensorflow")
+    tensorflow.int8, tensorflow.int16 = "int8", "int16"
+    tensorflow.lite = SimpleNamespace(
+        TFLiteConverter=FakeConverter,
+        Optimize=SimpleNamespace(DEFAULT="default"),
+        OpsSet=SimpleNamespace(**{name: name for name in kernels}),
+    )
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
+    monkeypatch.setattr(FakeConverter, "error", None)
+    return FakeConverter
+
+
+@pytest.mark.parametrize(
+    ("name", "edge", "per_tensor", "calibrated"),
+    [
+        ("fp32", None, False, False),
+        ("int8-pc-minmax", "int8", False, True),
+        ("int8-pt-minmax", "int8", True, True),
+        ("int16act-pc-minmax", "int16", False, True),
+        ("int8-dynamic", None, False, False),
+    ],
+)
+def test_each_scheme_tells_the_converter_what_its_name_says(
+    fake_converter, name, edge, per_tensor, calibrated
+):
+    assert litert._convert("model", IMAGES, SCHEMES[name]) == b"TFL3"
+    told = fake_converter.last
+    assert told.optimizations == ([] if name == "fp32" else ["default"])
+    assert told._experimental_disable_per_channel == per_tensor
+    assert getattr(told, "inference_input_type", None) == getattr(told, "inference_output_type", None) == edge
+    assert told.shapes == ([(1, 9, 8, 3)] * len(IMAGES) if calibrated else [])
+
+
+def test_what_the_converter_will_not_take_is_refused(fake_converter, monkeypatch):
+    monkeypatch.setattr(fake_converter, "error", RuntimeError("not yet supported for op: 'SQRT'"))
+    with pytest.raises(Refused, match=r"TFLite converter: .*SQRT"):
+        litert._convert("model", IMAGES, SCHEMES["int16act-pc-minmax"])
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_what_onnx2tf_ends_on_is_refused_in_its_words(unknown, monkeypatch, tmp_path):
+    def convert(path, **settings):
+        print("\x1b[31mERROR:\x1b[0m Foo OP  is not implemented")
+        raise ModuleNotFoundError("No module named 'onnx2tf.ops.Foo'") if unknown else SystemExit(1)
+
+    fake = ModuleType("onnx2tf")
+    fake.convert = convert
+    monkeypatch.setitem(sys.modules, "onnx2tf", fake)
+    monkeypatch.chdir(tmp_path)
+    onnx.save(pooled("Relu"), "net.onnx")
+    with pytest.raises(Refused, match=r"onnx2tf\.ops\.Foo" if unknown else "Foo OP is not implemented"):
+        litert._saved_model(tmp_path / "net.onnx", IMAGES.shape[1:], tmp_path / "saved_model")
+    assert (tmp_path / litert._SAMPLES[0]).exists()
+
+
+@pytest.mark.vendor
+def test_the_real_toolchain_runs_every_scheme_on_both_runtimes(tmp_path):
+    if reason := environments.missing(BACKEND.environment):
+        pytest.skip(reason)
+    model = pooled("Relu")
+    labels = run(model, IMAGES).argmax(1)
+    rows = evaluate(model, IMAGES, (IMAGES, labels), backends=["litert"], folder=tmp_path)
+    rows = {(row["scheme"], row["runtime"]): row for row in rows if row["backend"] == "litert"}
+    assert {row["status"] for row in rows.values()} == {"ok"}, [row["reason"] for row in rows.values()]
+    assert len(rows) == len(BACKEND.schemes) * len(BACKEND.runtimes)
+    for runtime in BACKEND.runtimes:
+        assert rows["fp32", runtime.name]["sqnr_db"] > 100
+        assert rows["int8-pc-minmax", runtime.name]["sqnr_db"] > 25
+        assert rows["int16act-pc-minmax", runtime.name]["sqnr_db"] > 30
+    static = rows["int8-pt-minmax", "reference"]["operators"]
+    assert set().union(*static.values()) == {"integer"}

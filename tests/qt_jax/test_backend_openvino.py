@@ -1,0 +1,130 @@
+"""OpenVINO: its description, what of it runs without Intel's packages, and real compiles where they are."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from qt_jax.backends import environments, evaluate
+from qt_jax.backends.openvino import BACKEND, _operators, brief
+
+STATIC = [scheme for scheme in BACKEND.schemes if scheme.calibration is not None]
+
+
+def test_telemetry_is_off():
+    assert BACKEND.environment.variables == {"CI": "true", "NNCF_CI": "1"}
+
+
+def test_names_and_bits_agree():
+    for scheme in BACKEND.schemes:
+        four = scheme.name.startswith("int4w")
+        assert scheme.weight_bits == (32 if scheme.name == "fp32" else 4 if four else 8)
+        assert (scheme.activation_bits == 16) == ("int16act" in scheme.name)
+        assert not scheme.dynamic and scheme.source is None
+    assert len({scheme.name for scheme in BACKEND.schemes}) == len(BACKEND.schemes)
+
+
+@pytest.mark.parametrize("scheme", STATIC, ids=lambda scheme: scheme.name)
+def test_calibration_names_range_and_bias_correction(scheme):
+    ranges, bias = scheme.calibration.split(", ")
+    assert ("minmax" in scheme.name) == (ranges == "minmax")
+    assert ("accurate" in scheme.name) == bias.startswith("accurate")
+    assert ("uncorrected" in scheme.name) == bias.startswith("no ")
+
+
+def test_weight_only_looks_at_no_image():
+    names = [scheme.name for scheme in BACKEND.schemes if scheme not in STATIC]
+    assert names == ["fp32", "int8w-pc-sym", "int8w-pc-asym", "int4w-matmul-pc-sym", "int4w-matmul-pc-asym"]
+
+
+def test_an_error_is_told_without_sources():
+    message = "Check 'ok' failed at src/core/model.cpp:12:\n\n[ ERROR ]\nUnknown operator Foo\n"
+    assert brief(message) == "Unknown operator Foo"
+    assert brief("failed at a.cpp:1:") == "failed at a.cpp:1:"
+
+
+def layer(kind, reads):
+    return SimpleNamespace(
+        get_rt_info=lambda: {"layerType": SimpleNamespace(astype=lambda _: kind)},
+        input=lambda _: SimpleNamespace(
+            get_element_type=lambda: SimpleNamespace(to_string=lambda: reads),
+        ),
+    )
+
+
+def test_operators_are_counted_by_what_they_read():
+    layers = [
+        layer("Input", "f32"),
+        layer("Convolution", "u8"),
+        layer("Convolution", "f32"),
+        layer("FullyConnected", "i8"),
+        layer("Reorder", "u8"),
+    ]
+    assert _operators(SimpleNamespace(get_ordered_ops=lambda: layers)) == {
+        "Convolution": {"integer": 1, "float": 1},
+        "FullyConnected": {"integer": 1, "float": 0},
+    }
+
+
+NETWORK = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[batch, 3, 8, 8] input) => (float[batch, 4] logits) <float[4, 3, 3, 3] kernel, float[4] bias> {
+        convolved = Conv<pads = [1, 1, 1, 1]>(input, kernel, bias)
+        positive = Relu(convolved)
+        mean = GlobalAveragePool(positive)
+        logits = Flatten(mean)
+    }""")
+REFUSED = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[batch, 3, 8, 8] input) => (float[batch, 3] logits) {
+        logits = Det(input)
+    }""")
+
+
+def filled(model):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(4, 3, 3, 3)).astype(np.float32)
+    bias = rng.normal(size=4).astype(np.float32)
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    del copied.graph.initializer[:]
+    copied.graph.initializer.extend(
+        [onnx.numpy_helper.from_array(kernel, "kernel"), onnx.numpy_helper.from_array(bias, "bias")]
+    )
+    return copied
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(1).normal(size=(24, 3, 8, 8)).astype(np.float32)
+
+
+def run(model, images, folder, schemes=None):
+    """The backend's own records; `evaluate` adds the float reference."""
+    test_set = (images, np.zeros(len(images), np.int64))
+    found = evaluate(model, images, test_set, backends=["openvino"], schemes=schemes, folder=folder)
+    return {record["scheme"]: record for record in found if record["backend"] == "openvino"}
+
+
+@pytest.fixture
+def installed():
+    lack = environments.missing(BACKEND.environment)
+    if lack:
+        pytest.skip(lack)
+
+
+@pytest.mark.vendor
+def test_every_scheme_runs(installed, images, tmp_path):
+    found = run(filled(NETWORK), images, tmp_path)
+    assert set(found) == {scheme.name for scheme in BACKEND.schemes}
+    assert {record["status"] for record in found.values()} == {"ok"}
+    sqnr = {name: record["sqnr_db"] for name, record in found.items()}
+    assert sqnr["fp32"] > 100
+    assert all(value > 25 for name, value in sqnr.items() if name.startswith("int8-pc"))
+    assert found["int8-pc-sym-mean"]["operators"]["Convolution"]["integer"] == 1
+
+
+@pytest.mark.vendor
+def test_an_unknown_operator_is_refused(installed, images, tmp_path):
+    [record] = run(REFUSED, images, tmp_path, ["int8w-pc-sym"]).values()
+    assert record["status"] == "refused"
+    assert "Det" in record["reason"]
