@@ -241,10 +241,10 @@ def _line(record: Record) -> str:
     head = f"{record['method']} {record['backend']} {record['scheme']} {record['runtime']}"
     if record["status"] != "ok":
         return f"{head}: {record['status']}: {record['reason']}"
-    drop = 100 * (record["reference_top1"] - record["top1"])
+    gain = 100 * (record["top1"] - record["reference_top1"])
     ratio = "" if record["sqnr_db"] is None else f", {record['sqnr_db']:.1f} dB"
     clock = "" if record["latency_ms_p50"] is None else f", {record['latency_ms_p50']:.2f} ms"
-    return f"{head}: {100 * record['top1']:.2f} % of {record['n']} ({-drop:+.2f}){ratio}{clock}"
+    return f"{head}: {100 * record['top1']:.2f} % of {record['n']} ({gain:+.2f}){ratio}{clock}"
 
 
 def _arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -188,5 +188,6 @@ def _sources() -> dict[str, str]:
         [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
     )
     folders = asked.stdout.split() if asked.returncode == 0 else []
-    chosen = {"UV_FIND_LINKS": ",".join(folders)} if folders else {"UV_TORCH_BACKEND": "cpu"}
+    chosen = {"UV_NATIVE_TLS": "true"}
+    chosen |= {"UV_FIND_LINKS": ",".join(folders)} if folders else {"UV_TORCH_BACKEND": "cpu"}
     return {name: value for name, value in chosen.items() if name not in os.environ}
