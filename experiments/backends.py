@@ -1,8 +1,8 @@
 """`python -m experiments.backends RUN_DIR ...`: finished runs through every vendor's toolchain, compared.
 
 Takes each network that a run of `experiments.cifar` exported (Quant-Trim and its float twin) through all
-backends, schemes and runtimes, on the run's own calibration images and the test set, the same for all, and
-writes records.jsonl and the report to --out.
+backends, schemes and runtimes, calibrated on the first images of the training split and judged on the test
+set, the same for all, and writes records.jsonl and the report to --out.
 """
 
 import dataclasses
@@ -49,7 +49,12 @@ def run(options: Options, console: Console) -> None:
     if len(names) != 1:
         raise qt.InvalidInput(f"The runs use several data sets ({', '.join(names)}): compare one at a time.")
     dataset = load(names[0], options.data_dir, seed=0)
-    size = options.settings.calibration_size or configs[options.runs[0]]["calibration_size"]
+    sizes = {config["calibration_size"] for config in configs.values()}
+    if options.settings.calibration_size is not None:
+        sizes = {options.settings.calibration_size}
+    if len(sizes) != 1:
+        raise qt.InvalidInput(f"The runs calibrate on {sorted(sizes)} images: choose one --calibration-size.")
+    [size] = sizes
     models = [entry for folder, config in configs.items() for entry in networks(folder, config)]
     images = dataset.test_images[: options.settings.limit]
     labels = dataset.test_labels[: options.settings.limit]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +17,10 @@ from rich.table import Table
 
 from qt_jax.backends import environments, registry
 from qt_jax.backends.evaluation import RECORDS, evaluate, offered
-from qt_jax.backends.steps import Limits
+from qt_jax.backends.steps import MOST_GIBIBYTES, Limits
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
+from qt_jax.reporting.files import write_whole
 from qt_jax.reporting.records import Record
 
 PIPED_WIDTH = 120
@@ -25,7 +28,7 @@ PIPED_WIDTH = 120
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """What there is: every toolchain, what it stands for, its schemes, and whether it can run here."""
+    """What there is: every toolchain, what it stands for, its schemes and runtimes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +61,15 @@ class Settings:
     limit: int | None = None
     """Test images, from the first; default: all."""
     simulated_limit: int | None = 500
-    """Test images on simulators and reference kernels, which are slow. "None": as many as elsewhere."""
+    """Test images on simulators and emulators, which are slow. "None": as many as elsewhere."""
     calibration_size: int | None = None
     """Calibration images, from the first; default: all. Every vendor gets the same."""
     jobs: int = 1
     """Rows that run at the same time. Latency is measured afterwards, one row at a time."""
     timeout: float = 1800.0
     """Seconds for each compile, run or timing."""
-    memory: float = 12.0
-    """GiB of private memory for each of them."""
+    memory: float = MOST_GIBIBYTES
+    """GiB of private memory for each process of them."""
     price_per_hour: float | None = None
     """USD for an hour of this machine; default: 0.05 for each CPU, a round figure."""
     retry: bool = False
@@ -132,10 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
 def show_list(_: List, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0))
     for heading in ("backend", "vendor, kind", "stands for", "schemes", "runtimes"):
-        table.add_column(heading, no_wrap=heading == "backend")
+        table.add_column(heading, no_wrap=heading == "backend", overflow="fold")
     for backend in registry.BACKENDS.values():
-        schemes = ", ".join(scheme.name for scheme in backend.schemes)
-        runtimes = ", ".join(runtime.name for runtime in backend.runtimes)
+        schemes = "\n".join(scheme.name for scheme in backend.schemes)
+        runtimes = "\n".join(runtime.name for runtime in backend.runtimes)
         kind = f"{backend.vendor}\n{backend.kind}"
         table.add_row(backend.name, kind, backend.stands_for, schemes, runtimes)
     console.print(table)
@@ -158,6 +161,9 @@ def show_doctor(_: Doctor, console: Console) -> None:
 
 def install(command: Install, console: Console) -> None:
     wanted = {environment.name: environment for name in command.names for environment in _named(name)}
+    if not wanted:
+        names = " ".join(command.names) or "nothing"
+        raise InvalidInput(f"{names}: no environment to install. `doctor` says what each backend lacks.")
     wanted = {name: it for name, it in wanted.items() if environments.missing(it) is not None}
     if not wanted:
         console.print("Nothing to do: all of it is installed.")
@@ -166,8 +172,9 @@ def install(command: Install, console: Console) -> None:
         console.print(f"{environment.name}: {environment.megabytes} MB, Python {environment.python}")
         console.print(f"  licences: {environment.licence}")
         console.print(f"  {', '.join((*environment.requirements, *environment.without_dependencies))}")
-    if not command.yes and sys.stdin.isatty() and console.input("Install? [y/N] ").strip().lower() != "y":
-        raise InvalidInput("Nothing was installed.")
+    agreed = command.yes or (sys.stdin.isatty() and console.input("Install? [y/N] ").strip().lower() == "y")
+    if not agreed:
+        raise InvalidInput("Nothing was installed: answer y, or give --yes.")
     for number, environment in enumerate(wanted.values(), start=1):
         console.print(f"[{number}/{len(wanted)}] {environment.name} -> {environments.location(environment)}")
         environments.install(environment)
@@ -194,10 +201,9 @@ def run(command: Run, console: Console) -> None:
         raise InvalidInput(f"{command.model} is not there: give the path of a float ONNX model.")
     name = command.model.stem
     identity = {
-        "run": command.settings.out.name,
+        "run": command.settings.out.resolve().name,
         "model": name,
         "method": name,
-        "checkpoint": hashlib.sha256(command.model.read_bytes()).hexdigest(),
     }
     models = [(command.model, identity)]
     evaluate_all(models, calibration, (test["images"], test["labels"]), command.settings, console)
@@ -208,6 +214,7 @@ def evaluate_all(models, calibration, test_set, settings: Settings, console: Con
     from qt_jax.reporting.deployment_tables import deployment_table
     from qt_jax.reporting.report import write_report
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows: list[Record] = []
     fresh: list[Record] = []
     total = len(models) * len(offered(*settings.selection()))
@@ -226,21 +233,32 @@ def evaluate_all(models, calibration, test_set, settings: Settings, console: Con
             )
             rows += made
             progress.update(task, completed=len(rows))
-    report = settings.out / "summary.md"
     console.print(deployment_table(rows))
-    if fresh or not report.exists():
-        write_report(records.read(settings.out / RECORDS), settings.out)
-    console.print(
-        f"{len(fresh)} of {len(rows)} rows are new. {settings.out}/report.html, summary.md, {RECORDS}"
-    )
+    reported = _comparable(records.read(settings.out / RECORDS), rows)
+    key = hashlib.sha256(json.dumps(reported).encode()).hexdigest()
+    mark = settings.out / "work" / "report.sha256"
+    if not mark.exists() or mark.read_text() != key:
+        write_report(reported, settings.out)
+        write_whole(mark, key)
+    where = f"{settings.out}/report.html, summary.md, {RECORDS}"
+    console.print(f"{len(fresh)} of {len(rows)} rows are new. {where}", soft_wrap=True)
     return rows
+
+
+def _comparable(kept: list[Record], rows: list[Record]) -> list[Record]:
+    """`rows`, after what earlier commands found of the same networks on the same data."""
+    subject = {(row["data"], row["checkpoint"]) for row in rows}
+    asked = {row["key"] for row in rows}
+    earlier = (row for row in kept if (row["data"], row["checkpoint"]) in subject)
+    return [row for row in earlier if row["key"] not in asked] + rows
 
 
 def _line(record: Record) -> str:
     """One finished row, in one line."""
     head = f"{record['method']} {record['backend']} {record['scheme']} {record['runtime']}"
     if record["status"] != "ok":
-        return f"{head}: {record['status']}: {record['reason']}"
+        log = f" (log: {record['log']})" if record.get("log") else ""
+        return f"{head}: {record['status']}: {record['reason']}{log}"
     gain = 100 * (record["top1"] - record["reference_top1"])
     ratio = "" if record["sqnr_db"] is None else f", {record['sqnr_db']:.1f} dB"
     clock = "" if record["latency_ms_p50"] is None else f", {record['latency_ms_p50']:.2f} ms"

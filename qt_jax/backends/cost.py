@@ -37,9 +37,11 @@ PRICE_PER_CPU_HOUR = 0.05
 
 @dataclass(frozen=True)
 class Work:
-    """What one image costs, whatever the bits: multiply-accumulates, and elements that layers put out."""
+    """What one image costs, whatever the bits: multiply-accumulates, elements of kernels, and elements that
+    layers put out."""
 
     macs: int
+    weights: int
     activations: int
 
 
@@ -49,38 +51,45 @@ def work(model: onnx.ModelProto) -> Work | None:
     >>> import onnx.parser
     >>> graph = 'g (float[b, 3] x) => (float[b, 2] y) <float[3, 2] k = {1,2,3,4,5,6}> { y = MatMul(x, k) }'
     >>> work(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}'))
-    Work(macs=6, activations=2)
+    Work(macs=6, weights=6, activations=2)
     """
     inferred = onnx.shape_inference.infer_shapes(model)
     macs = multiply_accumulates(inferred)
     if macs is None:
         return None
     shapes = graph.shapes(inferred)
-    outputs = [shapes[node.output[0]] for node in model.graph.node if node.op_type in WEIGHTED]
-    return Work(macs, sum(math.prod(shape[1:]) for shape in outputs))
+    weighted = [node for node in model.graph.node if node.op_type in WEIGHTED]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    kernels = {node.input[1] for node in weighted} & constants
+    return Work(
+        macs,
+        weights=sum(math.prod(shapes[name]) for name in kernels),
+        activations=sum(math.prod(shapes[node.output[0]][1:]) for node in weighted),
+    )
 
 
-def energy_mj(work: Work, scheme: Scheme, weight_bytes: int) -> float:
+def energy_mj(work: Work, scheme: Scheme) -> float:
     """Millijoules of one image by the model above.
 
-    >>> layer, int8 = Work(macs=1000, activations=10), Scheme("int8", 8, 8, False, "minmax")
-    >>> round(energy_mj(layer, int8, weight_bytes=100) / PICOJOULE)  # 300 + 16250 + 250 picojoules
+    >>> layer, int8 = Work(1000, weights=100, activations=10), Scheme("int8", 8, 8, False, "minmax")
+    >>> round(energy_mj(layer, int8) / PICOJOULE)  # 300 + 16250 + 250 picojoules
     16800
     """
     bits = max(scheme.weight_bits, scheme.activation_bits)
     mac = 0.2 * scheme.weight_bits * scheme.activation_bits / 64 + 0.1
     stored_only = scheme.calibration is None and not scheme.dynamic and scheme.number_format == "integer"
-    if stored_only or scheme.number_format == "float":
+    float_inputs = scheme.number_format == "block" and scheme.activation_bits == 16
+    if stored_only or float_inputs or scheme.number_format == "float":
         mac = FLOAT_MAC[32 if bits > 16 else 16]
     moved = 2 * work.activations * scheme.activation_bits / 8
-    return PICOJOULE * (work.macs * mac + weight_bytes * DRAM_BYTE + moved * SRAM_BYTE)
+    fetched = work.weights * scheme.weight_bits / 8
+    return PICOJOULE * (work.macs * mac + fetched * DRAM_BYTE + moved * SRAM_BYTE)
 
 
 def keys(
     clock: Mapping[str, Any],
     work: Work | None,
     scheme: Scheme,
-    model_bytes: int | None,
     price_per_hour: float,
 ) -> dict[str, Any]:
     """The record's keys of speed, energy and cost, from what the clock of the `time` step says (if it
@@ -89,8 +98,8 @@ def keys(
     counted = clock.get("energy_mj")
     if counted is not None:
         found |= {"energy_mj": counted, "energy_source": COUNTER}
-    elif work is not None and model_bytes is not None:
-        found |= {"energy_mj": energy_mj(work, scheme, model_bytes), "energy_source": MODEL}
+    elif work is not None:
+        found |= {"energy_mj": energy_mj(work, scheme), "energy_source": MODEL}
     if "throughput_ips" in clock:
         found["cost"] = 1e6 * price_per_hour / (3600 * clock["throughput_ips"])
         found["cost_source"] = (

@@ -28,7 +28,11 @@ INSTALL = "python -m qt_jax.backends install"
 def root() -> Path:
     """The folder that holds the environments."""
     chosen = os.environ.get("QT_JAX_ENVIRONMENTS")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("qt_jax")) / "environments"
+    return (
+        Path(chosen).expanduser().absolute()
+        if chosen
+        else Path(platformdirs.user_cache_dir("qt_jax")) / "environments"
+    )
 
 
 def location(environment: Environment) -> Path:

@@ -188,6 +188,8 @@ def _tool(name, *arguments):
     program = Path(sys.executable).with_name(name)
     ended = subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(ended.stdout)
+    if ended.returncode < 0:
+        raise ChildProcessError(f"{name} was killed by signal {-ended.returncode}")
     if ended.returncode:
         raise Refused(f"{name}: {ended.stdout.strip()[-500:] or f'exit status {ended.returncode}'}")
 

@@ -37,7 +37,7 @@ def evaluate(
     limit: int | None = None,
     simulated_limit: int | None = 500,
     jobs: int = 1,
-    limits: steps.Limits = steps.Limits(),  # noqa: B008 (frozen)
+    limits: steps.Limits | None = None,
     folder: str | Path | None = None,
     identity: Mapping[str, Any] = NO_IDENTITY,
     price_per_hour: float | None = None,
@@ -62,7 +62,7 @@ def evaluate(
         limit: the first so many test images; None for all.
         simulated_limit: the same for runtimes that imitate hardware, which are slow.
         jobs: rows at a time. Timing always has the machine for itself, after all rows have run.
-        limits: seconds and GiB of each process.
+        limits: seconds and GiB of each process; None for those of `Limits`.
         folder: keeps records.jsonl, logs, compiled models and logits; what is found there is not done again.
             None: a temporary folder.
         identity: keys that say whose records these are: run, task, model, method, seed, checkpoint.
@@ -87,9 +87,12 @@ def evaluate(
         ('fp32', 1.0, 0)
     """
     chosen = offered(backends, schemes, runtimes)
+    limits = steps.Limits() if limits is None else limits
+    price = cost.PRICE_PER_CPU_HOUR * (os.cpu_count() or 1) if price_per_hour is None else price_per_hour
+    _check_settings(limit, simulated_limit, jobs, limits, price)
+    calibration, *test_set = (np.asarray(array) for array in (calibration, *test_set))
     images, labels = test_set[0][:limit], test_set[1][:limit]
     model = prepare(load(model), calibration, images, labels)
-    price = cost.PRICE_PER_CPU_HOUR * (os.cpu_count() or 1) if price_per_hour is None else price_per_hour
     with _home(folder) as home:
         job = _job(home, model, calibration, images, labels, identity, limits, price, retry)
         few = len(images) if simulated_limit is None else min(simulated_limit, len(images))
@@ -97,14 +100,31 @@ def evaluate(
         return _finish(job, rows, jobs, on_record)
 
 
+def _check_settings(
+    limit: int | None, simulated_limit: int | None, jobs: int, limits: steps.Limits, price: float
+) -> None:
+    positive = {"limit": limit, "simulated_limit": simulated_limit, "jobs": jobs}
+    positive |= {"the time limit": limits.seconds, "the memory limit": limits.gibibytes}
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise InvalidInput(f"{name} must be above 0, got {value}.")
+    if price < 0:
+        raise InvalidInput(f"The price of an hour cannot be {price}: give 0 or more.")
+
+
 def _finish(job: Job, rows: list[Row], jobs: int, on_record: Callable[[Record], None] | None) -> list[Record]:
     """The records of all rows: those found, then those made now, in parallel but for the clock."""
+    steps.STOPPING.clear()
     path = job.folder / RECORDS
-    found = {record["key"]: record for record in records.read(path)}
+    found = {record.get("key"): record for record in records.read(path)}
+    if None in found:
+        raise InvalidInput(f"{path} was written by another command: choose another folder for this one.")
 
     def known(row: Row) -> bool:
         record = found.get(row.key)
         if record is None or (job.retry and record["status"] != "ok"):
+            return False
+        if record["status"] in ("timeout", "crashed") and job.limits.exceed(record["limits"]):
             return False
         return record["status"] != "unavailable" or record["reason"] == row.missing()
 
@@ -152,7 +172,11 @@ def _reference(row: Row) -> np.ndarray:
     """Float logits. Raises InvalidInput where they are nothing to compare with."""
     answer = row.run()
     if answer.status != "ok":
-        raise InvalidInput(f"ONNX Runtime cannot run the float model to compare with: {answer.reason}")
+        log = answer.folder / steps.LOG
+        raise InvalidInput(
+            f"ONNX Runtime cannot run the float model to compare with: {answer.reason} (log: {log}; "
+            "limits: --timeout, --memory)"
+        )
     logits = row.logits()
     if logits.ndim != 2 or len(logits) != row.n:
         raise InvalidInput(
@@ -196,7 +220,10 @@ def offered(
 @contextmanager
 def _home(folder: str | Path | None) -> Iterator[Path]:
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(f"{folder} cannot be made: {error.strerror}. Choose another.") from error
         yield Path(folder)
         return
     with tempfile.TemporaryDirectory(prefix="qt_jax-") as temporary:

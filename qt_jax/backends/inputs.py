@@ -20,7 +20,7 @@ def load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
         return onnx.load(model)
     except Exception as error:
         raise InvalidInput(
-            f"{model} cannot be read as an ONNX model: {error}. Delete it and export it again."
+            f"{model} cannot be read as an ONNX model: {error}. Check the path, or export it again."
         ) from error
 
 
@@ -29,8 +29,9 @@ def prepare(
 ) -> onnx.ModelProto:
     """A copy of `model` as all toolchains get it, once it is sure that the data fit.
 
-    Sizes of the input that the graph leaves open, but for the batch, are those of the images; weights are not
-    listed among the inputs; an opset before 13 is raised to 13. Graphs that need none of it stay as they are.
+    Of several outputs the first is kept. Sizes of the input that the graph leaves open, but for the batch,
+    are those of the images; weights are not listed among the inputs; an opset before 13 is raised to 13.
+    Graphs that need none of it stay as they are.
 
     Raises InvalidInput for several inputs, for arrays that do not fit, and for a batch fixed above 1.
     """
@@ -48,6 +49,7 @@ def prepare(
     listed = [value for value in prepared.graph.input if value.name == taken.name]
     del prepared.graph.input[:]
     prepared.graph.input.extend(listed)
+    del prepared.graph.output[1:]
     if _opset(prepared) < OLDEST_OPSET:
         try:
             prepared = version_converter.convert_version(prepared, OLDEST_OPSET)
@@ -99,6 +101,8 @@ def _check_images(given: onnx.ValueInfoProto, calibration: np.ndarray, images: n
                 f"(n, {', '.join(str(want or '*') for want in expected[1:])}): our exports are "
                 "channels-first."
             )
+        if not np.isfinite(array).all():
+            raise InvalidInput(f"{what} has values that are not finite (NaN or infinite): mend the data.")
     if calibration.shape[1:] != images.shape[1:]:
         raise InvalidInput(
             f"calibration has images of {calibration.shape[1:]}, the test set of {images.shape[1:]}: they "

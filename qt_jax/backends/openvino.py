@@ -94,7 +94,10 @@ def _schemes() -> tuple[Scheme, ...]:
         Scheme(name, s.weight_bits, s.activation_bits, True, f"{_METHODS[s.ranges]}, {_BIASES[s.bias]}")
         for name, s in _STATIC.items()
     )
-    stored = (Scheme(name, int(name[3]), 32, True) for name in _WEIGHT_ONLY)
+    stored = (
+        Scheme(name, int(name[3]), 32, True, layers="matmul" if "matmul" in name else "all")
+        for name in _WEIGHT_ONLY
+    )
     return (Scheme("fp32", 32, 32, number_format="float"), *static, *stored)
 
 

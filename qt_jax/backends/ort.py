@@ -37,7 +37,7 @@ BLOCK = 32
 FP32 = Scheme("fp32", weight_bits=32, activation_bits=32, number_format="float")
 REFERENCE = Runtime("reference", "graph optimizations off", batch=100)
 OPTIMIZED = Runtime("optimized", "all graph optimizations", batch=100, timed=True)
-BLOCKS = Scheme("int4w-blocks", 4, 32, per_channel=True)
+BLOCKS = Scheme("int4w-blocks", 4, 32, per_channel=True, layers="matmul")
 DYNAMIC = Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True)
 
 _METHODS = {"minmax": "minmax", "percentile": f"percentile {PERCENTILE}", "entropy": "entropy"}

@@ -46,6 +46,8 @@ class Scheme:
     each small block; "float"."""
     source: tuple[str, str] | None = None
     """(backend, scheme) whose compiled folder this scheme starts from; None: from the ONNX file."""
+    layers: str = "all"
+    """"all" that the toolchain can quantize, or "matmul" where its convolutions keep more bits than said."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def select(names: str | Sequence[str]) -> list[Backend]:
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         raise InvalidInput(f"Unknown backends {unknown}: choose among {sorted(BACKENDS)}, or 'all'.")
-    return [BACKENDS[name] for name in names]
+    return [BACKENDS[name] for name in dict.fromkeys(names)]
 
 
 def scheme_of(backend: Backend, name: str) -> Scheme:

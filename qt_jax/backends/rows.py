@@ -24,7 +24,7 @@ from qt_jax.reporting.records import Record, new_record
 
 REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
 LOGITS = "logits.npy"
-UNTIMED = "latency and throughput of an emulation mean nothing"
+UNTIMED = "no product runs like this runtime, so that it is not timed"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,15 @@ class Job:
     work: cost.Work | None
     price_per_hour: float
     retry: bool = False
+    retried: set[Path] = field(default_factory=set)
+    """Steps that were tried again already, so that rows that share one do not each try it."""
+
+    def perform(self, name: str, backend: Backend, step: Mapping[str, Any]) -> steps.Answer:
+        """The answer of the step of this name, from its folder or from a process of its own."""
+        folder = self.folder / "work" / name
+        again = self.retry and folder not in self.retried
+        self.retried.add(folder)
+        return steps.perform(folder, backend.environment, step, self.limits, again)
 
 
 @dataclass(frozen=True)
@@ -59,15 +68,16 @@ class Row:
 
     @cached_property
     def key(self) -> str:
-        """The hash of everything that decides what the record says, but for the clock."""
-        identity = sorted((name, str(value)) for name, value in self.job.identity.items())
-        shared = [self.job.hashes["labels"], identity, self.job.price_per_hour, self.runtime.timed and cpu()]
-        return _hash(self._run_key, shared)
+        """The hash of everything that decides what the record says, but for the clock and for limits."""
+        identity = sorted((name, str(value)) for name, value in self.job.identity.items() if name != "run")
+        price = self.job.price_per_hour if self.runtime.timed else None
+        return _hash(self._run_key, self.job.hashes["labels"], identity, price)
 
     @cached_property
     def _run_key(self) -> str:
         compiled = _compile_key(self.job, self.backend, self.scheme)
-        return _hash(compiled, self.job.hashes["images"], self.n, asdict(self.runtime))
+        machine = cpu() if self.runtime.timed else None
+        return _hash(compiled, self.job.hashes["images"], self.n, asdict(self.runtime), machine)
 
     def missing(self) -> str | None:
         """Why this row cannot run here, or None."""
@@ -103,17 +113,20 @@ class Row:
         found = measure(self.logits(), labels, None if reference is None else reference[: self.n])
         seconds = compiled.seconds + answer.seconds
         if found["status"] == "ok":
-            reasons = [found["reason"], None if self.runtime.timed else UNTIMED]
-            found["reason"] = "; ".join(filter(None, reasons)) or None
-            found |= self._speed(compiled) | dict(compiled.result["measured"])
+            speed, lack = self._speed(compiled)
+            found |= speed | dict(compiled.result["measured"])
+            found["reason"] = "; ".join(filter(None, [found["reason"], lack])) or None
         return self._record({"log": log} | about | found, seconds)
 
-    def _speed(self, compiled: steps.Answer) -> Record:
-        """Latency, throughput, energy and cost, with the reason where one of them is null."""
+    def _speed(self, compiled: steps.Answer) -> tuple[Record, str | None]:
+        """Latency, throughput, energy and cost; and why some of them are lacking."""
         timed = self._step("time", compiled) if self.runtime.timed else None
         clock = dict(timed.result) if timed is not None else {}
-        model_bytes = compiled.result["model_bytes"]
-        return cost.keys(clock, self.job.work, self.scheme, model_bytes, self.job.price_per_hour)
+        lacks = [UNTIMED if timed is None else timed.reason]
+        if self.job.work is None:
+            lacks.append("energy: the graph leaves the shape of a layer open")
+        speed = cost.keys(clock, self.job.work, self.scheme, self.job.price_per_hour)
+        return speed, "; ".join(filter(None, lacks)) or None
 
     def _step(self, step: str, compiled: steps.Answer) -> steps.Answer:
         job = {
@@ -128,16 +141,14 @@ class Row:
             "logits": f"./{LOGITS}",
         }
         name = f"{self.backend.name}-{self.scheme.name}-{self.runtime.name}-{step}-{self._run_key[:12]}"
-        return steps.perform(
-            self.job.folder / "work" / name, self.backend.environment, job, self.job.limits, self.job.retry
-        )
+        return self.job.perform(name, self.backend, job)
 
     def _record(self, measured: Record, seconds: float) -> Record:
         backend, scheme = self.backend, self.scheme
         calibration = {"n": self.job.calibration_size, "method": scheme.calibration}
         about = provenance(backend.packages) | {"versions": environments.versions(backend)}
         return new_record(
-            **self.job.identity,
+            **{"checkpoint": self.job.hashes["model"]} | self.job.identity,
             key=self.key,
             data=_hash(self.job.hashes["images"], self.job.hashes["calibration"], self.job.hashes["labels"]),
             backend=backend.name,
@@ -148,12 +159,14 @@ class Row:
             simulated=self.runtime.simulated,
             scheme=scheme.name,
             number_format=scheme.number_format,
+            layers=scheme.layers,
             weight_bits=scheme.weight_bits,
             activation_bits=scheme.activation_bits,
             per_channel=scheme.per_channel,
             dynamic=scheme.dynamic,
             calibration=calibration if scheme.calibration is not None else None,
             seconds=round(seconds, 3),
+            limits=asdict(self.job.limits),
             **about | measured,
         )
 
@@ -176,7 +189,7 @@ def compile_scheme(job: Job, backend: Backend, scheme: Scheme) -> steps.Answer:
         "compiled": "./compiled",
     }
     name = f"{backend.name}-{scheme.name}-compile-{_compile_key(job, backend, scheme)[:12]}"
-    return steps.perform(job.folder / "work" / name, backend.environment, description, job.limits, job.retry)
+    return job.perform(name, backend, description)
 
 
 def _compile_key(job: Job, backend: Backend, scheme: Scheme) -> str:
@@ -184,7 +197,7 @@ def _compile_key(job: Job, backend: Backend, scheme: Scheme) -> str:
     if scheme.source is not None:
         origin = BACKENDS.get(scheme.source[0], backend)
         parent = _compile_key(job, origin, scheme_of(origin, scheme.source[1]))
-    own = [_code(file_of(backend)), asdict(scheme), environments.versions(backend)]
+    own = [_code(file_of(backend)), _code(steps.WORKER), asdict(scheme), environments.versions(backend)]
     return _hash(job.hashes["model"], job.hashes["calibration"], parent, own)
 
 

@@ -152,10 +152,10 @@ class Sophgo:
         shutil.copytree(source / (BATCHED if batched else SINGLE), work)
         chip, quantization, *options = scheme.name.split("-")
         model = folder / _file(chip)
-        table = source / ("max" if "max" in options else "kl")
+        shutil.copy(source / ("max" if "max" in options else "kl"), work / "table")
         _tool(
             "model_deploy", work, "--mlir", "net.mlir", "--chip", chip, "--quantize", quantization,
-            "--calibration_table", table, "--model", model.name,
+            "--calibration_table", "table", "--model", model.name,
             "--tolerance", "0,0", "--skip_validation",  # nothing is compared: no test input is given
             *(["--asymmetric"] if "asym" in options else []),
         )  # fmt: skip
@@ -259,6 +259,8 @@ def _tool(name: str, work: Path, *arguments) -> None:
         ).returncode
     text = log.read_text(errors="replace")
     print(text, flush=True)
+    if code < 0:
+        raise ChildProcessError(f"{name} was killed by signal {-code}")
     if code:
         raise Refused(f"{name} ended with {code}: {complaint(text)}")
 

@@ -2,26 +2,31 @@
 
 A step lives in a folder named by the hash of everything that decides its outcome. The worker writes into a
 folder beside it, which gets the step's name only when its `answer.json` is complete: a kill at any moment
-leaves no half step behind that could be taken for a whole one.
+leaves no half step behind that could be taken for a whole one. A lock file beside it makes everybody else
+who wants the same step, in this process or in another, wait for the first.
 """
 
-import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qt_jax.backends import environments
 from qt_jax.backends.protocol import Environment
 
 WORKER = Path(__file__).with_name("worker.py")
-ANSWER, LOG = "answer.json", "log.txt"
+ANSWER, REPLY, LOG = "answer.json", "reply.json", "log.txt"
+MOST_GIBIBYTES = round(min(12.0, 0.8 * psutil.virtual_memory().total / 2**30), 1)
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,12 @@ class Limits:
     """What one step may take."""
 
     seconds: float = 1800.0
-    gibibytes: float = 12.0
-    """Private memory of each process: an allocation beyond it fails."""
+    gibibytes: float = MOST_GIBIBYTES
+    """Private memory of each process of the step: an allocation beyond it fails."""
+
+    def exceed(self, others: Mapping[str, float]) -> bool:
+        """Whether a step that failed under `others`, as a dict of these fields, may do better now."""
+        return self.seconds > others["seconds"] or self.gibibytes > others["gibibytes"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,12 @@ class Answer:
     result: Mapping[str, Any]
     reason: str | None
     seconds: float
+    limits: Mapping[str, float]
     folder: Path
+
+
+class Stopped(Exception):
+    """The step was given up because `stop_all` was called; nothing of it is kept."""
 
 
 def perform(
@@ -50,11 +64,12 @@ def perform(
     """The answer of the step whose home is `folder`: the one found there, or that of a new worker process.
 
     `job` is what the worker reads; paths in it that start with "./" lie in the folder. With `retry` an answer
-    that is not "ok" does not count. Threads that ask for the same step wait for the first.
+    that is not "ok" does not count; one that lacked time or memory never does when more is given now.
+    Raises Stopped after `stop_all`.
     """
     with _lock(folder):
         found = _read(folder)
-        if found is not None and (found.status == "ok" or not retry):
+        if found is not None and (found.status == "ok" or not (retry or _starved(found, limits))):
             return found
         shutil.rmtree(folder, ignore_errors=True)
         scratch = folder.with_name(f"{folder.name}.partial")
@@ -63,99 +78,135 @@ def perform(
         work.mkdir(parents=True)
         status = _execute(scratch, environment, job, limits)
         shutil.rmtree(work, ignore_errors=True)
+        if STOPPING.is_set():
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise Stopped
         answer = _answer(scratch, job["step"], status, limits)
-        (scratch / ANSWER).write_text(json.dumps(answer))
+        (scratch / ANSWER).write_text(json.dumps(answer | {"limits": asdict(limits)}))
         os.replace(scratch, folder)
         return _read(folder)
 
 
+STOPPING = threading.Event()
+"""Set by `stop_all`; whoever starts steps clears it first."""
 _LIVE: set[subprocess.Popen] = set()
-_LOCKS: dict[Path, threading.Lock] = {}
-_LOCKS_GUARD = threading.Lock()
 
 
-def _lock(folder: Path) -> threading.Lock:
-    with _LOCKS_GUARD:
-        return _LOCKS.setdefault(folder.absolute(), threading.Lock())
+def stop_all() -> None:
+    """End every worker that runs now; what they were at is done again next time."""
+    STOPPING.set()
+    for process in list(_LIVE):
+        _kill(process)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def _read(folder: Path) -> Answer | None:
     try:
         found = json.loads((folder / ANSWER).read_text())
-        return Answer(found["status"], found["result"], found["reason"], found["seconds"], folder)
+        keys = ("status", "result", "reason", "seconds", "limits")
+        return Answer(*(found[key] for key in keys), folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _starved(found: Answer, limits: Limits) -> bool:
+    return found.status in ("timeout", "crashed") and limits.exceed(found.limits)
+
+
 def _execute(
     scratch: Path, environment: Environment | None, job: Mapping[str, Any], limits: Limits
-) -> int | None:
-    """The worker's exit status, negative for a signal; None if its time ran out."""
+) -> int | str | None:
+    """The worker's exit status, negative for a signal; None if its time ran out; why it did not start."""
     places = {
         name: str(scratch.absolute() / value[2:])
         for name, value in job.items()
         if isinstance(value, str) and value.startswith("./")
     }
-    memory = {"answer": str(scratch.absolute() / "reply.json"), "memory_bytes": int(limits.gibibytes * 2**30)}
+    memory = {"answer": str(scratch.absolute() / REPLY), "memory_bytes": int(limits.gibibytes * 2**30)}
     (scratch / "job.json").write_text(json.dumps({**job, **places, **memory}))
     command = [environments.interpreter(environment), WORKER, (scratch / "job.json").absolute()]
+    if STOPPING.is_set():
+        return None
     with open(scratch / LOG, "wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=scratch / "work",
-            env=environments.variables(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=scratch / "work",
+                env=environments.variables(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return f"could not start: {error}"
         _LIVE.add(process)
         try:
             return process.wait(limits.seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _kill_session(process)
+            _kill(process)
             _LIVE.discard(process)
 
 
-def stop_all() -> None:
-    """End every worker that runs now; what they were at is done again next time."""
-    for process in list(_LIVE):
-        _kill_session(process)
-
-
-def _kill_session(process: subprocess.Popen) -> None:
-    """End the worker and every child it left."""
-    with contextlib.suppress(ProcessLookupError):
+def _kill(process: subprocess.Popen) -> None:
+    """End the worker, its descendants, and what is left of its session."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:
+        family = []
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for member in family:
+        with suppress(psutil.Error):
+            member.kill()
     process.wait()
 
 
-def _answer(scratch: Path, step: str, status: int | None, limits: Limits) -> dict[str, Any]:
+def _answer(scratch: Path, step: str, status: int | str | None, limits: Limits) -> dict[str, Any]:
     """What the worker replied, or what its end says where it could not reply."""
-    nothing = {"result": {}, "seconds": limits.seconds if status is None else 0.0}
     if status is None:
-        return nothing | {"status": "timeout", "reason": f"{step} was stopped after {limits.seconds:g} s"}
+        stopped = f"{step} was stopped after {limits.seconds:g} s (--timeout)"
+        return {"status": "timeout", "result": {}, "reason": stopped, "seconds": limits.seconds}
     try:
-        reply = json.loads((scratch / "reply.json").read_text())
-        seconds = reply["seconds"]
-        if "result" in reply:
-            return {"status": "ok", "result": reply["result"], "reason": None, "seconds": seconds}
+        return _reply(scratch, step)
     except (OSError, ValueError, KeyError, TypeError):
-        return nothing | {"status": "crashed", "reason": f"{step} {_end(status)}{_last_words(scratch)}"}
+        reason = f"{step} {status if isinstance(status, str) else _end(status)}{_last_words(scratch)}"
+        return {"status": "crashed", "result": {}, "reason": reason, "seconds": 0.0}
+
+
+def _reply(scratch: Path, step: str) -> dict[str, Any]:
+    """The worker's own account. Raises one of several errors if it is not what a worker writes."""
+    reply = json.loads((scratch / REPLY).read_text())
+    seconds = float(reply["seconds"])
+    if "result" in reply:
+        return {"status": "ok", "result": dict(reply["result"]), "reason": None, "seconds": seconds}
     status = "refused" if reply["refused"] else "crashed"
-    return nothing | {"status": status, "reason": f"{step}: {reply['error']}", "seconds": seconds}
+    return {"status": status, "result": {}, "reason": f"{step}: {reply['error']}", "seconds": seconds}
 
 
 def _end(status: int) -> str:
     if status >= 0:
         return f"ended with exit status {status} and no answer"
-    return f"was killed by {signal.Signals(-status).name}"
+    known = {number.value: number.name for number in signal.Signals}
+    return f"was killed by {known.get(-status, f'signal {-status}')}"
 
 
 def _last_words(scratch: Path) -> str:
     """The last line of the log, for a process that could not say itself what was wrong."""
-    lines = (scratch / LOG).read_bytes()[-4000:].decode(errors="replace").split("\n")
+    try:
+        with open(scratch / LOG, "rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4000))
+            lines = log.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
     spoken = [line.strip() for line in lines if line.strip()]
     return f"; its last words: {spoken[-1][:300]}" if spoken else ""

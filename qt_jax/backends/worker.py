@@ -1,8 +1,8 @@
 """One step of one vendor job, in a process and an interpreter of its own: `python worker.py JOB.json`.
 
-The harness (`qt_jax.backends.jobs`) writes JOB.json and starts this file by its path, because the interpreter
-may be a vendor's environment without jax: `qt_jax` and `qt_jax.backends` are then bare packages whose
-`__init__` is not run. The answer goes to `answer` of the job, whole or not at all.
+The harness (`qt_jax.backends.steps`) writes JOB.json and starts this file by its path, because the
+interpreter may be a vendor's environment without jax: `qt_jax` and `qt_jax.backends` are then bare packages
+whose `__init__` is not run. The answer goes to `answer` of the job, whole or not at all.
 """
 
 import ctypes
@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+LARGEST_FILE = 16 * 2**30
+"""Bytes; a tool that writes without end is stopped here."""
 WARM_UP, MOST_CALLS, MOST_SECONDS = 10, 300, 3.0
 """Calls before the clock starts; calls and seconds after which timing ends."""
 
@@ -28,6 +30,7 @@ def main(path: str) -> None:
     _die_with_parent()
     limit = job["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     backend = load_backend(job["backend_file"])
     [scheme] = [scheme for scheme in backend.schemes if scheme.name == job["scheme"]]
     step = {"compile": _compile, "run": _run, "time": _time}[job["step"]]
@@ -42,9 +45,10 @@ def main(path: str) -> None:
 
         traceback.print_exc()
         name = "" if type(error).__name__ == "Refused" else f"{type(error).__name__}: "
-        answer = {"error": f"{name}{error}", "refused": job["step"] == "compile"}
+        machine_failed = isinstance(error, OSError | ImportError)
+        answer = {"error": f"{name}{error}", "refused": job["step"] == "compile" and not machine_failed}
     answer["seconds"] = round(time.perf_counter() - started, 3)
-    _write(Path(job["answer"]), json.dumps(answer).encode())
+    _write(Path(job["answer"]), json.dumps(answer, allow_nan=False).encode())
 
 
 def _die_with_parent():
@@ -137,8 +141,9 @@ def _clock(session, images):
 def _joules():
     """Energy all CPU packages have used so far, by RAPL's counters; None where they cannot be read."""
     try:
-        counters = Path("/sys/class/powercap").glob("*-rapl:?/energy_uj")
-        readings = [int(counter.read_text()) for counter in counters]
+        zones = Path("/sys/class/powercap").glob("*-rapl:*")
+        packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
+        readings = [int((zone / "energy_uj").read_text()) for zone in packages]
     except (OSError, ValueError):
         return None
     return 1e-6 * sum(readings) if readings else None

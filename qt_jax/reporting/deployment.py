@@ -4,8 +4,10 @@ What is compared, and with what:
 
 - The drop of a row is `reference_top1 - top1`: the float model in onnxruntime and the row on the same images.
   Simulators run on fewer images, so neither term is ever taken from another record.
+- A network is a column. Where two runs hold one of the same task, model, method and seed, so is the run.
 - INT8 rows have 8-bit weights and 8-bit activations, INT4 rows 4-bit weights and any activations, both on
-  integer grids (floats and integers with block exponents are neither); only rows of status ok count. The
+  integer grids and in all layers (floats, block exponents and 4-bit matrix products beside wider convolutions
+  are neither); only rows of status ok count. The
   spread of a group is its largest drop minus its smallest: of drops, because top-1 on 500 images and on
   10,000 cannot be subtracted.
 - The gain is Quant-Trim's top-1 minus its float twin's, for the same seed, data and number of images.
@@ -39,6 +41,8 @@ class Column(NamedTuple):
     task: str
     model: str
     method: str
+    run: str = ""
+    """Told only where two networks of one task, model, method and seed would else be one."""
 
 
 REFERENCE = Row("onnxruntime", "fp32", "reference")
@@ -59,7 +63,7 @@ class Deployment(NamedTuple):
     def name(self, column: Column) -> str:
         """The title of a column: what all columns share is left out, the method stays."""
         parts = [title(column.method)]
-        for index in (1, 0):
+        for index in (3, 1, 0):
             if len({other[index] for other in self.columns}) > 1 and column[index] not in parts:
                 parts.insert(0, column[index])
         return " ".join(part for part in parts if part) or "network"
@@ -89,13 +93,15 @@ def arrange(records: Sequence[Record]) -> Deployment:
     """
     if not records:
         raise InvalidInput("There are no records to report: did the run end before its first row?")
+    ambiguous = _ambiguous(records)
     cells: dict[Column, dict[Row, Seeds]] = {}
     bits: dict[Row, tuple[int, int]] = {}
     for record in records:
         if missing := [key for key in ("backend", "scheme", "status") if not record.get(key)]:
             raise InvalidInput(f"A record without {' and '.join(missing)} is no deployment record: {record}")
         row = Row(record["backend"], record["scheme"], record.get("runtime") or "")
-        column = Column(*(str(record.get(key) or "") for key in Column._fields))
+        column = _column(record)
+        column = column._replace(run=str(record.get("run") or "")) if column[:2] in ambiguous else column
         cells.setdefault(column, {}).setdefault(row, {})[record.get("seed")] = record
         bits[row] = (record.get("weight_bits") or 0, record.get("activation_bits") or 0)
     rows = sorted(
@@ -105,9 +111,23 @@ def arrange(records: Sequence[Record]) -> Deployment:
     known = list(METHODS)
     columns = sorted(
         cells,
-        key=lambda c: (c.task, c.model, known.index(c.method) if c.method in known else 2, c.method),
+        key=lambda c: (c.task, c.model, c.run, known.index(c.method) if c.method in known else 2, c.method),
     )
     return Deployment(rows, columns, cells)
+
+
+def _column(record: Record) -> Column:
+    return Column(*(str(record.get(key) or "") for key in ("task", "model", "method")))
+
+
+def _ambiguous(records: Sequence[Record]) -> set[tuple[str, ...]]:
+    """(task, model) of which two runs hold different networks of the same method and seed."""
+    runs: dict[tuple, set] = {}
+    for record in records:
+        cell = (_column(record), record.get("seed"))
+        runs.setdefault(cell, set()).add((record.get("run"), record.get("checkpoint")))
+    several = {cell: {run for run, _ in found} for cell, found in runs.items()}
+    return {column[:2] for (column, _), found in several.items() if len(found) > 1}
 
 
 def drops(seeds: Seeds) -> list[float]:
@@ -141,7 +161,7 @@ def precision(seeds: Seeds) -> str | None:
     'INT4'
     """
     for record in seeds.values():
-        if record.get("number_format", "integer") != "integer":
+        if record.get("number_format", "integer") != "integer" or record.get("layers", "all") != "all":
             return None
         if record.get("weight_bits") == 4:
             return "INT4"

@@ -28,7 +28,7 @@ DEFINITIONS = (
     "top-1 in %. Drop: points of top-1 that a row loses against the float model in onnxruntime on the same n "
     "images.",
     "INT8 rows have 8-bit weights and 8-bit activations, static or dynamic; INT4 rows 4-bit weights and any "
-    "activations; both only where the status is ok.",
+    "activations; both on integer grids, in all layers, and only where the status is ok.",
     "Spread: the largest drop of a group of rows minus its smallest. Drops, because simulators run on fewer "
     "images.",
     "Noise: two standard errors of a difference in points, from above. Images that both sides decide alike "

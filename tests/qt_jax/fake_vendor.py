@@ -4,12 +4,13 @@ import ctypes
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 
 from qt_jax.backends.protocol import Compiled, Refused, Runtime, Scheme
 
-COMPILE_FAULTS = ("refused", "exit", "segfault", "hang", "allocation", "silent")
+COMPILE_FAULTS = ("refused", "exit", "segfault", "hang", "allocation", "silent", "reply", "not-a-number")
 RUN_FAULTS = ("nan", "shape", "garbage", "run-crash", "exact")
 
 
@@ -41,8 +42,12 @@ class Fake:
             np.ones(100 * 2**30, np.uint8)
         if scheme.name == "silent":
             os._exit(0)
+        if scheme.name == "reply":
+            Path("../reply.json").write_bytes(b'{"seconds": 1, "result": 7}')
+            os._exit(0)
         (folder / "program").write_bytes(b"1234")
-        return Compiled(4, {"Conv": {"integer": 2, "float": 0}}, {"cycles": 42})
+        cycles = float("nan") if scheme.name == "not-a-number" else 42
+        return Compiled(4, {"Conv": {"integer": 2, "float": 0}}, {"cycles": cycles})
 
     def load(self, folder, scheme, runtime):
         assert (folder / "program").read_bytes() == b"1234"

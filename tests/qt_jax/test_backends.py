@@ -1,5 +1,6 @@
 """The harness: records, cache, limits, and a fake vendor that fails in every way one can."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -72,8 +73,10 @@ def test_each_fault_is_a_row_of_its_own_and_the_rest_is_complete(fake, faults):
             "compile ended with exit status 3 and no answer; its last words: licence expired",
         ),
         "segfault": ("crashed", "killed by SIGSEGV"),
-        "allocation": ("crashed", "out of memory at its limit of 12 GiB"),
+        "allocation": ("crashed", "out of memory at its limit of"),
         "silent": ("crashed", "compile ended with exit status 0 and no answer"),
+        "reply": ("crashed", "compile ended with exit status 0 and no answer"),
+        "not-a-number": ("crashed", "Out of range float values are not JSON compliant"),
         "nan": ("invalid", "logits of 5 of 30 images are not finite"),
         "shape": ("invalid", "logits have shape (30, 2), expected (30, 4)"),
         "garbage": ("crashed", "run: ValueError: could not convert string to float"),
@@ -109,7 +112,7 @@ def test_a_good_row_says_all_there_is_to_say(faults):
     assert exact["top1"] == exact["reference_top1"] == 1.0
     assert exact["operators"] == {"Conv": {"integer": 2, "float": 0}}
     assert exact["model_bytes"] == 4 and exact["calibration"] == {"n": 9, "method": "minmax"}
-    assert exact["latency_ms_p50"] is None and "emulation" in exact["reason"]
+    assert exact["latency_ms_p50"] is None and "not timed" in exact["reason"]
     assert "Horowitz" in exact["energy_source"] and exact["energy_mj"] > 0
     assert sum(n for n, *_ in exact["reliability"]) == 30
     assert exact["versions"]["numpy"] == np.__version__
@@ -134,10 +137,29 @@ def test_retry_repeats_only_what_failed(fake, tmp_path):
     assert second[2] == first[2] and len(records.read(tmp_path / "records.jsonl")) == 4
 
 
+def test_retry_tries_a_step_that_rows_share_once(fake, tmp_path, monkeypatch):
+    both = (fake.BACKEND.runtimes[0], dataclasses.replace(fake.BACKEND.runtimes[0], name="second"))
+    monkeypatch.setattr(type(fake.BACKEND), "runtimes", both)
+    choice = {"backends": "fake", "schemes": ["refused"]}
+    run(tmp_path, **choice)
+    started = []
+    monkeypatch.setattr(steps, "_execute", lambda *arguments: started.append(arguments) or 1)
+    run(tmp_path, **choice, retry=True)
+    assert len(started) == 1
+
+
+def test_more_time_or_memory_is_a_reason_to_try_again(fake, tmp_path):
+    choice = {"backends": "fake", "schemes": ["allocation"], "folder": tmp_path}
+    first = run(**choice, limits=Limits(60, 2))[1]
+    assert "out of memory at its limit of 2 GiB" in first["reason"]
+    assert run(**choice, limits=Limits(50, 2))[1] == first
+    assert "its limit of 3 GiB" in run(**choice, limits=Limits(50, 3))[1]["reason"]
+
+
 def test_endless_loop_is_stopped_with_its_children(fake, tmp_path):
     started = time.monotonic()
     row = run(tmp_path, backends="fake", schemes=["hang"], limits=Limits(seconds=4))[1]
-    assert (row["status"], row["reason"]) == ("timeout", "compile was stopped after 4 s")
+    assert (row["status"], row["reason"]) == ("timeout", "compile was stopped after 4 s (--timeout)")
     assert time.monotonic() - started < 60
     child = int((tmp_path / row["log"]).read_text().split()[-1])
     assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text()
@@ -229,9 +251,36 @@ def test_interruption_ends_the_workers(fake, tmp_path):
         if record["scheme"] == "refused":
             raise KeyboardInterrupt
 
+    choice = {"backends": "fake", "schemes": ["refused", "hang"], "jobs": 2}
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, backends="fake", schemes=["refused", "hang"], jobs=2, on_record=interrupt)
-    assert not steps._LIVE
+        run(tmp_path, **choice, on_record=interrupt)
+    assert not steps._LIVE and not list(tmp_path.glob("work/*hang*/answer.json"))
+    assert not list(tmp_path.glob("work/*.partial"))
+    row = run(tmp_path, **choice, limits=Limits(4))[2]
+    assert row["status"] == "timeout"  # it ran anew: nothing of the interrupted one was kept
+
+
+def test_two_processes_share_one_folder(fake, tmp_path):
+    """The second waits for a step that the first is at; here both ask for it within one process."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    choice = {"backends": "fake", "schemes": ["exact", "refused"]}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: run(tmp_path, **choice), range(2))
+    assert [row["status"] for row in first] == [row["status"] for row in second] == ["ok", "refused", "ok"]
+    assert len(list(tmp_path.glob("work/fake-exact-*/answer.json"))) == 2
+
+
+def test_records_of_another_command_are_left_alone(tmp_path):
+    records.append(tmp_path / "records.jsonl", {"scheme": "fp32"})
+    with pytest.raises(InvalidInput, match="another command"):
+        run(tmp_path, backends="onnxruntime", schemes=[])
+
+
+def test_interpreter_that_does_not_start_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "interpreter", lambda _: Path("no-such-python"))
+    answer = steps.perform(tmp_path / "step", None, {"step": "run"}, Limits())
+    assert answer.status == "crashed" and "could not start" in answer.reason
 
 
 def test_every_backend_describes_itself():
@@ -286,6 +335,11 @@ def nan_weights(graph):
     [
         ({"backends": ["no-such"]}, "Unknown backends"),
         ({"schemes": ["int3"]}, "No chosen backend offers the schemes"),
+        ({"jobs": 0}, "jobs must be above 0"),
+        ({"simulated_limit": -1}, "simulated_limit must be above 0"),
+        ({"limits": Limits(0)}, "the time limit must be above 0"),
+        ({"price_per_hour": -1.0}, "price of an hour"),
+        ({"calibration": np.full_like(CALIBRATION, np.nan)}, "calibration has values that are not finite"),
         ({"runtimes": ["abacus"]}, "No chosen backend offers the runtimes"),
         ({"model": "absent.onnx"}, "absent.onnx cannot be read"),
         ({"model": broken_file}, "half.onnx cannot be read"),

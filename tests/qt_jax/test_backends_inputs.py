@@ -73,6 +73,12 @@ def test_weights_listed_among_the_inputs_do_not_count():
     assert [value.name for value in fit(model).graph.input] == ["input"]
 
 
+def test_of_several_outputs_the_first_is_kept():
+    model = network("b, 3, 8, 8")
+    model.graph.output.append(helper.make_tensor_value_info("mean", TensorProto.FLOAT, ["b", 3, 1, 1]))
+    assert [value.name for value in fit(model).graph.output] == ["logits"] and len(model.graph.output) == 2
+
+
 def test_a_batch_of_one_is_kept_and_every_image_still_runs(tmp_path):
     model = network("1, 3, 8, 8")
     assert fixed_batch(fit(model)) == 1
