@@ -258,7 +258,7 @@ def _line(record: Record) -> str:
     head = f"{record['method']} {record['backend']} {record['scheme']} {record['runtime']}"
     if record["status"] != "ok":
         log = f" (log: {record['log']})" if record.get("log") else ""
-        return f"{head}: {record['status']}: {record['reason']}{log}"
+        return f"{head}: {record['status']}: {' '.join(record['reason'].split())}{log}"
     gain = 100 * (record["top1"] - record["reference_top1"])
     ratio = "" if record["sqnr_db"] is None else f", {record['sqnr_db']:.1f} dB"
     clock = "" if record["latency_ms_p50"] is None else f", {record['latency_ms_p50']:.2f} ms"

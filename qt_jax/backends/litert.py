@@ -219,7 +219,8 @@ def _saved_model(source, shape, folder):
 
 
 def _fixed(model, shape):
-    """The graph with the shape of its one input fixed and its first output of the same batch."""
+    """The graph with the shape of its one input fixed, its first output of the same batch, and nodes named in
+    characters that TensorFlow takes for a scope."""
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1:
@@ -231,6 +232,8 @@ def _fixed(model, shape):
         if output.type.tensor_type.shape.dim:
             output.type.tensor_type.shape.dim[0].dim_value = shape[0]
     del model.graph.value_info[:]
+    for node in model.graph.node:
+        node.name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", node.name)
     return model
 
 

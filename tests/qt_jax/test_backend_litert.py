@@ -106,6 +106,15 @@ def test_operators_are_told_apart_by_what_they_compute_on():
     }
 
 
+def test_nodes_get_names_that_tensorflow_takes():
+    model = pooled("Relu")
+    model.graph.node[0].name, model.graph.node[1].name = "Softmax@0", "stem/conv.1"
+    assert [node.name for node in litert._fixed(model, (1, 3, 9, 8)).graph.node][:2] == [
+        "Softmax_0",
+        "stem/conv.1",
+    ]
+
+
 def test_the_batch_is_fixed_and_a_second_input_refused():
     model = litert._fixed(pooled("Relu"), (1, 3, 9, 8))
     [value] = model.graph.input
