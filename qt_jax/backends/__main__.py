@@ -118,7 +118,8 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    """Runs the command line; returns the exit status: 0, 2 after a message about wrong input, 130 if
+    interrupted."""
     command = tyro.cli(Command, args=arguments, prog="python -m qt_jax.backends")
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
@@ -129,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InvalidInput as error:
         Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        console.print("Interrupted. What is finished is kept: the same command goes on from here.")
+        return 130
     return 0
 
 

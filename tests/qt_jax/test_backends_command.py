@@ -11,6 +11,7 @@ import onnx.parser
 import pytest
 
 from qt_jax.backends import BACKENDS, environments
+from qt_jax.backends import __main__ as command
 from qt_jax.backends.__main__ import main
 from qt_jax.backends.protocol import Environment
 from qt_jax.reporting import records
@@ -107,6 +108,15 @@ def test_run_writes_records_and_a_report_and_nothing_the_second_time(fake, files
     assert run(files, *schemes) == 0
     assert "0 of 3 rows are new" in capsys.readouterr().out
     assert (files / "out" / "report.html").stat().st_mtime_ns == written
+
+
+def test_interruption_is_told_in_a_line(fake, files, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate", interrupt)
+    assert run(files, "--backends", "fake") == 130
+    assert "the same command goes on from here" in capsys.readouterr().out
 
 
 def test_calibration_size_and_limits_are_settings(fake, files):
