@@ -241,9 +241,9 @@ def test_two_workers_at_a_time_do_not_wait_for_each_other(tmp_path):
     np.save(tmp_path / "c.npy", CALIBRATION)
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda n: steps.perform(tmp_path / n, None, job, Limits(3)), ("a", "b")))
+        answers = list(pool.map(lambda n: steps.perform(tmp_path / n, None, job, Limits(5)), ("a", "b")))
     assert [answer.status for answer in answers] == ["timeout"] * 2
-    assert time.monotonic() - started < 5.5
+    assert time.monotonic() - started < 9.5
 
 
 def test_interruption_ends_the_workers(fake, tmp_path):
