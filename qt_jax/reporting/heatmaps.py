@@ -28,6 +28,8 @@ COLOUR_MAP = matplotlib.colormaps["viridis_r"]
 NORM = BoundaryNorm(STEPS, COLOUR_MAP.N, extend="both")
 INCHES_A_CHARACTER = 0.075
 DPI = 110
+MOST_PRINTED = 48
+"""Rows of an agreement matrix beyond which its cells are small and hold no numbers."""
 
 
 def canvas(width: float, height: float) -> Figure:
@@ -85,8 +87,9 @@ def agreement_figure(deployment: Deployment, column: Column, path: Path) -> Path
     if len(rows) < 2:
         return None
     labels = [str(row) for row in rows]
-    side = INCHES_A_CHARACTER * max(map(len, labels))
-    cell = 0.34
+    printed = len(rows) <= MOST_PRINTED
+    side = INCHES_A_CHARACTER * max(map(len, labels)) * (1.0 if printed else 0.8)
+    cell = 0.34 if printed else 0.125
     size = max(cell * len(rows), 3.2) + side
     figure = canvas(size + 1.4, size + 0.8)
     axes = figure.add_subplot()
@@ -94,7 +97,7 @@ def agreement_figure(deployment: Deployment, column: Column, path: Path) -> Path
     for i, j in zip(*np.tril_indices(len(rows), -1), strict=True):
         if np.isnan(differ[i, j]):
             _hatch(axes, j, i)
-        else:
+        elif printed:
             # Rounded down, so that 100 stands for all images.
             text = f"{math.floor(1000 * matrix[i, j] + 1e-6) / 10:.1f}" if differ[i, j] else "100"
             _print(axes, j, i, text, differ[i, j], 7)
@@ -102,6 +105,9 @@ def agreement_figure(deployment: Deployment, column: Column, path: Path) -> Path
     axes.set_xticks(range(len(rows)), labels, rotation=90)
     axes.set_yticks(range(len(rows)), labels)
     _grid(axes, rows, len(rows), square=True)
+    if not printed:
+        axes.tick_params(labelsize=6.5)
+        axes.grid(which="minor", linewidth=0.2)
     _colour_bar(figure, axes, [f"{100 - step:g}" for step in STEPS], "% of images decided alike")
     figure.suptitle(f"Same decision: {deployment.name(column)}", x=0.02, ha="left", fontsize=11)
     return save(figure, path)
