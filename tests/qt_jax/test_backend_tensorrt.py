@@ -163,7 +163,8 @@ def test_a_failed_execution_is_an_error(stand_in, monkeypatch, tmp_path):
         session(np.zeros((2, 3), np.float32))
 
 
-def test_an_engine_of_another_gpu_is_an_error(stand_in, tmp_path):
+def test_an_engine_of_another_gpu_is_an_error(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", MagicMock(name="torch"))
     (tmp_path / "model.engine").write_bytes(b"engine")
     stand_in.Runtime.return_value.deserialize_cuda_engine.return_value = None
     with pytest.raises(RuntimeError, match="one GPU and version only"):
