@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -243,7 +244,7 @@ def _job(home, model, calibration, images, labels, identity, limits, price, retr
     for name, path in paths.items():
         if path.exists():
             continue
-        scratch = path.with_name(f"partial-{os.getpid()}-{path.name}")
+        scratch = path.with_name(f"partial-{os.getpid()}-{threading.get_ident()}-{path.name}")
         if name == "model":
             scratch.write_bytes(payload)
         else:
