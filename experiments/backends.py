@@ -19,7 +19,7 @@ import qt_jax as qt
 from experiments.cifar import ONNX_NAMES, model_input, training_provenance
 from experiments.command_line import exit_status
 from experiments.data import load
-from qt_jax.backends.__main__ import PIPED_WIDTH, Settings, evaluate_all
+from qt_jax.backends.__main__ import Settings, evaluate_all, wide_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,7 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments.backends")
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=PIPED_WIDTH)
-    return exit_status(lambda: run(options, console))
+    return exit_status(lambda: run(options, wide_console()))
 
 
 def run(options: Options, console: Console) -> None:

@@ -121,9 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 2 after a message about wrong input, 130 if
     interrupted."""
     command = tyro.cli(Command, args=arguments, prog="python -m qt_jax.backends")
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=PIPED_WIDTH)
+    console = wide_console()
     action = {List: show_list, Doctor: show_doctor, Install: install, Run: run}[type(command)]
     try:
         action(command, console)
@@ -136,7 +134,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def wide_console() -> Console:
+    """Where tables go: as wide as the terminal, or `PIPED_WIDTH` columns into a file or a pipe."""
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=PIPED_WIDTH)
+
+
 def show_list(_: List, console: Console) -> None:
+    """A table of all backends with their schemes and runtimes."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0))
     for heading in ("backend", "vendor, kind", "stands for", "schemes", "runtimes"):
         table.add_column(heading, no_wrap=heading == "backend", overflow="fold")
@@ -149,6 +154,7 @@ def show_list(_: List, console: Console) -> None:
 
 
 def show_doctor(_: Doctor, console: Console) -> None:
+    """A table of what each backend lacks here."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("backend", "environment", "size", "state, and what mends it"):
         table.add_column(heading, no_wrap=heading != "state, and what mends it")
@@ -164,6 +170,10 @@ def show_doctor(_: Doctor, console: Console) -> None:
 
 
 def install(command: Install, console: Console) -> None:
+    """Build what is missing of the environments named, once the user agrees.
+
+    Raises InvalidInput for unknown names, without consent, and as `environments.install` does.
+    """
     wanted = {environment.name: environment for name in command.names for environment in _named(name)}
     if not wanted:
         names = " ".join(command.names) or "nothing"
@@ -199,6 +209,7 @@ def _named(name: str) -> list:
 
 
 def run(command: Run, console: Console) -> None:
+    """One model and the arrays of its files through `evaluate_all`. Raises InvalidInput as that does."""
     calibration = _arrays(command.calibration, ("images",))["images"][: command.settings.calibration_size]
     test = _arrays(command.test, ("images", "labels"))
     if not command.model.is_file():

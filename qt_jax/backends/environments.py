@@ -8,17 +8,16 @@ and installing again goes on where it stopped, because uv keeps what it has down
 import functools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import platformdirs
 
 from qt_jax.backends.protocol import Backend, Environment
 from qt_jax.errors import InvalidInput
+from qt_jax.reporting import provenance
 from qt_jax.reporting.files import write_whole
 
 MARKER = "installed.json"
@@ -67,8 +66,7 @@ def missing(environment: Environment | None) -> str | None:
 def versions(backend: Backend) -> dict[str, str | None]:
     """The versions of Python and of the backend's packages in the environment that runs it."""
     if backend.environment is None:
-        found = {package: _version(package) for package in backend.packages}
-        return {"python": platform.python_version(), **found}
+        return provenance.versions(backend.packages)
     marker = _marker(backend.environment) or {"versions": {}}
     names = ("python", *backend.packages)
     return {name: marker["versions"].get(_normalized(name)) for name in names}
@@ -147,13 +145,6 @@ def _normalized(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _python(version: str) -> str:
     """An interpreter of `version` on this machine, or the version itself for uv to find or fetch."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
@@ -186,8 +177,9 @@ def _uv(*arguments: str) -> None:
 
 @functools.cache
 def _sources() -> dict[str, str]:
-    """Where uv is to find packages, beyond its own settings: local folders that pip is told of, and CPU
-    builds of PyTorch, since no simulator uses a GPU."""
+    """What uv is told beyond its own settings: to trust the certificates that this machine trusts, as pip
+    does; to look into local folders that pip looks into; or else to take PyTorch's builds for CPUs, since no
+    simulator uses a GPU."""
     asked = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
     )

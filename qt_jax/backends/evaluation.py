@@ -53,9 +53,10 @@ def evaluate(
     on.
 
     Args:
-        model: a float ONNX model, or the path of one, with one input and logits `(n, classes)` as first
-        output. calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports); every
-            vendor's quantizer gets these same images.
+        model: a float ONNX model, or the path of one, with one input and logits `(n, classes)` as its first
+            output.
+        calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports); every vendor's
+            quantizer gets these same images.
         test_set: images `(n, ...)` float32, as `calibration`, and labels `(n,)` integers.
         backends: "all", or names from `BACKENDS`.
         schemes: names of the schemes to run besides the reference; None for all.

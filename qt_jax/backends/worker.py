@@ -26,6 +26,7 @@ WARM_UP, MOST_CALLS, MOST_SECONDS = 10, 300, 3.0
 
 
 def main(path: str) -> None:
+    """Do the step that the job file at `path` describes, and write the answer it asks for."""
     job = json.loads(Path(path).read_text())
     _die_with_parent()
     limit = job["memory_bytes"]
