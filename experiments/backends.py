@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import ONNX_NAMES, model_input, training_provenance
+from experiments.cifar import QUANT_TRIM, graphs_of, model_input, training_provenance
 from experiments.command_line import exit_status
 from experiments.data import load
 from qt_jax.backends.__main__ import Settings, evaluate_all, wide_console
@@ -79,9 +79,10 @@ def networks(folder: Path, config: dict[str, Any]) -> list[tuple[Path, dict[str,
 
     Raises InvalidInput if there is none.
     """
-    found = [(method, folder / name) for method, name in ONNX_NAMES.items() if (folder / name).exists()]
+    graphs = graphs_of(config.get("quantizer", QUANT_TRIM))  # which older runs do not say
+    found = [(method, folder / name) for method, name in graphs.items() if (folder / name).exists()]
     if not found:
-        raise qt.InvalidInput(f"{folder} holds none of {', '.join(ONNX_NAMES.values())}: finish the run.")
+        raise qt.InvalidInput(f"{folder} holds none of {', '.join(graphs.values())}: finish the run.")
     shared = {"run": folder.name, "task": config["dataset"], "model": config["model"], "seed": config["seed"]}
     return [
         (

@@ -1,7 +1,8 @@
 """`python -m experiments.cifar --sched quartic`: train, export, deploy at low bits, compare with a twin.
 
 Stages: train -> (float twin) -> describe -> export -> verify -> evaluate -> table and figure. Each leaves its
-product in the run's folder; a relaunch goes on from the first that is missing.
+product in the run's folder; a relaunch goes on from the first that is missing. `experiments.segmentation` is
+the same with other presets.
 """
 
 import hashlib
@@ -22,10 +23,11 @@ from experiments import models
 from experiments.command_line import exit_status
 from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, parse
 from experiments.configs.run_folder import claim
-from experiments.data import Dataset, load
+from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
 from experiments.description import describe
-from experiments.summary import report
+from experiments.masks import SHOWN, decided_masks, masks_figure
+from experiments.summary import metric_of, report
 from experiments.training.loop import train
 from qt_jax.backends import ort
 from qt_jax.export import verify
@@ -41,6 +43,15 @@ SCHEMES = (
 )
 """Those of onnxruntime that end every run."""
 ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
+
+
+def graphs_of(quantizer: str) -> dict[str, str]:
+    """Method -> name of its graph in the folder of a run with this `--quantizer`.
+
+    >>> graphs_of("lsq")
+    {'lsq': 'model.onnx', 'float': 'twin.onnx'}
+    """
+    return {quantizer: ONNX_NAMES[QUANT_TRIM], FLOAT: ONNX_NAMES[FLOAT]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +70,7 @@ def run(config: Config, console: Console) -> None:
         f"validation, {len(dataset.test_labels):,} test images; {config.model} on {jax.default_backend()}; "
         f"run folder {directory}"
     )
-    twins = {QUANT_TRIM: config}
+    twins, graphs = {config.quantizer: config}, graphs_of(config.quantizer)
     if float_twin(config) == config:
         twins = {FLOAT: config}
     elif config.compare:
@@ -68,11 +79,13 @@ def run(config: Config, console: Console) -> None:
     model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
     trained = {method: train(twin, model, dataset, directory, method) for method, twin in twins.items()}
     for method, twin in twins.items():
-        path = directory / ONNX_NAMES[method]
+        path = directory / graphs[method]
         describe(twin, dataset, f"checkpoints/{method}", path.with_suffix(".json"))
         export(path, console)
     for method in trained:
         evaluate(config, method, dataset, directory, console)
+    if config.dataset in SEGMENTATION:
+        show_masks(config, {method: directory / graphs[method] for method in trained}, dataset, directory)
     report(config, trained, directory, console)
 
 
@@ -109,13 +122,21 @@ def model_input(dataset: Dataset, images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(normalised).transpose(0, 3, 1, 2))
 
 
+def vendor_arrays(
+    config: Config, dataset: Dataset, limit: int | None
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Calibration images, and the first `limit` test images with labels, as `qt.evaluate` takes them."""
+    calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
+    return calibration, (model_input(dataset, dataset.test_images[:limit]), dataset.test_labels[:limit])
+
+
 def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, console: Console) -> None:
     """One record for each of `SCHEMES` that has none yet, on the test set.
 
     `python -m experiments.backends` takes a finished run through all the other toolchains.
     """
     path = directory / "records.jsonl"
-    onnx_path = directory / ONNX_NAMES[method]
+    onnx_path = directory / graphs_of(config.quantizer)[method]
     checkpoint = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
     done = {
         (row["backend"], row["scheme"])
@@ -131,7 +152,7 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         "model": config.model,
         "method": method,
         "seed": config.seed,
-        "sched": config.sched if method == QUANT_TRIM else "none",
+        "sched": "none" if method == FLOAT else config.sched,
         "checkpoint": checkpoint,
         "training": training_provenance(directory, method),
     }
@@ -140,16 +161,13 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         if (record["backend"], record["scheme"]) not in done:
             records.append(path, record)
             done.add((record["backend"], record["scheme"]))
-            shown = "-" if record["top1"] is None else f"{100 * record['top1']:.2f} %"
+            reached = record[metric_of(config)[0]]
+            shown = "-" if reached is None else f"{100 * reached:.2f} %"
             console.print(f"{method} {record['scheme']}: {shown} ({record['seconds']:.0f} s)")
 
-    test = slice(config.test_limit)
-    calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
-    test_set = (model_input(dataset, dataset.test_images[test]), dataset.test_labels[test])
     qt.evaluate(
         onnx_path,
-        calibration,
-        test_set,
+        *vendor_arrays(config, dataset, config.test_limit),
         backends=[ort.BACKEND.name],
         schemes=schemes,
         runtimes=[ort.REFERENCE.name],
@@ -157,6 +175,13 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         identity=identity,
         on_record=keep,
     )
+
+
+def show_masks(config: Config, networks: dict[str, Path], dataset: Dataset, directory: Path) -> None:
+    """masks.png, drawn from masks.npz: the first test images as the networks see them."""
+    decided = decided_masks(networks, *vendor_arrays(config, dataset, SHOWN), directory / "masks.npz")
+    images, truth = dataset.test_images[:SHOWN], dataset.test_labels[:SHOWN]
+    masks_figure(images, truth, decided, dataset.class_names, directory / "masks.png")
 
 
 def training_provenance(directory: Path, method: str) -> dict[str, Any]:

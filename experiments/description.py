@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.configs.cifar import Config, quant_config
+from experiments.configs.cifar import Config
 from experiments.data import Dataset
 from experiments.data.augment import normalize
+from experiments.models import create
+from experiments.training.quantizers import keeps_ranges, quantization
 from qt_jax.export.description import Description, Samples, write_description, write_samples
 
 SAMPLES = "samples.npz"
@@ -33,6 +35,7 @@ def describe(config: Config, dataset: Dataset, checkpoints: str, path: Path) -> 
         write_samples(Samples(*arrays), samples)
     if path.exists():
         return
+    specs = quantization(config, create(config.model, dataset.num_classes), dataset.train_images.shape[1:])
     description = Description(
         model="experiments.models:create",
         arguments={"name": config.model, "num_classes": dataset.num_classes},
@@ -40,7 +43,7 @@ def describe(config: Config, dataset: Dataset, checkpoints: str, path: Path) -> 
         input_shape=dataset.train_images.shape[1:],
         checkpoint=checkpoints,
         collections={"params": "average" if config.ema else "params", "batch_stats": "batch_stats"},
-        quantization=None if config.sched == "none" else quant_config(config),
+        quantization=specs if keeps_ranges(config) else None,
         samples=SAMPLES,
     )
     write_description(description, path)

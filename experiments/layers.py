@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.cifar import ONNX_NAMES, model_input
+from experiments.cifar import QUANT_TRIM, graphs_of, model_input
 from experiments.command_line import exit_status
 from experiments.data import Dataset, load
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
@@ -108,7 +108,8 @@ def run(options: Options, console: Console) -> None:
         )
     config = json.loads(path.read_text())
     dataset = load(config["dataset"], options.data_dir, seed=0)
-    graphs = {m: options.run / name for m, name in ONNX_NAMES.items() if (options.run / name).exists()}
+    names = graphs_of(config.get("quantizer", QUANT_TRIM))  # which older runs do not say
+    graphs = {m: options.run / name for m, name in names.items() if (options.run / name).exists()}
     if not graphs:
         raise qt.InvalidInput(f"{options.run} holds no ONNX graph yet: let experiments.cifar finish first")
     found = {method: sensitivity(onnx.load(path), dataset, method) for method, path in graphs.items()}

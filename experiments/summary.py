@@ -10,6 +10,7 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments.configs.cifar import Config, lambda_schedule
+from experiments.data import SEGMENTATION
 from qt_jax.reporting import records
 from qt_jax.reporting.figures import summary_figure
 from qt_jax.reporting.files import write_whole
@@ -26,14 +27,15 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
             "is complete. Restore the file, or choose another --out."
         )
     write_whole(directory / "summary.md", summary(config, rows, metrics))
+    metric, validation = metric_of(config)
     history = [
         {
             "epoch": row["epoch"],
-            "fp32_top1": row["validation_fp32"],
-            "fake_quant_top1": row["validation_fake_quant"],
+            f"fp32_{metric}": row[f"{validation}_fp32"],
+            f"fake_quant_{metric}": row[f"{validation}_fake_quant"],
         }
         for row in metrics
-        if "validation_fake_quant" in row
+        if f"{validation}_fake_quant" in row
     ]
     total = max(row["step"] for row in metrics)
     steps = np.linspace(0, total, 400)
@@ -47,27 +49,35 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
         for method, variables in trained.items()
     }
     scratch = directory / "summary.partial.png"
-    summary_figure(rows, (steps, lam), weights, scratch, history)
+    summary_figure(rows, (steps, lam), weights, scratch, history, metric)
     os.replace(scratch, directory / "summary.png")
-    console.print(accuracy_table(rows), soft_wrap=False)
+    console.print(accuracy_table(rows, metric), soft_wrap=False)
     console.print(f"{directory}/summary.md, summary.png, records.jsonl and the ONNX graphs")
+
+
+def metric_of(config: Config) -> tuple[str, str]:
+    """The record's key that the run is judged by, and how its validation is called in metrics.jsonl."""
+    return ("miou", "validation_miou") if config.dataset in SEGMENTATION else ("top1", "validation")
 
 
 def summary(config: Config, rows: list[records.Record], metrics: list[dict[str, Any]]) -> str:
     """summary.md: the table, the drift between FP32 and fake quantization, the cost, the provenance."""
+    metric, validation = metric_of(config)
     lines = [
         f"# {config.dataset}, {config.model}, --sched {config.sched}, seed {config.seed}",
         "",
-        to_markdown(rows),
+        to_markdown(rows, metric),
     ]
+    if metric == "miou":
+        lines += ["## Pixel accuracy", "", to_markdown(rows)]
     for method in dict.fromkeys(row["method"] for row in metrics):
         mine = [row for row in metrics if row["method"] == method]
         last = mine[-1]
         seconds = sum(row["seconds"] for row in mine)
         text = f"- {method}: {last['epoch']} epochs, {seconds / 60:.1f} minutes of training"
-        text += f", validation FP32 {100 * last['validation_fp32']:.2f} %"
-        if "validation_fake_quant" in last:
-            text += f", fake-quantized {100 * last['validation_fake_quant']:.2f} %"
+        text += f", {validation.replace('_miou', ' mIoU')} FP32 {100 * last[f'{validation}_fp32']:.2f} %"
+        if f"{validation}_fake_quant" in last:
+            text += f", fake-quantized {100 * last[f'{validation}_fake_quant']:.2f} %"
         lines.append(text)
     row, cpu = rows[-1], rows[-1]["cpu"]
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())

@@ -4,9 +4,11 @@ import importlib
 from typing import Any
 
 from qt_jax import metrics, schedules
+from qt_jax.batch_norm import reestimate as reestimate_batch_norm
 from qt_jax.coverage import coverage
 from qt_jax.errors import InvalidInput
 from qt_jax.fake_quant import QuantSpec, blend, dequantize, fake_quant, quantization_parameters, quantize
+from qt_jax.fusion import Fusion, find_fusion
 from qt_jax.interceptor import attach_statistics, quant_trim
 from qt_jax.quantiles import observe, quantiles, subsample
 from qt_jax.reverse_pruning import reverse_pruning
@@ -17,6 +19,7 @@ _LAZY = {"to_onnx": "qt_jax.export", "evaluate": "qt_jax.backends"}
 
 __all__ = [
     "INHERIT",
+    "Fusion",
     "InvalidInput",
     "QuantConfig",
     "QuantSpec",
@@ -27,12 +30,14 @@ __all__ = [
     "dequantize",
     "evaluate",
     "fake_quant",
+    "find_fusion",
     "metrics",
     "observe",
     "quant_trim",
     "quantiles",
     "quantization_parameters",
     "quantize",
+    "reestimate_batch_norm",
     "reverse_pruning",
     "schedules",
     "subsample",

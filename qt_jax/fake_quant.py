@@ -38,6 +38,8 @@ class QuantSpec:
       ste: gradient of the rounding. "identity" is the straight-through estimator; "clipped" is zero outside
         the representable range.
       quantile: upper level of the robust range, in (0.5, 1]; the lower one is 1 - quantile. 1 is min-max.
+      grids: "own", or for kernels "vendors": in training, each step draws one of four grids, see
+        `qt_jax.vendor_grids`; it is symmetric, has an axis and the identity as its gradient.
 
     Raises:
       InvalidInput: a field is out of its range.
@@ -54,6 +56,7 @@ class QuantSpec:
     narrow_range: bool | None = None
     ste: Literal["identity", "clipped"] = "identity"
     quantile: float = 0.999
+    grids: Literal["own", "vendors"] = "own"
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
@@ -66,6 +69,15 @@ class QuantSpec:
             raise InvalidInput(f'QuantSpec.ste must be "identity" or "clipped", got {self.ste!r}')
         if not 0.5 < self.quantile <= 1.0:
             raise InvalidInput(f"QuantSpec.quantile must lie in (0.5, 1], got {self.quantile!r}")
+        if self.grids not in ("own", "vendors"):
+            raise InvalidInput(f'QuantSpec.grids must be "own" or "vendors", got {self.grids!r}')
+        if self.grids == "vendors" and not (
+            self.symmetric and self.axis is not None and self.ste == "identity"
+        ):
+            raise InvalidInput(
+                'QuantSpec.grids="vendors" goes with symmetric=True, an axis and ste="identity": it draws '
+                "between one scale per tensor and one per channel of a kernel"
+            )
 
     @property
     def integer_range(self) -> tuple[int, int]:
@@ -103,7 +115,7 @@ def quantization_parameters(low: jax.Array, high: jax.Array, spec: QuantSpec) ->
     return scale, jnp.clip(jnp.round(q_min - low / scale), q_min, q_max)
 
 
-def _along_axis(parameter: jax.Array, x: jax.Array, spec: QuantSpec) -> jax.Array:
+def along_axis(parameter: jax.Array, x: jax.Array, spec: QuantSpec) -> jax.Array:
     """Reshapes per-channel parameters so that they broadcast against `x`."""
     if spec.axis is None:
         return parameter
@@ -128,7 +140,7 @@ def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantS
     >>> quantize(jnp.array([-1.0, 0.24, 9.0]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
     [-2, 0, 7]
     """
-    scale, zero_point = _along_axis(scale, x, spec), _along_axis(zero_point, x, spec)
+    scale, zero_point = along_axis(scale, x, spec), along_axis(zero_point, x, spec)
     return _grid(x, scale, zero_point, spec).astype(jnp.int32)
 
 
@@ -138,7 +150,7 @@ def dequantize(q: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: Quan
     >>> dequantize(jnp.array([-2, 0, 7]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
     [-1.0, 0.0, 3.5]
     """
-    scale, zero_point = _along_axis(scale, q, spec), _along_axis(zero_point, q, spec)
+    scale, zero_point = along_axis(scale, q, spec), along_axis(zero_point, q, spec)
     return (q.astype(jnp.float32) - zero_point) * scale
 
 
@@ -182,7 +194,7 @@ def fake_quant(
     """
     value = x.astype(jnp.float32)
     scale, zero_point = quantization_parameters(low, high, spec)
-    scale, zero_point = _along_axis(scale, value, spec), _along_axis(zero_point, value, spec)
+    scale, zero_point = along_axis(scale, value, spec), along_axis(zero_point, value, spec)
     x_hat = (_grid(value, scale, zero_point, spec) - zero_point) * scale
     inside = None
     if spec.ste == "clipped":

@@ -19,6 +19,7 @@ from qt_jax.errors import InvalidInput
 from qt_jax.fake_quant import QuantSpec, fake_quant
 from qt_jax.quantiles import empty_range, observe, update_range
 from qt_jax.rules import QuantConfig, Sites, check_rules_used
+from qt_jax.vendor_grids import fake_quant_on_drawn_grid, grid_key
 
 LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 """Layers that are reached; the projections of Linen's attention are `DenseGeneral`."""
@@ -26,22 +27,26 @@ LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn
 COLLECTION = "batch_stats"
 KERNEL, INPUT, OUTPUT = "quant_kernel", "quant_input", "quant_output"
 """Names of the ranges beside a layer's other statistics, each {"low", "high", "count"}."""
+GAIN = "quant_gain"
+"""Name of the gains with which folding will multiply a layer's kernel: float32 `(channels,)`, or
+`(channels, 1)` where the features are the kernel's last axis but one."""
 
 
 def is_range(path: tuple[str, ...]) -> bool:
-    """Whether a leaf of `batch_stats` at this path belongs to Quant-Trim.
+    """Whether a leaf of `batch_stats` at this path belongs to Quant-Trim: a range or a gain.
 
     >>> is_range(("head", "quant_input", "low")), is_range(("norm", "mean"))
     (True, False)
     """
-    return not {KERNEL, INPUT, OUTPUT}.isdisjoint(path)
+    return not {KERNEL, INPUT, OUTPUT, GAIN}.isdisjoint(path)
 
 
 @dataclasses.dataclass
 class Visit:
-    """What one trace of the context saw: the sites of every layer, by path."""
+    """What one trace of the context saw: the sites of every layer, by path, and all modules' paths."""
 
     layers: dict[str, Sites] = dataclasses.field(default_factory=dict)
+    outputs: set[str] = dataclasses.field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -83,20 +88,24 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     lam = jnp.asarray(lam, jnp.float32)
 
     def intercept(call, args, kwargs, context):
-        module = context.module
+        module, path = context.module, "/".join(context.module.path)
         inherited = id(module) in running  # a subclass that calls its parent's __call__
-        if inherited or not isinstance(module, LAYERS) or context.method_name != "__call__":
+        if inherited or context.method_name != "__call__":
             return call(*args, **kwargs)
-        path = "/".join(module.path)
+
+        def site(name: str, x: jax.Array, spec: QuantSpec | None, gain: jax.Array | None = None) -> jax.Array:
+            return x if spec is None else _quantized_site(module, name, x, spec, config, lam, train, gain)
+
+        fused = config.activations if path in config.fused_outputs else None
+        visit.outputs.add(path)
+        if not isinstance(module, LAYERS):
+            return site(OUTPUT, call(*args, **kwargs), fused)
         sites = visit.layers.setdefault(path, config.sites(path))
-
-        def site(name: str, x: jax.Array, spec: QuantSpec | None) -> jax.Array:
-            return x if spec is None else _quantized_site(module, name, x, spec, config, lam, train)
-
         promote = module.promote_dtype
 
         def promote_quantized(inputs, kernel, *rest, **options):
-            kernel = site(KERNEL, kernel, _kernel_spec(module, sites.weights))
+            gain = _gain(module, kernel) if config.folded else None
+            kernel = site(KERNEL, kernel, _kernel_spec(module, sites.weights), gain)
             inputs = site(INPUT, inputs, sites.inputs)
             return promote(inputs, kernel, *rest, **options)
 
@@ -107,7 +116,7 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         finally:
             object.__setattr__(module, "promote_dtype", promote)
             running.discard(id(module))
-        return site(OUTPUT, outputs, sites.outputs)
+        return site(OUTPUT, outputs, sites.outputs or fused)
 
     with nn.intercept_methods(intercept):
         yield visit
@@ -117,13 +126,31 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
             "has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or Einsum."
         )
     check_rules_used(config, visit.layers)
+    if unknown := set(config.fused_outputs) - visit.outputs:
+        raise InvalidInput(
+            f"QuantConfig.fused_outputs names {sorted(unknown)[0]!r}, and no module of that path was called: "
+            "take them from qt.find_fusion(model, variables, input).outputs"
+        )
 
 
 def _kernel_spec(module: nn.Module, spec: QuantSpec | None) -> QuantSpec | None:
-    """The spec of a kernel; a transposed kernel has its features in the last axis but one."""
-    if spec is not None and spec.axis == -1 and getattr(module, "transpose_kernel", False):
-        return dataclasses.replace(spec, axis=-2)
+    """The spec of a kernel, its axis -1 read as that of the output features."""
+    if spec is not None and spec.axis == -1:
+        return dataclasses.replace(spec, axis=_feature_axis(module))
     return spec
+
+
+def _feature_axis(module: nn.Module) -> int:
+    """The axis of a kernel's output features; a transposed kernel has them in the last but one."""
+    return -2 if getattr(module, "transpose_kernel", False) else -1
+
+
+def _gain(module: nn.Module, kernel: jax.Array) -> jax.Array:
+    """The gains kept beside a layer's ranges, of the kernel's rank."""
+    axis = _feature_axis(module)
+    shape = (kernel.shape[axis], *(1,) * (-1 - axis))
+    gain = module.variable(COLLECTION, GAIN, jnp.ones, shape, jnp.float32).value
+    return jax.lax.stop_gradient(jnp.expand_dims(gain, range(kernel.ndim - gain.ndim)))
 
 
 def _quantized_site(
@@ -134,8 +161,13 @@ def _quantized_site(
     config: QuantConfig,
     lam: jax.Array,
     train: bool,
+    gain: jax.Array | None,
 ) -> jax.Array:
-    """Updates the range of one site if training, and returns `x` blended with its image on the grid."""
+    """Updates the range of one site if training, and returns `x` blended with its image on the grid.
+
+    With a gain g the grid is laid over g x, and what returns is x + (fake_quant(g x) - g x) / g: `x` to the
+    bit at lambda = 0, with the gradient of `fake_quant`.
+    """
     where = "/".join((*module.path, name))
     mutable = module.is_mutable_collection(COLLECTION)
     if not mutable and not module.has_variable(COLLECTION, name):
@@ -153,25 +185,33 @@ def _quantized_site(
             f"the statistics of {where!r} have shape {statistics.value['low'].shape}, the config wants "
             f"{expected}: they were made with another axis. Drop them and attach them anew."
         )
+    deployed = x if gain is None else x * gain
     if train and mutable and not module.is_initializing():
         low, high = observe(
-            x,
+            deployed,
             quantile=spec.quantile,
             symmetric=spec.symmetric,
             axis=spec.axis,
-            sample_size=config.sample_size,
+            sample_size=x.size if name == KERNEL and spec.quantile == 1.0 else config.sample_size,
             axis_name=config.axis_name,
         )
         statistics.value = update_range(statistics.value, low, high, config.momentum)
     seen = statistics.value
     effective = jnp.where(seen["count"] > 0, lam, jnp.zeros_like(lam))
-    return fake_quant(x, seen["low"], seen["high"], spec, effective)
+    if spec.grids == "vendors" and train and mutable:
+        key = grid_key(where, seen["count"])
+        quantized = fake_quant_on_drawn_grid(deployed, seen["low"], seen["high"], spec, effective, key)
+    else:
+        quantized = fake_quant(deployed, seen["low"], seen["high"], spec, effective)
+    if gain is None:
+        return quantized
+    return x + (quantized - deployed) / jnp.where(gain == 0.0, 1.0, gain)
 
 
 def attach_statistics(
     model: nn.Module, variables: dict[str, Any], config: QuantConfig, *inputs: Any, **options: Any
 ) -> dict[str, Any]:
-    """The variables of a plain checkpoint, with an empty range for every site of the config.
+    """The variables of a plain checkpoint, with an empty range for every site of the config; gains are 1.
 
     Nothing is computed: the model is only traced. Parameters and statistics that are there are kept; the
     first training batch fills the new ranges.
@@ -198,7 +238,9 @@ def attach_statistics(
     wanted = flatten_dict(jax.eval_shape(forward, variables).get(COLLECTION, {}))
     present = flatten_dict(variables.get(COLLECTION, {}))
     missing = {
-        path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in present
+        path: jnp.full(leaf.shape, 1 if path[-1] == GAIN else 0, leaf.dtype)
+        for path, leaf in wanted.items()
+        if path not in present
     }
     foreign = ["/".join(path) for path in missing if not is_range(path)]
     if foreign:

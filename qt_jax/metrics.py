@@ -233,3 +233,66 @@ def classification_metrics(
         "sqnr_db": ratio if math.isfinite(ratio) else None,
         "agreement": agreement(reference, logits) if compared else None,
     }
+
+
+def confusion_matrix(decisions: ArrayLike, labels: ArrayLike, num_classes: int) -> np.ndarray:
+    """How often class j was decided where class i was right: int64 (num_classes, num_classes), at [i, j].
+
+    `decisions` and `labels` are integers in [0, num_classes), of any one shape: one an image, or a pixel.
+
+    >>> confusion_matrix([0, 1, 1], [0, 1, 0], 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    classes = _positive_int("num_classes", num_classes)
+    decisions, labels = _alike(decisions, labels)
+    for name, values in (("decisions", decisions), ("labels", labels)):
+        if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() >= classes:
+            raise InvalidInput(f"{name} must be integers in [0, {classes - 1}], the class indices")
+    pairs = classes * labels.ravel().astype(np.int64) + decisions.ravel()
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def pixel_accuracy(decisions: ArrayLike, labels: ArrayLike) -> float:
+    """Fraction of decisions that are right, for integers of any one shape; all pixels count alike.
+
+    >>> pixel_accuracy([[0, 1], [1, 1]], [[0, 1], [0, 1]])
+    0.75
+    """
+    decisions, labels = _alike(decisions, labels)
+    return float((decisions == labels).mean())
+
+
+def _alike(decisions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    decisions, labels = np.asarray(decisions), np.asarray(labels)
+    if decisions.shape != labels.shape or not labels.size:
+        shapes = f"{decisions.shape} and {labels.shape}"
+        raise InvalidInput(f"decisions and labels must have one shape and not be empty, got {shapes}")
+    return decisions, labels
+
+
+def miou(decisions: ArrayLike, labels: ArrayLike, num_classes: int) -> float:
+    """Mean intersection over union of segmentation: `mean_iou` of the `confusion_matrix` of these.
+
+    >>> round(miou([[0, 0], [1, 1]], [[0, 1], [1, 1]], num_classes=3), 4)
+    0.5833
+    """
+    return mean_iou(confusion_matrix(decisions, labels, num_classes))
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean over classes of intersection / union, TP / (TP + FP + FN), from a confusion matrix (c, c).
+
+    Pixels are summed over the whole test set before they are divided: it is no mean over images. A class
+    that is neither in the labels nor in the decisions is left out; one in either alone counts 0.
+    Everingham et al. 2015, "The PASCAL Visual Object Classes Challenge".
+
+    >>> mean_iou(np.array([[1, 1, 0], [0, 2, 0], [0, 0, 0]])) == (1 / 2 + 2 / 3) / 2
+    True
+    """
+    confusion = _finite("confusion", confusion)
+    if confusion.ndim != 2 or len(set(confusion.shape)) != 1 or not confusion.any():
+        raise InvalidInput(f"confusion must be a square matrix of counts, got shape {confusion.shape}")
+    both = np.diagonal(confusion)
+    either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
+    present = either > 0
+    return float((both[present] / either[present]).mean())

@@ -114,6 +114,8 @@ def _sort(x: jax.Array) -> jax.Array:
 def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
     """Empirical quantiles along the last axis, interpolated linearly (numpy's default definition).
 
+    Nothing is sorted where only the extremes are asked for.
+
     Args:
       sample: `(..., n)`; the levels are Python floats in [0, 1], known when tracing.
 
@@ -123,6 +125,9 @@ def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
     >>> [float(v) for v in quantiles(jnp.arange(5.0), (0.0, 0.5, 0.875))]
     [0.0, 2.0, 3.5]
     """
+    if set(levels) <= {0.0, 1.0}:
+        extremes = {0.0: jnp.min, 1.0: jnp.max}
+        return [extremes[level](sample.astype(jnp.float32), axis=-1) for level in levels]
     ordered = _sort(sample.astype(jnp.float32))
     last = ordered.shape[-1] - 1
     found = []

@@ -73,7 +73,12 @@ class QuantConfig:
       outputs: default for the outputs of every layer; None, since the next layer's input covers them.
       rules: exceptions; the first whose path matches a layer wins.
       momentum: of the moving averages of the ranges, in [0, 1).
-      sample_size: elements observed of each tensor; larger is surer and slower.
+      sample_size: elements observed of each tensor; larger is surer and slower. Kernels whose quantile is 1
+        are observed whole.
+      folded: lay the grids of the kernels where a vendor will, over the kernel times the gain of its batch
+        norm, which `Fusion.refresh` keeps up to date; the paper's are over the raw kernel.
+      fused_outputs: paths of modules whose output gets the grid of `activations` as well, since a vendor
+        requantizes it: `find_fusion(...).outputs`.
       axis_name: the mapped device axis under `shard_map` or `pmap`; None under plain `jit`.
 
     >>> config = QuantConfig(weights=QuantSpec(4), rules=(Rule("head", skip=True),))
@@ -87,6 +92,8 @@ class QuantConfig:
     rules: tuple[Rule, ...] = ()
     momentum: float = 0.99
     sample_size: int = 4096
+    folded: bool = False
+    fused_outputs: tuple[str, ...] = ()
     axis_name: str | None = None
 
     def __post_init__(self):

@@ -34,6 +34,7 @@ from rich.table import Table
 
 import qt_jax as qt
 from experiments import models
+from experiments.baselines.qwix_qat import qwix_model
 from experiments.benchmarks.unfused import Unfused
 from experiments.command_line import exit_status
 from experiments.configs.cifar import Config, float_twin, lambda_schedule
@@ -135,18 +136,6 @@ def with_pruning_count(state: TrainState, count: int) -> TrainState:
     """The state with reverse pruning's counter, last in the optimizer's chain, at `count`; 0 is due."""
     *others, pruning = state.opt_state
     return state.replace(opt_state=(*others, pruning._replace(count=jnp.int32(count))))
-
-
-def qwix_model(model: nn.Module) -> nn.Module:
-    """`model` under Qwix's quantized training, W8A8.
-
-    Raises:
-      ImportError: Qwix is not installed, or not for this jax.
-    """
-    import qwix
-
-    rule = qwix.QuantizationRule(module_path=".*", weight_qtype="int8", act_qtype="int8")
-    return qwix.quantize_model(model, qwix.QtProvider([rule]))
 
 
 def measure(variants: dict[str, Variant], repeats: int, progress: Progress) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,10 +12,15 @@ import jax
 import tyro
 
 import qt_jax as qt
-from experiments.models import MODELS
+from experiments.configs.quantizers import Quantizer, check_points, check_quantizer
+from experiments.data import SEGMENTATION
+from experiments.models import MODELS, SEGMENTERS
 
 Schedule = Literal["quartic", "quartic-only", "linear", "cosine", "step", "constant", "none"]
 Preset = Literal["auto", "cpu", "gpu", "smoke"]
+DatasetName = Literal[
+    "cifar10", "cifar100", "fashion-mnist", "digits", "composed", "oxford-pet", "oxford-pet-128"
+]
 
 FREE_TO_CHANGE = {"compare", "data_dir", "out", "preset", "steps_per_dispatch"}
 """Fields in which a relaunch may differ: they do not touch the numbers, save for rounding."""
@@ -32,6 +38,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema": (0, 1 - 1e-6),
     **dict.fromkeys(("weight_quantile", "activation_quantile"), (0.5, 1)),
     **dict.fromkeys(("bits", "activation_bits"), (2, 16)),
+    "reverse_pruning_spread": (0, 0.99),
+    "reestimate": (0, math.inf),
 }
 """The least and the largest value of numeric fields; None, where a field takes it, is always allowed."""
 
@@ -47,22 +55,29 @@ class Config:
     """Lambda schedule. quartic: the paper's three phases (zero, quartic, quadratic, then one);
     quartic-only, linear, cosine: one ramp; step: a jump; constant: one throughout (plain QAT);
     none: no fake quantization (reverse pruning stays, unless that is None too)."""
+    quantizer: Quantizer = "quant-trim"
+    """Quantization-aware training. lsq: learned step sizes; pact: learned clips of activations; qwix:
+    Google's Qwix at its defaults. These three go with --reverse-pruning None and --sched constant
+    (lsq and pact also step: float first), and do not use the quantiles (save pact's signed inputs)."""
     preset: Preset = "auto"
     """Defaults for everything below; `--preset gpu --help` shows gpu's.
     auto: gpu where jax sees an accelerator, else cpu;
     smoke: every stage on a scrap of the data, in a minute or two."""
     compare: bool = True
     """Also train the float twin: same seed and budget, no fake quantization, no reverse pruning."""
-    dataset: Literal["cifar10", "cifar100", "fashion-mnist", "digits"] = "cifar10"
-    """Data set."""
+    dataset: DatasetName = "cifar10"
+    """Data set; the last three are of segmentation, for which the last models are."""
     data_dir: Path | None = None
     """Folder or archive that holds the data set; otherwise the cache, then a download."""
     out: Path | None = None
     """Folder of the run. Default: runs/DATASET-MODEL-SCHED-SEED (-smoke)."""
     seed: int = 0
     """Seeds the initial parameters, the order of the images and their augmentation."""
+    fine_tune: Path | None = None
+    """Start from the parameters and batch norm of a finished run's checkpoints, such as
+    runs/RUN/checkpoints/float, in place of random ones. The budget is the same."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}")] = "fast"
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS | SEGMENTERS) + "}")] = "fast"
     """Network."""
     epochs: int = 10
     """Passes over the training split."""
@@ -76,7 +91,7 @@ class Config:
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty on kernels."""
+    """L2 penalty on kernels, and on the clips of pact."""
     label_smoothing: float = 0.1
     """Share of the label spread over all classes."""
     ema: float = 0.0
@@ -99,8 +114,17 @@ class Config:
     the width of its weights, skip leaves it in floating point. The first match wins. --rules head=skip"""
     activation_bits: int = 8
     """Width of the fake-quantized activations."""
+    sites: Literal["inputs", "outputs"] = "inputs"
+    """Where activations are fake-quantized: at the inputs of layers, or at their outputs."""
     per_channel: bool = False
     """One weight scale per output channel when training."""
+    folded: bool = False
+    """Lay the weights' grids over the kernels as vendors fold them, with the gain of their batch norm."""
+    fused_outputs: bool = False
+    """Fake-quantize operands of residual sums, and other outputs that vendors requantize, too."""
+    vendor_grids: bool = False
+    """At every step a random weight grid of those that vendors use, with the largest weight as its end:
+    per tensor or per channel, full or narrow range. Takes the place of --per-channel, --weight-quantile."""
     weight_quantile: float = 0.999
     """Upper quantile of |w| that sets a weight scale."""
     activation_quantile: float = 0.999
@@ -113,6 +137,13 @@ class Config:
     """Steps between two pulls."""
     reverse_pruning_start: float = 0.2
     """Fraction of training before the first pull."""
+    reverse_pruning_folded: bool = False
+    """Pull back the kernels as vendors fold them."""
+    reverse_pruning_spread: float = 0.0
+    """Share of the threshold over which the bounds of single weights are spread: no plateau of weights."""
+    reestimate: int = 0
+    """Training images, at least 500, on which batch norm is measured anew after the last step, in the
+    float network; 0: the running averages of training."""
 
     calibration_size: int = 512
     """Training images with which the vendor's quantizer is calibrated."""
@@ -120,15 +151,25 @@ class Config:
     """Use only so many test images."""
 
     def __post_init__(self):
-        if self.model not in MODELS:
-            raise qt.InvalidInput(f"--model {self.model!r} is unknown; choose one of {', '.join(MODELS)}")
+        models = SEGMENTERS if self.dataset in SEGMENTATION else MODELS
+        if self.model not in models:
+            raise qt.InvalidInput(
+                f"--model {self.model!r} does not suit --dataset {self.dataset}; choose one of "
+                f"{', '.join(models)}"
+            )
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 limits = f"at least {low}" if high >= sys.float_info.max else f"from {low} to {high}"
                 raise qt.InvalidInput(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+        if 0 < self.reestimate < 500:
+            raise qt.InvalidInput(f"--reestimate must be 0 or at least 500, got {self.reestimate}")
         if self.reverse_pruning is not None and not 0.0 < self.reverse_pruning <= 1.0:
             raise qt.InvalidInput("--reverse-pruning must lie in (0, 1], or be None to switch it off")
+        names = ("sched", "reverse_pruning", "sites", "bits", "activation_bits")
+        check_quantizer(self.quantizer, **{name: getattr(self, name) for name in names})
+        names = ("folded", "fused_outputs", "vendor_grids", "reverse_pruning_folded")
+        check_points(self.quantizer, self.sched, **{name: getattr(self, name) for name in names})
         quant_config(self)  # these two refuse what makes no sense together
         lambda_schedule(self, 1)
 
@@ -136,18 +177,20 @@ class Config:
     def directory(self) -> Path:
         """The folder of the run."""
         smoke = "-smoke" if self.preset == "smoke" else ""
-        return self.out or Path("runs") / f"{self.dataset}-{self.model}-{self.sched}-{self.seed}{smoke}"
+        method = self.sched if self.quantizer == "quant-trim" else f"{self.quantizer}-{self.sched}"
+        return self.out or Path("runs") / f"{self.dataset}-{self.model}-{method}-{self.seed}{smoke}"
 
 
 def quant_config(config: Config) -> qt.QuantConfig:
-    """What `qt.quant_trim` is given in training."""
+    """What `qt.quant_trim` is given in training; for another quantizer, its grid in the same terms."""
+    activations = qt.QuantSpec(config.activation_bits, symmetric=False, quantile=config.activation_quantile)
     return qt.QuantConfig(
         weights=_weights(config, config.bits),
-        activations=qt.QuantSpec(
-            config.activation_bits, symmetric=False, quantile=config.activation_quantile
-        ),
+        activations=activations if config.sites == "inputs" else None,
+        outputs=activations if config.sites == "outputs" else None,
         rules=tuple(_rule(text, config) for text in config.rules),
         momentum=config.range_momentum,
+        folded=config.folded,
     )
 
 
@@ -164,7 +207,13 @@ def _rule(text: str, config: Config) -> qt.Rule:
 
 
 def _weights(config: Config, bits: int) -> qt.QuantSpec:
-    return qt.QuantSpec(bits, axis=-1 if config.per_channel else None, quantile=config.weight_quantile)
+    axis = -1 if config.per_channel else None
+    if config.vendor_grids:
+        return qt.QuantSpec(bits, axis=-1, quantile=1.0, grids="vendors")
+    if config.quantizer == "lsq":  # the paper's grid, [-8, 7] on 4 bits
+        return qt.QuantSpec(bits, axis=axis, narrow_range=False, quantile=1.0)
+    quantile = 1.0 if config.quantizer == "pact" else config.weight_quantile
+    return qt.QuantSpec(bits, axis=axis, quantile=quantile)
 
 
 def lambda_schedule(config: Config, total_steps: int):
@@ -207,7 +256,11 @@ PRESETS: dict[str, Config] = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> Config:
+def parse(
+    arguments: list[str] | None = None,
+    presets: Mapping[str, Config] = PRESETS,
+    program: str = "python -m experiments.cifar",
+) -> Config:
     """The config of a command line: the preset's values, overridden by the flags given.
 
     Raises:
@@ -218,9 +271,9 @@ def parse(arguments: list[str] | None = None) -> Config:
     preset = tyro.cli(_PresetOnly, args=arguments, return_unknown_args=True, add_help=False)[0].preset
     if preset == "auto":
         preset = "cpu" if jax.default_backend() == "cpu" else "gpu"
-    if preset not in PRESETS:
-        raise qt.InvalidInput(f"--preset {preset!r} is unknown; choose auto or one of {', '.join(PRESETS)}")
-    return tyro.cli(Config, args=arguments, default=PRESETS[preset], prog="python -m experiments.cifar")
+    if preset not in presets:
+        raise qt.InvalidInput(f"--preset {preset!r} is unknown; choose auto or one of {', '.join(presets)}")
+    return tyro.cli(Config, args=arguments, default=presets[preset], prog=program)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,5 +282,14 @@ class _PresetOnly:
 
 
 def float_twin(config: Config) -> Config:
-    """The same run without Quant-Trim."""
-    return dataclasses.replace(config, sched="none", reverse_pruning=None)
+    """The same run without Quant-Trim, or another quantizer."""
+    return dataclasses.replace(
+        config,
+        sched="none",
+        quantizer="quant-trim",
+        reverse_pruning=None,
+        folded=False,
+        fused_outputs=False,
+        vendor_grids=False,
+        reverse_pruning_folded=False,
+    )

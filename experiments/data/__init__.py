@@ -1,21 +1,29 @@
 """Image sets by name: `load("cifar10")` returns a `Dataset` with training, validation and test splits."""
 
+from functools import partial
 from pathlib import Path
 
 from experiments.data.cifar import load_cifar10, load_cifar100
+from experiments.data.composed import load_composed
 from experiments.data.dataset import Dataset, carve_validation
 from experiments.data.digits import load_digits
 from experiments.data.fashion_mnist import load_fashion_mnist
+from experiments.data.oxford_pet import load_oxford_pet
 from qt_jax.errors import InvalidInput
 
-__all__ = ["SETS", "Dataset", "load"]
+__all__ = ["SEGMENTATION", "SETS", "Dataset", "load"]
 
 SETS = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "digits": load_digits,
     "fashion-mnist": load_fashion_mnist,
+    "composed": load_composed,
+    "oxford-pet": load_oxford_pet,
+    "oxford-pet-128": partial(load_oxford_pet, side=128),
 }
+SEGMENTATION = {"composed", "oxford-pet", "oxford-pet-128"}
+"""Sets with a class for every pixel."""
 
 
 def load(
@@ -24,11 +32,11 @@ def load(
     """The set called `name`, from `data_dir` if given, else from the cache, else fetched.
 
     The cache is $QT_JAX_DATA, else the user's cache directory. Every source is checked against pinned
-    checksums. The validation split is carved from the training images, stratified by class; it depends on
-    its size and `seed` alone. The test split never changes.
+    checksums. The validation split is carved from the training images, stratified by class where an
+    image has one; it depends on its size and `seed` alone. The test split never changes.
 
     Args:
-        name: "cifar10", "cifar100", "digits" or "fashion-mnist".
+        name: one of `SETS`.
         data_dir: a local copy, which wins over any download; what it may hold is said at the set's function.
         validation_size: number of validation images, 0 for none; by default a tenth of the training images.
         seed: of the validation split.

@@ -12,8 +12,9 @@ from qt_jax.errors import InvalidInput
 class PublishedSet:
     """A set as its authors published it: training and test images, no validation split yet.
 
-    Images are uint8 (n, height, width, channels), labels int32 (n,); `mean` and `std` hold one number a
-    channel, of pixels scaled to [0, 1], over the published training images.
+    Images are uint8 (n, height, width, channels); labels int32 (n,), or for segmentation a class for every
+    pixel, uint8 (n, height, width). `mean` and `std` hold one number a channel, of pixels scaled to [0, 1],
+    over the published training images.
     """
 
     train_images: np.ndarray
@@ -29,9 +30,10 @@ class PublishedSet:
 class Dataset:
     """Training, validation and test images of one set, in host memory.
 
-    Images are uint8 (n, height, width, channels), labels int32 (n,); `mean` and `std` hold one number a
-    channel, of pixels scaled to [0, 1], as `augment.normalize` takes them. They come from the published
-    training images, so they do not move with the validation split.
+    Images are uint8 (n, height, width, channels); labels int32 (n,), or for segmentation a class for every
+    pixel, uint8 (n, height, width). `mean` and `std` hold one number a channel, of pixels scaled to [0, 1],
+    as `augment.normalize` takes them. They come from the published training images, so they do not move with
+    the validation split.
     """
 
     name: str
@@ -82,8 +84,26 @@ def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarr
     return np.sort(kept), np.sort(held_out)
 
 
+def random_split(examples: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (kept, held_out) of a random split, as `stratified_split` returns them.
+
+    Raises:
+        InvalidInput: `size` leaves nothing to keep.
+
+    >>> kept, held_out = random_split(6, size=2, seed=0)
+    >>> len(kept), len(held_out)
+    (4, 2)
+    """
+    if not 0 <= size < examples:
+        raise InvalidInput(f"cannot hold out {size} of {examples} examples: choose 0 to {examples - 1}")
+    order = np.random.default_rng(seed).permutation(examples)
+    return np.sort(order[size:]), np.sort(order[:size])
+
+
 def carve_validation(published: PublishedSet, name: str, size: int, seed: int) -> Dataset:
-    """Move `size` training examples, stratified by class, into a validation split; the test split stays.
+    """Move `size` training examples into a validation split; the test split stays.
+
+    They are stratified by class, or where every pixel has a class drawn at random.
 
     Raises:
         InvalidInput: `size` is not possible, see `stratified_split`.
@@ -93,7 +113,11 @@ def carve_validation(published: PublishedSet, name: str, size: int, seed: int) -
     >>> carve_validation(toy, "toy", size=2, seed=0).validation_images.shape
     (2, 2, 2, 1)
     """
-    kept, held_out = stratified_split(published.train_labels, size, seed)
+    labels = published.train_labels
+    per_image = labels.ndim == 1
+    kept, held_out = (
+        stratified_split(labels, size, seed) if per_image else random_split(len(labels), size, seed)
+    )
     return Dataset(
         name=name,
         train_images=published.train_images[kept],

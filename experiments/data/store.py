@@ -44,11 +44,10 @@ def cache_dir() -> Path:
 
 
 def as_arrays(*columns: np.ndarray) -> Arrays:
-    """Images and labels, in the order of `NAMES`, as contiguous uint8 images and int32 labels."""
-    dtypes = (np.uint8, np.int32, np.uint8, np.int32)
+    """Images and labels, in the order of `NAMES`, contiguous; int32 for one label an image, else uint8."""
     return {
-        name: np.ascontiguousarray(column, dtype)
-        for name, column, dtype in zip(NAMES, columns, dtypes, strict=True)
+        name: np.ascontiguousarray(column, np.int32 if np.ndim(column) == 1 else np.uint8)
+        for name, column in zip(NAMES, columns, strict=True)
     }
 
 
@@ -105,8 +104,8 @@ def write_npz(path: Path, arrays: Arrays) -> None:
         part.unlink(missing_ok=True)
 
 
-def read_npz(path: Path, sha256: str) -> Arrays:
-    """The four arrays in `NAMES` of an .npz whose content has the digest `sha256`.
+def read_npz(path: Path, sha256: str | None) -> Arrays:
+    """The four arrays in `NAMES` of an .npz whose content has the digest `sha256`; None: its CRCs suffice.
 
     Raises:
         CorruptData: the file cannot be read, lacks an array, or holds other data.
@@ -119,14 +118,15 @@ def read_npz(path: Path, sha256: str) -> Arrays:
             f"{path} cannot be read ({type(error).__name__}: {error}): "
             f"it is damaged; delete it or replace it by a fresh copy"
         ) from error
-    return check_digest(arrays, sha256, path)
+    return arrays if sha256 is None else check_digest(arrays, sha256, path)
 
 
-def cached(name: str, sha256: str, fetch: Callable[[Path], Arrays]) -> Arrays:
+def cached(name: str, sha256: str | None, fetch: Callable[[Path], Arrays]) -> Arrays:
     """The arrays kept as `name`.npz in the cache, else those `fetch(scratch_folder)` brings, then kept.
 
-    A damaged cache file is reported in one line and fetched again. The scratch folder lies inside the
-    cache and is removed afterwards.
+    `sha256` is None for arrays that no digest can be pinned for, such as what a JPEG decoder makes of files
+    that were checked. A damaged cache file is reported in one line and fetched again. The scratch folder lies
+    inside the cache and is removed afterwards.
 
     Raises:
         InvalidInput: from `fetch`, the cache cannot be written to, or the fetched arrays do not have the
@@ -144,7 +144,9 @@ def cached(name: str, sha256: str, fetch: Callable[[Path], Arrays]) -> Arrays:
             f"set QT_JAX_DATA to a folder you can write to"
         )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as scratch:
-        arrays = check_digest(fetch(Path(scratch)), sha256, f"the fetched copy of {name}")
+        arrays = fetch(Path(scratch))
+    if sha256 is not None:
+        check_digest(arrays, sha256, f"the fetched copy of {name}")
     write_npz(path, arrays)
     return arrays
 

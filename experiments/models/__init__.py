@@ -10,23 +10,30 @@ from experiments.models.aspp import ASPP
 from experiments.models.convnext import ConvNeXt
 from experiments.models.fast_resnet import FastResNet
 from experiments.models.mixer import Mixer
-from experiments.models.mobilenet_v2 import MobileNetV2
+from experiments.models.mobilenet_v2 import MobileNetV2, Stage
 from experiments.models.mobilenet_v3 import MobileNetV3
 from experiments.models.recurrent import RowReader
 from experiments.models.resnet import ResNet
 from experiments.models.unet import UNet
 from experiments.models.vit import ViT
 
+TINY = (Stage(1, 8, 1, 2), Stage(4, 16, 2, 1), Stage(4, 24, 2, 2), Stage(4, 32, 2, 2))
+"""Blocks of the MobileNetV2 that trains on one core in minutes."""
+
 MODELS = {
     "fast": FastResNet,
+    "fast8": partial(FastResNet, 8),
+    "tiny": partial(ResNet, (1,), 4),
     "resnet8": partial(ResNet, (1, 1, 1)),
     "resnet20": partial(ResNet, (3, 3, 3)),
     "resnet56": partial(ResNet, (9, 9, 9)),
     "resnet18": partial(ResNet, (2, 2, 2, 2), 64),
     "mobilenetv2": MobileNetV2,
+    "mobilenetv2-tiny": partial(MobileNetV2, 16, TINY, 96),
     "mobilenetv3": MobileNetV3,
     "convnext": ConvNeXt,
     "vit": ViT,
+    "vit-tiny": partial(ViT, 4, 48, 3),
     "mixer": Mixer,
     "lstm": partial(RowReader, nn.LSTMCell),
     "gru": partial(RowReader, nn.GRUCell),
@@ -35,6 +42,7 @@ MODELS = {
 
 SEGMENTERS = {
     "unet": partial(UNet, "transposed"),
+    "unet-small": partial(UNet, "transposed", 8, 2),
     "unet-nearest": partial(UNet, "nearest"),
     "unet-bilinear": partial(UNet, "bilinear"),
     "aspp": ASPP,

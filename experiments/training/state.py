@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 import qt_jax as qt
-from experiments.configs.cifar import Config, quant_config
+from experiments.configs.cifar import Config
+from experiments.training import quantizers
 
 
 @flax.struct.dataclass
@@ -27,18 +28,13 @@ class TrainState:
     def deployed(self) -> dict[str, Any]:
         """The variables that are evaluated and exported."""
         params = self.params if self.average is None else self.average
-        return {"params": params, "batch_stats": self.batch_stats}
+        return {"params": quantizers.plain(params), "batch_stats": self.batch_stats}
 
 
 def random_key(config: Config, purpose: str, index: jax.Array | int) -> jax.Array:
     """The key for one purpose (parameters, order, augmentation) and one step or epoch of it."""
     family = ("parameters", "order", "augmentation").index(purpose)
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), family), index)
-
-
-def is_kernel(path: tuple, _) -> bool:
-    """Whether a leaf of the parameters is a kernel."""
-    return path[-1].key == "kernel"
 
 
 def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
@@ -54,10 +50,11 @@ def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum and weight decay on kernels, then reverse pruning."""
+    """SGD with Nesterov momentum, weight decay on what `quantizers.is_decayed` says, then reverse pruning."""
     chain = [
         optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(is_kernel, params)
+            config.weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(quantizers.is_decayed, params),
         ),
         optax.sgd(learning_rate_schedule(config, total_steps), config.momentum, nesterov=True),
     ]
@@ -67,21 +64,32 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
                 config.reverse_pruning,
                 every=config.reverse_pruning_every,
                 start=round(config.reverse_pruning_start * total_steps),
+                folded=config.reverse_pruning_folded,
+                spread=config.reverse_pruning_spread,
             )
         )
     return optax.chain(*chain)
 
 
+def thresholds(opt_state: optax.OptState) -> dict[str, float]:
+    """Reverse pruning's tau of each kernel by path (the mean of those of channels); empty without it."""
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "tau")
+    leaves = [leaf for _, tau in found for leaf in jax.tree.leaves_with_path(tau)]
+    return {
+        jax.tree_util.keystr(path[:-1], simple=True, separator="/"): float(jnp.mean(tau))
+        for path, tau in leaves
+        if jnp.all(jnp.isfinite(tau))
+    }
+
+
 def create_state(
     config: Config, model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...]
 ) -> TrainState:
-    """The state before the first step, with Quant-Trim's statistics attached if lambda will move."""
+    """The state before the first step, with what the quantizer keeps attached, unless there is none."""
 
     def init(key):
         images = jnp.zeros((1, *image_shape), jnp.float32)
-        variables = model.init(key, images)
-        if config.sched != "none":
-            variables = qt.attach_statistics(model, variables, quant_config(config), images)
+        variables = quantizers.attach(config, model, model.init(key, images), images)
         params = variables["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),

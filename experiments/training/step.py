@@ -1,6 +1,7 @@
 """The train step and the evaluation, each one compiled function over data that stays on the device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,24 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import qt_jax as qt
-from experiments.configs.cifar import Config, quant_config
+from experiments.configs.cifar import Config
 from experiments.data.augment import normalize, random_crop_flip
+from experiments.training import quantizers
 from experiments.training.state import TrainState, random_key
 
-FLIPPABLE = {"cifar10", "cifar100", "fashion-mnist"}
+FLIPPABLE = {"cifar10", "cifar100", "fashion-mnist", "composed", "oxford-pet", "oxford-pet-128"}
 """Data sets whose classes survive a left-right flip."""
 
 
 class Split(NamedTuple):
-    """Images `(n, height, width, channels)` uint8 and labels `(n,)` int32, on the device."""
+    """Images `(n, height, width, channels)` uint8 and their labels, on the device: `(n,)` int32, or for
+    segmentation `(n, height, width)` uint8.
+    """
 
     images: jax.Array
     labels: jax.Array
 
 
 class Totals(NamedTuple):
-    """Sums over the steps since they were last read; float32 scalars, read by the host when it logs."""
+    """Sums over the steps since they were last read; float32 scalars, read by the host when it logs.
+
+    In segmentation the `correct` of an image is the share of its pixels that are.
+    """
 
     loss: jax.Array
     correct: jax.Array
@@ -36,14 +42,6 @@ class Totals(NamedTuple):
     def zero(cls) -> "Totals":
         """Nothing summed yet."""
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-
-
-def forward(config: Config, model: nn.Module, variables: Any, images: jax.Array, lam: jax.Array):
-    """Logits and updated `batch_stats` of one training pass; a plain pass if the schedule is `none`."""
-    if config.sched == "none":
-        return model.apply(variables, images, train=True, mutable=["batch_stats"])
-    with qt.quant_trim(quant_config(config), lam, train=True):
-        return model.apply(variables, images, train=True, mutable=["batch_stats"])
 
 
 def make_train_step(
@@ -66,27 +64,35 @@ def make_train_step(
         position = (state.step % (order.size // config.batch_size)) * config.batch_size
         chosen = jax.lax.dynamic_slice(order, (position,), (config.batch_size,))
         key = random_key(config, "augmentation", state.step)
-        raw = random_crop_flip(key, split.images[chosen], flip=config.dataset in FLIPPABLE)
-        images, labels = normalize(raw, mean, std), split.labels[chosen]
+        move = partial(random_crop_flip, key, flip=config.dataset in FLIPPABLE)
+        images, labels = normalize(move(split.images[chosen]), mean, std), split.labels[chosen]
+        if labels.ndim > 1:  # a mask moves with its image, for it is the same key
+            labels = move(labels[..., None])[..., 0].astype(jnp.int32)
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), config.label_smoothing
         )
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = forward(config, model, variables, images, lam(state.step))
+            logits, updated = quantizers.training_forward(config, model, variables, images, lam(state.step))
             return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (
                 logits,
                 updated.get("batch_stats", {}),
             )
 
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
+        params, average = (
+            quantizers.started(config, tree, state.batch_stats, batch_stats)
+            for tree in (state.params, state.average)
+        )
+        updates, opt_state = tx.update(gradients, state.opt_state, params, batch_stats=batch_stats)
+        params = optax.apply_updates(params, updates)
         if config.ema:
-            average = optax.incremental_update(params, state.average, 1.0 - config.ema)
-        correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+            average = optax.incremental_update(params, average, 1.0 - config.ema)
+        final = average if config.ema else params
+        batch_stats = quantizers.published(config, final, batch_stats)
+        batch_stats = quantizers.with_gains(config, model, final, batch_stats, images.shape[1:])
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32) / labels[0].size
         seen = Totals(loss * config.batch_size, correct, jnp.float32(config.batch_size))
         state = TrainState(state.step + 1, params, batch_stats, opt_state, average)
         return state, jax.tree.map(jnp.add, totals, seen)
@@ -115,20 +121,20 @@ def make_predict(
 
     Returns:
       A function of variables and uint8 images `(n, height, width, channels)`; float32 logits
-      `(n, num_classes)`, computed in batches of one shape.
+      `(n, num_classes)`, or for segmentation `(n, height, width, num_classes)`, computed in batches of one
+      shape: 500 images, fewer where they are larger than 32x32.
     """
-    batch = 500
 
     @jax.jit
     def logits(variables, images):
         images = normalize(images, mean, std)
         if not quantized:
             return model.apply(variables, images, train=False)
-        with qt.quant_trim(quant_config(config), 1.0, train=False):
-            return model.apply(variables, images, train=False)
+        return quantizers.quantized_forward(config, model, variables, images)
 
     def predict(variables, images):
-        n = len(images)
+        n, (height, width) = len(images), images.shape[1:3]
+        batch = min(500, max(1, 500 * 32 * 32 // (height * width)))
         padded = np.concatenate([images, np.zeros((-n % batch, *images.shape[1:]), images.dtype)])
         parts = [logits(variables, padded[i : i + batch]) for i in range(0, n, batch)]
         return np.concatenate([np.asarray(part) for part in parts])[:n]

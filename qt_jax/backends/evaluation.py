@@ -45,7 +45,10 @@ def evaluate(
     retry: bool = False,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Accuracy, fidelity and speed of a float classifier under every backend, scheme and runtime.
+    """Accuracy, fidelity and speed of a float network under every backend, scheme and runtime.
+
+    The network is a classifier, or a segmenter: then `top1` is the pixel accuracy, `miou` is filled, all
+    other metrics are over pixels (see `qt_jax.dense_metrics`), and a record holds no `predictions`.
 
     FP32 in ONNX Runtime comes first and always: it is the reference of `logit_mse`, `sqnr_db`, `agreement`
     and `reference_top1`. Every other row compiles, runs and is timed in processes of their own: one that is
@@ -54,10 +57,11 @@ def evaluate(
 
     Args:
         model: a float ONNX model, or the path of one, with one input and logits `(n, classes)` as its first
-            output.
+            output; of a segmenter `(n, classes, height, width)`.
         calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports); every vendor's
             quantizer gets these same images.
-        test_set: images `(n, ...)` float32, as `calibration`, and labels `(n,)` integers.
+        test_set: images `(n, ...)` float32, as `calibration`, and labels `(n,)` integers; of segmentation
+            `(n, height, width)`.
         backends: "all", or names from `BACKENDS`.
         schemes: names of the schemes to run besides the reference; None for all.
         runtimes: names of the runtimes to run besides the reference's; None for all.
@@ -180,12 +184,14 @@ def _reference(row: Row) -> np.ndarray:
             "limits: --timeout, --memory)"
         )
     logits = row.logits()
-    if logits.ndim != 2 or len(logits) != row.n:
+    labels = row.job.labels[: row.n]
+    if logits.ndim < 2 or logits.shape != (row.n, logits.shape[1], *labels.shape[1:]):
+        needed = "classes" if labels.ndim == 1 else f"classes, {labels.shape[1]}, {labels.shape[2]}"
         raise InvalidInput(
-            f"The float model is no classifier: its first output has shape {logits.shape} for {row.n} "
-            "images, where logits (n, classes) are needed."
+            f"The float model's first output has shape {logits.shape} for {row.n} images; labels of shape "
+            f"{labels.shape} need logits (n, {needed})."
         )
-    broken = int(np.sum(~np.isfinite(logits).all(axis=1)))
+    broken = int(np.sum(~np.isfinite(logits.reshape(row.n, -1)).all(axis=1)))
     if broken:
         raise InvalidInput(
             f"The float model is no reference to compare with: logits of {broken} of {row.n} images are not "

@@ -115,8 +115,9 @@ def _check_images(given: onnx.ValueInfoProto, calibration: np.ndarray, images: n
 
 
 def _check_labels(images: np.ndarray, labels: np.ndarray) -> None:
-    if not len(images) or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+    whole = labels.ndim in (1, 3) and np.issubdtype(labels.dtype, np.integer)
+    if not len(images) or labels.shape[:1] != (len(images),) or not whole:
         raise InvalidInput(
-            f"test labels must be one integer an image for at least one image, "
-            f"got {labels.dtype} {labels.shape} for {len(images)} images."
+            f"test labels must be one integer an image, or for segmentation (n, height, width), for at least "
+            f"one image, got {labels.dtype} {labels.shape} for {len(images)} images."
         )

@@ -12,6 +12,8 @@ Numerics
     int16    Symmetric. Kernels ("int16w", with uint8 activations) or activations ("int16act").
     =======  ==============================================================================================
 
+    nncase knows no other types, none of 4 bits.
+
     What follows a convolution (bias, scale, ReLU, residual addition) is float16 in the activation unit, as is
     the input until its first quantization. Hence one branch of an addition is not quantized at all, and
     operators that read such a branch count as float. Average pooling stays uint8 even with int16 activations.

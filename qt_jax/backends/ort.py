@@ -4,8 +4,10 @@ Numerics
     Scheme names: "int8" has asymmetric uint8 activations and symmetric int8 kernels (U8S8), "int8-s8s8"
     symmetric int8 for both, which is what TensorRT expects; pt and pc are one scale a kernel and one an
     output channel. ONNX Runtime builds its symmetric grids itself: int8 is [-127, 127] with scale max|w| /
-    127, int4 is [-8, 7] with scale 2 max|w| / 15, so that +max|w| saturates to 7. Kernels are always ranged
-    by their maximum; "minmax", "entropy" and "percentile" name how ACTIVATIONS are ranged. "percentile"
+    127, int4 is [-8, 7] with scale 2 max|w| / 15, so that +max|w| saturates to 7. "int4w-narrow" has the
+    grid that NNCF and tpu-mlir use, [-7, 7] with scale max|w| / 7: ONNX Runtime's quantizer is given these
+    scales as its `TensorQuantOverrides`, and rounds and writes the graph itself. Kernels are always ranged by
+    their maximum; "minmax", "entropy" and "percentile" name how ACTIVATIONS are ranged. "percentile"
     keeps the central `PERCENTILE` percent of the calibration values, half of the rest cut on either side.
 
     "qop" writes QLinearConv and its like (QOperator) where the others write QuantizeLinear and
@@ -40,14 +42,22 @@ OPTIMIZED = Runtime("optimized", "all graph optimizations", batch=100, timed=Tru
 BLOCKS = Scheme("int4w-blocks", 4, 32, per_channel=True, layers="matmul")
 DYNAMIC = Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True)
 
+_KERNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
+"""Where ONNX Runtime sees the output channels of a second input, unless a Gemm says transB."""
 _METHODS = {"minmax": "minmax", "percentile": f"percentile {PERCENTILE}", "entropy": "entropy"}
 
 
 def _static_schemes() -> Iterator[Scheme]:
     granularities = (("pt", False), ("pc", True))
-    for prefix, methods in (("int8", _METHODS), ("int8-s8s8", _METHODS), ("int4w", ("minmax", "percentile"))):
+    methods_of = {
+        "int8": _METHODS,
+        "int8-s8s8": _METHODS,
+        "int4w": ("minmax", "percentile"),
+        "int4w-narrow": ("minmax",),
+    }
+    for prefix, methods in methods_of.items():
         for method, (granularity, per_channel) in product(methods, granularities):
-            weight_bits = 4 if prefix == "int4w" else 8
+            weight_bits = 4 if prefix.startswith("int4w") else 8
             name = f"{prefix}-{granularity}-{method}"
             yield Scheme(name, weight_bits, 8, per_channel, _METHODS[method])
     yield Scheme("int8-qop-pc-minmax", 8, 8, True, "minmax")
@@ -136,9 +146,34 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Schem
             "ActivationSymmetric": symmetric,
             "UseQDQContribOps": scheme.activation_bits == 16,
             "CalibStridedMinMax": 1,
+            "TensorQuantOverrides": _narrow(prepared, scheme.per_channel) if "narrow" in scheme.name else {},
             **options,
         },
     )
+
+
+def _narrow(source: Path, per_channel: bool) -> dict[str, list[dict]]:
+    """`TensorQuantOverrides` that give every kernel of the graph the scale max|w| / 7, each channel its own
+    if `per_channel`, along the axis that ONNX Runtime takes by itself."""
+    import onnx
+
+    graph = onnx.load(source).graph
+    kernels = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    overrides = {}
+    for node in graph.node:
+        if node.op_type not in _KERNEL_AXIS or node.input[1] not in kernels:
+            continue
+        transposed = any(entry.name == "transB" and entry.i for entry in node.attribute)
+        axis = 0 if transposed else _KERNEL_AXIS[node.op_type]
+        kernel = np.abs(kernels[node.input[1]])
+        channels = np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis] if per_channel else 1, -1)
+        largest = channels.max(axis=1)
+        scales = np.where(largest > 0, largest / 7, 1).astype(kernel.dtype)
+        entries = [{"scale": scale, "zero_point": 0} for scale in scales]
+        if per_channel:
+            entries[0]["axis"] = axis
+        overrides[node.input[1]] = entries
+    return overrides
 
 
 def _method(scheme: Scheme):

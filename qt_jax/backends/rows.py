@@ -18,6 +18,7 @@ import numpy as np
 from qt_jax.backends import cost, environments, steps
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, environments_of, file_of, scheme_of
+from qt_jax.dense_metrics import dense_metrics
 from qt_jax.metrics import classification_metrics, reliability
 from qt_jax.reporting.provenance import cpu, provenance
 from qt_jax.reporting.records import Record, new_record
@@ -226,14 +227,24 @@ def measure(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None
 
     Raises InvalidInput for labels that are no classes of the logits.
     """
-    expected = (len(labels), *logits.shape[1:2]) if reference is None else reference.shape
+    alone = (len(labels), *logits.shape[1:2], *labels.shape[1:])
+    expected = alone if reference is None else reference.shape
     if logits.shape != expected:
         shapes = f"logits have shape {logits.shape}, expected {expected}"
         return {"status": "invalid", "reason": shapes}
-    broken = int(np.sum(~np.isfinite(logits).all(axis=1)))
+    broken = int(np.sum(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1)))
     if broken:
         lack = f"logits of {broken} of {len(labels)} images are not finite"
         return {"status": "invalid", "reason": lack}
+    judge = _of_images if labels.ndim == 1 else dense_metrics
+    return judge(logits, labels, reference) | {
+        "status": "ok",
+        "reason": REFERENCE if reference is None else None,
+    }
+
+
+def _of_images(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
+    """The metrics of a classifier, and what it decided for each image."""
     own = classification_metrics(logits, labels, reference)
     floating = own if reference is None else classification_metrics(reference, labels)
     decisions = logits.argmax(axis=1).astype("<u2").tobytes()
@@ -241,6 +252,4 @@ def measure(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None
         "reference_top1": floating["top1"],
         "reliability": reliability(logits, labels),
         "predictions": base64.b64encode(zlib.compress(decisions, 9)).decode(),
-        "status": "ok",
-        "reason": REFERENCE if reference is None else None,
     }

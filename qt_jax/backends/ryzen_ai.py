@@ -35,7 +35,8 @@ Surprises
     Every configuration first equalizes the ranges of neighbouring layers (CLE), bf16 too. The first use
     compiles Quark's operators with a C++ compiler; they stay in the environment. Left out are configurations
     that fine-tune (AdaRound, AdaQuant), the automatic mixtures, VINT8, which asks for random calibration
-    data, and MATMUL_NBITS, which leaves Conv and Gemm in float.
+    data, and MATMUL_NBITS, which leaves Conv and Gemm in float. There are no 4-bit integers for Conv: given
+    ONNX Runtime's QInt4, Quark answers that it supports INT8, UINT8, INT16 and UINT16 alone.
 """
 
 import contextlib

@@ -14,10 +14,11 @@ Numerics
                       from those of activations, biases are int16
     ================  =======================================================================================
 
-    "w4int8" has 4-bit kernels with one scale an output channel and 8-bit activations, "int4" both of 4 bits;
-    additions stay uint8. Thresholds minimize the Kullback-Leibler divergence of histograms of 2048 bins
-    ("kl"), then are tuned on 5 images, both the tool's defaults; "max" is the largest magnitude instead.
-    Calibration sees images one by one, and one table serves every chip.
+    "w4int8" has kernels on [-7, 7] with scale max|w| / 7, one an output channel of a convolution and one a
+    matrix product, and 8-bit activations; "int4" has both of 4 bits. Additions stay uint8. Thresholds
+    minimize the Kullback-Leibler divergence of histograms of 2048 bins ("kl"), then are tuned on 5 images,
+    both the tool's defaults; "max" is the largest magnitude instead. Calibration sees images one by one, and
+    one table serves every chip.
 
 Execution
     The chip's C model runs in this process. It computes a fixed batch, and most of its time goes to what does
@@ -26,6 +27,7 @@ Execution
 
 Surprises
     Every bmodel carries the chip's kernel library, some 5 MB of a model's bytes on BM1684X and BM1688.
+    BM1684 takes W4INT8 too, and keeps 8-bit kernels; BM1684X and CV181x fail while they generate code.
     Full INT4 compiles without a warning and collapses to chance on the C model. Its logits change with the
     batch, and are not those of the tool's own interpreter of the same lowered graph, itself far from float.
     The tool's own runner picks the C model by rewriting a link inside its installation, so that jobs for

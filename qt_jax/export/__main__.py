@@ -36,6 +36,8 @@ class Options:
     qdq: Literal["int8", "int4", "int16-act"] | None = None
     """Quantize with QuantizeLinear / DequantizeLinear, on the learned ranges. int8: weights and activations;
     int4: weights on 4 bits, activations on 8; int16-act: weights on 8, activations on 16."""
+    clips: bool = False
+    """Put the learned activation ranges into the FP32 graph, as Clip nodes."""
     opset: int | None = None
     """Of ai.onnx, 13 to 21. Default: 17; 21 for int4 and int16-act, which need it."""
     per_tensor: bool = False
@@ -115,6 +117,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         network(options),
         options.out,
         qdq=options.qdq,
+        clips=options.clips,
         opset=options.opset,
         per_channel=not options.per_tensor,
         signed=options.signed,
@@ -151,6 +154,8 @@ def facts(summary: dict[str, Any]) -> Table:
         )
     for output, found in summary.get("parity", {}).items():
         rows[f"parity, {output}"] = _parity(found)
+    if summary["clips"]:
+        rows["clips"] = f"{len(summary['clips'])} activations clipped to their learned ranges"
     for name, text in rows.items():
         table.add_row(name, text)
     return table

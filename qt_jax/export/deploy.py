@@ -1,5 +1,6 @@
 """From a trained network to a verified file: the FP32 graph with its ranges, or a QDQ graph."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnx
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save_verified, to_onnx
 from qt_jax.export.checkpoint import Deployable
+from qt_jax.export.clips import Bounds, clipped_forward, insert_clips, learned_clips
 from qt_jax.export.encodings import Ranges, write_ranges
 from qt_jax.export.layer_report import layer_rows
 from qt_jax.export.modes import MODES, deployed_config
@@ -32,6 +34,7 @@ def deploy(
     out: str | os.PathLike,
     *,
     qdq: str | None = None,
+    clips: bool = False,
     opset: int | None = None,
     per_channel: bool = True,
     signed: bool = False,
@@ -47,6 +50,8 @@ def deploy(
       network: from `qt_jax.export.checkpoint.load`.
       out: the ONNX file; one that is there is replaced at the end.
       qdq: None for FP32, else a mode of `qt_jax.export.modes`.
+      clips: learned activation ranges in the FP32 graph as Clip nodes, see `qt_jax.export.clips`; parity is
+        then that with the JAX forward clipped in the same places.
       opset: None for 17, or for 21 where the mode needs it.
       per_channel: one scale for each output channel of a kernel, in QDQ and in the ranges.
       signed: as `insert_qdq` takes it.
@@ -55,17 +60,21 @@ def deploy(
     Returns:
       What `summary.summarize` says, `parameters` and `macs` being those of the FP32 graph, and: `file`,
       `qdq`, `inputs` (on what parity was measured), `max_difference` (FP32: by batch size), `parity` (QDQ:
-      by output, against JAX at lambda = 1), `layers` (a row for each weighted layer), `ranges` (the file, or
-      None) and `ranges_reason` (why there is none).
+      by output, against JAX at lambda = 1), `layers` (a row for each weighted layer), `clips` (activation ->
+      [low, high], of those that were clipped), `ranges` (the file, or None) and `ranges_reason` (why there is
+      none).
 
     Raises:
-      InvalidInput: what cannot be exported, and why; QDQ without learned ranges or without real inputs.
+      InvalidInput: what cannot be exported, and why; QDQ without learned ranges or without real inputs,
+        Clip nodes without learned ranges or beside QDQ.
         Nothing at `out` has changed then.
     """
     out = Path(out)
     opset = _opset(opset, qdq)
     if qdq is not None:
         _require_learned(network, qdq)
+    if clips:
+        _require_clippable(network, qdq)
     if out.is_dir():
         raise InvalidInput(f"{out} is a folder: name the file to write, such as {out / 'model.onnx'}")
     model = to_onnx(
@@ -77,6 +86,11 @@ def deploy(
         fold_batch_norm=fold_batch_norm,
         dynamic_batch=dynamic_batch,
     )
+    bounds: dict[str, Bounds] = {}
+    if clips:
+        bounds = learned_clips(model, network.variables, network.config)
+        network = dataclasses.replace(network, apply_fn=clipped_forward(network.apply_fn, model, bounds))
+        model = insert_clips(model, bounds)
     options = {"layout": layout, "batch_sizes": (1, 7) if dynamic_batch else (1,)}
     path, ranges = ranges_path(out), None
     try:
@@ -94,6 +108,7 @@ def deploy(
         "file": str(out),
         "qdq": qdq,
         "inputs": _inputs(network)[1],
+        "clips": {name: list(ends) for name, ends in bounds.items()},
         "ranges": None if ranges is None else str(path),
     }
 
@@ -147,6 +162,18 @@ def _require_learned(network: Deployable, qdq: str) -> None:
         raise InvalidInput(
             f"QDQ mode {qdq} needs real inputs, for what the learned ranges do not cover and to measure "
             'parity: give samples, an .npz with the arrays "calibration" and "parity"'
+        )
+
+
+def _require_clippable(network: Deployable, qdq: str | None) -> None:
+    if qdq is not None:
+        raise InvalidInput(
+            f"QDQ mode {qdq} clips at the ends of its integers: Clip nodes are for FP32 graphs"
+        )
+    if network.config is None:
+        raise InvalidInput(
+            "Clip nodes need learned ranges, and these variables hold none: train with qt.quant_trim, or "
+            "export without them"
         )
 
 

@@ -108,8 +108,10 @@ def config_from_json(values: Mapping[str, Any]) -> QuantConfig:
     Raises:
       InvalidInput: an unknown field, or a value out of range.
 
-    >>> config_from_json({"weights": {"bits": 4, "axis": -1}, "activations": None}).weights
-    QuantSpec(bits=4, symmetric=True, axis=-1, narrow_range=None, ste='identity', quantile=0.999)
+    >>> weights = config_from_json({"weights": {"bits": 4, "axis": -1}, "activations": None}).weights
+    >>> weights  # doctest: +NORMALIZE_WHITESPACE
+    QuantSpec(bits=4, symmetric=True, axis=-1, narrow_range=None, ste='identity', quantile=0.999,
+    grids='own')
     """
 
     def specs(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +121,8 @@ def config_from_json(values: Mapping[str, Any]) -> QuantConfig:
 
     try:
         rules = tuple(Rule(**specs(rule)) for rule in values.get("rules", ()))
-        return QuantConfig(**specs({**values, "rules": rules}))
+        outputs = tuple(values.get("fused_outputs", ()))
+        return QuantConfig(**specs({**values, "rules": rules, "fused_outputs": outputs}))
     except (TypeError, AttributeError) as error:
         raise InvalidInput(f"this is no quantization config: {error}") from error
 

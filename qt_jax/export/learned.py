@@ -67,7 +67,11 @@ def learned_encodings(
         biased = name in inputs and node.op_type != "MatMul" and len(node.input) > 2
         least = least_scale(values[node.input[2]], inputs[name].scale[0]) if biased else 0.0
         spec = sites.weights or config.weights or QuantSpec()
-        kernels[kernel] = _kernel(node, values[kernel], leaves.get(leaf), learned, spec, least)
+        raw = None if leaf not in leaves else np.asarray(leaves[leaf])
+        gains = None
+        if learned is not None and raw is not None:
+            gains = _gains(node, values[kernel], raw, config.folded)
+        kernels[kernel] = _kernel(node, values[kernel], gains, learned, spec, least)
     if not inputs and not quantized:
         raise InvalidInput(
             "no layer of this graph has learned ranges: give the variables of a Quant-Trim checkpoint, with "
@@ -149,18 +153,23 @@ def _scale(statistics: Mapping[str, Any], path: str, spec: QuantSpec) -> np.ndar
     return np.asarray(quantization_parameters(*_range(statistics, path, KERNEL), spec)[0])
 
 
+def _gains(node: NodeProto, kernel: np.ndarray, raw: np.ndarray, folded: bool) -> np.ndarray | None:
+    """What the graph's kernel is of the one that training laid its grid over, by channel."""
+    if folded and kernel.size == raw.size:
+        return np.ones(kernel.shape[channel_axis(node, kernel.ndim)])
+    return output_gains(node, kernel, raw)
+
+
 def _kernel(
     node: NodeProto,
-    folded: np.ndarray,
-    raw: Any,
+    kernel: np.ndarray,
+    gains: np.ndarray | None,
     scale: np.ndarray | None,
     spec: QuantSpec,
     least: np.ndarray | float,
 ) -> Encoding:
-    axis = channel_axis(node, folded.ndim)
-    if scale is None or raw is None:
-        return folded_kernel(folded, spec, axis, least)
-    gains = output_gains(node, folded, np.asarray(raw))
-    if gains is None or len(gains) % scale.size:
-        return folded_kernel(folded, spec, axis, least)
+    """The grid of the graph's kernel: the learned one where that has a place, else by its magnitude."""
+    axis = channel_axis(node, kernel.ndim)
+    if gains is None or scale is None or len(gains) % scale.size:
+        return folded_kernel(kernel, spec, axis, least)
     return learned_kernel(scale, gains, spec, axis, least)

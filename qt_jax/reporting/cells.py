@@ -11,6 +11,9 @@ from qt_jax.reporting.records import Record
 METHODS = {"quant-trim": "Quant-Trim", "float": "float twin"}
 """Known methods and their titles, in the order in which tables and figures show them; others follow."""
 
+METRICS = {"top1": "top-1", "miou": "mIoU"}
+"""What a table or figure can be of, and its name there. Of segmentation, top-1 is the pixel accuracy."""
+
 
 class Comparison(NamedTuple):
     """`cells[method][scheme][seed]` is a record; `methods` and `schemes` say in which order to show them."""

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qt_jax.reporting.cells import Comparison, compare, measured, spread, title
+from qt_jax.reporting.cells import METRICS, Comparison, compare, measured, spread, title
 from qt_jax.reporting.records import Record
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
@@ -25,6 +25,7 @@ def summary_figure(
     weights: Mapping[str, Mapping[str, np.ndarray]],
     path: str | Path,
     history: Sequence[Mapping[str, Any]] | None = None,
+    metric: str = "top1",
 ) -> None:
     """Write the summary of a run as a PNG of 1650 x 1350 pixels.
 
@@ -35,7 +36,9 @@ def summary_figure(
             mean square, so that layers of different gain can share a histogram.
         path: where the PNG goes; replaced if there.
         history: validation accuracy of the Quant-Trim run, one mapping an epoch with "epoch" (epochs
-            finished), "fp32_top1" and "fake_quant_top1" as fractions.
+            finished), "fp32_top1" and "fake_quant_top1" as fractions; of another metric its key stands for
+            "top1".
+        metric: "top1" or "miou".
 
     Raises InvalidInput as `qt_jax.reporting.cells.compare` does.
 
@@ -51,12 +54,12 @@ def summary_figure(
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, 2, height_ratios=(1.35, 0.7, 0.5))
-    _accuracy_by_scheme(figure.add_subplot(grid[0, :]), comparison)
+    _accuracy_by_scheme(figure.add_subplot(grid[0, :]), comparison, metric)
     if history:
         accuracy = figure.add_subplot(grid[1, 0])
         curriculum = figure.add_subplot(grid[2, 0], sharex=accuracy)
         accuracy.tick_params(labelbottom=False)
-        _validation(accuracy, history)
+        _validation(accuracy, history, metric)
     else:
         curriculum = figure.add_subplot(grid[1:, 0])
         curriculum.set_title("Curriculum", loc="left")
@@ -69,14 +72,14 @@ def summary_figure(
     figure.savefig(path, format="png", dpi=150)
 
 
-def _accuracy_by_scheme(axes: Axes, comparison: Comparison) -> None:
+def _accuracy_by_scheme(axes: Axes, comparison: Comparison, metric: str) -> None:
     """A dot a method and scheme at the mean over seeds, with a bar of one standard deviation either side."""
     shift = 0.16
     for index, method in enumerate(comparison.methods):
         centre = (index - (len(comparison.methods) - 1) / 2) * shift
         colour = method_colour(method, index)
         for place, scheme in enumerate(comparison.schemes):
-            values = list(measured(comparison.cells[method].get(scheme, {}), "top1").values())
+            values = list(measured(comparison.cells[method].get(scheme, {}), metric).values())
             if not values:
                 continue
             mean, deviation = spread([100 * value for value in values])
@@ -102,8 +105,9 @@ def _accuracy_by_scheme(axes: Axes, comparison: Comparison) -> None:
             if scheme == comparison.reference:
                 axes.axhline(mean, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         axes.plot([], [], MARKERS.get(method, "^"), color=colour, label=title(method))
-    axes.set_title("Test accuracy by scheme (dashed: the network's own FP32)", loc="left")
-    axes.set_ylabel("top-1 (%)")
+    name = "accuracy" if metric == "top1" else METRICS[metric]
+    axes.set_title(f"Test {name} by scheme (dashed: the network's own FP32)", loc="left")
+    axes.set_ylabel(f"{METRICS[metric]} (%)")
     axes.set_xticks(
         range(len(comparison.schemes)),
         [name.replace("-", "\n").replace(" ", "\n") for name in comparison.schemes],
@@ -113,13 +117,15 @@ def _accuracy_by_scheme(axes: Axes, comparison: Comparison) -> None:
     axes.legend(frameon=False, loc="lower left")
 
 
-def _validation(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+def _validation(axes: Axes, history: Sequence[Mapping[str, Any]], metric: str) -> None:
     epochs = [row["epoch"] for row in history]
-    for key, label, style in (("fp32_top1", "FP32", "-"), ("fake_quant_top1", "fake-quantized", "--")):
+    for path, label, style in (("fp32", "FP32", "-"), ("fake_quant", "fake-quantized", "--")):
         colour = COLOURS["quant-trim"] if style == "-" else INK
-        axes.plot(epochs, [100 * row[key] for row in history], style, color=colour, label=label)
+        axes.plot(
+            epochs, [100 * row[f"{path}_{metric}"] for row in history], style, color=colour, label=label
+        )
     axes.set_title("Quant-Trim over training", loc="left")
-    axes.set_ylabel("validation top-1 (%)")
+    axes.set_ylabel(f"validation {METRICS[metric]} (%)")
     axes.legend(frameon=False, loc="lower right")
 
 

@@ -164,3 +164,33 @@ def test_schedule_fractions_reach_the_schedule():
         assert float(lam(49)) == 0.0 and float(lam(91)) == 1.0
     assert float(cifar.lambda_schedule(Config(sched="constant"), 100)(0)) == 1.0
     assert float(cifar.lambda_schedule(Config(sched="none"), 100)(100)) == 0.0
+
+
+DEPLOYED = {"folded": True, "vendor_grids": True, "reverse_pruning_folded": True, "fused_outputs": True}
+
+
+def test_deployment_aware_points_reach_quant_trim_and_the_float_twin_drops_them():
+    config = cifar.Config(**DEPLOYED, bits=4)
+    weights = cifar.quant_config(config).weights
+    assert (weights.bits, weights.axis, weights.quantile, weights.grids) == (4, -1, 1.0, "vendors")
+    assert cifar.quant_config(config).folded
+    twin = cifar.float_twin(config)
+    assert not any(getattr(twin, name) for name in DEPLOYED)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"folded": True, "sched": "none"}, r"--folded need .* other than none"),
+        (
+            {"vendor_grids": True, "quantizer": "lsq", "sched": "constant", "reverse_pruning": None},
+            "--vendor-grids",
+        ),
+        ({"reverse_pruning_folded": True}, "give both"),
+        ({"reestimate": 100}, "at least 500"),
+        ({"reverse_pruning_spread": 1.0}, "from 0 to 0.99"),
+    ],
+)
+def test_points_without_what_they_need_are_refused(settings, complaint):
+    with pytest.raises(qt.InvalidInput, match=complaint):
+        cifar.Config(**settings)

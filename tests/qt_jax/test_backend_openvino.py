@@ -21,6 +21,7 @@ def test_names_and_bits_agree():
         four = scheme.name.startswith("int4w")
         assert scheme.weight_bits == (32 if scheme.name == "fp32" else 4 if four else 8)
         assert (scheme.activation_bits == 16) == ("int16act" in scheme.name)
+        assert scheme.per_channel == (None if scheme.name == "fp32" else "-pt-" not in scheme.name)
         assert not scheme.dynamic and scheme.source is None
     assert len({scheme.name for scheme in BACKEND.schemes}) == len(BACKEND.schemes)
 
@@ -121,6 +122,46 @@ def test_every_scheme_runs(installed, images, tmp_path):
     assert sqnr["fp32"] > 100
     assert all(value > 25 for name, value in sqnr.items() if name.startswith("int8-pc"))
     assert found["int8-pc-sym-mean"]["operators"]["Convolution"]["integer"] == 1
+
+
+LINEAR = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[batch, 6, 8, 8] input) => (float[batch, 4] logits) <float[4, 6, 1, 1] kernel, float[4] bias> {
+        convolved = Conv(input, kernel, bias)
+        mean = GlobalAveragePool(convolved)
+        logits = Flatten(mean)
+    }""")
+
+
+@pytest.mark.vendor
+@pytest.mark.parametrize("granularity", ["pt", "pc"])
+def test_four_bit_kernels_are_on_the_grid_of_seven_steps(granularity, installed, tmp_path):
+    """Against numpy, on a network that is linear but for 8-bit grids: kernels on [-7, 7], scale max|w| / 7.
+
+    Correction may shift each class by a constant, so that means over images are taken away.
+    """
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(4, 6, 1, 1)).astype(np.float32) * np.float32([1, 2, 4, 8])[:, None, None, None]
+    images = rng.normal(size=(48, 6, 8, 8)).astype(np.float32)
+    images += rng.normal(size=(48, 6, 1, 1)).astype(np.float32)
+    model = onnx.ModelProto()
+    model.CopyFrom(LINEAR)
+    for name, values in (("kernel", kernel), ("bias", np.ones(4, np.float32))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    scheme = f"int4w-{granularity}-sym-minmax"
+    [record] = run(model, images, tmp_path, [scheme]).values()
+    assert record["status"] == "ok" and record["operators"]["Convolution"] == {"integer": 0, "float": 1}
+
+    [path] = tmp_path.glob(f"work/openvino-{scheme}-cpu-run-*/logits.npy")
+    scale = np.abs(kernel).max(axis=(1, 2, 3) if granularity == "pc" else None, keepdims=True) / 7
+
+    def centred(logits):
+        return logits - logits.mean(axis=0)
+
+    def answers(weights):
+        return centred(images.mean(axis=(2, 3)) @ weights[:, :, 0, 0].T)
+
+    found, grid = centred(np.load(path)), answers(np.round(kernel / scale) * scale)
+    assert np.linalg.norm(found - grid) < 0.2 * np.linalg.norm(answers(kernel) - grid)
 
 
 @pytest.mark.vendor

@@ -83,6 +83,10 @@ def weight_integers(model, name):
     return tuple(tensors[f"{name}_{suffix}"] for suffix in ("quantized", "scale", "zero_point"))
 
 
+GRIDS = {8: (127, -127, 127), 4: (7.5, -8, 7), "narrow": (7, -7, 7)}
+"""Steps up to max|w|, the least and the largest integer."""
+
+
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -90,6 +94,8 @@ def weight_integers(model, name):
         "int8-pc-percentile",
         "int4w-pt-percentile",
         "int4w-pc-minmax",
+        "int4w-narrow-pt-minmax",
+        "int4w-narrow-pc-minmax",
         "int8-s8s8-pc-entropy",
     ],
 )
@@ -98,16 +104,52 @@ def test_weight_integers_equal_rounding_on_the_documented_grid(scheme, tmp_path)
     for kernel in ("stem/kernel", "block/kernel", "head/kernel"):
         [values] = [numpy_helper.to_array(t) for t in MODEL.graph.initializer if t.name == kernel]
         integers, scale, zero_point = weight_integers(model, kernel)
-        four = SCHEMES[scheme].weight_bits == 4
+        steps, *limits = GRIDS["narrow" if "narrow" in scheme else SCHEMES[scheme].weight_bits]
         axes = tuple(range(1, values.ndim)) if SCHEMES[scheme].per_channel else None
         largest = np.abs(values.astype(np.float64)).max(axis=axes, keepdims=True)
-        expected_scale = 2 * largest / 15 if four else largest / 127
+        expected_scale = largest / steps
         np.testing.assert_allclose(np.ravel(scale), np.ravel(expected_scale), rtol=1e-6)
         assert not np.any(zero_point.astype(np.int8))
         scaled = values / expected_scale
         clear = np.abs(np.abs(scaled - np.floor(scaled)) - 0.5) > 1e-4  # ties may round either way in float32
-        expected = np.clip(np.round(scaled), *((-8, 7) if four else (-127, 127)))
+        expected = np.clip(np.round(scaled), *limits)
         np.testing.assert_array_equal(integers.astype(np.int8)[clear], expected[clear])
+
+
+OPERATORS = """<ir_version: 10, opset_import: ["" : 17]>
+net (float[batch, 2, 3, 3] input) => (float[batch, 4] logits) {
+    up = ConvTranspose(input, up_kernel)
+    mean = GlobalAveragePool(up)
+    flat = Flatten(mean)
+    hidden = Gemm(flat, hidden_kernel, hidden_bias)
+    positive = Relu(hidden)
+    logits = MatMul(positive, head_kernel)
+}"""
+
+
+@pytest.mark.parametrize("granularity", ["pt", "pc"])
+def test_narrow_grid_has_the_channels_that_onnxruntime_takes_by_itself(granularity, tmp_path):
+    """Scales are 15 / 14 of the wide grid's for every operator, and 1 for a channel of zeros."""
+    kernels = {"up_kernel": (2, 3, 2, 2), "hidden_kernel": (3, 5), "hidden_bias": (5,), "head_kernel": (5, 4)}
+    model = onnx.parser.parse_model(OPERATORS)
+    for name, shape in kernels.items():
+        values = RNG.standard_normal(shape).astype(np.float32)
+        if name == "hidden_kernel":
+            values[:, 2] = 0
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    images = RNG.standard_normal((8, 2, 3, 3)).astype(np.float32)
+    wide, narrow = (
+        compiled(tmp_path, f"{prefix}-{granularity}-minmax", model=model, calibration=images)
+        for prefix in ("int4w", "int4w-narrow")
+    )
+    for name in ("up_kernel", "hidden_kernel", "head_kernel"):
+        _, wide_scale, _ = weight_integers(wide, name)
+        integers, scale, zero_point = weight_integers(narrow, name)
+        ratio = np.full(scale.shape, 15 / 14)
+        if name == "hidden_kernel" and granularity == "pc":
+            ratio[2] = 1
+        np.testing.assert_allclose(scale, ratio * wide_scale, rtol=1e-6)
+        assert np.abs(integers.astype(np.int8)).max() == 7 and not zero_point.astype(np.int8).any()
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile"])

@@ -237,6 +237,16 @@ def test_graph_follows_the_options(project, tmp_path, capsys):
         graph_logits(out)
 
 
+def test_learned_ranges_as_clips(project, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    assert main([str(project / "run"), "--out", str(out), "--clips"]) == 0
+    assert "1 activations clipped to their learned ranges" in " ".join(capsys.readouterr().out.split())
+    clips = [node.name for node in onnx.load(out).graph.node if node.op_type == "Clip"]
+    assert clips == ["GlobalAveragePool/Clip"]  # the layer "inner" is in floating point
+    assert main([str(project / "run"), "--out", str(out), "--clips", "--qdq", "int8"]) == 2
+    assert "Clip nodes are for FP32 graphs" in capsys.readouterr().err
+
+
 def test_printed_tables_are_plain_when_piped(project, tmp_path, capsys):
     assert main([str(project / "run"), "--out", str(tmp_path / "m.onnx")]) == 0
     text = capsys.readouterr().out

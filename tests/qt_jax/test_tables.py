@@ -118,3 +118,22 @@ def test_what_cannot_be_one_table(records, message):
 def test_spread_is_the_sample_standard_deviation():
     assert spread([2.0]) == (2.0, None)
     assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+
+
+def test_segmentation_is_judged_by_miou_and_by_pixels():
+    records = [
+        row("float", "fp32", 0.90, miou=0.60),
+        row("float", "int4w-pt-minmax", 0.85, miou=0.50, agreement=0.9),
+        row("quant-trim", "fp32", 0.91, miou=0.58),
+        row("quant-trim", "int4w-pt-minmax", 0.90, miou=0.57, agreement=0.95),
+    ]
+    text = to_markdown(records, "miou")
+    assert "| scheme | Quant-Trim mIoU | Quant-Trim drop |" in text and "top-1" not in text
+    assert "| int4w-pt-minmax | 57.00 | 1.00 | – | 95.00 | 50.00 | 10.00 | – | 90.00 | +7.00 |" in text
+    assert "points of mIoU below" in text and "pixels on which the decision" in text
+    pixels = cells(records)["int4w-pt-minmax"]
+    columns = ("Quant-Trim pixel accuracy", "float twin drop", "gain")
+    assert [pixels[name] for name in columns] == ["90.00", "5.00", "+5.00"]
+    assert accuracy_table(records, "miou").title == "mIoU by scheme"
+    assert accuracy_table(records).title == "pixel accuracy by scheme"
+    assert accuracy_table(ONE_SEED).title == "Top-1 by scheme"

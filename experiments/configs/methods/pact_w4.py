@@ -1,0 +1,15 @@
+"""PACT for 4-bit weights and 8-bit activations: learned clips.
+
+As `pact`, with the grid on which compilers lose most.
+
+Command: python -m experiments.paper --methods pact-w4
+Expected time and score: not run yet.
+"""
+
+from experiments.configs.method import Method
+
+METHOD = Method(
+    "PACT W4A8",
+    tables=("main", "bits"),
+    changes={"quantizer": "pact", "sched": "constant", "reverse_pruning": None, "bits": 4},
+)

@@ -1,0 +1,257 @@
+"""`python -m experiments.layer_sqnr RUN_DIR`: what Clip nodes and new batch-norm statistics buy, by layer.
+
+A finished run's network is exported as it is, with its learned ranges as Clip nodes, with its batch norms
+re-estimated on training images, and with both (re-estimated with the clips in force). onnxruntime quantizes
+each; on the validation split every layer's output in the integer deployment is compared with the same
+tensor of the float graph. The test set is not touched. Rows are appended to layer_sqnr.jsonl in the run's
+folder, and layer_sqnr.md is written from them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import onnx
+import tyro
+from onnx import TensorProto, helper
+from rich.console import Console
+
+import qt_jax as qt
+from experiments.cifar import ONNX_NAMES, model_input
+from experiments.command_line import exit_status
+from experiments.data import Dataset, load
+from experiments.data.augment import normalize
+from qt_jax.backends import ort
+from qt_jax.export import to_onnx
+from qt_jax.export.checkpoint import Deployable, create_module
+from qt_jax.export.checkpoint import load as load_network
+from qt_jax.export.clips import clipped_forward, insert_clips, learned_clips
+from qt_jax.export.description import read_description
+from qt_jax.export.operators import WEIGHTED
+from qt_jax.export.placement import ABSORBED, tensor_readers
+from qt_jax.export.sessions import named_inputs, open_session, run_batches
+from qt_jax.reporting import records
+from qt_jax.reporting.files import write_whole
+from qt_jax.reporting.provenance import provenance
+from qt_jax.reporting.tables import markdown_line
+
+PLAIN, CLIPS, NORMS, BOTH = "plain", "clips", "batch norm", "clips + batch norm"
+SCHEMES = ("int8-pt-minmax", "int4w-pt-minmax", "int4w-pc-minmax")
+OPSET = 21
+"""The first with INT4."""
+BATCH = 500
+"""Images on which batch norm is measured at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure each layer's SQNR with and without Clip nodes and re-estimated batch norm."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished `python -m experiments.cifar`."""
+    method: Literal["quant-trim", "float"] = "quant-trim"
+    """Which of the run's networks. The float twin has no learned ranges, so no clips."""
+    data_dir: Path | None = None
+    """Folder or archive that holds the data set, as for `experiments.cifar`."""
+    images: int = 5000
+    """Training images on which batch norm is re-estimated."""
+
+
+def variants(
+    network: Deployable, train_apply: Callable[..., Any], images: np.ndarray
+) -> dict[str, onnx.ModelProto]:
+    """The float graph of each variant that the network has.
+
+    Args:
+      network: from a finished run.
+      train_apply: `(variables, images) -> (logits, updated)` in training mode.
+      images: as the model takes them, for batch norm.
+    """
+    batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+
+    def export(variables: Any) -> onnx.ModelProto:
+        return to_onnx(network.apply_fn, variables, network.input_shape, opset=OPSET)
+
+    graphs = {PLAIN: export(network.variables)}
+    graphs[NORMS] = export(qt.reestimate_batch_norm(train_apply, network.variables, batches))
+    if network.config is None:
+        return graphs
+    clips = learned_clips(graphs[PLAIN], network.variables, network.config)
+    clipped = clipped_forward(train_apply, graphs[PLAIN], clips)
+    graphs[CLIPS] = insert_clips(graphs[PLAIN], clips)
+    renewed = export(qt.reestimate_batch_norm(clipped, network.variables, batches))
+    return graphs | {BOTH: insert_clips(renewed, clips)}
+
+
+def layer_outputs(graph: onnx.ModelProto) -> dict[str, str]:
+    """Layer -> the tensor it hands on: that of the Relu or Clip which alone reads its output, if one does."""
+    readers = tensor_readers(graph)
+    constant = {tensor.name for tensor in graph.graph.initializer}
+    found = {}
+    for node in graph.graph.node:
+        if node.op_type in WEIGHTED and node.input[1] in constant:
+            name = node.output[0]
+            while len(readers[name]) == 1 and readers[name][0].op_type in ABSORBED:
+                name = readers[name][0].output[0]
+            found[node.name] = name
+    return found
+
+
+def quantized(graph: onnx.ModelProto, calibration: np.ndarray, scheme: str) -> onnx.ModelProto:
+    """What onnxruntime's quantizer makes of a float graph."""
+    chosen = next(offer for offer in ort.BACKEND.schemes if offer.name == scheme)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        source, target = Path("float.onnx"), Path("quantized")
+        target.mkdir()
+        onnx.save(graph, source)
+        ort.BACKEND.compile(source, calibration, chosen, target)
+        return onnx.load(target / ort.MODEL)
+
+
+def compare(
+    graph: onnx.ModelProto, deployed: onnx.ModelProto, images: np.ndarray
+) -> tuple[dict[str, float | None], np.ndarray, np.ndarray]:
+    """The SQNR in dB of each layer's output as the next layer reads it, and both graphs' logits.
+
+    10 log10(sum x^2 / sum (x - x_hat)^2) over all images, x the float graph's tensor; None where the two are
+    equal. A layer whose output the quantizer has made disappear is left out.
+    """
+    made = {name for node in deployed.graph.node for name in node.output}
+    there = {}
+    for layer, name in layer_outputs(graph).items():
+        dequantized = f"{name}_DequantizeLinear_Output"
+        if found := next((wanted for wanted in (dequantized, name) if wanted in made), None):
+            there[layer] = name, found
+    [output] = [entry.name for entry in graph.graph.output]
+    [logits] = [entry.name for entry in deployed.graph.output]
+    ours = _run(graph, [output, *(name for name, _ in there.values())], images)
+    theirs = _run(deployed, [logits, *(name for _, name in there.values())], images)
+    sums = {layer: np.zeros(2) for layer in there}
+    rows = []
+    for mine, other in zip(ours, theirs, strict=True):
+        rows.append((mine[output], other[logits]))
+        for layer, (name, found) in there.items():
+            x, x_hat = mine[name].astype(np.float64), other[found].astype(np.float64)
+            sums[layer] += (x**2).sum(), ((x - x_hat) ** 2).sum()
+    ratios = {
+        layer: 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+        for layer, (signal, noise) in sums.items()
+    }
+    return ratios, *(np.concatenate(parts) for parts in zip(*rows, strict=True))
+
+
+def _run(graph: onnx.ModelProto, names: list[str], images: np.ndarray):
+    """Those tensors, batch by batch, of the graph as it is written."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(graph)
+    present = {entry.name for entry in watched.graph.output}
+    watched.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in {*names} - present
+    )
+    names = list(dict.fromkeys(names))
+    return run_batches(open_session(watched, optimize=False), named_inputs(watched, images), names)
+
+
+def measure(
+    graphs: Mapping[str, onnx.ModelProto], dataset: Dataset, calibration: np.ndarray, console: Console
+) -> list[dict[str, Any]]:
+    """For each variant FP32 and each of `SCHEMES`: the metrics on the validation split, and the layers."""
+    images, labels = model_input(dataset, dataset.validation_images), dataset.validation_labels
+    rows = []
+    for variant, graph in graphs.items():
+        for scheme in SCHEMES:
+            layers, reference, logits = compare(graph, quantized(graph, calibration, scheme), images)
+            if scheme == SCHEMES[0]:
+                found = qt.metrics.classification_metrics(reference, labels)
+                rows.append({"variant": variant, "scheme": "fp32", "weight_bits": 32, **found})
+            found = qt.metrics.classification_metrics(logits, labels, reference)
+            offer = next(offer for offer in ort.BACKEND.schemes if offer.name == scheme)
+            bits = {"weight_bits": offer.weight_bits, "per_channel": offer.per_channel}
+            rows.append({"variant": variant, "scheme": scheme, **bits, **found, "layers_sqnr_db": layers})
+            console.print(f"{variant}, {scheme}: top-1 {100 * found['top1']:.2f} %")
+    return rows
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """A table for each scheme: top-1 and SQNR of the logits, then of each layer, a column for each variant.
+
+    >>> row = {"variant": "plain", "scheme": "int8", "top1": 0.5, "layers_sqnr_db": {"stem": 20.0}}
+    >>> print(to_markdown([row]).splitlines()[-2])
+    | stem | 20.0 |
+    """
+    last = {(row["scheme"], row["variant"]): row for row in rows}
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = []
+    for scheme in dict.fromkeys(row["scheme"] for row in rows):
+        columns = [last.get((scheme, name), {}) for name in names]
+        lines += [
+            f"## {scheme}",
+            "",
+            markdown_line(["", *names]),
+            markdown_line(["---", *["---:"] * len(names)]),
+        ]
+        lines.append(markdown_line(["top-1, %", *(_cell(row.get("top1"), 100, 2) for row in columns)]))
+        if scheme != "fp32":
+            lines.append(markdown_line(["logits, dB", *(_cell(row.get("sqnr_db"), 1, 1) for row in columns)]))
+        by_layer = [row.get("layers_sqnr_db") or {} for row in columns]
+        for layer in dict.fromkeys(layer for found in by_layer for layer in found):
+            cells = [_cell(found.get(layer), 1, 1) for found in by_layer]
+            lines.append(markdown_line([layer, *cells]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, scale: float, digits: int) -> str:
+    return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
+def run(options: Options, console: Console) -> None:
+    """Measures every variant, appends the rows, writes the page."""
+    path = options.run / "config.json"
+    if not path.exists():
+        raise qt.InvalidInput(
+            f"{options.run} holds no config.json: name the folder of a finished experiments.cifar"
+        )
+    config = json.loads(path.read_text())
+    description = (options.run / ONNX_NAMES[options.method]).with_suffix(".json")
+    network = load_network(description)
+    described = read_description(description)
+    module = create_module(described.model, described.arguments)
+
+    def train_apply(variables, images):
+        return module.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    dataset = load(config["dataset"], options.data_dir, seed=0)
+    calibration = model_input(dataset, dataset.train_images[: config["calibration_size"]])
+    images = np.asarray(normalize(dataset.train_images[: options.images], dataset.mean, dataset.std))
+    measured = measure(variants(network, train_apply, images), dataset, calibration, console)
+    identity = {"run": options.run.name, "task": config["dataset"], "model": config["model"]}
+    identity |= {"method": options.method, "seed": config["seed"], "split": "validation", "status": "ok"}
+    identity |= {"backend": ort.BACKEND.name, "vendor": ort.BACKEND.vendor, "activation_bits": 8}
+    identity |= {"reestimation_images": len(images)}
+    source = provenance(["jax", "flax", "onnxruntime", "onnx", "numpy"])
+    kept = options.run / "layer_sqnr.jsonl"
+    for row in measured:
+        records.append(kept, records.new_record(**identity | source | row))
+    mine = [row for row in records.read(kept) if row["method"] == options.method]
+    page = options.run / f"layer_sqnr-{options.method}.md"
+    write_whole(page, to_markdown(mine))
+    console.print(to_markdown(mine))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    prog = "python -m experiments.layer_sqnr"
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), console))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""A few test images of a segmentation run: true masks, and those of each network in FP32 and in INT4."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+import qt_jax as qt
+from qt_jax.backends import ort
+from qt_jax.backends.rows import LOGITS
+from qt_jax.export.saving import staged
+from qt_jax.reporting.cells import title
+
+SHOWN = 6
+"""Images: the first of the test set."""
+SCHEMES = {"fp32": "FP32", "int4w-pt-minmax": "INT4 weights"}
+"""Of onnxruntime, and what a reader is told."""
+COLOURS = (
+    *("#f0f0f0", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"),
+    *("#7B4B2A", "#8C8C8C"),
+)
+"""One a class: the first is pale, ten more that can be told apart."""
+
+
+def decided_masks(
+    networks: Mapping[str, Path],
+    calibration: np.ndarray,
+    test_set: tuple[np.ndarray, np.ndarray],
+    path: Path,
+) -> dict[str, np.ndarray]:
+    """What each network decides for each pixel under each of `SCHEMES`, kept in `path` and read from there.
+
+    Args:
+      networks: method -> ONNX file.
+      calibration, test_set: as `qt_jax.evaluate` takes them; a few test images.
+      path: an .npz; what is there is not computed again.
+
+    Returns:
+      "method/scheme" -> uint8 `(n, height, width)`; without those that onnxruntime did not bring about.
+    """
+    if not path.exists():
+        found = {}
+        for method, network in networks.items():
+            with tempfile.TemporaryDirectory() as folder:
+                rows = qt.evaluate(
+                    network,
+                    calibration,
+                    test_set,
+                    backends=[ort.BACKEND.name],
+                    schemes=list(SCHEMES),
+                    runtimes=[ort.REFERENCE.name],
+                    folder=folder,
+                )
+                for row in rows:
+                    if row["status"] == "ok":
+                        logits = np.load(Path(folder, row["log"]).with_name(LOGITS))
+                        found[f"{method}/{row['scheme']}"] = logits.argmax(axis=1).astype(np.uint8)
+        with staged(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **found)
+    with np.load(path) as file:
+        return dict(file)
+
+
+def masks_figure(
+    images: np.ndarray,
+    truth: np.ndarray,
+    decided: Mapping[str, np.ndarray],
+    class_names: Sequence[str],
+    path: Path,
+) -> None:
+    """Write a PNG with a row an image: itself, its true mask, and the decided ones with their accuracy.
+
+    Args:
+      images: uint8 `(n, height, width, 3)`.
+      truth: integers `(n, height, width)`.
+      decided: as `decided_masks` returns them.
+      class_names: one a class, for the legend.
+      path: replaced if there.
+    """
+    columns = {"image": images, "truth": truth}
+    for key, masks in decided.items():
+        method, _, scheme = key.partition("/")
+        columns[f"{title(method)}\n{SCHEMES[scheme]}"] = masks
+    figure = Figure(figsize=(1.7 * len(columns), 1.85 * len(images) + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(images), len(columns), squeeze=False)
+    colours = ListedColormap(COLOURS[: len(class_names)])
+    for row, line in enumerate(grid):
+        for axes, (name, values) in zip(line, columns.items(), strict=True):
+            axes.imshow(
+                values[row], cmap=colours, vmin=-0.5, vmax=len(class_names) - 0.5, interpolation="nearest"
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row == 0:
+                axes.set_title(name, fontsize=9)
+            if values is not images and values is not truth:
+                right = qt.metrics.pixel_accuracy(values[row], truth[row])
+                axes.set_xlabel(f"{100 * right:.1f} % of pixels", fontsize=8)
+    handles = [
+        Patch(facecolor=colours(index), edgecolor="0.5", label=name) for index, name in enumerate(class_names)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    with staged(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,1 @@
+"""The study: methods, tasks, seeds and toolchains, from one command to tables and figures."""

@@ -1,0 +1,162 @@
+"""`python -m experiments.paper`: the whole study, from training to tables and figures.
+
+Every row (task, method, seed) is a process of its own; its records go to experiments/results/paper-<preset>.
+Relaunching goes on where it stopped.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import tyro
+from rich.console import Console
+
+from experiments.command_line import exit_status
+from experiments.configs.presets import preset
+from experiments.paper import rows as study
+from experiments.paper.networks import DESCRIPTION
+from experiments.paper.progress import Display, listing
+from experiments.paper.render import render
+from experiments.paper.row import command
+from experiments.paper.rows import Row
+from experiments.paper.schedule import run_rows
+from qt_jax.errors import InvalidInput
+from qt_jax.reporting import records
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train and deploy all methods of a study, and write its tables and figures."""
+
+    preset: str = "cpu"
+    """cpu: small networks, two cores, hours; accelerator: full budgets, for a GPU or TPU; smoke: minutes."""
+    only: tuple[str, ...] = ()
+    """Only methods of these tables, such as main or schedule."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks."""
+    methods: tuple[str, ...] = ()
+    """Only these methods, with those whose networks they start from."""
+    resume: bool = True
+    """Go on with rows that were begun; --no-resume begins those that are not complete anew."""
+    search: bool = False
+    """Search the learning rate of every method, on the validation split, instead of running the rows."""
+    list: bool = False
+    """Show what is done, and stop."""
+    render: bool = False
+    """Write tables and figures from the records that are there, and stop."""
+    jobs: int | None = None
+    """Rows at a time; default: one a core where the preset binds rows to cores, else one."""
+    runs: Path = Path("runs")
+    """Folder of checkpoints, graphs and logs."""
+    results: Path = study.RESULTS
+    """Folder of records, tables and figures."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0; 1 if rows have failed; 2 after a message about wrong
+    input; 130 after an interruption."""
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.paper")
+    jax.config.update("jax_platforms", "cpu")  # of this process, which leaves accelerators to the rows
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    failed: list[Row] = []
+    try:
+        status = exit_status(lambda: failed.extend(run(options, console)))
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        return 130
+    return status or (1 if failed else 0)
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def run(options: Options, console: Console) -> list[Row]:
+    """What the options ask for; returns the rows that failed."""
+    chosen = preset(options.preset)
+    folder = study.results_of(chosen, options.results)
+    if options.render:
+        return rendered(folder, options, console)
+    found = records.read(folder / study.SEARCH)
+    every = study.trials(chosen) if options.search else study.study(chosen, found)
+    rows = study.select(every, options.only, options.tasks, options.methods)
+    if options.list:
+        console.print(listing(rows, options.runs, folder))
+        return []
+    failed = perform(rows, options, console)
+    if not options.search:
+        rendered(folder, options, console)
+    return failed
+
+
+def rendered(folder: Path, options: Options, console: Console) -> list[Row]:
+    """Writes tables and figures; the README is that of this repository, if its own results are rendered."""
+    readme = README if options.results == study.RESULTS else None
+    files = render(folder, readme)
+    console.print(f"{folder}: {', '.join(sorted(file.name for file in files))}")
+    return []
+
+
+def perform(rows: list[Row], options: Options, console: Console) -> list[Row]:
+    """Runs the rows that are not done; returns those that failed."""
+    chosen = rows[0].preset
+    folder = study.results_of(chosen, options.results)
+    done = study.done(rows, folder)
+    waiting = unfinished(rows, done, options.runs)
+    if not options.resume:
+        for row in waiting:
+            study.forget(row, options.runs)
+    slots = places(options.jobs, chosen.pinned)
+    jobs = 1 if chosen.pinned else max(1, (os.cpu_count() or 1) // len(slots))
+    display = Display(rows, done - {*waiting}, len(slots), options.runs, folder, console)
+    console.print(display.opening())
+    with display:
+        progress = run_rows(
+            waiting,
+            lambda row: command(row, options.runs, options.results, jobs),
+            lambda row: study.log_of(row, options.runs),
+            slots=slots,
+            environment=environment(options.runs / f"paper-{chosen.name}" / "jax-cache"),
+            watch=display.update,
+        )
+    return list(progress.failed)
+
+
+def unfinished(rows: list[Row], done: set[Row], runs: Path) -> list[Row]:
+    """The rows to run: those not done, and those whose networks they need and which are not on this disk."""
+    sources = {row.source for row in rows if row not in done and row.source is not None}
+    lost = {row for row in sources if not (study.folder_of(row, runs) / DESCRIPTION).exists()}
+    return [row for row in rows if row not in done or row in lost]
+
+
+def places(jobs: int | None, pinned: bool) -> list[int | None]:
+    """A core for each row that runs at a time, or None where rows are not bound to cores.
+
+    Raises InvalidInput for less than one job, or more than cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    jobs = (len(cores) if pinned else 1) if jobs is None else jobs
+    if jobs < 1 or (pinned and jobs > len(cores)):
+        raise InvalidInput(f"--jobs must be from 1 to {len(cores)} here, got {jobs}")
+    return list(cores[:jobs]) if pinned else [None] * jobs
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """The variables of the rows' processes: one cache of compiled programs, no JAX that takes all memory."""
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache.absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""From a finished row's folder to the records of the study, without what is bulky.
+
+A row's records take the place of those it had before; a file is replaced whole, under a lock.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.paper.evidence import score
+from experiments.paper.rows import ATTEMPTS, DEPLOYMENT, SEARCH, STRUCTURE, TRAINING, Row, changed
+from experiments.paper.structure import network_structure, schedule_points
+from qt_jax.reporting import provenance, records
+from qt_jax.reporting.files import write_whole
+from qt_jax.reporting.records import Record
+
+BULKY = ("predictions", "operators", "limits", "log", "command", "cpu", "key", "stands_for", "run")
+"""Keys of a deployment record that no table or figure of the study reads."""
+KEYS = ("task", "method", "seed")
+DIGITS = 6
+"""Significant digits kept of the confidences and accuracies of reliability bins."""
+
+
+def collect(row: Row, folder: Path, trained: Path, found: Sequence[Record], results: Path) -> None:
+    """Writes what a finished row has shown into the folder of results.
+
+    Args:
+      folder: the row's, with graph and description.
+      trained: where its network was trained, with metrics.
+      found: its deployment records, as `qt.evaluate` gives them.
+      results: gets search.jsonl for a trial of the search, else training.jsonl, structure.jsonl and, last,
+        deployment.jsonl.
+    """
+    metrics = records.read(trained / "metrics.jsonl")
+    metrics = [epoch for epoch in metrics if epoch["method"] == (row.method.network or row.name)]
+    seconds = sum(attempt["seconds"] for attempt in records.read(folder / ATTEMPTS))
+    about = {"task": row.task.name, "method": row.name, "seed": row.seed, "digest": row.digest}
+    results.mkdir(parents=True, exist_ok=True)
+    if row.searching:
+        replace(results / SEARCH, [about | trial(row, found, seconds)], (*KEYS, "factor"))
+        return
+    replace(results / TRAINING, [about | training(row, metrics, seconds)], KEYS)
+    tau = [{"epoch": epoch["epoch"], "tau": epoch["tau"]} for epoch in metrics if epoch.get("tau")]
+    shape = network_structure(folder) | {
+        "lambda": schedule_points(row.config, metrics[-1]["step"]),
+        "tau": tau,
+    }
+    replace(results / STRUCTURE, [about | shape], KEYS)
+    replace(results / DEPLOYMENT, [slim(record) for record in found], KEYS)
+
+
+def training(row: Row, metrics: Sequence[Mapping[str, Any]], seconds: float) -> Record:
+    """What training.jsonl says of a row beside whose it is."""
+    last = metrics[-1]
+    base, own = dataclasses.asdict(row.task.base), dataclasses.asdict(row.config)
+    differ = sorted(name for name in own if own[name] != base[name])
+    shown = ("epoch", "step", "loss", "accuracy", "lambda", "learning_rate", "seconds")
+    shown += tuple(name for name in last if name.startswith("validation_"))
+    return {
+        "model": row.config.model,
+        "dataset": row.config.dataset,
+        "config": changed(row.config),
+        "changes": json.loads(json.dumps({name: own[name] for name in differ}, default=str)),
+        "learning_rate": row.config.learning_rate,
+        "rate_from": row.chosen,
+        "start": row.method.start,
+        "network": row.method.network,
+        "export": row.method.export,
+        **{name: last[name] for name in last if name.startswith("validation_")},
+        "epochs": [{name: epoch[name] for name in shown} for epoch in metrics],
+        "training_seconds": round(sum(epoch["seconds"] for epoch in metrics), 1),
+        "seconds": round(seconds, 1),
+        **{name: last.get(name) for name in ("commit", "versions", "device")},
+        "cpu": provenance.cpu(),
+    }
+
+
+def trial(row: Row, found: Sequence[Record], seconds: float) -> Record:
+    """What search.jsonl says of a trial: accuracies on the validation split, and their mean."""
+    top1 = {record["scheme"]: score(record) for record in found}
+    shown = {name: top1[name] for name in ("fp32", "int4w-pt-minmax", "int4w-pc-minmax")}
+    return {
+        "factor": row.factor,
+        "learning_rate": row.config.learning_rate,
+        **shown,
+        "criterion": sum(value or 0.0 for value in shown.values()) / len(shown),
+        "images": found[0]["n"],
+        "seconds": round(seconds, 1),
+        "commit": provenance.commit(),
+    }
+
+
+def slim(record: Record) -> Record:
+    """A deployment record without what is bulky, its reliability bins rounded."""
+    kept = {name: value for name, value in record.items() if name not in BULKY}
+    if bins := kept.get("reliability"):
+        kept["reliability"] = [[None if x is None else float(f"{x:.{DIGITS}g}") for x in row] for row in bins]
+    return kept
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time holds a folder; the others wait."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def replace(path: Path, new: Sequence[Record], keys: Sequence[str]) -> None:
+    """Puts records into a file in place of those that agree with one of them in `keys`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "r.jsonl"
+    >>> replace(path, [{"seed": 0, "x": 1}, {"seed": 0, "x": 2}], ["seed"])
+    >>> replace(path, [{"seed": 0, "x": 3}], ["seed"])
+    >>> records.read(path)
+    [{'seed': 0, 'x': 3}]
+    """
+    mine = {tuple(record[key] for key in keys) for record in new}
+    with locked(path.parent):
+        kept = [record for record in records.read(path) if tuple(record[key] for key in keys) not in mine]
+        lines = [json.dumps(record, allow_nan=False) for record in (*kept, *new)]
+        write_whole(path, "".join(f"{line}\n" for line in lines))

@@ -1,0 +1,201 @@
+"""How the study's figures are drawn: plain data in, one PNG out, the same bytes for the same data."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter
+
+from experiments.paper.structure import BINS
+from qt_jax.reporting.figures import COLOURS, INK, OTHER_COLOURS
+from qt_jax.reporting.heatmaps import canvas, save
+from qt_jax.reporting.reliability import expected_calibration_error
+
+Data = dict[str, Any]
+PALETTE = (COLOURS["float"], *OTHER_COLOURS, "#999999", INK)
+TICKS = (0, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+"""Of drops, in points."""
+MARKERS = "osD^vP*Xh<>p"
+
+
+def drops(data: Data, path: Path) -> None:
+    """A panel for INT8 and one for INT4, a line a deployment, a mark a method."""
+    panels = data["panels"]
+    heights = [len(rows) for rows in panels.values()]
+    figure = canvas(9.5, 2.0 + 0.36 * sum(heights))
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for area, (kind, rows) in zip(axes, panels.items(), strict=True):
+        for index, method in enumerate(data["methods"]):
+            shift = 0.7 * ((index + 0.5) / len(data["methods"]) - 0.5)
+            places = [place for place, row in enumerate(rows) if method in row["marks"]]
+            marks = [rows[place]["marks"][method] for place in places]
+            if not marks:
+                continue
+            area.errorbar(
+                [mean for mean, _ in marks],
+                [place + shift for place in places],
+                xerr=[half or 0.0 for _, half in marks],
+                fmt=MARKERS[index % len(MARKERS)],
+                color=_colour(method, index),
+                markersize=4.5,
+                linewidth=0.9,
+                label=method,
+            )
+        area.set_yticks(range(len(rows)), [row["place"] for row in rows])
+        area.set_ylim(len(rows) - 0.5, -0.5)
+        area.axvline(0, color=INK, linewidth=0.8)
+        area.set_xscale("symlog", linthresh=1.0)
+        area.xaxis.set_major_locator(
+            FixedLocator(sorted({sign * tick for tick in TICKS for sign in (1, -1)}))
+        )
+        area.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+        area.set_title(f"{kind}: points lost against the own FP32", loc="left", fontsize=10)
+        for edge in np.arange(len(rows) - 1) + 0.5:
+            area.axhline(edge, color="0.92", linewidth=0.8, zorder=0)
+        _plain(area)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+    _finish(figure, f"{data['task']}: accuracy drop by backend, mean and 95 % interval over seeds", path)
+
+
+def reliability(data: Data, path: Path) -> None:
+    """A line of diagrams a method: FP32, INT8 and INT4, accuracy by confidence."""
+    lines = data["lines"]
+    kinds = list(dict.fromkeys(kind for bins in lines.values() for kind in bins))
+    figure = canvas(2.9 * len(kinds) + 0.4, 2.7 * len(lines) + 0.6)
+    grid = figure.subplots(len(lines), len(kinds), squeeze=False)
+    for row, (index, (method, found)) in zip(grid, enumerate(lines.items()), strict=True):
+        for area, kind in zip(row, kinds, strict=True):
+            if kind not in found:
+                area.set_visible(False)
+                continue
+            bins = np.asarray(found[kind])
+            counts, _, accuracy = bins.T
+            edges = np.linspace(0, 1, len(bins) + 1)
+            area.bar(edges[:-1], counts / max(counts.sum(), 1), edges[1], align="edge", color="0.78")
+            full = counts > 0
+            area.hlines(
+                accuracy[full], edges[:-1][full], edges[1:][full], color=_colour(method, index), linewidth=2.5
+            )
+            area.plot((0, 1), (0, 1), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            area.set_xlim(0, 1)
+            area.set_ylim(0, 1.02)
+            ece = 100 * expected_calibration_error(bins)
+            area.set_title(f"{method}, {kind}: ECE {ece:.1f} %", loc="left", fontsize=8)
+            _plain(area)
+        row[0].set_ylabel("accuracy", fontsize=9)
+    for area in grid[-1]:
+        area.set_xlabel("confidence", fontsize=9)
+    _finish(figure, f"{data['task']}: reliability, all deployments and seeds together", path)
+
+
+def tails(data: Data, path: Path) -> None:
+    """Histograms of raw and folded weights; the largest weight and the median channel's scale by layer."""
+    methods = data["methods"]
+    figure = canvas(11, 8)
+    axes = figure.subplots(2, 2)
+    most = max(max(np.flatnonzero(h)) for found in methods.values() for h in found["histograms"].values())
+    for index, (method, found) in enumerate(methods.items()):
+        colour = _colour(method, index)
+        for area, kind in zip(axes[0], ("raw", "folded"), strict=True):
+            counts = np.asarray(found["histograms"][kind], np.float64)
+            edges = [*BINS, BINS[-1] + (BINS[1] - BINS[0])]
+            area.stairs(counts, edges, color=colour, linewidth=1.4, label=method)
+        places = np.arange(len(found["layers"]))
+        for area, key in zip(axes[1], ("largest", "median_channel"), strict=True):
+            area.plot(places, found[key], MARKERS[index], color=colour, markersize=5, label=method)
+    for area, kind in zip(axes[0], ("raw", "folded"), strict=True):
+        area.set_yscale("log")
+        area.set_xlim(0, BINS[most] + 0.5)
+        area.set_xlabel("|w| / root mean square of its layer")
+        area.set_ylabel("number of weights")
+        area.set_title(f"{kind} kernels", loc="left", fontsize=10)
+    layers = next(iter(methods.values()))["layers"]
+    for area, title in zip(
+        axes[1],
+        ("largest |w| / root mean square, folded", "scale of the median channel / of the tensor, folded"),
+        strict=True,
+    ):
+        _name_layers(area, layers)
+        area.set_ylim(bottom=0)
+        area.set_title(title, loc="left", fontsize=10)
+    for area in axes.flat:
+        _plain(area)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _finish(figure, f"{data['task']}: weight tails and scales, before and after", path)
+
+
+def ranges(data: Data, path: Path) -> None:
+    """A panel a method: of each layer's input the span, 0.1 to 99.9 % quantiles, and the learned range."""
+    methods = data["methods"]
+    figure = canvas(max(8.0, 0.4 * len(next(iter(methods.values()))["layers"]) + 2), 2.5 * len(methods) + 1.4)
+    axes = figure.subplots(len(methods), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for index, (area, (method, found)) in enumerate(zip(axes, methods.items(), strict=True)):
+        colour = _colour(method, index)
+        observed = np.asarray(found["observed"])
+        places = np.arange(len(observed))
+        area.vlines(
+            places, observed[:, 0], observed[:, 3], color="0.75", linewidth=3, label="least to largest"
+        )
+        area.vlines(
+            places, observed[:, 1], observed[:, 2], color=colour, linewidth=6, label="0.1 % to 99.9 %"
+        )
+        for place, learned in enumerate(found["learned"]):
+            if learned is not None:
+                label = "learned range" if place == 0 else None
+                area.hlines(learned, place - 0.35, place + 0.35, color=INK, linewidth=1.2, label=label)
+        area.set_title(method, loc="left", fontsize=10)
+        area.set_ylabel("input")
+        area.legend(frameon=False, fontsize=7, loc="upper right", ncols=3)
+        _plain(area)
+    _name_layers(axes[-1], next(iter(methods.values()))["layers"])
+    _finish(figure, f"{data['task']}: activation ranges by layer", path)
+
+
+def curriculum(data: Data, path: Path) -> None:
+    """Lambda over training, a line a schedule; tau of reverse pruning over training, a line a layer."""
+    tau = data["tau"]
+    figure = canvas(10, 3.4 + 2.8 * len(tau))
+    axes = figure.subplots(1 + len(tau), 1, squeeze=False)[:, 0]
+    for index, (method, found) in enumerate(data["lambda"].items()):
+        style = ("-", "--", ":", "-.")[index // len(PALETTE) % 4]
+        colour = PALETTE[index % len(PALETTE)]
+        axes[0].plot(found["epoch"], found["lambda"], style, color=colour, label=method)
+    axes[0].set_ylabel("λ")
+    axes[0].set_xlabel("epoch")
+    axes[0].legend(frameon=False, fontsize=8)
+    for area, (method, found) in zip(axes[1:], tau.items(), strict=True):
+        for index, (layer, values) in enumerate(found["layers"].items()):
+            shade = str(0.15 + 0.65 * index / max(1, len(found["layers"]) - 1))
+            known = [(e, v) for e, v in zip(found["epoch"], values, strict=True) if v is not None]
+            area.plot(*zip(*known, strict=True), "o-", color=shade, markersize=3, linewidth=1)
+            area.annotate(layer, known[-1], (4, 0), textcoords="offset points", fontsize=6, va="center")
+        area.set_yscale("log")
+        area.set_ylabel("τ")
+        area.set_xlabel("epoch")
+        area.set_title(method, loc="left", fontsize=10)
+    for area in axes:
+        _plain(area)
+    _finish(figure, f"{data['task']}: λ and τ over training", path)
+
+
+def _colour(method: str, index: int) -> str:
+    known = {"float + PTQ": COLOURS["float"], "Quant-Trim (published)": COLOURS["quant-trim"]}
+    others = (*OTHER_COLOURS, "#F0E442", "#999999", INK)
+    return known.get(method, others[index % len(others)])
+
+
+def _name_layers(axes: Axes, layers: list[str]) -> None:
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6.5)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _finish(figure: Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    save(figure, path)

@@ -1,0 +1,77 @@
+"""A row's network: trained, or another row's; perhaps with batch norm estimated again; exported, verified."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from rich.console import Console
+
+from experiments import models
+from experiments.data import Dataset
+from experiments.data.augment import normalize
+from experiments.description import describe
+from experiments.paper.rows import Row, folder_of
+from experiments.training.loop import train
+from qt_jax.batch_norm import reestimate
+from qt_jax.export.checkpoint import load, restore
+from qt_jax.export.deploy import deploy
+from qt_jax.interceptor import COLLECTION
+
+GRAPH, DESCRIPTION = "model.onnx", "model.json"
+CHECKPOINTS, REESTIMATED = "checkpoints", "reestimated"
+REESTIMATION, BATCH = 4000, 500
+"""Training images with which batch norm is estimated again, and how many at once."""
+
+
+def trained_in(row: Row, runs: Path) -> Path:
+    """The folder in which the network of a row was trained: its own, or that of the row it deploys anew."""
+    return folder_of(row.source if row.method.network else row, runs)
+
+
+def prepare(row: Row, runs: Path, dataset: Dataset, console: Console) -> None:
+    """Leaves the row's description and its verified graph in its folder; what is there is not done again.
+
+    Raises:
+      InvalidInput: training diverged, or the network cannot be exported.
+    """
+    folder, name = folder_of(row, runs), row.method.network or row.name
+    checkpoint = trained_in(row, runs) / CHECKPOINTS / name
+    if row.method.network is None:
+        config = row.config
+        if row.method.start is not None:
+            start = folder_of(row.source, runs) / CHECKPOINTS / row.method.start
+            config = dataclasses.replace(config, fine_tune=start)
+        model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
+        train(config, model, dataset, folder, name)
+    if row.method.export == "batch-norm":
+        checkpoint = _reestimated(row, checkpoint, folder / CHECKPOINTS / REESTIMATED, dataset)
+    describe(row.config, dataset, os.path.relpath(checkpoint, folder), folder / DESCRIPTION)
+    if not (folder / GRAPH).exists():
+        clips = row.method.export == "clips"
+        summary = deploy(load(folder), folder / GRAPH, clips=clips)
+        console.print(
+            f"{GRAPH}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates; "
+            f"largest difference to JAX {max(summary['max_difference'].values()):.1e}; "
+            f"{len(summary['clips'])} clips; {summary['ranges_reason'] or 'learned ranges'}"
+        )
+
+
+def _reestimated(row: Row, checkpoint: Path, place: Path, dataset: Dataset) -> Path:
+    """A checkpoint like another, with its batch norm measured on the float graph."""
+    if place.exists():
+        return place
+    model = models.create(row.config.model, dataset.num_classes, jnp.dtype(row.config.dtype))
+    held = restore(checkpoint)
+    params = "average" if row.config.ema else "params"
+    images = np.asarray(normalize(dataset.train_images[:REESTIMATION], dataset.mean, dataset.std))
+    found = reestimate(
+        lambda variables, batch: model.apply(variables, batch, train=True, mutable=[COLLECTION]),
+        {"params": held[params], COLLECTION: held[COLLECTION]},
+        [images[start : start + BATCH] for start in range(0, len(images), BATCH)],
+    )
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(place.absolute(), {params: held[params], COLLECTION: found[COLLECTION]})
+    return place

@@ -1,0 +1,146 @@
+"""What training has done to a network: tails of its weights, scales, activation ranges, lambda and tau.
+
+Kernels are looked at twice: raw, as trained, and folded, as a vendor quantizes them, with the batch norm that
+follows multiplied in. Numbers of a layer are relative to its root mean square where they say so.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from flax.traverse_util import flatten_dict
+
+from experiments.configs.cifar import Config, lambda_schedule
+from qt_jax.export import graph
+from qt_jax.export.checkpoint import Deployable, load
+from qt_jax.export.integer_weights import channel_axis, weighted_nodes
+from qt_jax.export.sessions import named_inputs, open_session, run_batches
+from qt_jax.export.views import as_graph
+from qt_jax.interceptor import COLLECTION, INPUT
+
+BINS = np.arange(0.0, 15.5, 0.25)
+"""Edges of the histograms of |w| over the root mean square of its layer; the last bin has all beyond."""
+QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
+"""Of |w| over its root mean square, and of the channels' largest |w| over the tensor's."""
+OBSERVED = 64
+"""Calibration images with which activations are observed."""
+POINTS = 61
+"""At which lambda is written down."""
+
+
+def structure(network: Deployable, model: onnx.ModelProto) -> dict[str, Any]:
+    """Weights and activations of an exported network, layer by layer.
+
+    Args:
+      network: from `qt_jax.export.checkpoint.load`, with samples.
+      model: its FP32 graph.
+
+    Returns:
+      `layers`: for each convolution and matrix product with a kernel of its own its `layer` (Flax path);
+      `raw` and `folded`, see `kernel_tails`; `input` and `learned`, the range of its input as observed
+      (0.1 % and 99.9 % quantile, least and largest) and as training has it (low, high) or None.
+      `histograms`: of raw and of folded kernels, numbers of weights in `BINS`, all layers together.
+    """
+    values = graph.constants(model)
+    raw = flatten_dict(dict(network.variables["params"]), sep="/")
+    ranges = flatten_dict(dict(network.variables.get(COLLECTION, {})), sep="/")
+    nodes = weighted_nodes(model)
+    observed = _observed(network, model, sorted({node.input[0] for node in nodes.values()}))
+    layers = []
+    histograms = {"raw": np.zeros(len(BINS), np.int64), "folded": np.zeros(len(BINS), np.int64)}
+    for node in nodes.values():
+        name = node.input[1]
+        path = name.rpartition("/")[0] or name
+        folded = np.moveaxis(values[name], channel_axis(node, values[name].ndim), -1)
+        kernels = {"folded": folded} | ({"raw": np.asarray(raw[name])} if name in raw else {})
+        for kind, kernel in kernels.items():
+            histograms[kind] += _histogram(kernel)
+        learned = [ranges.get(f"{path}/{INPUT}/{end}") for end in ("low", "high")]
+        layers.append(
+            {
+                "layer": path,
+                **{kind: kernel_tails(kernel) for kind, kernel in kernels.items()},
+                "input": observed[node.input[0]],
+                "learned": None if None in learned else [float(end) for end in learned],
+            }
+        )
+    return {"layers": layers, "histograms": {kind: h.tolist() for kind, h in histograms.items()}}
+
+
+def kernel_tails(kernel: np.ndarray) -> dict[str, Any]:
+    """How heavy the tails of a kernel are, and how unequal its output channels.
+
+    Args:
+      kernel: `(..., channels)`.
+
+    Returns:
+      `largest`: max |w|. `tails`: `QUANTILES` of |w| over the root mean square. `channels`: `QUANTILES` of
+      the channels' max |w| over the tensor's, which is the channels' scale over the tensor's.
+
+    >>> kernel_tails(np.array([[3.0, 4.0], [-3.0, 4.0]]))["channels"]
+    [0.875, 0.975, 0.9975, 0.99975, 1.0]
+    """
+    size = np.abs(np.asarray(kernel, np.float64))
+    largest = size.max()
+    channels = size.reshape(-1, size.shape[-1]).max(axis=0) / max(largest, np.finfo(np.float32).tiny)
+    return {
+        "largest": _short(largest),
+        "tails": [_short(q) for q in np.quantile(size / _rms(size), QUANTILES)],
+        "channels": [_short(q) for q in np.quantile(channels, QUANTILES)],
+    }
+
+
+def schedule_points(config: Config, steps: int) -> dict[str, list[float]]:
+    """Lambda over training at `POINTS` places: `epoch` and `lambda`.
+
+    >>> schedule_points(Config(sched="constant", epochs=2), 100)["lambda"][:2]
+    [1.0, 1.0]
+    """
+    at = np.linspace(0, steps, POINTS).round().astype(np.int32)
+    lam = lambda_schedule(config, steps)
+    return {
+        "epoch": [_short(config.epochs * step / steps) for step in at],
+        "lambda": [_short(lam(np.int32(step))) for step in at],
+    }
+
+
+def network_structure(folder: Path) -> dict[str, Any]:
+    """`structure` of the network that a row's folder holds."""
+    return structure(load(folder), onnx.load(folder / "model.onnx"))
+
+
+def _observed(network: Deployable, model: onnx.ModelProto, names: list[str]) -> dict[str, list[float]]:
+    """Least, 0.1 % quantile, 99.9 % quantile and largest of tensors over the first calibration images."""
+    images = as_graph(network.samples.calibration[:OBSERVED], "nchw")
+    inputs = named_inputs(model, images)
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    present = {entry.name for entry in (*model.graph.input, *model.graph.output)}
+    made = [name for name in names if name not in inputs]
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in made
+        if name not in present
+    )
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in made}
+    for batch in run_batches(open_session(watched, optimize=False), inputs, made):
+        for name, value in batch.items():
+            parts[name].append(value.ravel())
+    tensors = {name: np.concatenate(values) for name, values in parts.items()} | inputs
+    return {name: [_short(q) for q in np.quantile(tensors[name], (0.0, 0.001, 0.999, 1.0))] for name in names}
+
+
+def _rms(size: np.ndarray) -> float:
+    return max(float(np.sqrt(np.mean(size**2))), float(np.finfo(np.float32).tiny))
+
+
+def _histogram(kernel: np.ndarray) -> np.ndarray:
+    size = np.abs(np.asarray(kernel, np.float64)).ravel()
+    counts, _ = np.histogram(np.minimum(size / _rms(size), BINS[-1]), [*BINS, np.inf])
+    return counts
+
+
+def _short(value: Any) -> float:
+    """Six significant digits: what a figure shows and more."""
+    return float(f"{float(value):.6g}")

@@ -1,0 +1,194 @@
+"""Learned activation ranges in the float graph, as Clip nodes of ai.onnx.
+
+In training a quantized layer never sees a number outside its learned range: at lambda = 1 its input is
+clip(x, low, high) but for the rounding (Quant-Trim, arXiv 2511.15300, progressive fake quantization). A plain
+float graph has lost that. Clip nodes put it back, in FP32 and for every compiler that calibrates: none then
+finds a wider range than training did.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import onnx
+from onnx import NodeProto, helper
+
+from qt_jax.export import graph
+from qt_jax.export.integer_weights import weighted_nodes
+from qt_jax.export.learned import learned_encodings
+from qt_jax.export.placement import tensor_readers
+from qt_jax.interceptor import LAYERS
+from qt_jax.rules import QuantConfig
+
+Bounds = tuple[float, float]
+
+TRANSPARENT = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that move or select numbers: clipped before or after, the result is the same to the bit."""
+
+
+def learned_clips(
+    model: onnx.ModelProto, variables: Mapping[str, Any], config: QuantConfig
+) -> dict[str, Bounds]:
+    """What may be clipped without any other operator noticing, and to what.
+
+    Args:
+      model: from `to_onnx`.
+      variables: as given to `to_onnx`, with Quant-Trim's statistics in `batch_stats`.
+      config: as in training.
+
+    Returns:
+      (low, high) for each activation that quantized layers alone read: the widest of their learned ranges,
+      zero included. An activation that anything else reads too (a shortcut, a layer in floating point, the
+      end of the graph) is left out: training clipped it on the layer's branch only. So is the graph's input,
+      where a Clip would be an operator on its own, before the first that a compiler could merge it with.
+
+    Raises:
+      InvalidInput: as `qt_jax.export.ranges.tensor_ranges` for statistics that cannot be used.
+
+    >>> import jax
+    >>> import qt_jax as qt
+    >>> from qt_jax.export import to_onnx
+    >>> net = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+    >>> x = jax.random.normal(jax.random.key(0), (9, 3))
+    >>> variables = qt.attach_statistics(net, net.init(jax.random.key(0), x), QuantConfig(), x)
+    >>> with qt.quant_trim(QuantConfig(), 0.0, train=True):
+    ...     _, seen = net.apply(variables, x, mutable=["batch_stats"])
+    >>> model = to_onnx(net.apply, variables, (3,))
+    >>> clips = learned_clips(model, variables | seen, QuantConfig())
+    >>> list(clips), [node.op_type for node in insert_clips(model, clips).graph.node]
+    (['Relu'], ['Gemm', 'Clip', 'Gemm'])
+    """
+    inputs = learned_encodings(model, variables, config)[1]
+    outputs = {output.name for output in model.graph.output}
+    given = {entry.name for entry in model.graph.input}
+    source = _sources(model)
+    found: dict[str, Bounds] = {}
+    for name, readers in tensor_readers(model).items():
+        following = [node for node in readers if node.op_type != "Shape"]
+        alone = all(node.name in inputs and node.input[0] == name for node in following)
+        if following and alone and name not in outputs and source(name) not in given:
+            ends = [end for node in following for end in (*inputs[node.name].low, *inputs[node.name].high)]
+            found[name] = min(0.0, *ends), max(0.0, *ends)
+    return found
+
+
+def insert_clips(model: onnx.ModelProto, clips: Mapping[str, Bounds]) -> onnx.ModelProto:
+    """`model` with the activations `clips` clipped, in the same operators and at the same opset.
+
+    A Relu becomes Clip(0, high), a Clip is narrowed, any other tensor gets a Clip of its own,
+    `<tensor>/Clip`. What operators make of it that only move or select numbers is clipped before these.
+
+    Args:
+      model: from `to_onnx`.
+      clips: from `learned_clips`.
+    """
+    source = _sources(model)
+    writer = _Writer(model, {source(name): bounds for name, bounds in clips.items()})
+    return graph.with_shapes(graph.rebuild(model, writer.nodes(), writer.values))
+
+
+def clipped_forward(
+    apply_fn: Callable[..., Any], model: onnx.ModelProto, clips: Mapping[str, Bounds]
+) -> Callable[..., Any]:
+    """`apply_fn` in which every layer clips its input as `insert_clips` clips the tensor that it reads.
+
+    Args:
+      apply_fn: `(variables, *inputs) -> anything`, a forward of the Linen model.
+      model: the graph that `clips` was made from, which tells what each layer reads.
+      clips: from `learned_clips`.
+
+    >>> import jax
+    >>> from qt_jax.export import to_onnx
+    >>> net, x = nn.Sequential([nn.relu, nn.Dense(1, use_bias=False)]), np.float32([[9.0]])
+    >>> variables = {"params": {"layers_1": {"kernel": np.float32([[2.0]])}}}
+    >>> clipped_forward(net.apply, to_onnx(net.apply, variables, (1,)), {"Relu": (0.0, 3.0)})(variables, x)
+    Array([[6.]], dtype=float32)
+    """
+    bounds: dict[str, list[Bounds | None]] = defaultdict(list)
+    for node in weighted_nodes(model).values():
+        bounds[node.input[1].rpartition("/")[0]].append(clips.get(node.input[0]))
+
+    def forward(variables: Any, *inputs: Any) -> Any:
+        calls: Counter[str] = Counter()
+
+        def intercept(call, args, kwargs, context):
+            path = "/".join(context.module.path)
+            reached = isinstance(context.module, LAYERS) and context.method_name == "__call__"
+            if not reached or path not in bounds:
+                return call(*args, **kwargs)
+            chosen = bounds[path][min(calls[path], len(bounds[path]) - 1)]  # a module may be called twice
+            calls[path] += 1
+            if chosen is None:
+                return call(*args, **kwargs)
+            return call(jnp.clip(args[0], *chosen), *args[1:], **kwargs)
+
+        with nn.intercept_methods(intercept):
+            return apply_fn(variables, *inputs)
+
+    return forward
+
+
+def _sources(model: onnx.ModelProto) -> Callable[[str], str]:
+    """Tensor -> the start of the chain of `TRANSPARENT` operators, with one reader each, that it ends."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    read = graph.uses(model)
+
+    def source(name: str) -> str:
+        while name in makers and makers[name].op_type in TRANSPARENT and read[makers[name].input[0]] == 1:
+            name = makers[name].input[0]
+        return name
+
+    return source
+
+
+class _Writer:
+    """The graph as it is rewritten: `values` are its constants, `renamed` says what stands for a tensor."""
+
+    def __init__(self, model: onnx.ModelProto, clips: Mapping[str, Bounds]):
+        self.model, self.clips = model, clips
+        self.values = graph.constants(model)
+        self.renamed: dict[str, str] = {}
+        made = [name for node in model.graph.node for name in (node.name, *node.output)]
+        self.taken = {entry.name for entry in model.graph.input} | self.values.keys() | set(made)
+
+    def nodes(self) -> list[NodeProto]:
+        found: list[NodeProto] = []
+        for node in self.model.graph.node:
+            node = graph.rewired(node, [self.renamed.get(name, name) for name in node.input])
+            found += self._clipped(node) if node.output[0] in self.clips else [node]
+        return found
+
+    def _clipped(self, node: NodeProto) -> list[NodeProto]:
+        """`node`, its output clipped."""
+        output = node.output[0]
+        low, high = self.clips[output]
+        if node.op_type == "Relu":
+            name = self._free(f"{node.name.rpartition('/')[0]}/Clip".removeprefix("/"))
+            self.renamed[output] = name
+            return [self._clip(name, node.input[0], name, max(low, 0.0), high)]
+        held = [self.values.get(name) for name in node.input[1:] if name]
+        if node.op_type == "Clip" and all(value is not None for value in held):
+            ends = [float(self.values[name]) if name else None for name in [*node.input[1:], "", ""][:2]]
+            low = low if ends[0] is None else max(low, ends[0])
+            high = high if ends[1] is None else min(high, ends[1])
+            return [self._clip(node.name, node.input[0], output, low, high)]
+        return [node, self._own(output)]
+
+    def _own(self, tensor: str) -> NodeProto:
+        name = self._free(f"{tensor}/Clip")
+        self.renamed[tensor] = name
+        return self._clip(name, tensor, name, *self.clips[tensor])
+
+    def _clip(self, name: str, source: str, output: str, low: float, high: float) -> NodeProto:
+        ends = f"{name}/min", f"{name}/max"
+        self.values |= dict(zip(ends, (np.float32(low), np.float32(high)), strict=True))
+        return helper.make_node("Clip", [source, *ends], [output], name=name)
+
+    def _free(self, base: str) -> str:
+        numbered = (f"{base}_{number}" for number in range(1, len(self.taken) + 1))
+        name = next(candidate for candidate in (base, *numbered) if candidate not in self.taken)
+        self.taken.add(name)
+        return name

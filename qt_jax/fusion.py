@@ -1,0 +1,280 @@
+"""What a vendor's compiler folds and fuses, found in the traced program.
+
+Before it quantizes, every compiler folds batch norm into the kernel before it: what lands on the integer grid
+is w * gain with gain = gamma / sqrt(variance + epsilon), one for each output channel, not w. It also
+requantizes what enters a residual sum. The published method puts its points on the raw kernel and on the
+inputs of layers (Quant-Trim, arXiv 2511.15300); this module finds the others. It looks at data flow alone:
+every layer's output is followed through the jaxpr of the inference pass, whatever modules are called and
+however they are named.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Jaxpr, Literal
+
+from qt_jax.errors import InvalidInput
+from qt_jax.interceptor import COLLECTION, GAIN, LAYERS
+
+TRANSPARENT = frozenset({"name", "convert_element_type", "copy", "optimization_barrier"})
+"""Primitives that hand a tensor on as it is."""
+JOINS = frozenset({"add", "mul", "concatenate"})
+"""Primitives whose operands a compiler brings to scales of their own."""
+CALLS = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "checkpoint", "remat2"), "jaxpr"),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+}
+"""Primitives that are seen through -> the parameter that holds what they call."""
+
+
+class Equation(NamedTuple):
+    """One operation of the flattened program; operands are numbers of values, or literals."""
+
+    primitive: Any
+    inputs: tuple[int | Literal, ...]
+    outputs: tuple[int, ...]
+    params: Mapping[str, Any]
+
+
+class Factor(NamedTuple):
+    """A value that a layer's output is multiplied with, or divided by."""
+
+    value: int
+    divides: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """The gains of every layer's kernel as functions of the variables, and where sums requantize.
+
+    Attributes:
+      outputs: paths of the modules whose output is an operand of a sum, product or concatenation of
+        activations, or an output of the model: for `QuantConfig.fused_outputs`.
+    """
+
+    outputs: tuple[str, ...]
+    _factors: Mapping[str, tuple[Factor, ...]]
+    _equations: tuple[Equation, ...]
+    _leaves: Mapping[tuple[str, ...], int]
+    _constants: Mapping[int, Any]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self._factors)
+
+    def gains(self, variables: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """float32 `(channels,)` by layer path: folding multiplies the kernel's output channels with it.
+
+        Traceable; only what the gains need is computed: for batch norm gamma * rsqrt(variance + epsilon).
+        """
+        leaves = flatten_dict(dict(variables))
+        known = {number: leaves[path] for path, number in self._leaves.items() if path in leaves}
+        known |= self._constants
+        for equation in self._equations:
+            operands = [x.val if isinstance(x, Literal) else known[x] for x in equation.inputs]
+            found = equation.primitive.bind(*operands, **equation.params)
+            found = found if equation.primitive.multiple_results else [found]
+            known |= zip(equation.outputs, found, strict=True)
+        gains = {}
+        for path, factors in self._factors.items():
+            gain = jnp.ones((), jnp.float32)
+            for factor in factors:
+                value = jnp.ravel(known[factor.value]).astype(jnp.float32)
+                gain = gain / value if factor.divides else gain * value
+            gains[path] = gain
+        return gains
+
+    def refresh(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables with the gains of their own normalisation statistics in `batch_stats`.
+
+        A training step calls it on its result, so that the statistics always hold the gains that belong to
+        them; `attach_statistics` with a config that is `folded` makes the places.
+
+        Raises:
+          InvalidInput: there is no place for a gain.
+        """
+        statistics = flatten_dict(dict(variables.get(COLLECTION, {})))
+        for path, gain in self.gains(variables).items():
+            place = (*path.split("/"), GAIN) if path else (GAIN,)
+            if place not in statistics:
+                raise InvalidInput(
+                    f"no place for the gain of {path!r} in {COLLECTION!r}: attach the statistics with a "
+                    "QuantConfig(folded=True) first"
+                )
+            shape = statistics[place].shape
+            statistics[place] = jnp.broadcast_to(gain, (math.prod(shape),)).reshape(shape)
+        return {**variables, COLLECTION: unflatten_dict(statistics)}
+
+
+def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **options: Any) -> Fusion:
+    """Follows every layer's output through the traced inference pass.
+
+    A layer's kernel has a gain if its output is used once, and then only added to and multiplied with values
+    that depend on the variables alone, channel by channel: batch norm on running statistics, a layer scale.
+
+    Args:
+      model: any Linen module.
+      variables: its collections; shapes matter, values do not.
+      *inputs, **options: what `model.apply` takes after the variables in inference, such as `train=False`.
+
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, train=False):
+    ...         x = nn.Dense(4, use_bias=False, name="first")(x)
+    ...         x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+    ...         return nn.Dense(2, name="second")(x)
+    >>> x = jnp.ones((1, 3))
+    >>> variables = Net().init(jax.random.key(0), x)
+    >>> fusion = find_fusion(Net(), variables, x)
+    >>> fusion.layers, fusion.outputs
+    (('first',), ('second',))
+    >>> fusion.gains(variables)["first"].round(4).tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    marks: dict[str, str] = {}
+
+    def mark(call, args, kwargs, context):
+        module = context.module
+        outputs = call(*args, **kwargs)
+        if context.method_name != "__call__" or not module.path or not isinstance(outputs, jax.Array):
+            return outputs
+        marks.setdefault(path := "/".join(module.path), type(module).__name__)
+        if isinstance(module, LAYERS):
+            outputs = checkpoint_name(outputs, f"layer:{path}")
+        return checkpoint_name(outputs, f"module:{path}")
+
+    def forward(leaves, inputs):
+        with nn.intercept_methods(mark):
+            return model.apply(unflatten_dict(leaves), *inputs, **options)
+
+    leaves = flatten_dict(dict(variables))
+    closed = jax.make_jaxpr(forward)(leaves, inputs)
+    order = sorted(leaves)  # as a dict of tuples is flattened
+    program = _Program(closed, len(leaves))
+    numbers = dict(zip(order, range(len(leaves)), strict=True))
+    factors = {path: found for path in marks if (found := program.factors(f"layer:{path}"))}
+    needed = program.slice({factor.value for found in factors.values() for factor in found})
+    return Fusion(
+        outputs=tuple(path for path in marks if program.joins(f"module:{path}")),
+        _factors=factors,
+        _equations=needed,
+        _leaves=numbers,
+        _constants=program.constants,
+    )
+
+
+class _Program:
+    """A jaxpr with its calls inlined; the first `leaves` values are variables, then come the inputs."""
+
+    def __init__(self, closed, leaves: int):
+        self.equations: list[Equation] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.constants: dict[int, Any] = {}
+        arguments = [self._new(v.aval.shape) for v in closed.jaxpr.invars]
+        self.results = set(self._inline(closed.jaxpr, closed.consts, arguments))
+        self.static = set(range(leaves)) | self.constants.keys()
+        self.users: dict[int, list[Equation]] = {}
+        for equation in self.equations:
+            for value in {x for x in equation.inputs if isinstance(x, int)}:
+                self.users.setdefault(value, []).append(equation)
+            if all(self._is_static(x) for x in equation.inputs):
+                self.static |= set(equation.outputs)
+
+    def _new(self, shape: tuple[int, ...]) -> int:
+        self.shapes.append(shape)
+        return len(self.shapes) - 1
+
+    def _is_static(self, x: int | Literal) -> bool:
+        return isinstance(x, Literal) or x in self.static
+
+    def _inline(self, jaxpr: Jaxpr, constants: list[Any], arguments: list[int | Literal]) -> list:
+        values = dict(zip(jaxpr.invars, arguments, strict=True))
+        for variable, constant in zip(jaxpr.constvars, constants, strict=True):
+            values[variable] = number = self._new(variable.aval.shape)
+            self.constants[number] = constant
+        for equation in jaxpr.eqns:
+            operands = tuple(x if isinstance(x, Literal) else values[x] for x in equation.invars)
+            inner = equation.params.get(CALLS.get(equation.primitive.name))
+            if inner is not None:
+                body, consts = (inner, []) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
+                outputs = self._inline(body, consts, operands)
+            else:
+                outputs = [self._new(v.aval.shape) for v in equation.outvars]
+                known = Equation(equation.primitive, operands, tuple(outputs), equation.params)
+                self.equations.append(known)
+            values |= zip(equation.outvars, outputs, strict=True)
+        return [x if isinstance(x, Literal) else values[x] for x in jaxpr.outvars]
+
+    def _marked(self, name: str) -> list[int]:
+        return [e.outputs[0] for e in self.equations if e.params.get("name") == name]
+
+    def factors(self, mark: str) -> tuple[Factor, ...]:
+        """What the one output under `mark` is multiplied with before anything else happens to it."""
+        outputs = self._marked(mark)
+        if len(outputs) != 1:  # a layer applied twice has no gain of its own
+            return ()
+        [value] = outputs
+        channels = self.shapes[value][-1:]
+        found: list[Factor] = []
+        while len(self.users.get(value, ())) == 1 and value not in self.results:
+            [equation] = self.users[value]
+            name = equation.primitive.name
+            others = [x for x in equation.inputs if x != value]
+            if name not in TRANSPARENT:
+                if name not in ("add", "sub", "mul", "div") or len(others) != 1:
+                    break
+                [other] = others
+                after = equation.inputs[0] == value
+                if not self._is_static(other) or not (after or name in ("add", "mul")):
+                    break
+                if name in ("mul", "div"):
+                    factor = self._by_channel(other, channels)
+                    if factor is None:
+                        break
+                    found.append(Factor(factor, name == "div"))
+            [value] = equation.outputs
+        return tuple(found)
+
+    def _by_channel(self, x: int | Literal, channels: tuple[int, ...]) -> int | None:
+        """The number of a static value that varies along the last axis alone."""
+        if isinstance(x, Literal):
+            self.constants[number := self._new(())] = x.val
+            return number
+        shape = self.shapes[x]
+        lasting = all(size == 1 for size in shape[:-1]) and shape[-1:] in ((), (1,), channels)
+        return x if lasting else None
+
+    def joins(self, mark: str) -> bool:
+        """Whether an output under `mark` is, as it stands, an operand of a join or an output of the model."""
+        found = False
+        for value in self._marked(mark):
+            pending = [value]
+            while pending:
+                value = pending.pop()
+                found |= value in self.results
+                for equation in self.users.get(value, ()):
+                    name = equation.primitive.name
+                    if name == "name" and equation.params["name"].startswith("module:"):
+                        continue  # the module around this one hands it on, and is the one to be asked
+                    if name in TRANSPARENT:
+                        pending += equation.outputs
+                    elif name in JOINS:
+                        others = [x for x in equation.inputs if x != value]
+                        found |= any(not self._is_static(x) for x in others)
+        return found
+
+    def slice(self, wanted: set[int]) -> tuple[Equation, ...]:
+        """The equations that `wanted` depends on, in order."""
+        needed: list[Equation] = []
+        for equation in reversed(self.equations):
+            if wanted & set(equation.outputs):
+                needed.append(equation)
+                wanted |= {x for x in equation.inputs if isinstance(x, int)}
+        return tuple(reversed(needed))

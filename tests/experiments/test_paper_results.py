@@ -1,0 +1,38 @@
+"""What is committed of the study is what its records give: tables, figures' data, blocks of README."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.paper.evidence import read
+from experiments.paper.figures import figures
+from experiments.paper.render import DIGESTS, blocks, digest, filled, pages
+from experiments.paper.rows import DEPLOYMENT, RESULTS
+
+README = Path(__file__).parents[2] / "README.md"
+STUDIES = sorted(path.parent for path in RESULTS.glob(f"paper-*/{DEPLOYMENT}"))
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_committed_results_are_those_of_the_records(folder):
+    """If this fails: python -m experiments.paper --preset NAME --render"""
+    evidence = read(folder)
+    pictures = figures(evidence)
+    for name, text in pages(evidence, folder.name, list(pictures)).items():
+        assert (folder / name).read_text() == text, f"{folder.name}/{name} is not that of the records"
+    noted = json.loads((folder / DIGESTS).read_text())
+    assert {name: entry["data"] for name, entry in noted.items()} == {
+        name: picture.digest for name, picture in pictures.items()
+    }
+    assert {name: entry["file"] for name, entry in noted.items()} == {
+        name: digest(folder / name) for name in pictures
+    }
+    assert {path.name for path in folder.glob("*.png")} == pictures.keys()
+    text = README.read_text()
+    assert filled(text, blocks(evidence, folder.name)) == text, "README differs from the records"
+
+
+def test_blocks_of_the_readme_belong_to_a_study_that_is_there():
+    named = {line.split()[1] for line in README.read_text().splitlines() if line.startswith("<!-- paper-")}
+    assert named <= {folder.name for folder in STUDIES}

@@ -1,0 +1,102 @@
+"""Which rows there are, in which order, at which rate, and which of them are done."""
+
+import dataclasses
+
+import pytest
+
+import qt_jax as qt
+from experiments.configs.cifar import Config
+from experiments.configs.presets import preset
+from experiments.paper import rows
+from experiments.paper.collect import replace
+from experiments.paper.rows import changed, done, expected, folder_of, row_of, select, study, trials
+
+SMOKE = preset("smoke")
+TASK = SMOKE.tasks[0]
+
+
+def names(found) -> list[str]:
+    return [str(row) for row in found]
+
+
+def trial(method: str, factor: float, criterion: float) -> dict:
+    return {"task": "digits", "method": method, "seed": 1000, "factor": factor, "criterion": criterion}
+
+
+def test_seeds_are_outermost():
+    assert [row.seed for row in study(SMOKE)] == sorted([0, 1] * len(TASK.methods))
+    assert names(study(SMOKE))[:2] == ["digits float 0", "digits quant-trim 0"]
+
+
+def test_rates_come_from_the_search_and_say_so():
+    found = [trial("float", 0.5, 0.6), trial("float", 1.0, 0.5), trial("quant-trim", 1.0, 0.7)]
+    by_name = {row.name: row for row in study(SMOKE, found) if row.seed == 0}
+    assert by_name["float"].config.learning_rate == pytest.approx(0.5 * TASK.base.learning_rate)
+    assert by_name["float"].chosen == "float seed 1000 factor 0.5"
+    assert by_name["clips"].chosen == "quant-trim seed 1000 factor 1"
+    assert by_name["recommended"].chosen is None and by_name["recommended"].factor == 1.0
+    assert by_name["fine-tuned"].source == by_name["float"]
+
+
+def test_ties_go_to_the_smaller_rate():
+    found = [trial("float", 1.0, 0.5), trial("float", 0.5, 0.5)]
+    assert rows.best(found, "digits", "float")["factor"] == 0.5
+
+
+def test_digest_follows_config_and_source_only():
+    row = row_of(SMOKE, TASK, "fine-tuned", 0)
+    assert row.digest == row_of(SMOKE, TASK, "fine-tuned", 0).digest
+    faster = row_of(SMOKE, TASK, "fine-tuned", 0, [trial("float", 0.5, 0.6)])
+    assert faster.config == row.config and faster.digest != row.digest
+    assert row_of(SMOKE, TASK, "clips", 0).digest != row_of(SMOKE, TASK, "batch-norm", 0).digest
+    other = dataclasses.replace(TASK, main=(), ablation=())
+    assert row_of(SMOKE, other, "float", 0).digest == row_of(SMOKE, TASK, "float", 0).digest
+
+
+def test_only_what_differs_from_the_defaults_counts():
+    assert changed(Config()) == {}
+    assert changed(Config(rules=("head=8",), reverse_pruning=None)) == {
+        "rules": ["head=8"],
+        "reverse_pruning": None,
+    }
+
+
+def test_selection_brings_what_is_needed():
+    every = study(SMOKE)
+    assert names(select(every, methods=["fine-tuned"])) == [
+        *("digits float 0", "digits fine-tuned 0"),
+        *("digits float 1", "digits fine-tuned 1"),
+    ]
+    assert {row.name for row in select(every, tables=["export"])} == {"quant-trim", "clips", "batch-norm"}
+    assert select(every) == every
+    with pytest.raises(qt.InvalidInput, match=r"--only spedule is unknown here; choose among .*main"):
+        select(every, tables=["spedule"])
+    with pytest.raises(qt.InvalidInput, match="--methods lsq is unknown here"):
+        select(every, methods=["lsq"])
+
+
+def test_folders_are_apart():
+    every = [*study(SMOKE), *trials(SMOKE)]
+    assert len({folder_of(row, rows.RESULTS) for row in every}) == len(every)
+
+
+def test_done_needs_every_record_of_the_present_config(tmp_path):
+    row, other = study(SMOKE)[:2]
+    about = {"task": "digits", "method": row.name, "seed": row.seed}
+    assert done([row], tmp_path) == set()
+    replace(tmp_path / rows.TRAINING, [about | {"digest": row.digest}], ("method",))
+    places = [dict(zip(("backend", "scheme", "runtime"), place, strict=True)) for place in expected(row)]
+    assert len(places) == 4
+    replace(tmp_path / rows.DEPLOYMENT, [about | place for place in places[1:]], ("method",))
+    assert done([row], tmp_path) == set()
+    replace(tmp_path / rows.DEPLOYMENT, [about | place for place in places], ("method",))
+    assert done([row, other], tmp_path) == {row}
+    replace(tmp_path / rows.TRAINING, [about | {"digest": "of another config"}], ("method",))
+    assert done([row], tmp_path) == set()
+
+
+def test_a_trial_is_done_by_its_own_record(tmp_path):
+    first, *others = trials(SMOKE)
+    record = {"task": "digits", "method": first.name, "seed": first.seed, "factor": first.factor}
+    replace(tmp_path / rows.SEARCH, [record | {"digest": first.digest}], ("factor",))
+    assert done([first, *others], tmp_path) == {first}
