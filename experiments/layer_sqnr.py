@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,7 @@ from experiments.command_line import exit_status
 from experiments.data import Dataset, load
 from experiments.data.augment import normalize
 from qt_jax.backends import ort
+from qt_jax.backends.protocol import Scheme
 from qt_jax.export import to_onnx
 from qt_jax.export.checkpoint import Deployable, create_module
 from qt_jax.export.checkpoint import load as load_network
@@ -104,59 +105,74 @@ def layer_outputs(graph: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
-def quantized(graph: onnx.ModelProto, calibration: np.ndarray, scheme: str) -> onnx.ModelProto:
+def quantized(graph: onnx.ModelProto, calibration: np.ndarray, scheme: Scheme) -> onnx.ModelProto:
     """What onnxruntime's quantizer makes of a float graph."""
-    chosen = next(offer for offer in ort.BACKEND.schemes if offer.name == scheme)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         source, target = Path("float.onnx"), Path("quantized")
         target.mkdir()
         onnx.save(graph, source)
-        ort.BACKEND.compile(source, calibration, chosen, target)
+        ort.BACKEND.compile(source, calibration, scheme, target)
         return onnx.load(target / ort.MODEL)
 
 
 def compare(
-    graph: onnx.ModelProto, deployed: onnx.ModelProto, images: np.ndarray
-) -> tuple[dict[str, float | None], np.ndarray, np.ndarray]:
-    """The SQNR in dB of each layer's output as the next layer reads it, and both graphs' logits.
+    graph: onnx.ModelProto, deployed: Mapping[str, onnx.ModelProto], images: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, float | None]]]:
+    """The float graph's logits, the logits of each deployment, and the SQNR in dB of each layer's output.
 
-    10 log10(sum x^2 / sum (x - x_hat)^2) over all images, x the float graph's tensor; None where the two are
-    equal. A layer whose output the quantizer has made disappear is left out.
+    10 log10(sum x^2 / sum (x - x_hat)^2) over all images, x the float graph's tensor and x_hat what the next
+    layer of the deployment reads; None where the two are equal. A layer whose output the quantizer has made
+    disappear is left out.
     """
-    made = {name for node in deployed.graph.node for name in node.output}
-    there = {}
-    for layer, name in layer_outputs(graph).items():
-        dequantized = f"{name}_DequantizeLinear_Output"
-        if found := next((wanted for wanted in (dequantized, name) if wanted in made), None):
-            there[layer] = name, found
-    [output] = [entry.name for entry in graph.graph.output]
-    [logits] = [entry.name for entry in deployed.graph.output]
-    ours = _run(graph, [output, *(name for name, _ in there.values())], images)
-    theirs = _run(deployed, [logits, *(name for _, name in there.values())], images)
-    sums = {layer: np.zeros(2) for layer in there}
-    rows = []
-    for mine, other in zip(ours, theirs, strict=True):
-        rows.append((mine[output], other[logits]))
-        for layer, (name, found) in there.items():
-            x, x_hat = mine[name].astype(np.float64), other[found].astype(np.float64)
-            sums[layer] += (x**2).sum(), ((x - x_hat) ** 2).sum()
+    own = layer_outputs(graph)
+    outputs = {scheme: _found(own, other) for scheme, other in deployed.items()}
+    ours = _run(graph, own.values(), images, optimize=True)
+    theirs = (_run(deployed[scheme], outputs[scheme].values(), images) for scheme in deployed)
+    sums = {scheme: {layer: np.zeros(2) for layer in outputs[scheme]} for scheme in deployed}
+    reference, logits = [], {scheme: [] for scheme in deployed}
+    for (float_logits, mine), *others in zip(ours, *theirs, strict=True):
+        reference.append(float_logits)
+        for scheme, (integer_logits, other) in zip(deployed, others, strict=True):
+            logits[scheme].append(integer_logits)
+            for layer, name in outputs[scheme].items():
+                x = mine[own[layer]].ravel()
+                error = x - other[name].ravel()
+                sums[scheme][layer] += np.vdot(x, x), np.vdot(error, error)
     ratios = {
-        layer: 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
-        for layer, (signal, noise) in sums.items()
+        scheme: {
+            layer: 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+            for layer, (signal, noise) in found.items()
+        }
+        for scheme, found in sums.items()
     }
-    return ratios, *(np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return np.concatenate(reference), {name: np.concatenate(parts) for name, parts in logits.items()}, ratios
 
 
-def _run(graph: onnx.ModelProto, names: list[str], images: np.ndarray):
-    """Those tensors, batch by batch, of the graph as it is written."""
+def _found(outputs: Mapping[str, str], deployed: onnx.ModelProto) -> dict[str, str]:
+    """Layer -> the tensor of a deployed graph that stands for its output in `outputs`."""
+    made = {name for node in deployed.graph.node for name in node.output}
+    found = {}
+    for layer, name in outputs.items():
+        dequantized = f"{name}_DequantizeLinear_Output"
+        if dequantized in made or name in made:
+            found[layer] = dequantized if dequantized in made else name
+    return found
+
+
+def _run(
+    graph: onnx.ModelProto, tensors: Iterable[str], images: np.ndarray, *, optimize: bool = False
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Logits and those tensors, batch by batch."""
     watched = onnx.ModelProto()
     watched.CopyFrom(graph)
-    present = {entry.name for entry in watched.graph.output}
+    [logits] = [entry.name for entry in graph.graph.output]
+    wanted = [name for name in dict.fromkeys(tensors) if name != logits]
     watched.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in {*names} - present
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted
     )
-    names = list(dict.fromkeys(names))
-    return run_batches(open_session(watched, optimize=False), named_inputs(watched, images), names)
+    session = open_session(watched, optimize=optimize)
+    for batch in run_batches(session, named_inputs(watched, images), [logits, *wanted]):
+        yield batch[logits], batch
 
 
 def measure(
@@ -164,18 +180,21 @@ def measure(
 ) -> list[dict[str, Any]]:
     """For each variant FP32 and each of `SCHEMES`: the metrics on the validation split, and the layers."""
     images, labels = model_input(dataset, dataset.validation_images), dataset.validation_labels
+    offers = {offer.name: offer for offer in ort.BACKEND.schemes}
     rows = []
     for variant, graph in graphs.items():
+        deployed = {scheme: quantized(graph, calibration, offers[scheme]) for scheme in SCHEMES}
+        reference, logits, ratios = compare(graph, deployed, images)
+        found = {"fp32": qt.metrics.classification_metrics(reference, labels)}
         for scheme in SCHEMES:
-            layers, reference, logits = compare(graph, quantized(graph, calibration, scheme), images)
-            if scheme == SCHEMES[0]:
-                found = qt.metrics.classification_metrics(reference, labels)
-                rows.append({"variant": variant, "scheme": "fp32", "weight_bits": 32, **found})
-            found = qt.metrics.classification_metrics(logits, labels, reference)
-            offer = next(offer for offer in ort.BACKEND.schemes if offer.name == scheme)
-            bits = {"weight_bits": offer.weight_bits, "per_channel": offer.per_channel}
-            rows.append({"variant": variant, "scheme": scheme, **bits, **found, "layers_sqnr_db": layers})
-            console.print(f"{variant}, {scheme}: top-1 {100 * found['top1']:.2f} %")
+            found[scheme] = qt.metrics.classification_metrics(logits[scheme], labels, reference)
+            found[scheme] |= {"layers_sqnr_db": ratios[scheme]}
+        for scheme, metrics in found.items():
+            offer = offers[scheme]
+            bits = {"weight_bits": offer.weight_bits, "activation_bits": offer.activation_bits}
+            bits |= {"per_channel": offer.per_channel}
+            rows.append({"variant": variant, "scheme": scheme, **bits, **metrics})
+            console.print(f"{variant}, {scheme}: top-1 {100 * metrics['top1']:.2f} %")
     return rows
 
 
@@ -234,7 +253,7 @@ def run(options: Options, console: Console) -> None:
     measured = measure(variants(network, train_apply, images), dataset, calibration, console)
     identity = {"run": options.run.name, "task": config["dataset"], "model": config["model"]}
     identity |= {"method": options.method, "seed": config["seed"], "split": "validation", "status": "ok"}
-    identity |= {"backend": ort.BACKEND.name, "vendor": ort.BACKEND.vendor, "activation_bits": 8}
+    identity |= {"backend": ort.BACKEND.name, "vendor": ort.BACKEND.vendor}
     identity |= {"reestimation_images": len(images)}
     source = provenance(["jax", "flax", "onnxruntime", "onnx", "numpy"])
     kept = options.run / "layer_sqnr.jsonl"

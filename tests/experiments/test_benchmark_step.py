@@ -150,7 +150,7 @@ def test_a_missing_variant_is_a_row_with_its_reason():
     [
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--model", "lenet"], "--model 'lenet' is unknown; choose one of fast"),
+        (["--model", "lenet"], "--model 'lenet' does not suit --dataset cifar10; choose one of fast"),
     ],
 )
 def test_wrong_input_is_told(capsys, arguments, message):

@@ -39,13 +39,13 @@ def test_layers_are_compared_behind_their_activation_and_as_they_are_read():
         logits = MatMul(kept_DequantizeLinear_Output, eye)""")
     assert layer_sqnr.layer_outputs(plain) == {"first": "kept", "logits": "logits"}
     images = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
-    ratios, reference, logits = layer_sqnr.compare(plain, deployed, images)
+    reference, logits, ratios = layer_sqnr.compare(plain, {"noisy": deployed, "same": plain}, images)
     signal = np.maximum(images.astype(np.float64), 0.0)
-    expected = 10 * np.log10(np.sum(signal**2) / (200 * 0.25))
-    assert ratios == {"first": pytest.approx(expected, abs=1e-4), "logits": pytest.approx(expected, abs=1e-4)}
+    expected = pytest.approx(10 * np.log10(np.sum(signal**2) / (200 * 0.25)), abs=1e-4)
+    nothing = {"first": None, "logits": None}
+    assert ratios == {"noisy": {"first": expected, "logits": expected}, "same": nothing}
     np.testing.assert_allclose(reference, signal, rtol=1e-6)
-    np.testing.assert_allclose(logits, signal + 0.5, rtol=1e-6)
-    assert layer_sqnr.compare(plain, plain, images)[0] == {"first": None, "logits": None}
+    np.testing.assert_allclose(logits["noisy"], signal + 0.5, rtol=1e-6)
 
 
 @pytest.fixture
