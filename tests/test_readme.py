@@ -9,7 +9,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_python_blocks_run_in_order(capsys):
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, README.name, "exec"), namespace)
     assert "int4w-pt-minmax" in capsys.readouterr().out
