@@ -4,8 +4,8 @@ W4 grids over the folded kernel, at every step a random one of those that vendor
 folded kernel, its bounds spread over one step of INT4 so that no plateau of weights meets the end of a
 vendor's grid; activation ranges from the extremes of the sample; batch norm measured anew in the float
 network. Chosen on the validation split of CIFAR-10 in some twenty single runs of fast8 (the quantile from
-0.85, 0.9, 0.95 and 0.98, the spread from 0, 0.13 and 0.2, the ramp, the momentum of the ranges); the ablations
-"points" take its parts away one by one.
+0.85, 0.9, 0.95 and 0.98, the spread from 0, 0.13 and 0.2, the ramp, the momentum of the ranges); the
+ablations "points" take its parts away one by one.
 
 Command: python -m experiments.paper --methods recommended
 Expected time and score: not run yet.
