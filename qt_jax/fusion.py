@@ -118,6 +118,8 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
 
     A layer's kernel has a gain if its output is used once, and then only added to and multiplied with values
     that depend on the variables alone, channel by channel: batch norm on running statistics, a layer scale.
+    One number for all channels ends the search: it moves no grid, and exporters leave it where it is. So does
+    an `nn.Einsum`, whose kernel may have its features anywhere.
 
     Args:
       model: any Linen module.
@@ -146,7 +148,7 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
         if context.method_name != "__call__" or not module.path or not isinstance(outputs, jax.Array):
             return outputs
         marks.setdefault(path := "/".join(module.path), type(module).__name__)
-        if isinstance(module, LAYERS):
+        if isinstance(module, LAYERS) and not isinstance(module, nn.Einsum):
             outputs = checkpoint_name(outputs, f"layer:{path}")
         return checkpoint_name(outputs, f"module:{path}")
 
@@ -235,21 +237,16 @@ class _Program:
                 if not self._is_static(other) or not (after or name in ("add", "mul")):
                     break
                 if name in ("mul", "div"):
-                    factor = self._by_channel(other, channels)
-                    if factor is None:
+                    if not self._varies_by_channel(other, channels):
                         break
-                    found.append(Factor(factor, name == "div"))
+                    found.append(Factor(other, name == "div"))
             [value] = equation.outputs
         return tuple(found)
 
-    def _by_channel(self, x: int | Literal, channels: tuple[int, ...]) -> int | None:
-        """The number of a static value that varies along the last axis alone."""
-        if isinstance(x, Literal):
-            self.constants[number := self._new(())] = x.val
-            return number
-        shape = self.shapes[x]
-        lasting = all(size == 1 for size in shape[:-1]) and shape[-1:] in ((), (1,), channels)
-        return x if lasting else None
+    def _varies_by_channel(self, x: int | Literal, channels: tuple[int, ...]) -> bool:
+        """Whether a static value has one number for each element of the last axis."""
+        shape = () if isinstance(x, Literal) else self.shapes[x]
+        return shape[-1:] == channels and all(size == 1 for size in shape[:-1])
 
     def joins(self, mark: str) -> bool:
         """Whether an output under `mark` is, as it stands, an operand of a join or an output of the model."""

@@ -96,7 +96,8 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         def site(name: str, x: jax.Array, spec: QuantSpec | None, gain: jax.Array | None = None) -> jax.Array:
             return x if spec is None else _quantized_site(module, name, x, spec, config, lam, train, gain)
 
-        fused = config.activations if path in config.fused_outputs else None
+        skipped = any(rule.skip and rule.matches(path) for rule in config.rules)
+        fused = config.activations if path in config.fused_outputs and not skipped else None
         visit.outputs.add(path)
         if not isinstance(module, LAYERS):
             return site(OUTPUT, call(*args, **kwargs), fused)
@@ -199,7 +200,7 @@ def _quantized_site(
     seen = statistics.value
     effective = jnp.where(seen["count"] > 0, lam, jnp.zeros_like(lam))
     if spec.grids == "vendors" and train and mutable:
-        key = grid_key(where, seen["count"])
+        key = grid_key(config.seed, where, seen["count"])
         quantized = fake_quant_on_drawn_grid(deployed, seen["low"], seen["high"], spec, effective, key)
     else:
         quantized = fake_quant(deployed, seen["low"], seen["high"], spec, effective)

@@ -154,6 +154,7 @@ def reverse_pruning(
     axis: int | None = None,
     folded: bool = False,
     spread: float = 0.0,
+    seed: int = 0,
     sample_size: int = 65536,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -167,7 +168,8 @@ def reverse_pruning(
 
     A step is due if start <= count < stop and count is a multiple of `every`, count being 0 at the first
     update. On other steps updates pass unchanged and, under `jit`, no quantile is computed. After
-    `optax.apply_updates` at a due step max|w| <= tau holds exactly, in the kernel's own dtype; weights within
+    `optax.apply_updates` at a due step max|w| <= tau holds exactly, in the kernel's own dtype (for `folded`:
+    |w| <= tau / |g| as rounded, with the gains that were given); weights within
     tau, rounded down to that dtype, get their update bit for bit.
 
     A quantile of (nearly) zero, as of a kernel that is still all zeros, sets no threshold. NaN stays NaN.
@@ -190,6 +192,7 @@ def reverse_pruning(
       axis: None for one tau per kernel, or the channel axis (-1: Flax's output features) for one per channel.
       folded: prune the folded kernel; `update` then needs `batch_stats=` beside params.
       spread: share of tau over which the bounds of the weights are spread, in [0, 1).
+      seed: of the u_i.
       sample_size: quantiles are taken of a fair sub-sample of about this many weights, see
         `qt_jax.quantiles.subsample`; smaller kernels are taken whole.
       mask: `(path, leaf) -> bool` with the path a tuple of str, to select the leaves; by default those whose
@@ -226,7 +229,7 @@ def reverse_pruning(
         bound = jnp.broadcast_to(jnp.expand_dims(tau, others), param.shape) / jnp.abs(gain)
         if spread:
             bound *= 1.0 - np.float32(spread) * jax.random.uniform(
-                jax.random.key(0), param.shape, jnp.float32
+                jax.random.key(seed), param.shape, jnp.float32
             )
         return project(param, update, bound), tau
 

@@ -79,6 +79,7 @@ class QuantConfig:
         norm, which `Fusion.refresh` keeps up to date; the paper's are over the raw kernel.
       fused_outputs: paths of modules whose output gets the grid of `activations` as well, since a vendor
         requantizes it: `find_fusion(...).outputs`.
+      seed: of the draws of `QuantSpec(grids="vendors")`.
       axis_name: the mapped device axis under `shard_map` or `pmap`; None under plain `jit`.
 
     >>> config = QuantConfig(weights=QuantSpec(4), rules=(Rule("head", skip=True),))
@@ -94,6 +95,7 @@ class QuantConfig:
     sample_size: int = 4096
     folded: bool = False
     fused_outputs: tuple[str, ...] = ()
+    seed: int = 0
     axis_name: str | None = None
 
     def __post_init__(self):

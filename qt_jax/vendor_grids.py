@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from qt_jax.fake_quant import SCALE_FLOOR, QuantSpec, along_axis, blend
 
 
-def grid_key(path: str, count: jax.Array) -> jax.Array:
+def grid_key(seed: int, path: str, count: jax.Array) -> jax.Array:
     """The key of the draw for the kernel at `path` at its observation `count`, an int32 scalar."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode())), count)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())), count)
 
 
 def fake_quant_on_drawn_grid(

@@ -191,6 +191,7 @@ def quant_config(config: Config) -> qt.QuantConfig:
         rules=tuple(_rule(text, config) for text in config.rules),
         momentum=config.range_momentum,
         folded=config.folded,
+        seed=config.seed,
     )
 
 

@@ -33,8 +33,8 @@ def collect(row: Row, folder: Path, trained: Path, found: Sequence[Record], resu
       folder: the row's, with graph and description.
       trained: where its network was trained, with metrics.
       found: its deployment records, as `qt.evaluate` gives them.
-      results: gets search.jsonl for a trial of the search, else training.jsonl, structure.jsonl and, last,
-        deployment.jsonl.
+      results: gets search.jsonl for a trial of the search, else structure.jsonl, deployment.jsonl and,
+        last, training.jsonl, whose digest says that the row is done.
     """
     metrics = records.read(trained / "metrics.jsonl")
     metrics = [epoch for epoch in metrics if epoch["method"] == (row.method.network or row.name)]
@@ -44,7 +44,6 @@ def collect(row: Row, folder: Path, trained: Path, found: Sequence[Record], resu
     if row.searching:
         replace(results / SEARCH, [about | trial(row, found, seconds)], (*KEYS, "factor"))
         return
-    replace(results / TRAINING, [about | training(row, metrics, seconds)], KEYS)
     tau = [{"epoch": epoch["epoch"], "tau": epoch["tau"]} for epoch in metrics if epoch.get("tau")]
     shape = network_structure(folder) | {
         "lambda": schedule_points(row.config, metrics[-1]["step"]),
@@ -52,6 +51,7 @@ def collect(row: Row, folder: Path, trained: Path, found: Sequence[Record], resu
     }
     replace(results / STRUCTURE, [about | shape], KEYS)
     replace(results / DEPLOYMENT, [slim(record) for record in found], KEYS)
+    replace(results / TRAINING, [about | training(row, metrics, seconds)], KEYS)
 
 
 def training(row: Row, metrics: Sequence[Mapping[str, Any]], seconds: float) -> Record:

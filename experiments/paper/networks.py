@@ -5,25 +5,23 @@ import os
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
 from experiments import models
 from experiments.data import Dataset
-from experiments.data.augment import normalize
 from experiments.description import describe
 from experiments.paper.rows import Row, folder_of
+from experiments.training.finishing import reestimated
 from experiments.training.loop import train
-from qt_jax.batch_norm import reestimate
 from qt_jax.export.checkpoint import load, restore
 from qt_jax.export.deploy import deploy
 from qt_jax.interceptor import COLLECTION
 
 GRAPH, DESCRIPTION = "model.onnx", "model.json"
 CHECKPOINTS, REESTIMATED = "checkpoints", "reestimated"
-REESTIMATION, BATCH = 4000, 500
-"""Training images with which batch norm is estimated again, and how many at once."""
+REESTIMATION = 10_000
+"""Training images with which batch norm is estimated again."""
 
 
 def trained_in(row: Row, runs: Path) -> Path:
@@ -63,15 +61,11 @@ def _reestimated(row: Row, checkpoint: Path, place: Path, dataset: Dataset) -> P
     """A checkpoint like another, with its batch norm measured on the float graph."""
     if place.exists():
         return place
-    model = models.create(row.config.model, dataset.num_classes, jnp.dtype(row.config.dtype))
+    model = models.create(row.config.model, dataset.num_classes, jnp.float32)
     held = restore(checkpoint)
     params = "average" if row.config.ema else "params"
-    images = np.asarray(normalize(dataset.train_images[:REESTIMATION], dataset.mean, dataset.std))
-    found = reestimate(
-        lambda variables, batch: model.apply(variables, batch, train=True, mutable=[COLLECTION]),
-        {"params": held[params], COLLECTION: held[COLLECTION]},
-        [images[start : start + BATCH] for start in range(0, len(images), BATCH)],
-    )
+    variables = {"params": held[params], COLLECTION: held[COLLECTION]}
+    found = reestimated(model, variables, dataset.train_images[:REESTIMATION], dataset)
     with ocp.StandardCheckpointer() as writer:
         writer.save(place.absolute(), {params: held[params], COLLECTION: found[COLLECTION]})
     return place

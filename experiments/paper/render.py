@@ -11,20 +11,20 @@ from pathlib import Path
 
 import qt_jax as qt
 from experiments.configs.method import BASELINES
-from experiments.paper import tables
+from experiments.paper import drawing, tables
 from experiments.paper.evidence import FLOAT, PUBLISHED, Evidence, read
 from experiments.paper.figures import Drawable, figures
 from qt_jax.reporting.files import write_whole
 
 DIGESTS = "figures.json"
-"""For each figure the SHA-256 of its data and of its file."""
+"""For each figure the SHA-256 of its data, of the program that draws it and of its file."""
 BLOCK = re.compile(r"(<!-- (paper-[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(folder: Path, readme: Path | None = None) -> list[Path]:
     """Writes all tables and figures into the folder of results, and its blocks into the README.
 
-    Figures whose data and file are as `figures.json` says are left alone.
+    Figures whose data, program and file are as `figures.json` says are left alone.
 
     Returns the files that were written or found to be right.
 
@@ -52,7 +52,11 @@ def draw(pictures: Mapping[str, Drawable], folder: Path) -> None:
     now = {}
     for name, picture in pictures.items():
         file = folder / name
-        present = {"data": picture.digest, "file": digest(file) if file.exists() else None}
+        present = {
+            "data": picture.digest,
+            "program": digest(Path(drawing.__file__)),
+            "file": digest(file) if file.exists() else None,
+        }
         if before.get(name) != present:
             picture.draw(picture.data, file)
             present["file"] = digest(file)

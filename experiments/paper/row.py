@@ -26,6 +26,7 @@ from experiments.data import Dataset, load
 from experiments.paper import collect
 from experiments.paper.networks import GRAPH, prepare, trained_in
 from experiments.paper.rows import ATTEMPTS, RESULTS, SEARCH, Row, folder_of, results_of, row_of
+from qt_jax.backends import cost
 from qt_jax.backends.steps import Limits
 from qt_jax.reporting import records
 
@@ -165,6 +166,7 @@ def _evaluate(row: Row, folder: Path, dataset: Dataset, console: Console, jobs: 
             runtimes=[target.runtime],
             jobs=jobs,
             limits=Limits(seconds=60 * row.preset.minutes),
+            price_per_hour=cost.PRICE_PER_CPU_HOUR * len(os.sched_getaffinity(0)),
             folder=folder / "evaluation",
             identity=identity,
             on_record=say,

@@ -132,7 +132,7 @@ def row_of(
     Raises InvalidInput as `config_of` does.
     """
     method = METHODS[name]
-    chosen = best(found, task.name, name) if trial is None else None
+    chosen = best(preset, task, name, found) if trial is None else None
     factor = trial if trial is not None else chosen["factor"] if chosen else 1.0
     config = config_of(METHODS[method.network or name], task.base, seed, factor)
     origin = chosen and f"{chosen['method']} seed {chosen['seed']} factor {factor:g}"
@@ -142,17 +142,17 @@ def row_of(
     return Row(preset, task, name, seed, config, factor, origin, source, trial is not None)
 
 
-def best(found: Sequence[records.Record], task: str, name: str) -> records.Record | None:
+def best(preset: Preset, task: Task, name: str, found: Sequence[records.Record]) -> records.Record | None:
     """The search record of the largest criterion for a method on a task; of equals the smaller factor.
 
-    >>> trial = {"task": "t", "method": "float", "seed": 9}
-    >>> best([trial | {"factor": 1.0, "criterion": 0.5}, trial | {"factor": 2.0, "criterion": 0.6}],
-    ...      "t", "float")["factor"]
-    2.0
+    None as long as a factor is missing, or was tried with another config than the present one.
     """
     name = METHODS[name].rate or METHODS[name].network or name
-    mine = [trial for trial in found if trial["task"] == task and trial["method"] == name]
-    return max(mine, key=lambda trial: (trial["criterion"], -trial["factor"]), default=None)
+    digests = {row_of(preset, task, name, preset.search_seed, trial=f).digest for f in preset.factors}
+    mine = {trial["digest"]: trial for trial in found if trial["digest"] in digests}
+    if mine.keys() != digests:
+        return None
+    return max(mine.values(), key=lambda trial: (trial["criterion"], -trial["factor"]))
 
 
 def select(
@@ -179,6 +179,8 @@ def select(
                 f"{flag} {' '.join(unknown)} is unknown here; choose among {', '.join(sorted(known))}"
             )
         kept = [row for row in kept if not names or set(names) & set(of(row))]
+    if not kept:
+        raise qt.InvalidInput("no row is of all these tables, tasks and methods: --list shows what there is")
     wanted = {*kept, *(row.source for row in kept)}
     return [row for row in rows if row in wanted]
 

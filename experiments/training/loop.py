@@ -15,14 +15,13 @@ import optax
 import qt_jax as qt
 from experiments.configs.cifar import Config, lambda_schedule
 from experiments.data import Dataset
-from experiments.data.augment import normalize
-from experiments.training import checkpoints, quantizers
+from experiments.training import checkpoints
+from experiments.training.finishing import finished
 from experiments.training.logs import TrainingLog, progress_bar
 from experiments.training.state import TrainState, create_state, learning_rate_schedule, optimizer, thresholds
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
 from qt_jax.reporting import provenance
 
-REESTIMATION_BATCH = 500
 LOG_EVERY = 20
 """Steps between two looks at the loss."""
 
@@ -77,8 +76,8 @@ def train(config: Config, model: nn.Module, dataset: Dataset, directory: Path, m
             for epoch in range(done // steps_per_epoch, config.epochs):
                 started = time.perf_counter()
                 state, summary = _run_epoch(config, run, state, split, epoch, steps_per_epoch, lam, bar)
-                if config.reestimate and epoch + 1 == config.epochs:
-                    state = _reestimated(config, model, dataset, state)
+                if epoch + 1 == config.epochs:
+                    state = finished(config, dataset, state)
                 seconds = time.perf_counter() - started
                 for name, predict in predictors.items():
                     logits = predict(state.deployed, dataset.validation_images)
@@ -103,23 +102,6 @@ def train(config: Config, model: nn.Module, dataset: Dataset, directory: Path, m
                 checkpoints.save(manager, state)
                 bar.write(_epoch_line(method, config.epochs, row))
     return jax.tree.map(np.asarray, state.deployed)
-
-
-def _reestimated(config: Config, model: nn.Module, dataset: Dataset, state: TrainState) -> TrainState:
-    """The state with batch norm measured anew in the float network, on unaugmented training images."""
-    images = dataset.train_images[: config.reestimate]
-    batches = (
-        normalize(images[i : i + REESTIMATION_BATCH], dataset.mean, dataset.std)
-        for i in range(0, len(images) // REESTIMATION_BATCH * REESTIMATION_BATCH, REESTIMATION_BATCH)
-    )
-
-    def forward(variables, images):
-        return model.apply(variables, images, train=True, mutable=["batch_stats"])
-
-    variables = qt.reestimate_batch_norm(forward, state.deployed, batches)
-    shape = images.shape[1:]
-    batch_stats = quantizers.with_gains(config, model, variables["params"], variables["batch_stats"], shape)
-    return state.replace(batch_stats=batch_stats)
 
 
 def _run_epoch(config, run, state: TrainState, split: Split, epoch: int, steps_per_epoch: int, lam, bar):

@@ -66,6 +66,7 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
                 start=round(config.reverse_pruning_start * total_steps),
                 folded=config.reverse_pruning_folded,
                 spread=config.reverse_pruning_spread,
+                seed=config.seed,
             )
         )
     return optax.chain(*chain)

@@ -21,10 +21,12 @@ from qt_jax.export.integer_weights import (
     weighted_nodes,
 )
 from qt_jax.fake_quant import QuantSpec, quantization_parameters
-from qt_jax.interceptor import COLLECTION, INPUT, KERNEL, OUTPUT
+from qt_jax.interceptor import COLLECTION, GAIN, INPUT, KERNEL, OUTPUT
 from qt_jax.rules import QuantConfig, Sites
 
 ACTIVATION_BITS = (8, 16)
+SAME = 1e-4
+"""Relative difference of gains that rounding explains."""
 
 
 def learned_encodings(
@@ -70,7 +72,8 @@ def learned_encodings(
         raw = None if leaf not in leaves else np.asarray(leaves[leaf])
         gains = None
         if learned is not None and raw is not None:
-            gains = _gains(node, values[kernel], raw, config.folded)
+            gain = statistics.get(_key(path, GAIN)) if config.folded else None
+            gains = _gains(node, values[kernel], raw, gain)
         kernels[kernel] = _kernel(node, values[kernel], gains, learned, spec, least)
     if not inputs and not quantized:
         raise InvalidInput(
@@ -153,11 +156,19 @@ def _scale(statistics: Mapping[str, Any], path: str, spec: QuantSpec) -> np.ndar
     return np.asarray(quantization_parameters(*_range(statistics, path, KERNEL), spec)[0])
 
 
-def _gains(node: NodeProto, kernel: np.ndarray, raw: np.ndarray, folded: bool) -> np.ndarray | None:
-    """What the graph's kernel is of the one that training laid its grid over, by channel."""
-    if folded and kernel.size == raw.size:
-        return np.ones(kernel.shape[channel_axis(node, kernel.ndim)])
-    return output_gains(node, kernel, raw)
+def _gains(node: NodeProto, kernel: np.ndarray, raw: np.ndarray, gain: Any) -> np.ndarray | None:
+    """What the graph's kernel is of the one that training laid its grid over, by channel.
+
+    Args:
+      gain: with which training folded the raw kernel; None where it did not. Where the exporter has folded it
+        just so the answer is exactly 1, so that a scale for the tensor stays one.
+    """
+    found = output_gains(node, kernel, raw)
+    if found is None or gain is None:
+        return found
+    folded = np.tile(np.ravel(gain).astype(np.float64), len(found) // np.size(gain))
+    ratio = np.where(folded == 0, 1.0, found / np.where(folded == 0, 1.0, folded))
+    return np.where(np.abs(ratio - 1.0) < SAME, 1.0, ratio)
 
 
 def _kernel(

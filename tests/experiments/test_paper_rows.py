@@ -19,8 +19,19 @@ def names(found) -> list[str]:
     return [str(row) for row in found]
 
 
-def trial(method: str, factor: float, criterion: float) -> dict:
-    return {"task": "digits", "method": method, "seed": 1000, "factor": factor, "criterion": criterion}
+def searched(method: str, *criteria: float) -> list[dict]:
+    """Search records of a method, at the factors of the preset."""
+    return [
+        {
+            "task": "digits",
+            "method": method,
+            "seed": 1000,
+            "digest": row_of(SMOKE, TASK, method, SMOKE.search_seed, trial=factor).digest,
+            "factor": factor,
+            "criterion": criterion,
+        }
+        for factor, criterion in zip(SMOKE.factors, criteria, strict=False)
+    ]
 
 
 def test_seeds_are_outermost():
@@ -29,7 +40,7 @@ def test_seeds_are_outermost():
 
 
 def test_rates_come_from_the_search_and_say_so():
-    found = [trial("float", 0.5, 0.6), trial("float", 1.0, 0.5), trial("quant-trim", 1.0, 0.7)]
+    found = searched("float", 0.6, 0.5) + searched("quant-trim", 0.6, 0.7)
     by_name = {row.name: row for row in study(SMOKE, found) if row.seed == 0}
     assert by_name["float"].config.learning_rate == pytest.approx(0.5 * TASK.base.learning_rate)
     assert by_name["float"].chosen == "float seed 1000 factor 0.5"
@@ -39,14 +50,20 @@ def test_rates_come_from_the_search_and_say_so():
 
 
 def test_ties_go_to_the_smaller_rate():
-    found = [trial("float", 1.0, 0.5), trial("float", 0.5, 0.5)]
-    assert rows.best(found, "digits", "float")["factor"] == 0.5
+    found = searched("float", 0.5, 0.5)
+    assert rows.best(SMOKE, TASK, "float", found[::-1])["factor"] == 0.5
+
+
+def test_a_search_that_is_unfinished_or_of_another_recipe_chooses_nothing():
+    assert rows.best(SMOKE, TASK, "float", searched("float", 0.6)) is None
+    stale = [found | {"digest": "another"} for found in searched("float", 0.6, 0.5)]
+    assert rows.best(SMOKE, TASK, "float", stale) is None
 
 
 def test_digest_follows_config_and_source_only():
     row = row_of(SMOKE, TASK, "fine-tuned", 0)
     assert row.digest == row_of(SMOKE, TASK, "fine-tuned", 0).digest
-    faster = row_of(SMOKE, TASK, "fine-tuned", 0, [trial("float", 0.5, 0.6)])
+    faster = row_of(SMOKE, TASK, "fine-tuned", 0, searched("float", 0.6, 0.5))
     assert faster.config == row.config and faster.digest != row.digest
     assert row_of(SMOKE, TASK, "clips", 0).digest != row_of(SMOKE, TASK, "batch-norm", 0).digest
     other = dataclasses.replace(TASK, main=(), ablation=())
@@ -67,12 +84,16 @@ def test_selection_brings_what_is_needed():
         *("digits float 0", "digits fine-tuned 0"),
         *("digits float 1", "digits fine-tuned 1"),
     ]
-    assert {row.name for row in select(every, tables=["export"])} == {"quant-trim", "clips", "batch-norm"}
+    assert {row.name for row in select(every, tables=["export"])} == {
+        *("quant-trim", "recommended", "clips", "batch-norm")
+    }
     assert select(every) == every
     with pytest.raises(qt.InvalidInput, match=r"--only spedule is unknown here; choose among .*main"):
         select(every, tables=["spedule"])
     with pytest.raises(qt.InvalidInput, match="--methods lsq is unknown here"):
         select(every, methods=["lsq"])
+    with pytest.raises(qt.InvalidInput, match="no row is of all these"):
+        select(every, tables=["export"], methods=["float"])
 
 
 def test_folders_are_apart():

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from onnx import numpy_helper
 
 import qt_jax as qt
+from qt_jax.export.ranges import tensor_ranges
 from qt_jax.interceptor import GAIN
 
 IMAGES = (2, 8, 8, 3)
@@ -220,3 +221,41 @@ def test_a_layer_that_nothing_scales_has_gain_one():
         updated = model.apply({**variables, "batch_stats": statistics}, x, mutable=["batch_stats"])[1]
     peak = np.abs(variables["params"]["head"]["kernel"]).max()
     assert updated["batch_stats"]["head"]["quant_kernel"]["high"] == peak
+
+
+def test_attention_and_einsum_have_no_gain():
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.MultiHeadDotProductAttention(2, name="attention")(x)  # divides its query by sqrt(d)
+            return nn.Einsum((4, 4), "...i,oi->...o", use_bias=False, name="einsum")(x) * jnp.ones((1, 1, 4))
+
+    x = jnp.ones((1, 3, 4))
+    assert qt.find_fusion(Other(), Other().init(jax.random.key(0), x), x).layers == ()
+
+
+def test_a_rule_that_skips_a_layer_skips_its_fused_output():
+    config = qt.QuantConfig(fused_outputs=("head",), rules=(qt.Rule("head", skip=True),))
+    model, variables, x = network()
+    statistics = qt.attach_statistics(model, variables, config, x)["batch_stats"]
+    assert "head" not in statistics
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_exported_scales_are_those_of_the_folded_kernel(fold):
+    """A graph that keeps its batch norm gets, by channel, the scale that folding would have brought about."""
+    config = qt.QuantConfig(
+        weights=qt.QuantSpec(8, axis=-1, quantile=1.0),
+        activations=qt.QuantSpec(8, symmetric=False),
+        folded=True,
+    )
+    model, variables, x = prepared(config=config)
+    graph = qt.to_onnx(model.apply, variables, IMAGES[1:], fold_batch_norm=fold)
+    calibration = np.asarray(x).transpose(0, 3, 1, 2)
+    found = tensor_ranges(graph, variables, config, calibration).tensors["conv/kernel"].scale
+    statistics = variables["batch_stats"]["conv"]
+    expected = np.maximum(np.asarray(statistics["quant_kernel"]["high"]) / 127, 1e-8)
+    if not fold:
+        gain = np.abs(np.asarray(statistics[GAIN]))
+        expected = expected / np.where(gain == 0, 1, gain)
+    np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-4)  # the last channel is dead: its gain is 0

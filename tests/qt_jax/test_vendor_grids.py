@@ -25,7 +25,7 @@ def test_each_of_the_four_grids_is_drawn_a_quarter_of_the_time():
     w = jax.random.normal(jax.random.key(0), (40, 5)) * jnp.array([[1.0, 0.5, 0.1, 2.0, 3.0]])
     high = jnp.max(jnp.abs(w), axis=0)
     draw = jax.jit(jax.vmap(lambda key: fake_quant_on_drawn_grid(w, -high, high, SPEC, jnp.float32(1), key)))
-    draws = np.asarray(draw(jax.vmap(lambda n: grid_key("stem", n))(jnp.arange(800))))
+    draws = np.asarray(draw(jax.vmap(lambda n: grid_key(0, "stem", n))(jnp.arange(800))))
     counts = {}
     tie = np.abs(w) == np.asarray(high)  # on the full grid it lies halfway between two integers
     for name, image in images(np.asarray(w, np.float64)).items():

@@ -6,7 +6,8 @@ import pkgutil
 from experiments.configs.method import Method
 
 ORDER = (
-    *("float", "qat", "qat-delayed", "qat-w4", "lsq-w4", "pact-w4", "qwix-w4", "quant-trim", "recommended"),
+    *("float", "qat", "qat-delayed", "qat-w4", "qat-w4-folded", "lsq-w4", "pact-w4", "qwix-w4"),
+    *("quant-trim", "recommended"),
     *("no-reverse-pruning", "reverse-pruning-only"),
     *("linear", "cosine", "quartic-only", "step"),
     *("p-clip-90", "p-clip-99", "p-clip-999"),
@@ -16,7 +17,7 @@ ORDER = (
     *("folded", "folded-spread", "recommended-raw", "recommended-one-grid", "recommended-plateau"),
     *("recommended-unpruned", "recommended-running", "recommended-w8", "recommended-clipped"),
     "recommended-fused",
-    *("fine-tuned", "clips", "batch-norm"),
+    *("fine-tuned", "clips", "batch-norm", "recommended-clips"),
 )
 """Of rows in tables; a file that is not named here comes last."""
 

@@ -1,6 +1,7 @@
 """Plain quantization-aware training: lambda = 1 throughout, W8A8, no reverse pruning.
 
-Source: Jacob et al. 2018, arXiv 1712.05877, with this package's ranges (quantiles, moving averages).
+The straight-through training of Jacob et al. 2018, arXiv 1712.05877, on raw kernels and with this package's
+ranges (quantiles, moving averages); `qat-w4-folded` folds batch norm and takes extremes, as they do.
 
 Command: python -m experiments.paper --methods qat
 Expected time and score: not run yet.

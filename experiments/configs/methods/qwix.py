@@ -11,6 +11,6 @@ from experiments.configs.method import Method
 METHOD = Method(
     "Qwix QAT W8A8",
     tables=("bits",),
-    changes={"quantizer": "qwix", "sched": "constant", "reverse_pruning": None},
+    changes={"quantizer": "qwix", "sched": "constant", "reverse_pruning": None, "per_channel": True},
     rate="qwix-w4",
 )

@@ -23,4 +23,6 @@ CHANGES = {
     "reverse_pruning_spread": 0.13,
     "reestimate": 10_000,
 }
-METHOD = Method("Quant-Trim, recommended", tables=("main", "bits", "points", "start"), changes=CHANGES)
+METHOD = Method(
+    "Quant-Trim, recommended", tables=("main", "bits", "points", "start", "export"), changes=CHANGES
+)

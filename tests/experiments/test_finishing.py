@@ -1,0 +1,87 @@
+"""The one step between the last of training and deployment."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import qt_jax as qt
+from experiments import models
+from experiments.configs.cifar import Config, quant_config
+from experiments.data.dataset import Dataset
+from experiments.training import finishing, quantizers
+from experiments.training.state import create_state, optimizer
+from qt_jax.interceptor import GAIN
+
+SHAPE = (8, 8, 3)
+CONFIG = Config(
+    model="tiny", bits=4, folded=True, vendor_grids=True, reverse_pruning_folded=True, reestimate=500
+)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Noise with the form of a data set."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (600, *SHAPE), np.uint8)
+    labels = random.integers(0, 10, 600, np.int32)
+    names = tuple("0123456789")
+    return Dataset("noise", *(images, labels) * 3, mean=(0.5,) * 3, std=(0.25,) * 3, class_names=names)
+
+
+def begun(config):
+    model = models.create(config.model, 10)
+    state = create_state(config, model, optimizer(config, 10), SHAPE)
+    images = jax.random.normal(jax.random.key(0), (4, *SHAPE))
+    with qt.quant_trim(quant_config(config), 0.0, train=True):
+        updated = model.apply(state.deployed, images, train=True, mutable=["batch_stats"])[1]
+    return model, state.replace(batch_stats=updated["batch_stats"])
+
+
+def test_gains_and_kernel_ranges_follow_batch_norm_and_nothing_else_does(dataset):
+    _, before = begun(CONFIG)
+    after = finishing.finished(CONFIG, dataset, before)
+    old, new = flatten_dict(before.batch_stats), flatten_dict(after.batch_stats)
+    gain = np.asarray(after.params["stem_norm"]["scale"]) / np.sqrt(new["stem_norm", "var"] + 1e-5)
+    np.testing.assert_allclose(new["stem", GAIN], gain, rtol=1e-5)
+    folded = np.abs(np.asarray(after.params["stem"]["kernel"]) * gain)
+    np.testing.assert_allclose(new["stem", "quant_kernel", "high"], folded.max((0, 1, 2)), rtol=1e-5)
+    assert not np.allclose(old["stem_norm", "var"], new["stem_norm", "var"])
+    for path in old:
+        if "quant_input" in path:
+            np.testing.assert_array_equal(old[path], new[path])
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def test_batch_norm_is_pooled_over_the_training_images_that_the_run_may_see(dataset):
+    config = dataclasses.replace(CONFIG, train_limit=100)
+    model, state = begun(config)
+    after = finishing.finished(config, dataset, state)
+    images = (dataset.train_images[:100].astype(np.float64) / 255 - 0.5) / 0.25
+    stem = model.apply(
+        state.deployed,
+        jnp.asarray(images, jnp.float32),
+        capture_intermediates=True,
+        mutable=["intermediates"],
+    )[1]["intermediates"]["stem"]["__call__"][0]
+    mean = np.asarray(stem, np.float64).mean((0, 1, 2))
+    np.testing.assert_allclose(after.batch_stats["stem_norm"]["mean"], mean, rtol=1e-3, atol=1e-5)
+
+
+def test_kernels_of_lsq_are_clipped_to_their_grid_which_changes_nothing_on_it(dataset):
+    config = Config(model="tiny", quantizer="lsq", sched="constant", reverse_pruning=None, bits=4)
+    model, state = begun(config)
+    stats = flatten_dict(state.batch_stats)
+    peak = float(jnp.abs(state.params["stem"]["kernel"]).max())
+    for end, value in (("low", -0.5 * peak), ("high", 0.5 * peak)):
+        state.batch_stats["stem"]["quant_kernel"][end] = jnp.full_like(
+            stats["stem", "quant_kernel", end], value
+        )
+    images = jax.random.normal(jax.random.key(1), (4, *SHAPE))
+    after = finishing.finished(config, dataset, state)
+    assert float(jnp.abs(after.params["stem"]["kernel"]).max()) == pytest.approx(0.5 * peak)
+    outputs = [quantizers.quantized_forward(config, model, s.deployed, images) for s in (state, after)]
+    np.testing.assert_array_equal(*outputs)
