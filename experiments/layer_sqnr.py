@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
@@ -24,9 +24,9 @@ from onnx import TensorProto, helper
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import ONNX_NAMES, model_input
+from experiments.cifar import graphs_of, model_input
 from experiments.command_line import exit_status
-from experiments.data import Dataset, load
+from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
 from qt_jax.backends import ort
 from qt_jax.backends.protocol import Scheme
@@ -57,8 +57,8 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a finished `python -m experiments.cifar`."""
-    method: Literal["quant-trim", "float"] = "quant-trim"
-    """Which of the run's networks. The float twin has no learned ranges, so no clips."""
+    method: str = "quant-trim"
+    """Which of the run's networks: its --quantizer, or float, the twin, which has no ranges to clip to."""
     data_dir: Path | None = None
     """Folder or archive that holds the data set, as for `experiments.cifar`."""
     images: int = 5000
@@ -239,7 +239,13 @@ def run(options: Options, console: Console) -> None:
             f"{options.run} holds no config.json: name the folder of a finished experiments.cifar"
         )
     config = json.loads(path.read_text())
-    description = (options.run / ONNX_NAMES[options.method]).with_suffix(".json")
+    graphs = graphs_of(config.get("quantizer", "quant-trim"))
+    if options.method not in graphs or config["dataset"] in SEGMENTATION:
+        raise qt.InvalidInput(
+            f"{options.run}: --method {options.method} of a run on {config['dataset']}: choose one of "
+            f"{', '.join(graphs)}, of a classifier"
+        )
+    description = (options.run / graphs[options.method]).with_suffix(".json")
     network = load_network(description)
     described = read_description(description)
     module = create_module(described.model, described.arguments)

@@ -1,5 +1,6 @@
 """A few test images of a segmentation run: true masks, and those of each network in FP32 and in INT4."""
 
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from qt_jax.backends.rows import LOGITS
 from qt_jax.export.saving import staged
 from qt_jax.reporting.cells import title
 
+DIGEST = "networks"
+"""In the file of masks: of which networks they are."""
 SHOWN = 6
 """Images: the first of the test set."""
 SCHEMES = {"fp32": "FP32", "int4w-pt-minmax": "INT4 weights"}
@@ -38,13 +41,14 @@ def decided_masks(
     Args:
       networks: method -> ONNX file.
       calibration, test_set: as `qt_jax.evaluate` takes them; a few test images.
-      path: an .npz; what is there is not computed again.
+      path: an .npz; what is there is not computed again, unless it is of other networks.
 
     Returns:
       "method/scheme" -> uint8 `(n, height, width)`; without those that onnxruntime did not bring about.
     """
-    if not path.exists():
-        found = {}
+    networks_now = _digest(networks)
+    if _digest_in(path) != networks_now:
+        found = {DIGEST: np.array(networks_now)}
         for method, network in networks.items():
             with tempfile.TemporaryDirectory() as folder:
                 rows = qt.evaluate(
@@ -63,7 +67,20 @@ def decided_masks(
         with staged(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **found)
     with np.load(path) as file:
-        return dict(file)
+        return {name: masks for name, masks in file.items() if name != DIGEST}
+
+
+def _digest(networks: Mapping[str, Path]) -> str:
+    """SHA-256 of the networks' names and files."""
+    parts = (f"{method} {hashlib.sha256(path.read_bytes()).hexdigest()}" for method, path in networks.items())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _digest_in(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        return str(file[DIGEST]) if DIGEST in file else None
 
 
 def masks_figure(

@@ -5,13 +5,15 @@ deployment is that of its float network on all images less what the deployment l
 they are all images, it is just its accuracy.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments.configs.method import BASELINES
 from experiments.configs.methods import METHODS
-from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINING
+from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINING, key_of
+from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 from qt_jax.reporting.deployment import REFERENCE, Row, precision
 from qt_jax.reporting.records import Record
@@ -70,8 +72,27 @@ class Evidence(NamedTuple):
 
 
 def read(folder: Path) -> Evidence:
-    """The evidence in a folder of results."""
-    return arrange(*(records.read(folder / name) for name in (DEPLOYMENT, TRAINING, STRUCTURE, SEARCH)))
+    """The evidence in a folder of results: rows that training.jsonl, which is written last, knows of.
+
+    Raises:
+      InvalidInput: the seeds of a method were trained with different configs.
+    """
+    deployment, training, structure, search = (
+        records.read(folder / name) for name in (DEPLOYMENT, TRAINING, STRUCTURE, SEARCH)
+    )
+    configs: dict[tuple[str, str], str] = {}
+    for record in training:
+        row = (record["task"], record["method"])
+        config = json.dumps(record["config"] | {"seed": None}, sort_keys=True)
+        if configs.setdefault(row, config) != config:
+            raise InvalidInput(
+                f"{folder / TRAINING}: the seeds of {' '.join(row)} were trained with different configs, one "
+                f"with {configs[row]}, one with {config}. Run the study again: it redoes what is not of the "
+                "present config."
+            )
+    complete = {key_of(record) for record in training}
+    kept = ([r for r in rows if key_of(r) in complete] for rows in (deployment, training, structure))
+    return arrange(*kept, search)
 
 
 def arrange(

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import qt_jax as qt
 from experiments.configs.method import BASELINES
-from experiments.paper import drawing, tables
-from experiments.paper.evidence import FLOAT, PUBLISHED, Evidence, read
+from experiments.paper import drawing, place_tables, tables
+from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, read
 from experiments.paper.figures import Drawable, figures
 from qt_jax.reporting.files import write_whole
 
+OVER = {BASELINES: FLOAT, "points": RECOMMENDED}
+"""What the methods of a table are paired with; the published recipe, where nothing is said."""
 DIGESTS = "figures.json"
 """For each figure the SHA-256 of its data, of the program that draws it and of its file."""
 BLOCK = re.compile(r"(<!-- (paper-[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -79,14 +81,15 @@ def pages(evidence: Evidence, study: str, pictures: list[str]) -> dict[str, str]
         "ablations.md": _page(f"{study}: ablations", _ablations(evidence)),
         "training.md": _page(f"{study}: training", [tables.training(evidence), *_search(evidence)]),
     }
-    edge = {task: tables.edge(evidence, task) for task in evidence.tasks}
+    edge = {task: place_tables.edge(evidence, task) for task in evidence.tasks}
     if any(edge.values()):
         parts = [f"## {task}\n\n{table}" for task, table in edge.items() if table]
         found["edge.md"] = _page(f"{study}: speed, energy and cost", [EDGE_NOTE, *parts])
     index = ", ".join(f"[{name.removesuffix('.md')}]({name})" for name in found)
     parts = [f"{tables.cost(evidence)}", f"More: {index}.", tables.LEGEND]
     for task in evidence.tasks:
-        parts += [f"## {task}", tables.summary(evidence, task), tables.gains(evidence, task)]
+        parts += [f"## {task}", tables.summary(evidence, task), tables.left_out(evidence, task)]
+        parts += [tables.gains(evidence, task), tables.leads(evidence, task), tables.losses(evidence, task)]
         parts += [f"![{name}]({name})" for name in pictures if name.endswith(f"-{task}.png")]
     return {"summary.md": _page(study, parts), **found}
 
@@ -101,8 +104,10 @@ def blocks(evidence: Evidence, study: str) -> dict[str, str]:
     """Name -> Markdown, for the README: a summary and the gains of every table of every task; the cost."""
     found = {f"{study} cost": tables.cost(evidence), f"{study} legend": tables.LEGEND}
     for task in evidence.tasks:
+        found[f"{study} {task} leads"] = tables.leads(evidence, task)
+        found[f"{study} {task} losses"] = tables.losses(evidence, task)
         for table in tables.tables_of(evidence, task):
-            over = FLOAT if table == BASELINES else PUBLISHED
+            over = OVER.get(table, PUBLISHED)
             found[f"{study} {task} {table}"] = tables.summary(evidence, task, table)
             found[f"{study} {task} {table} gains"] = tables.gains(evidence, task, table, over)
     return found
@@ -134,8 +139,8 @@ def filled(text: str, contents: Mapping[str, str]) -> str:
 def _accuracy(evidence: Evidence) -> list[str]:
     parts = [tables.LEGEND]
     for task in evidence.tasks:
-        parts += [f"## {task}", "Accuracy in %.", tables.by_place(evidence, task, "accuracy", 100, 2)]
-        parts += ["Points over float training, paired by seed.", tables.gain_by_place(evidence, task)]
+        parts += [f"## {task}", "Accuracy in %.", place_tables.by_place(evidence, task, "accuracy", 100, 2)]
+        parts += ["Points over float training, paired by seed.", place_tables.gain_by_place(evidence, task)]
     return parts
 
 
@@ -145,7 +150,7 @@ def _quality(evidence: Evidence) -> list[str]:
         parts.append(f"## {task}")
         for key, (title, scale, digits) in tables.QUALITY.items():
             parts += [f"### {task}: {title}", tables.quality(evidence, task, key)]
-            parts.append(tables.by_place(evidence, task, key, scale, digits))
+            parts.append(place_tables.by_place(evidence, task, key, scale, digits))
     return parts
 
 
@@ -155,7 +160,7 @@ def _ablations(evidence: Evidence) -> list[str]:
         for table in tables.tables_of(evidence, task):
             if table != BASELINES:
                 parts += [f"## {task}: {table}", tables.summary(evidence, task, table)]
-                parts.append(tables.gains(evidence, task, table, PUBLISHED))
+                parts.append(tables.gains(evidence, task, table, OVER.get(table, PUBLISHED)))
     return parts
 
 
@@ -166,4 +171,4 @@ def _search(evidence: Evidence) -> list[str]:
 
 
 def _page(title: str, parts: list[str]) -> str:
-    return "\n\n".join([f"# {title}", *parts]) + "\n"
+    return "\n\n".join([f"# {title}", *filter(None, parts)]) + "\n"

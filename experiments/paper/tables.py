@@ -7,7 +7,6 @@ from experiments.configs.methods import METHODS
 from experiments.paper.evidence import (
     FLOAT,
     GROUPS,
-    PUBLISHED,
     RECOMMENDED,
     Evidence,
     Seeds,
@@ -15,8 +14,8 @@ from experiments.paper.evidence import (
     mean_over,
     worst_over,
 )
-from experiments.paper.statistics import interval, paired, written
-from qt_jax.reporting.deployment import Row
+from experiments.paper.statistics import Estimate, interval, paired, written
+from qt_jax.reporting.deployment import REFERENCE
 from qt_jax.reporting.deployment_tables import escaped, markdown_table
 from qt_jax.reporting.tables import ABSENT
 
@@ -28,13 +27,6 @@ QUALITY = {
     "sqnr_db": ("SQNR of the logits against FP32, in dB", 1, 1),
 }
 """Metrics beside accuracy: their titles, their scale and digits."""
-EDGE = {
-    "latency_ms_p50": ("latency p50, ms", 1, 3),
-    "throughput_ips": ("images/s", 1, 0),
-    "energy_mj": ("energy, mJ (model)", 1, 4),
-    "cost": ("cost, USD for 1M images", 1, 4),
-    "model_bytes": ("size, kB", 1e-3, 0),
-}
 WORST = {"worst INT8": ("INT8 pt", "INT8 pc"), "worst INT4": ("INT4 pt", "INT4 pc")}
 LEGEND = (
     "Mean ± half the 95 % t-interval over seeds. pt, pc: one weight scale a tensor, a channel. INT8: 8-bit "
@@ -93,51 +85,56 @@ def gains(evidence: Evidence, task: str, table: str = BASELINES, over: str = FLO
         if method == over:
             continue
         cells = [paired(of(method), of(over)) for of in columns.values()]
-        texts = [written(cell, 100, signed=True) for cell in cells]
-        bold = [f"**{t}**" if c is not None and c.positive else t for c, t in zip(cells, texts, strict=True)]
-        rows.append([METHODS[method].title, *bold])
+        rows.append([METHODS[method].title, *map(_in_points, cells)])
     return markdown_table([f"points over {METHODS[over].title}", *columns], rows)
 
 
-def by_place(evidence: Evidence, task: str, key: str, scale: float, digits: int) -> str:
-    """A metric at every place, methods of the main table side by side; how it ended where there is none."""
+def leads(evidence: Evidence, task: str, of: str = RECOMMENDED) -> str:
+    """By how many points one method leads each other method of the main table, as `gains` has them."""
     methods = evidence.methods(task)
+    if of not in methods:
+        return f"No records of {METHODS[of].title} yet."
+    columns = columns_of(evidence, task, methods)
     rows = []
+    for method in methods:
+        if method != of:
+            cells = [paired(column(of), column(method)) for column in columns.values()]
+            rows.append([METHODS[method].title, *map(_in_points, cells)])
+    return markdown_table([f"{METHODS[of].title} over", *columns], rows)
+
+
+def losses(evidence: Evidence, task: str) -> str:
+    """Points that a method loses against its own FP32 at the place where it loses most, by group."""
+    methods = evidence.methods(task)
+    groups = {name: common_places(evidence, task, methods, name) for name in GROUPS if name != "FP32"}
+    groups = {name: places for name, places in groups.items() if places}
+    rows = []
+    for method in methods:
+        own = evidence.accuracy(task, method, REFERENCE)
+        worst = [worst_over(evidence, task, method, places) for places in groups.values()]
+        rows.append(
+            [METHODS[method].title, *(written(paired(own, found), 100, signed=True) for found in worst)]
+        )
+    return markdown_table(["largest loss against own FP32, points", *groups], rows)
+
+
+def left_out(evidence: Evidence, task: str, table: str = BASELINES) -> str:
+    """The places that are in no group's mean because some method of the table lacks some seed there."""
+    methods = evidence.methods(task, table)
+    kept = {place for name in GROUPS for place in common_places(evidence, task, methods, name)}
+    trained = {m: set(evidence.seeds(task, m, REFERENCE)) for m in methods}
+    absent = {}
     for place in evidence.places(task, methods):
-        cells = []
-        for method in methods:
-            found = evidence.metric(task, method, place, key)
-            ended = {r["status"] for r in evidence.seeds(task, method, place).values()} - {"ok"}
-            cells.append(
-                written(interval(found.values()), scale, digits)
-                if found
-                else ", ".join(sorted(ended)) or ABSENT
-            )
-        rows.append([*map(escaped, place), _images(evidence, task, methods, place), *cells])
-    header = ["backend", "scheme", "runtime", "n", *(METHODS[method].title for method in methods)]
-    return markdown_table(header, rows, words=3)
+        without = [m for m in methods if set(evidence.accuracy(task, m, place)) != trained[m]]
+        if place not in kept and without and len(without) < len(methods):
+            absent[" ".join(place)] = ", ".join(METHODS[m].title for m in without)
+    told = "; ".join(f"{place} ({names})" for place, names in absent.items())
+    return f"In no mean, for want of some method's seeds there: {told}." if told else ""
 
 
-def gain_by_place(evidence: Evidence, task: str) -> str:
-    """Points of accuracy over float training at every place, paired by seed."""
-    methods = [method for method in evidence.methods(task) if method != FLOAT]
-    rows = [
-        [
-            *map(escaped, place),
-            *(
-                written(
-                    paired(evidence.accuracy(task, m, place), evidence.accuracy(task, FLOAT, place)),
-                    100,
-                    signed=True,
-                )
-                for m in methods
-            ),
-        ]
-        for place in evidence.places(task, evidence.methods(task))
-    ]
-    return markdown_table(
-        ["backend", "scheme", "runtime", *(METHODS[m].title for m in methods)], rows, words=3
-    )
+def _in_points(cell: Estimate | None) -> str:
+    text = written(cell, 100, signed=True)
+    return f"**{text}**" if cell is not None and cell.positive else text
 
 
 def quality(evidence: Evidence, task: str, key: str) -> str:
@@ -157,30 +154,6 @@ def quality(evidence: Evidence, task: str, key: str) -> str:
         for method in methods
     ]
     return markdown_table(["method", *groups], rows)
-
-
-def edge(evidence: Evidence, task: str) -> str | None:
-    """Speed, energy, cost and size at every place that has any; the latency of three methods.
-
-    None where no place has.
-    """
-    methods = [m for m in (FLOAT, PUBLISHED, RECOMMENDED) if m in evidence.methods(task)]
-    rows = []
-    for place in evidence.places(task, methods):
-        cells = []
-        for key, (_, scale, digits) in EDGE.items():
-            shown = methods if key == "latency_ms_p50" else methods[-1:]
-            for method in shown:
-                found = evidence.metric(task, method, place, key)
-                cells.append(written(interval(found.values()), scale, digits))
-        if any(cell != ABSENT for cell in cells[: len(methods)]):
-            rows.append([*map(escaped, place), *cells])
-    if not rows:
-        return None
-    header = ["backend", "scheme", "runtime"]
-    for key, (title, _, _) in EDGE.items():
-        header += [f"{title}, {METHODS[m].title}" for m in methods] if key == "latency_ms_p50" else [title]
-    return markdown_table(header, rows, words=3)
 
 
 def training(evidence: Evidence) -> str:
@@ -220,11 +193,6 @@ def training(evidence: Evidence) -> str:
         "seeds",
     ]
     return markdown_table(header, rows, words=4)
-
-
-def _images(evidence: Evidence, task: str, methods: Sequence[str], place: Row) -> str:
-    found = {r["n"] for m in methods for r in evidence.seeds(task, m, place).values() if r.get("n")}
-    return ", ".join(map(str, sorted(found))) or ABSENT
 
 
 def tables_of(evidence: Evidence, task: str) -> list[str]:

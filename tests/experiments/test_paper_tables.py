@@ -8,8 +8,8 @@ import pytest
 
 import qt_jax as qt
 from experiments.configs.methods import METHODS
-from experiments.paper import figures, render, tables
-from experiments.paper.evidence import REFERENCE, arrange, common_places, mean_over, worst_over
+from experiments.paper import figures, place_tables, render, tables
+from experiments.paper.evidence import REFERENCE, arrange, common_places, mean_over, read, worst_over
 from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINING
 from experiments.paper.statistics import interval
 from experiments.paper.structure import BINS
@@ -45,7 +45,13 @@ def deployment(method: str, seed: int, place: Row, **more) -> dict:
 def training(method: str, seed: int) -> dict:
     return {
         **{"task": TASK, "method": method, "seed": seed, "digest": "d", "learning_rate": 0.2},
-        **{"changes": dict(METHODS[method].changes), "rate_from": None, "start": None, "network": None},
+        **{
+            "config": {"seed": seed},
+            "changes": dict(METHODS[method].changes),
+            "rate_from": None,
+            "start": None,
+            "network": None,
+        },
         **{"export": "plain", "validation_fp32": 0.8, "training_seconds": 90.0, "seconds": 360.0},
         **{"commit": "0123456789abcdef-dirty", "versions": {"jax": "1"}, "device": "cpu"},
         **{"cpu": {"model": "a CPU", "cores": 2}},
@@ -120,6 +126,34 @@ def test_gains_are_paired_and_bold_where_they_are_certain():
     assert cells(ablation, "linear ramp")[1] == "−2.00 ± 0.00"
 
 
+def test_the_recommended_recipe_over_each_and_losses_against_own_fp32_by_hand():
+    row = cells(tables.leads(evidence(), TASK), "float + PTQ")
+    assert row[:2] == ["−0.50 ± 0.00", "**+7.50 ± 0.00**"]  # 0.795 and 0.80; losses of 0.02 and 0.10
+    assert cells(tables.losses(evidence(), TASK), "float + PTQ")[0] == "+10.00 ± 0.00"
+
+
+def test_places_that_some_method_lacks_are_named():
+    files = made_up()
+    for record in files[DEPLOYMENT]:
+        if (record["method"], record["scheme"]) == ("float", PC.scheme):
+            record |= {"status": "crashed", "top1": None, "reference_top1": None}
+            break
+    told = tables.left_out(evidence(files), TASK)
+    assert PC.scheme in told and "(float + PTQ)" in told
+    assert tables.left_out(evidence(), TASK) == ""
+
+
+def test_rows_that_are_not_finished_or_of_several_configs_do_not_count(tmp_path):
+    files = made_up()
+    files[TRAINING] = [r for r in files[TRAINING] if (r["method"], r["seed"]) != ("float", 2)]
+    written_to(tmp_path, files)
+    assert set(read(tmp_path).seeds(TASK, "float", REFERENCE)) == {0, 1}
+    files[TRAINING][0]["config"] = {"seed": 0, "epochs": 99}
+    written_to(tmp_path, files)
+    with pytest.raises(qt.InvalidInput, match="trained with different configs"):
+        read(tmp_path)
+
+
 def test_groups_hold_places_that_all_methods_have():
     files = made_up()
     broken = [
@@ -132,7 +166,7 @@ def test_groups_hold_places_that_all_methods_have():
     assert common_places(found, TASK, ["quant-trim"], "INT4 pc") == [PC]
     assert common_places(found, TASK, names, "INT4 pt") == [PT]
     assert "INT4 pc" not in tables.summary(found, TASK)
-    assert "crashed" not in tables.by_place(found, TASK, "ece", 100, 2)
+    assert "crashed" not in place_tables.by_place(found, TASK, "ece", 100, 2)
 
 
 def test_a_place_where_nothing_ran_says_why():
@@ -140,7 +174,7 @@ def test_a_place_where_nothing_ran_says_why():
     for record in files[DEPLOYMENT]:
         if (record["method"], record["scheme"]) == ("float", PC.scheme):
             record |= {"status": "refused", "top1": None, "reference_top1": None}
-    assert "| refused |" in tables.by_place(evidence(files), TASK, "accuracy", 100, 2)
+    assert "| refused |" in place_tables.by_place(evidence(files), TASK, "accuracy", 100, 2)
 
 
 def test_mean_and_worst_over_places():
@@ -162,7 +196,7 @@ def test_segmentation_is_judged_by_its_overlap():
 def test_quality_edge_training_and_search_tables():
     found = evidence()
     assert cells(tables.quality(found, TASK, "sqnr_db"), "float + PTQ")[1] == "10.0 ± 0.0"
-    assert tables.edge(found, TASK).count("\n") == 2  # header, rule, the one place with a clock
+    assert place_tables.edge(found, TASK).count("\n") == 2  # header, rule, the one place with a clock
     assert "not searched" in tables.training(found) and "sched none" in tables.training(found)
     assert "| 80.00 | 70.00 | – | 50.00 |" in tables.search(found)
     assert "12 rows and 1 trials of the search, 1.2 hours" in tables.cost(found)

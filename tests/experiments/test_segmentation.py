@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from experiments import cifar, data, models, segmentation
+from experiments import cifar, data, masks, models, segmentation
 from experiments.configs.cifar import Config, lambda_schedule, parse
 from experiments.configs.segmentation import PRESETS
 from experiments.data import SEGMENTATION, load
@@ -96,6 +96,7 @@ def test_summary_has_both_tables(finished):
 def test_masks_are_those_of_the_records(finished):
     with np.load(finished / "masks.npz") as file:
         decided = dict(file)
+    assert len(str(decided.pop("networks"))) == 64
     assert list(decided) == [f"{method}/{scheme}" for method in METHODS for scheme in SCHEMES]
     assert all(masks.shape == (6, 16, 16) and masks.dtype == np.uint8 for masks in decided.values())
     dataset, config = load("composed"), parse([*FLAGS, "--out", str(finished)], PRESETS)
@@ -104,6 +105,15 @@ def test_masks_are_those_of_the_records(finished):
     network = cifar.load_network(finished / "twin.json")
     expected = predict(network.variables, dataset.test_images[:6]).argmax(-1)
     assert metrics.pixel_accuracy(decided["float/fp32"], expected) > 0.999
+
+
+def test_masks_of_other_networks_are_made_anew(finished, tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(masks.qt, "evaluate", lambda network, *_, **__: evaluated.append(network) or [])
+    path, networks = tmp_path / "masks.npz", {"float": finished / "twin.onnx"}
+    for now in (networks, networks, {"quant-trim": finished / "model.onnx", **networks}):
+        masks.decided_masks(now, None, (None, None), path)
+    assert [network.name for network in evaluated] == ["twin.onnx", "model.onnx", "twin.onnx"]
 
 
 def test_relaunch_does_nothing_again(finished, monkeypatch):
