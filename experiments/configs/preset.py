@@ -61,6 +61,20 @@ class Preset:
     minutes: float = 20.0
 
 
+def reduced(preset: Preset) -> Preset:
+    """A preset on a scrap of its data, to see whether everything runs: its first seed, eight steps a row.
+
+    >>> reduced(Preset("p", (), (0, 1))).name
+    'p-reduced'
+    """
+    scrap = {"epochs": 1, "train_limit": 512, "batch_size": 64, "steps_per_dispatch": 1}
+    scrap |= {"reverse_pruning_every": 2, "calibration_size": 32, "test_limit": 100}
+    tasks = tuple(
+        dataclasses.replace(task, base=dataclasses.replace(task.base, **scrap)) for task in preset.tasks
+    )
+    return dataclasses.replace(preset, name=f"{preset.name}-reduced", tasks=tasks, seeds=preset.seeds[:1])
+
+
 def methods_of(*tables: str) -> tuple[str, ...]:
     """The names of the methods of any of these tables, in the order of the registry.
 

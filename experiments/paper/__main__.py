@@ -34,7 +34,8 @@ class Options:
     """Train and deploy all methods of a study, and write its tables and figures."""
 
     preset: str = "cpu"
-    """cpu: small networks, two cores, hours; accelerator: full budgets, for a GPU or TPU; smoke: minutes."""
+    """cpu: small networks, two cores, hours; accelerator: full budgets, for a GPU or TPU; smoke: minutes;
+    accelerator-reduced: accelerator's rows on a scrap of the data."""
     only: tuple[str, ...] = ()
     """Only methods of these tables, such as main or schedule."""
     tasks: tuple[str, ...] = ()

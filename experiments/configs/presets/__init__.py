@@ -3,9 +3,9 @@
 import importlib
 
 import qt_jax as qt
-from experiments.configs.preset import Preset
+from experiments.configs.preset import Preset, reduced
 
-NAMES = ("cpu", "accelerator", "smoke")
+NAMES = ("cpu", "accelerator", "smoke", "accelerator-reduced")
 
 
 def preset(name: str) -> Preset:
@@ -19,4 +19,6 @@ def preset(name: str) -> Preset:
     """
     if name not in NAMES:
         raise qt.InvalidInput(f"--preset {name!r} is unknown; choose one of {', '.join(NAMES)}")
-    return importlib.import_module(f"{__name__}.{name}").PRESET
+    full = name.removesuffix("-reduced")
+    found = importlib.import_module(f"{__name__}.{full}").PRESET
+    return found if full == name else reduced(found)
