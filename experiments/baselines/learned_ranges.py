@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qt_jax as qt
-from qt_jax.fake_quant import fake_quant
+from qt_jax.fake_quant import along_axis, fake_quant
 from qt_jax.interceptor import COLLECTION, INPUT, KERNEL, LAYERS
 from qt_jax.quantiles import Range
 
@@ -46,15 +46,6 @@ class LearnedRange(NamedTuple):
 
 Quantizer = Mapping[str, LearnedRange]
 """Site, `KERNEL` or `INPUT` -> its range."""
-
-
-def along_axis(parameter: jax.Array, x: jax.Array, spec: qt.QuantSpec) -> jax.Array:
-    """`parameter`, scalar or `(channels,)`, in a shape that broadcasts against `x`."""
-    if spec.axis is None:
-        return parameter
-    shape = [1] * x.ndim
-    shape[spec.axis] = -1
-    return parameter.reshape(shape)
 
 
 def other_axes(x: jax.Array, spec: qt.QuantSpec) -> tuple[int, ...]:

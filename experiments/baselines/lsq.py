@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import qt_jax as qt
-from experiments.baselines.learned_ranges import Ends, LearnedRange, Quantizer, along_axis, other_axes
-from qt_jax.fake_quant import SCALE_FLOOR, quantization_parameters
+from experiments.baselines.learned_ranges import Ends, LearnedRange, Quantizer, other_axes
+from qt_jax.fake_quant import SCALE_FLOOR, along_axis, quantization_parameters
 from qt_jax.interceptor import INPUT, KERNEL
 from qt_jax.quantiles import Range
 

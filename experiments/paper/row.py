@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import model_input
+from experiments.cifar import vendor_arrays
 from experiments.command_line import exit_status
 from experiments.configs.presets import preset
 from experiments.data import Dataset, load
@@ -136,12 +136,10 @@ def _timed(path: Path) -> Iterator[None]:
 def _evaluate(row: Row, folder: Path, dataset: Dataset, console: Console, jobs: int) -> list[records.Record]:
     """The records of the row's network, FP32 in onnxruntime first; each is made once."""
     config = row.config
-    images, labels = dataset.test_images, dataset.test_labels
     if row.searching:
-        images, labels = dataset.validation_images, dataset.validation_labels
-    few = slice(config.test_limit)
-    calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
-    test_set = model_input(dataset, images[few]), labels[few]
+        held_out = {"test_images": dataset.validation_images, "test_labels": dataset.validation_labels}
+        dataset = dataclasses.replace(dataset, **held_out)
+    calibration, test_set = vendor_arrays(config, dataset, config.test_limit)
     identity = {
         "run": f"paper-{row.preset.name}",
         "task": row.task.name,
