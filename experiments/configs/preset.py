@@ -55,7 +55,7 @@ class Preset:
     name: str
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...]
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     search_seed: int = 1000
     pinned: bool = True
     minutes: float = 20.0
