@@ -7,20 +7,16 @@ tensor of the float graph. The test set is not touched. Rows are appended to lay
 folder, and layer_sqnr.md is written from them.
 """
 
-import contextlib
 import dataclasses
 import json
-import math
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import onnx
 import tyro
-from onnx import TensorProto, helper
 from rich.console import Console
 
 import qt_jax as qt
@@ -28,23 +24,19 @@ from experiments.cifar import graphs_of, model_input
 from experiments.command_line import exit_status
 from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
+from experiments.layer_comparison import SCHEMES, compare, quantized
 from qt_jax.backends import ort
-from qt_jax.backends.protocol import Scheme
 from qt_jax.export import to_onnx
 from qt_jax.export.checkpoint import Deployable, create_module
 from qt_jax.export.checkpoint import load as load_network
 from qt_jax.export.clips import clipped_forward, insert_clips, learned_clips
 from qt_jax.export.description import read_description
-from qt_jax.export.operators import WEIGHTED
-from qt_jax.export.placement import ABSORBED, tensor_readers
-from qt_jax.export.sessions import named_inputs, open_session, run_batches
 from qt_jax.reporting import records
 from qt_jax.reporting.files import write_whole
 from qt_jax.reporting.provenance import provenance
 from qt_jax.reporting.tables import markdown_line
 
 PLAIN, CLIPS, NORMS, BOTH = "plain", "clips", "batch norm", "clips + batch norm"
-SCHEMES = ("int8-pt-minmax", "int4w-pt-minmax", "int4w-pc-minmax")
 OPSET = 21
 """The first with INT4."""
 BATCH = 500
@@ -91,90 +83,6 @@ def variants(
     return graphs | {BOTH: insert_clips(renewed, clips)}
 
 
-def layer_outputs(graph: onnx.ModelProto) -> dict[str, str]:
-    """Layer -> the tensor it hands on: that of the Relu or Clip which alone reads its output, if one does."""
-    readers = tensor_readers(graph)
-    constant = {tensor.name for tensor in graph.graph.initializer}
-    found = {}
-    for node in graph.graph.node:
-        if node.op_type in WEIGHTED and node.input[1] in constant:
-            name = node.output[0]
-            while len(readers[name]) == 1 and readers[name][0].op_type in ABSORBED:
-                name = readers[name][0].output[0]
-            found[node.name] = name
-    return found
-
-
-def quantized(graph: onnx.ModelProto, calibration: np.ndarray, scheme: Scheme) -> onnx.ModelProto:
-    """What onnxruntime's quantizer makes of a float graph."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        source, target = Path("float.onnx"), Path("quantized")
-        target.mkdir()
-        onnx.save(graph, source)
-        ort.BACKEND.compile(source, calibration, scheme, target)
-        return onnx.load(target / ort.MODEL)
-
-
-def compare(
-    graph: onnx.ModelProto, deployed: Mapping[str, onnx.ModelProto], images: np.ndarray
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, float | None]]]:
-    """The float graph's logits, the logits of each deployment, and the SQNR in dB of each layer's output.
-
-    10 log10(sum x^2 / sum (x - x_hat)^2) over all images, x the float graph's tensor and x_hat what the next
-    layer of the deployment reads; None where the two are equal. A layer whose output the quantizer has made
-    disappear is left out.
-    """
-    own = layer_outputs(graph)
-    outputs = {scheme: _found(own, other) for scheme, other in deployed.items()}
-    ours = _run(graph, own.values(), images, optimize=True)
-    theirs = (_run(deployed[scheme], outputs[scheme].values(), images) for scheme in deployed)
-    sums = {scheme: {layer: np.zeros(2) for layer in outputs[scheme]} for scheme in deployed}
-    reference, logits = [], {scheme: [] for scheme in deployed}
-    for (float_logits, mine), *others in zip(ours, *theirs, strict=True):
-        reference.append(float_logits)
-        for scheme, (integer_logits, other) in zip(deployed, others, strict=True):
-            logits[scheme].append(integer_logits)
-            for layer, name in outputs[scheme].items():
-                x = mine[own[layer]].ravel()
-                error = x - other[name].ravel()
-                sums[scheme][layer] += np.vdot(x, x), np.vdot(error, error)
-    ratios = {
-        scheme: {
-            layer: 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
-            for layer, (signal, noise) in found.items()
-        }
-        for scheme, found in sums.items()
-    }
-    return np.concatenate(reference), {name: np.concatenate(parts) for name, parts in logits.items()}, ratios
-
-
-def _found(outputs: Mapping[str, str], deployed: onnx.ModelProto) -> dict[str, str]:
-    """Layer -> the tensor of a deployed graph that stands for its output in `outputs`."""
-    made = {name for node in deployed.graph.node for name in node.output}
-    found = {}
-    for layer, name in outputs.items():
-        dequantized = f"{name}_DequantizeLinear_Output"
-        if dequantized in made or name in made:
-            found[layer] = dequantized if dequantized in made else name
-    return found
-
-
-def _run(
-    graph: onnx.ModelProto, tensors: Iterable[str], images: np.ndarray, *, optimize: bool = False
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Logits and those tensors, batch by batch."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(graph)
-    [logits] = [entry.name for entry in graph.graph.output]
-    wanted = [name for name in dict.fromkeys(tensors) if name != logits]
-    watched.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted
-    )
-    session = open_session(watched, optimize=optimize)
-    for batch in run_batches(session, named_inputs(watched, images), [logits, *wanted]):
-        yield batch[logits], batch
-
-
 def measure(
     graphs: Mapping[str, onnx.ModelProto], dataset: Dataset, calibration: np.ndarray, console: Console
 ) -> list[dict[str, Any]]:
@@ -183,7 +91,7 @@ def measure(
     offers = {offer.name: offer for offer in ort.BACKEND.schemes}
     rows = []
     for variant, graph in graphs.items():
-        deployed = {scheme: quantized(graph, calibration, offers[scheme]) for scheme in SCHEMES}
+        deployed = {name: quantized(graph, calibration, scheme) for name, scheme in SCHEMES.items()}
         reference, logits, ratios = compare(graph, deployed, images)
         found = {"fp32": qt.metrics.classification_metrics(reference, labels)}
         for scheme in SCHEMES:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.paper.evidence import score
 from experiments.paper.rows import ATTEMPTS, DEPLOYMENT, SEARCH, STRUCTURE, TRAINING, Row, changed
 from experiments.paper.structure import network_structure, schedule_points
@@ -26,13 +28,16 @@ DIGITS = 6
 """Significant digits kept of the confidences and accuracies of reliability bins."""
 
 
-def collect(row: Row, folder: Path, trained: Path, found: Sequence[Record], results: Path) -> None:
+def collect(
+    row: Row, folder: Path, trained: Path, found: Sequence[Record], images: np.ndarray, results: Path
+) -> None:
     """Writes what a finished row has shown into the folder of results.
 
     Args:
       folder: the row's, with graph and description.
       trained: where its network was trained, with metrics.
       found: its deployment records, as `qt.evaluate` gives them.
+      images: of the validation split, on which the outputs of its layers are compared.
       results: gets search.jsonl for a trial of the search, else structure.jsonl, deployment.jsonl and,
         last, training.jsonl, whose digest says that the row is done.
     """
@@ -45,7 +50,7 @@ def collect(row: Row, folder: Path, trained: Path, found: Sequence[Record], resu
         replace(results / SEARCH, [about | trial(row, found, seconds)], (*KEYS, "factor"))
         return
     tau = [{"epoch": epoch["epoch"], "tau": epoch["tau"]} for epoch in metrics if epoch.get("tau")]
-    shape = network_structure(folder) | {
+    shape = network_structure(folder, images) | {
         "lambda": schedule_points(row.config, metrics[-1]["step"]),
         "tau": tau,
     }

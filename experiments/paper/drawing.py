@@ -154,6 +154,27 @@ def ranges(data: Data, path: Path) -> None:
     _finish(figure, f"{data['task']}: activation ranges by layer", path)
 
 
+def layers(data: Data, path: Path) -> None:
+    """A panel a scheme, a mark a method and layer: the SQNR of what the layer hands on."""
+    panels = data["panels"]
+    names = list(dict.fromkeys(n for lines in panels.values() for mine in lines.values() for n in mine))
+    figure = canvas(max(8.0, 0.4 * len(names) + 2), 2.4 * len(panels) + 1.6)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for area, (scheme, lines) in zip(axes, panels.items(), strict=True):
+        for index, (method, mine) in enumerate(lines.items()):
+            places = [names.index(name) for name in mine]
+            colour = _colour(method, index)
+            area.plot(places, list(mine.values()), MARKERS[index], color=colour, markersize=5, label=method)
+        area.set_title(scheme, loc="left", fontsize=10)
+        area.set_ylabel("dB")
+        area.grid(axis="x", color="0.92")
+        _plain(area)
+    _name_layers(axes[-1], names)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+    _finish(figure, f"{data['task']}: SQNR of every layer's output, onnxruntime, mean over seeds", path)
+
+
 def curriculum(data: Data, path: Path) -> None:
     """Lambda over training, a line a schedule; tau of reverse pruning over training, a line a layer."""
     tau = data["tau"]

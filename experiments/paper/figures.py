@@ -7,17 +7,22 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from experiments.configs.methods import METHODS
+from experiments.layer_comparison import SCHEMES
 from experiments.paper import drawing
 from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, reference_score, score
+from experiments.paper.layer_tables import layer_sqnr
 from experiments.paper.statistics import interval
 from qt_jax.reporting.deployment import REFERENCE, precision
 from qt_jax.reporting.reliability import pooled
 
 COMPARED = (FLOAT, PUBLISHED, RECOMMENDED)
 """The methods whose networks are looked into."""
+RENEWED = ("folded", "clips", "batch-norm")
+"""What is done to the published recipe alone, one thing at a time, for the SQNR of layers."""
 
 Data = dict[str, Any]
 
@@ -41,6 +46,7 @@ def figures(evidence: Evidence) -> dict[str, Drawable]:
         "reliability": (reliability, drawing.reliability),
         "tails": (tails, drawing.tails),
         "ranges": (ranges, drawing.ranges),
+        "layers": (layers, drawing.layers),
         "curriculum": (curriculum, drawing.curriculum),
     }
     found = {}
@@ -118,6 +124,19 @@ def ranges(evidence: Evidence, task: str) -> Data | None:
             "learned": [layer["learned"] for layer in first["layers"]],
         }
     return {"task": task, "methods": found} if found else None
+
+
+def layers(evidence: Evidence, task: str) -> Data | None:
+    """SQNR of every layer's output in onnxruntime's schemes, means over seeds, by method."""
+    panels = {}
+    for scheme in SCHEMES:
+        lines = {}
+        for method, mine in layer_sqnr(evidence, task, scheme).items():
+            if method in COMPARED + RENEWED and mine:
+                lines[METHODS[method].title] = {name: round(mean(found), 9) for name, found in mine.items()}
+        if lines:
+            panels[scheme] = lines
+    return {"task": task, "panels": panels} if panels else None
 
 
 def curriculum(evidence: Evidence, task: str) -> Data | None:

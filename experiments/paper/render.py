@@ -11,7 +11,8 @@ from pathlib import Path
 
 import qt_jax as qt
 from experiments.configs.method import BASELINES
-from experiments.paper import drawing, place_tables, tables
+from experiments.layer_comparison import SCHEMES
+from experiments.paper import drawing, layer_tables, place_tables, tables
 from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, read
 from experiments.paper.figures import Drawable, figures
 from qt_jax.reporting.files import write_whole
@@ -79,6 +80,7 @@ def pages(evidence: Evidence, study: str, pictures: list[str]) -> dict[str, str]
         "accuracy.md": _page(f"{study}: accuracy by backend and scheme", _accuracy(evidence)),
         "quality.md": _page(f"{study}: calibration and fidelity", _quality(evidence)),
         "ablations.md": _page(f"{study}: ablations", _ablations(evidence)),
+        "layers.md": _page(f"{study}: SQNR by layer", _layers(evidence)),
         "training.md": _page(f"{study}: training", [tables.training(evidence), *_search(evidence)]),
     }
     edge = {task: place_tables.edge(evidence, task) for task in evidence.tasks}
@@ -97,6 +99,10 @@ def pages(evidence: Evidence, study: str, pictures: list[str]) -> dict[str, str]
 EDGE_NOTE = (
     "Latency at batch 1, on a machine that computed another row at the same time: compare within a column. "
     "Energy is a model (Horowitz, ISSCC 2014)."
+)
+LAYER_NOTE = (
+    "SQNR in dB of each layer's output, behind the activation that is fused with it, in onnxruntime's "
+    "deployment against the float graph, on validation images; means over seeds."
 )
 
 
@@ -161,6 +167,14 @@ def _ablations(evidence: Evidence) -> list[str]:
             if table != BASELINES:
                 parts += [f"## {task}: {table}", tables.summary(evidence, task, table)]
                 parts.append(tables.gains(evidence, task, table, OVER.get(table, PUBLISHED)))
+    return parts
+
+
+def _layers(evidence: Evidence) -> list[str]:
+    parts = [LAYER_NOTE]
+    for task in evidence.tasks:
+        for scheme in SCHEMES:
+            parts += [f"## {task}: {scheme}", layer_tables.by_layer(evidence, task, scheme)]
     return parts
 
 

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import vendor_arrays
+from experiments.cifar import model_input, vendor_arrays
 from experiments.command_line import exit_status
 from experiments.configs.presets import preset
 from experiments.data import Dataset, load
@@ -29,6 +29,9 @@ from experiments.paper.rows import ATTEMPTS, RESULTS, SEARCH, Row, folder_of, re
 from qt_jax.backends import cost
 from qt_jax.backends.steps import Limits
 from qt_jax.reporting import records
+
+LAYER_IMAGES = 512
+"""Validation images on which the outputs of layers are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,8 @@ def perform(row: Row, runs: Path, results: Path, console: Console, jobs: int = 1
         console.print(f"{row}: {folder}; {row.chosen or 'learning rate of the preset, none was searched'}")
         prepare(row, runs, dataset, console)
         found = _evaluate(row, folder, dataset, console, jobs)
-    collect.collect(row, folder, trained_in(row, runs), found, results_of(row.preset, results))
+    held_out = model_input(dataset, dataset.validation_images[:LAYER_IMAGES])
+    collect.collect(row, folder, trained_in(row, runs), found, held_out, results_of(row.preset, results))
     for bulky in ("data", "work"):
         shutil.rmtree(folder / "evaluation" / bulky, ignore_errors=True)
     console.print("done")

@@ -1,4 +1,4 @@
-"""What training has done to a network: tails of its weights, scales, activation ranges, lambda and tau.
+"""What training has done to a network: tails of its weights, scales, activation ranges, layers' SQNR, lambda.
 
 Kernels are looked at twice: raw, as trained, and folded, as a vendor quantizes them, with the batch norm that
 follows multiplied in. Numbers of a layer are relative to its root mean square where they say so.
@@ -12,10 +12,11 @@ import onnx
 from flax.traverse_util import flatten_dict
 
 from experiments.configs.cifar import Config, lambda_schedule
+from experiments.layer_comparison import SCHEMES, compare, quantized
 from qt_jax.export import graph
 from qt_jax.export.checkpoint import Deployable, load
 from qt_jax.export.integer_weights import channel_axis, weighted_nodes
-from qt_jax.export.sessions import named_inputs, open_session, run_batches
+from qt_jax.export.sessions import named_inputs, run_tensors
 from qt_jax.export.views import as_graph
 from qt_jax.interceptor import COLLECTION, INPUT
 
@@ -29,24 +30,29 @@ POINTS = 61
 """At which lambda is written down."""
 
 
-def structure(network: Deployable, model: onnx.ModelProto) -> dict[str, Any]:
+def structure(network: Deployable, model: onnx.ModelProto, images: np.ndarray) -> dict[str, Any]:
     """Weights and activations of an exported network, layer by layer.
 
     Args:
       network: from `qt_jax.export.checkpoint.load`, with samples.
       model: its FP32 graph.
+      images: as the graph takes them, held out from training and test.
 
     Returns:
       `layers`: for each convolution and matrix product with a kernel of its own its `layer` (Flax path);
       `raw` and `folded`, see `kernel_tails`; `input` and `learned`, the range of its input as observed
-      (0.1 % and 99.9 % quantile, least and largest) and as training has it (low, high) or None.
+      (0.1 % and 99.9 % quantile, least and largest) and as training has it (low, high) or None;
+      `sqnr_db`: of its output on `images` in each of `SCHEMES` of onnxruntime, in dB, or None.
       `histograms`: of raw and of folded kernels, numbers of weights in `BINS`, all layers together.
     """
     values = graph.constants(model)
     raw = flatten_dict(dict(network.variables["params"]), sep="/")
     ranges = flatten_dict(dict(network.variables.get(COLLECTION, {})), sep="/")
     nodes = weighted_nodes(model)
-    observed = _observed(network, model, sorted({node.input[0] for node in nodes.values()}))
+    calibration = as_graph(network.samples.calibration, "nchw")
+    observed = _observed(model, calibration[:OBSERVED], sorted({node.input[0] for node in nodes.values()}))
+    deployed = {name: quantized(model, calibration, scheme) for name, scheme in SCHEMES.items()}
+    _, _, sqnr = compare(model, deployed, images)
     layers = []
     histograms = {"raw": np.zeros(len(BINS), np.int64), "folded": np.zeros(len(BINS), np.int64)}
     for node in nodes.values():
@@ -63,6 +69,7 @@ def structure(network: Deployable, model: onnx.ModelProto) -> dict[str, Any]:
                 **{kind: kernel_tails(kernel) for kind, kernel in kernels.items()},
                 "input": observed[node.input[0]],
                 "learned": None if None in learned else [float(end) for end in learned],
+                "sqnr_db": {name: _decibels(sqnr[name].get(node.name)) for name in SCHEMES},
             }
         )
     return {"layers": layers, "histograms": {kind: h.tolist() for kind, h in histograms.items()}}
@@ -105,26 +112,16 @@ def schedule_points(config: Config, steps: int) -> dict[str, list[float]]:
     }
 
 
-def network_structure(folder: Path) -> dict[str, Any]:
+def network_structure(folder: Path, images: np.ndarray) -> dict[str, Any]:
     """`structure` of the network that a row's folder holds."""
-    return structure(load(folder), onnx.load(folder / "model.onnx"))
+    return structure(load(folder), onnx.load(folder / "model.onnx"), images)
 
 
-def _observed(network: Deployable, model: onnx.ModelProto, names: list[str]) -> dict[str, list[float]]:
-    """Least, 0.1 % quantile, 99.9 % quantile and largest of tensors over the first calibration images."""
-    images = as_graph(network.samples.calibration[:OBSERVED], "nchw")
+def _observed(model: onnx.ModelProto, images: np.ndarray, names: list[str]) -> dict[str, list[float]]:
+    """Least, 0.1 % quantile, 99.9 % quantile and largest of tensors over images."""
     inputs = named_inputs(model, images)
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    present = {entry.name for entry in (*model.graph.input, *model.graph.output)}
-    made = [name for name in names if name not in inputs]
-    watched.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in made
-        if name not in present
-    )
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in made}
-    for batch in run_batches(open_session(watched, optimize=False), inputs, made):
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names if name not in inputs}
+    for batch in run_tensors(model, names, inputs):
         for name, value in batch.items():
             parts[name].append(value.ravel())
     tensors = {name: np.concatenate(values) for name, values in parts.items()} | inputs
@@ -139,6 +136,10 @@ def _histogram(kernel: np.ndarray) -> np.ndarray:
     size = np.abs(np.asarray(kernel, np.float64)).ravel()
     counts, _ = np.histogram(np.minimum(size / _rms(size), BINS[-1]), [*BINS, np.inf])
     return counts
+
+
+def _decibels(ratio: float | None) -> float | None:
+    return None if ratio is None else round(ratio, 2)
 
 
 def _short(value: Any) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export.encodings import Encoding, Ranges, model_sha256
@@ -14,7 +14,7 @@ from qt_jax.export.integer_weights import per_tensor, weighted_nodes
 from qt_jax.export.learned import activation_encoding, learned_encodings
 from qt_jax.export.placement import quantized_tensors, same_grid_groups, tensor_readers
 from qt_jax.export.qdq import insert_qdq
-from qt_jax.export.sessions import named_inputs, open_session, run_batches
+from qt_jax.export.sessions import named_inputs, run_tensors
 from qt_jax.fake_quant import QuantSpec
 from qt_jax.rules import QuantConfig
 
@@ -94,15 +94,8 @@ def _extremes(
 ) -> dict[str, tuple[float, float]]:
     """The least and the largest value of the tensors `names`, run as the graph is written."""
     inputs = named_inputs(model, calibration)
-    observed = onnx.ModelProto()
-    observed.CopyFrom(model)
-    present = {entry.name for entry in (*model.graph.input, *model.graph.output)}
-    observed.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in present
-    )
-    made = [name for name in names if name not in inputs]
     extremes = {name: (value.min(), value.max()) for name, value in inputs.items()}
-    for batch in run_batches(open_session(observed, optimize=False), inputs, made):
+    for batch in run_tensors(model, names, inputs):
         for name, value in batch.items():
             low, high = extremes.get(name, (np.inf, -np.inf))
             extremes[name] = (min(low, value.min()), max(high, value.max()))

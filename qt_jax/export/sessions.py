@@ -1,6 +1,6 @@
 """Graphs run in onnxruntime on the CPU, batch by batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +70,24 @@ def run_batches(
     for start in range(0, len(next(iter(inputs.values()))), size):
         batch = {name: array[start : start + size] for name, array in inputs.items()}
         yield dict(zip(outputs, session.run(outputs, batch), strict=True))
+
+
+def run_tensors(
+    model: onnx.ModelProto, names: Iterable[str], inputs: Mapping[str, np.ndarray], *, optimize: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
+    """The float32 tensors `names` that the nodes of a graph make, for one batch of the inputs after another.
+
+    Args:
+      inputs: from `named_inputs`; those among `names` are passed over.
+      optimize: as in `open_session`.
+    """
+    made = [name for name in dict.fromkeys(names) if name not in inputs]
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    present = {entry.name for entry in model.graph.output}
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in made
+        if name not in present
+    )
+    yield from run_batches(open_session(watched, optimize=optimize), inputs, made)

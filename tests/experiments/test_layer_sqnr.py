@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import qt_jax as qt
-from experiments import layer_sqnr
+from experiments import layer_comparison, layer_sqnr
 from experiments.data import load
 from experiments.models.fast_resnet import FastResNet
 from qt_jax.export.description import Description, Samples, write_description, write_samples
@@ -37,9 +37,9 @@ def test_layers_are_compared_behind_their_activation_and_as_they_are_read():
     plain = graph("kept = Relu(first) logits = MatMul(kept, eye)")
     deployed = graph("""kept = Relu(first) kept_DequantizeLinear_Output = Add(kept, noise)
         logits = MatMul(kept_DequantizeLinear_Output, eye)""")
-    assert layer_sqnr.layer_outputs(plain) == {"first": "kept", "logits": "logits"}
+    assert layer_comparison.layer_outputs(plain) == {"first": "kept", "logits": "logits"}
     images = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
-    reference, logits, ratios = layer_sqnr.compare(plain, {"noisy": deployed, "same": plain}, images)
+    reference, logits, ratios = layer_comparison.compare(plain, {"noisy": deployed, "same": plain}, images)
     signal = np.maximum(images.astype(np.float64), 0.0)
     expected = pytest.approx(10 * np.log10(np.sum(signal**2) / (200 * 0.25)), abs=1e-4)
     nothing = {"first": None, "logits": None}
@@ -78,7 +78,8 @@ def run(tmp_path):
 
 
 def test_command_measures_every_variant_on_the_validation_split(run, capsys, monkeypatch):
-    monkeypatch.setattr(layer_sqnr, "SCHEMES", ("int4w-pt-minmax",))
+    one = {"int4w-pt-minmax": layer_comparison.SCHEMES["int4w-pt-minmax"]}
+    monkeypatch.setattr(layer_sqnr, "SCHEMES", one)
     assert layer_sqnr.main([str(run), "--images", "200"]) == 0
     rows = records.read(run / "layer_sqnr.jsonl")
     schemes = ["fp32", "int4w-pt-minmax"]

@@ -86,6 +86,8 @@ def test_structure_is_that_of_the_network(study):
     range_ = network.variables["batch_stats"]["head"]["quant_input"]
     assert layer["learned"] == pytest.approx([float(range_["low"]), float(range_["high"])])
     assert layer["input"] == sorted(layer["input"])
+    for entry in found["quant-trim"]["layers"]:
+        assert entry["sqnr_db"]["int4w-pt-minmax"] < entry["sqnr_db"]["int8-pt-minmax"] < 60
     weights = sum(leaf.size for path, leaf in _kernels(network))
     assert sum(found["quant-trim"]["histograms"]["raw"]) == weights
     assert len(found["quant-trim"]["histograms"]["folded"]) == len(BINS)

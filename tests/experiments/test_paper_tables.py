@@ -8,7 +8,7 @@ import pytest
 
 import qt_jax as qt
 from experiments.configs.methods import METHODS
-from experiments.paper import figures, place_tables, render, tables
+from experiments.paper import figures, layer_tables, place_tables, render, tables
 from experiments.paper.evidence import REFERENCE, arrange, common_places, mean_over, read, worst_over
 from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINING
 from experiments.paper.statistics import interval
@@ -62,7 +62,8 @@ def structure(method: str, seed: int) -> dict:
     tails = {"largest": 1.0, "tails": [1, 2, 3, 4, 5.0 + seed], "channels": [0.5, 0.6, 0.7, 0.8, 1.0]}
     layers = [
         {"layer": name, "raw": tails, "folded": tails, "input": [0.0, 0.1, 2.0, 3.0], "learned": [0.0, 2.0]}
-        for name in ("stem", "head")
+        | {"sqnr_db": {"int8-pt-minmax": None, "int4w-pt-minmax": decibels + seed, "int4w-pc-minmax": 20.0}}
+        for name, decibels in (("stem", 10.0), ("head", 14.0))
     ]
     counts = np.arange(len(BINS), 0, -1).tolist()
     tau = [{"epoch": epoch, "tau": {"stem": 0.1, "head": 0.2}} for epoch in (1, 2)]
@@ -130,6 +131,13 @@ def test_the_recommended_recipe_over_each_and_losses_against_own_fp32_by_hand():
     row = cells(tables.leads(evidence(), TASK), "float + PTQ")
     assert row[:2] == ["−0.50 ± 0.00", "**+7.50 ± 0.00**"]  # 0.795 and 0.80; losses of 0.02 and 0.10
     assert cells(tables.losses(evidence(), TASK), "float + PTQ")[0] == "+10.00 ± 0.00"
+
+
+def test_layers_by_hand():
+    table = layer_tables.by_layer(evidence(), TASK, "int4w-pt-minmax")
+    assert cells(table, "stem") == ["11.0", "11.0", "11.0"]  # of float, published, recommended; not of linear
+    assert cells(table, "**mean of layers**") == ["13.0", "13.0", "13.0"]
+    assert len(layer_tables.by_layer(evidence(), TASK, "int8-pt-minmax").splitlines()) == 3
 
 
 def test_places_that_some_method_lacks_are_named():
@@ -213,7 +221,7 @@ def test_rendering_is_reproducible_whatever_the_order_of_records(tmp_path):
     render.render(first)
     before = everything(first)
     assert {name for name in before if name.endswith(".png")} == {
-        f"{kind}-{TASK}.png" for kind in ("drops", "reliability", "tails", "ranges", "curriculum")
+        f"{kind}-{TASK}.png" for kind in ("drops", "reliability", "tails", "ranges", "layers", "curriculum")
     }
     for path in first.iterdir():
         if path.suffix != ".jsonl":
@@ -233,7 +241,7 @@ def test_figures_are_drawn_only_when_their_data_change(tmp_path, monkeypatch):
     folder = written_to(tmp_path / "paper-cpu", made_up((0,)))
     render.render(folder)
     drawn = []
-    for kind in ("drops", "reliability", "tails", "ranges", "curriculum"):
+    for kind in ("drops", "reliability", "tails", "ranges", "layers", "curriculum"):
         draw = getattr(figures.drawing, kind)
         monkeypatch.setattr(
             figures.drawing, kind, lambda data, path, draw=draw: (drawn.append(path.name), draw(data, path))
