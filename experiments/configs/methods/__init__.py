@@ -14,8 +14,9 @@ ORDER = (
     *("weight-quantile-99", "weight-quantile-100"),
     *("output-sites", "per-channel"),
     *("lsq", "pact", "qwix", "w4a8", "w4a4"),
-    *("folded", "folded-spread", "recommended-raw", "recommended-one-grid", "recommended-plateau"),
-    *("recommended-unpruned", "recommended-running", "recommended-w8", "recommended-clipped"),
+    *("folded", "folded-spread", "recommended-raw", "recommended-plateau"),
+    *("recommended-unpruned", "recommended-running", "recommended-clipped"),
+    *("recommended-w4", "recommended-one-grid"),
     "recommended-fused",
     *("fine-tuned", "clips", "batch-norm", "recommended-clips"),
 )

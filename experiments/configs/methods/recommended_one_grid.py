@@ -1,6 +1,6 @@
-"""The recommended recipe with one grid: per tensor, narrow.
+"""The recommended recipe on one 4-bit grid: per tensor, narrow.
 
-What drawing a vendor's grid at every step buys.
+What drawing a vendor's grid at every step buys, seen beside `recommended-w4`.
 
 Command: python -m experiments.paper --methods recommended-one-grid
 Expected time and score: not run yet.
@@ -10,8 +10,8 @@ from experiments.configs.method import Method
 from experiments.configs.methods.recommended import CHANGES
 
 METHOD = Method(
-    "recommended, one grid",
+    "recommended, one W4 grid",
     tables=("points",),
-    changes=CHANGES | {"vendor_grids": False, "weight_quantile": 1.0},
+    changes=CHANGES | {"bits": 4, "weight_quantile": 1.0},
     rate="recommended",
 )

@@ -1,6 +1,6 @@
 """The recommended recipe without reverse pruning.
 
-What reverse pruning adds to training on the right grids.
+What reverse pruning adds to the right quantization points.
 
 Command: python -m experiments.paper --methods recommended-unpruned
 Expected time and score: not run yet.
