@@ -1,11 +1,16 @@
 """What is committed of the study is what its records give: tables, figures' data, blocks of README."""
 
+import functools
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 
+from experiments.configs import methods
+from experiments.configs.methods import METHODS
 from experiments.paper.evidence import read
+from experiments.paper.expectation import expectation
 from experiments.paper.figures import figures
 from experiments.paper.render import DIGESTS, blocks, digest, filled, pages
 from experiments.paper.rows import DEPLOYMENT, RESULTS
@@ -36,3 +41,15 @@ def test_committed_results_are_those_of_the_records(folder):
 def test_blocks_of_the_readme_belong_to_a_study_that_is_there():
     named = {line.split()[1] for line in README.read_text().splitlines() if line.startswith("<!-- paper-")}
     assert named <= {folder.name for folder in STUDIES}
+
+
+@functools.cache
+def cpu():
+    return read(RESULTS / "paper-cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_of_a_method_says_what_its_records_give(method):
+    module = importlib.import_module(f"{methods.__name__}.{method.replace('-', '_')}")
+    expected = expectation(cpu(), method) or "Expected time and score: not run yet."
+    assert expected in " ".join(module.__doc__.split())
