@@ -25,6 +25,7 @@ class Task:
       base: the config that methods change: data, network, budget, and else the published recipe.
       methods: names, see `methods_of`.
       main, ablation: where the rows of the main table and all others are deployed.
+      replicated: methods that are trained with the preset's `more_seeds`, too.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task:
     methods: tuple[str, ...]
     main: tuple[Target, ...]
     ablation: tuple[Target, ...]
+    replicated: tuple[str, ...] = ()
 
     def targets(self, method: str) -> tuple[Target, ...]:
         """Where the network of this method is deployed."""
@@ -45,6 +47,7 @@ class Preset:
     Attributes:
       name: of the preset; results go to `experiments/results/paper-<name>`.
       seeds: of training, the same for all methods of all tasks.
+      more_seeds: for the methods that a task has replicated.
       factors: of the task's learning rate, which `--search` tries for each method.
       search_seed: of the search, not among `seeds`.
       pinned: a row computes on one core, and as many rows at a time as there are cores; else one at a time,
@@ -57,6 +60,7 @@ class Preset:
     seeds: tuple[int, ...]
     factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     search_seed: int = 1000
+    more_seeds: tuple[int, ...] = ()
     pinned: bool = True
     minutes: float = 20.0
 
@@ -72,7 +76,9 @@ def reduced(preset: Preset) -> Preset:
     tasks = tuple(
         dataclasses.replace(task, base=dataclasses.replace(task.base, **scrap)) for task in preset.tasks
     )
-    return dataclasses.replace(preset, name=f"{preset.name}-reduced", tasks=tasks, seeds=preset.seeds[:1])
+    return dataclasses.replace(
+        preset, name=f"{preset.name}-reduced", tasks=tasks, seeds=preset.seeds[:1], more_seeds=()
+    )
 
 
 def methods_of(*tables: str) -> tuple[str, ...]:

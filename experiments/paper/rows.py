@@ -102,9 +102,9 @@ def study(preset: Preset, found: Sequence[records.Record] = ()) -> list[Row]:
     """
     return [
         row_of(preset, task, name, seed, found)
-        for seed in preset.seeds
+        for seed in (*preset.seeds, *preset.more_seeds)
         for task in preset.tasks
-        for name in task.methods
+        for name in (task.methods if seed in preset.seeds else task.replicated)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The study on two CPU cores: small networks, short budgets, three seeds.
+"""The study on two CPU cores: small networks, short budgets, three seeds, or five.
 
 `python -m experiments.paper`. Hours: see experiments/results/paper-cpu.
 """
@@ -54,11 +54,12 @@ DEPTHWISE = (
 PRESET = Preset(
     name="cpu",
     tasks=(
-        Task("cifar10-fast8", BASE, tuple(METHODS), MAIN, ABLATION),
+        Task("cifar10-fast8", BASE, tuple(METHODS), MAIN, ABLATION, ("float", "quant-trim", "recommended")),
         Task("cifar10-mobilenetv2", replace(BASE, model="mobilenetv2-tiny"), DEPTHWISE, MAIN, ABLATION),
         Task("cifar10-vit", replace(BASE, model="vit-tiny", learning_rate=0.05), COMPARED, MAIN, ABLATION),
         Task("fashion-fast8", replace(BASE, dataset="fashion-mnist"), COMPARED, MAIN, ABLATION),
         Task("composed-unet", segmentation.PRESETS["cpu"], COMPARED, DENSE, DENSE),
     ),
     seeds=(0, 1, 2),
+    more_seeds=(3, 4),
 )
