@@ -14,7 +14,13 @@ from qt_jax.reporting.heatmaps import canvas, save
 from qt_jax.reporting.reliability import expected_calibration_error
 
 Data = dict[str, Any]
-PALETTE = (COLOURS["float"], *OTHER_COLOURS, "#999999", INK)
+KNOWN = {
+    "float + PTQ": COLOURS["float"],
+    "Quant-Trim (published)": COLOURS["quant-trim"],
+    "Quant-Trim, recommended": OTHER_COLOURS[0],
+}
+OTHERS = (*OTHER_COLOURS[1:], "#8C564B", "#999999", "#7F3C8D", INK)
+"""Of all other methods, by their place."""
 TICKS = (0, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 """Of drops, in points."""
 MARKERS = "osD^vP*Xh<>p"
@@ -34,9 +40,9 @@ def drops(data: Data, path: Path) -> None:
             if not marks:
                 continue
             area.errorbar(
-                [mean for mean, _ in marks],
+                [mean for mean, _, _ in marks],
                 [place + shift for place in places],
-                xerr=[half or 0.0 for _, half in marks],
+                xerr=[[mean - low for mean, low, _ in marks], [high - mean for mean, _, high in marks]],
                 fmt=MARKERS[index % len(MARKERS)],
                 color=_colour(method, index),
                 markersize=4.5,
@@ -57,7 +63,7 @@ def drops(data: Data, path: Path) -> None:
         _plain(area)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
-    _finish(figure, f"{data['task']}: accuracy drop by backend, mean and 95 % interval over seeds", path)
+    _finish(figure, f"{data['task']}: accuracy drop by backend, mean and extremes over seeds", path)
 
 
 def reliability(data: Data, path: Path) -> None:
@@ -181,8 +187,8 @@ def curriculum(data: Data, path: Path) -> None:
     figure = canvas(10, 3.4 + 2.8 * len(tau))
     axes = figure.subplots(1 + len(tau), 1, squeeze=False)[:, 0]
     for index, (method, found) in enumerate(data["lambda"].items()):
-        style = ("-", "--", ":", "-.")[index // len(PALETTE) % 4]
-        colour = PALETTE[index % len(PALETTE)]
+        style = ("-", "--", ":", "-.")[index // len(OTHERS) % 4]
+        colour = _colour(method, index)
         axes[0].plot(found["epoch"], found["lambda"], style, color=colour, label=method)
     axes[0].set_ylabel("λ")
     axes[0].set_xlabel("epoch")
@@ -203,9 +209,7 @@ def curriculum(data: Data, path: Path) -> None:
 
 
 def _colour(method: str, index: int) -> str:
-    known = {"float + PTQ": COLOURS["float"], "Quant-Trim (published)": COLOURS["quant-trim"]}
-    others = (*OTHER_COLOURS, "#F0E442", "#999999", INK)
-    return known.get(method, others[index % len(others)])
+    return KNOWN.get(method, OTHERS[index % len(OTHERS)])
 
 
 def _name_layers(axes: Axes, layers: list[str]) -> None:

@@ -15,7 +15,6 @@ from experiments.layer_comparison import SCHEMES
 from experiments.paper import drawing
 from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, reference_score, score
 from experiments.paper.layer_tables import layer_sqnr
-from experiments.paper.statistics import interval
 from qt_jax.reporting.deployment import REFERENCE, precision
 from qt_jax.reporting.reliability import pooled
 
@@ -69,8 +68,7 @@ def drops(evidence: Evidence, task: str) -> Data | None:
             kinds.add(precision(cell) if cell else None)
             lost = [100 * (reference_score(r) - score(r)) for r in cell.values() if score(r) is not None]
             if lost:
-                found = interval(lost)
-                marks[METHODS[method].title] = [round(found.mean, 9), found.half and round(found.half, 9)]
+                marks[METHODS[method].title] = [round(x, 9) for x in (mean(lost), min(lost), max(lost))]
         for kind in kinds & panels.keys():
             if marks:
                 panels[kind].append({"place": f"{place.backend} {place.scheme}", "marks": marks})
