@@ -7,7 +7,8 @@ CIFAR-10 in some thirty single runs of fast8 (exploration.jsonl); the ablations 
 one by one.
 
 Command: python -m experiments.paper --methods recommended
-Expected time and score: not run yet.
+Expected time and score: 4 minutes of one core; on cifar10-fast8, in %: FP32 76.6, INT8 pt 76.6, INT8 pc 76.4,
+INT4 pt 74.0, INT4 pc 75.9.
 """
 
 from experiments.configs.method import Method
