@@ -42,11 +42,13 @@ def test_docstring_says_command_and_expectation(file):
 def test_every_row_of_a_preset_can_be_built(name):
     chosen = preset(name)
     rows = study(chosen)
-    assert len(rows) == len(chosen.seeds) * sum(len(task.methods) for task in chosen.tasks)
+    once = sum(len(task.methods) for task in chosen.tasks)
+    again = sum(len(task.replicated) for task in chosen.tasks)
+    assert len(rows) == len(chosen.seeds) * once + len(chosen.more_seeds) * again
     assert len({folder_of(row, Path()) for row in rows}) == len({str(row) for row in rows}) == len(rows)
     assert all(row.source in rows for row in rows if row.source)
     assert {row.seed for row in trials(chosen)} == {chosen.search_seed}
-    assert chosen.search_seed not in chosen.seeds
+    assert chosen.search_seed not in (*chosen.seeds, *chosen.more_seeds)
 
 
 @pytest.mark.parametrize("name", NAMES)
