@@ -31,12 +31,8 @@ def by_layer(evidence: Evidence, task: str, scheme: str) -> str:
     found = layer_sqnr(evidence, task, scheme)
     layers = list(dict.fromkeys(layer for mine in found.values() for layer in mine))
     rows = [[escaped(layer), *(_mean(mine.get(layer, [])) for mine in found.values())] for layer in layers]
-    rows.append(
-        [
-            "**mean of layers**",
-            *(_mean([x for seeds in mine.values() for x in seeds]) for mine in found.values()),
-        ]
-    )
+    every = ([x for seeds in mine.values() for x in seeds] for mine in found.values())
+    rows.append(["**mean of layers**", *map(_mean, every)])
     return markdown_table(["layer", *(METHODS[method].title for method in found)], rows)
 
 

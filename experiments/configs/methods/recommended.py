@@ -3,7 +3,7 @@
 As published, but: grids and reverse pruning on the folded kernel; its quantile 0.97, its bounds spread over
 one step of INT4 so that no plateau of weights meets the end of a vendor's grid; activation ranges from the
 extremes of the sample; batch norm measured anew in the float network. Chosen on the validation split of
-CIFAR-10 in some thirty single runs of fast8 (exploration.jsonl); the ablations "points" take its parts away
+CIFAR-10 in some forty single runs of fast8 (exploration.jsonl); the ablations "points" take its parts away
 one by one.
 
 Command: python -m experiments.paper --methods recommended
