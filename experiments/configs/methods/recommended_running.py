@@ -3,7 +3,8 @@
 What measuring batch norm anew in the float network buys.
 
 Command: python -m experiments.paper --methods recommended-running
-Expected time and score: not run yet.
+Expected time and score: 2 minutes of one core; on cifar10-fast8, in %: FP32 76.6, INT8 pt 76.6, INT8 pc 76.6,
+INT4 pt 74.5, INT4 pc 76.0.
 """
 
 from experiments.configs.method import Method
