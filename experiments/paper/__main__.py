@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from experiments.command_line import exit_status
+from experiments.configs import methods
 from experiments.configs.presets import preset
 from experiments.paper import rows as study
 from experiments.paper.networks import DESCRIPTION
@@ -27,6 +28,7 @@ from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 
 README = Path(__file__).parents[2] / "README.md"
+METHODS = Path(methods.__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +99,10 @@ def run(options: Options, console: Console) -> list[Row]:
 
 
 def rendered(folder: Path, options: Options, console: Console) -> list[Row]:
-    """Writes tables and figures; the README is that of this repository, if its own results are rendered."""
-    readme = README if options.results == study.RESULTS else None
-    files = render(folder, readme)
+    """Writes tables and figures; into README and the methods' files too, if this repository's own results
+    are rendered; methods state what they take in the preset cpu."""
+    own = options.results == study.RESULTS
+    files = render(folder, README if own else None, METHODS if own and options.preset == "cpu" else None)
     console.print(f"{folder}: {', '.join(sorted(file.name for file in files))}")
     return []
 

@@ -12,22 +12,31 @@ TABLES = ("points", "export")
 def layer_sqnr(evidence: Evidence, task: str, scheme: str) -> dict[str, dict[str, list[float]]]:
     """Method -> layer -> SQNR in dB of its output, one for each seed; layers without one are left out.
 
+    Only seeds that all of these methods have: means over different seeds are no comparison.
+
     Args:
       scheme: of onnxruntime, one of those that structure.jsonl has.
     """
+    rows = [r for r in evidence.structure if r["task"] == task and _compared(r["method"])]
+    seeds: dict[str, set[int]] = {}
+    for record in rows:
+        seeds.setdefault(record["method"], set()).add(record["seed"])
+    common = set.intersection(*seeds.values()) if seeds else set()
     found: dict[str, dict[str, list[float]]] = {}
-    for record in evidence.structure:
-        method = record["method"]
-        if record["task"] == task and (method == FLOAT or set(TABLES) & set(METHODS[method].tables)):
-            mine = found.setdefault(method, {})
-            for layer in record["layers"]:
-                if layer["sqnr_db"][scheme] is not None:
-                    mine.setdefault(layer["layer"], []).append(layer["sqnr_db"][scheme])
+    for record in rows:
+        mine = found.setdefault(record["method"], {})
+        for layer in record["layers"]:
+            if record["seed"] in common and layer["sqnr_db"][scheme] is not None:
+                mine.setdefault(layer["layer"], []).append(layer["sqnr_db"][scheme])
     return found
 
 
+def _compared(method: str) -> bool:
+    return method == FLOAT or bool(set(TABLES) & set(METHODS[method].tables))
+
+
 def by_layer(evidence: Evidence, task: str, scheme: str) -> str:
-    """A table of `layer_sqnr`: a row a layer, a column a method, means over seeds, and of all layers last."""
+    """A table of `layer_sqnr`: a row a layer, a column a method; means over seeds, and of all layers last."""
     found = layer_sqnr(evidence, task, scheme)
     layers = list(dict.fromkeys(layer for mine in found.values() for layer in mine))
     rows = [[escaped(layer), *(_mean(mine.get(layer, [])) for mine in found.values())] for layer in layers]

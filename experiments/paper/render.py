@@ -14,6 +14,7 @@ from experiments.configs.method import BASELINES
 from experiments.layer_comparison import SCHEMES
 from experiments.paper import drawing, layer_tables, place_tables, tables
 from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, read
+from experiments.paper.expectation import state
 from experiments.paper.figures import Drawable, figures
 from qt_jax.reporting.files import write_whole
 
@@ -24,8 +25,9 @@ DIGESTS = "figures.json"
 BLOCK = re.compile(r"(<!-- (paper-[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def render(folder: Path, readme: Path | None = None) -> list[Path]:
-    """Writes all tables and figures into the folder of results, and its blocks into the README.
+def render(folder: Path, readme: Path | None = None, methods: Path | None = None) -> list[Path]:
+    """Writes all tables and figures into the folder of results, its blocks into the README, and what methods
+    take and score into their files in a folder.
 
     Figures whose data, program and file are as `figures.json` says are left alone.
 
@@ -45,6 +47,8 @@ def render(folder: Path, readme: Path | None = None) -> list[Path]:
     draw(pictures, folder)
     if front is not None:
         write_whole(readme, front)
+    if methods is not None:
+        state(evidence, methods)
     return [folder / name for name in (*texts, *pictures)]
 
 
@@ -102,7 +106,7 @@ EDGE_NOTE = (
 )
 LAYER_NOTE = (
     "SQNR in dB of each layer's output, behind the activation that is fused with it, in onnxruntime's "
-    "deployment against the float graph, on validation images; means over seeds."
+    "deployment against the float graph, on validation images; means over the seeds that all methods have."
 )
 
 

@@ -25,9 +25,8 @@ Numerics
 Surprises
     onnx2tf makes every input of three or more axes channels-last: (b, c, ...) becomes (b, ..., c). Some
     failures end the interpreter. It downloads sample images for its dummy inference unless they lie in the
-    working directory, so random ones are put there. It pads a MaxPool with the lowest float, which ruins
-    the int8 range of the padded tensor (logits all alike, or a refusal): behind a Relu or Sigmoid padding
-    with 0 gives the same maxima, and the graph is rewritten so. Behind others it is left as it is.
+    working directory, so random ones are put there. What it makes of a padded MaxPool, of shapes that are
+    computed and of a GELU made of Erf no converter quantizes: `litert_graph` rewrites them.
 
 Not offered
     INT4 weights: TensorFlow's converter has no such post-training option. Its low-bit flag takes the
@@ -50,7 +49,6 @@ _FLOAT = ("litert", "fp32")
 _KERNELS = {"xnnpack": "AUTO", "reference": "BUILTIN_REF"}
 _SAMPLES = ("calibration_image_sample_data_20x128x128x3_float32.npy", (20, 128, 128, 3))
 """The file that onnx2tf would download, and the shape of its images."""
-_NEVER_NEGATIVE = ("Relu", "Sigmoid")
 
 
 class LiteRT:
@@ -197,9 +195,9 @@ def _saved_model(source, shape, folder):
     import onnx
     import onnx2tf
 
-    model = _fixed(onnx.load(source), (1, *shape))
-    _pad_with_zeros(model.graph)
-    onnx.save(model, "fixed.onnx")
+    from qt_jax.backends.litert_graph import prepared
+
+    onnx.save(prepared(onnx.load(source), (1, *shape)), "fixed.onnx")
     name, samples = _SAMPLES
     np.save(name, np.random.default_rng(0).random(samples, dtype=np.float32))
     log = io.StringIO()
@@ -216,46 +214,6 @@ def _saved_model(source, shape, folder):
         print(log.getvalue())
     for file in folder.glob("*.tflite"):
         file.unlink()
-
-
-def _fixed(model, shape):
-    """The graph with the shape of its one input fixed, its first output of the same batch, and nodes named in
-    characters that TensorFlow takes for a scope."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    if len(inputs) != 1:
-        raise Refused(f"the graph has inputs {[value.name for value in inputs]}; one is taken")
-    dimensions = inputs[0].type.tensor_type.shape.dim
-    for dimension, size in zip(dimensions, shape, strict=True):
-        dimension.dim_value = size
-    for output in model.graph.output:
-        if output.type.tensor_type.shape.dim:
-            output.type.tensor_type.shape.dim[0].dim_value = shape[0]
-    del model.graph.value_info[:]
-    for node in model.graph.node:
-        node.name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", node.name)
-    return model
-
-
-def _pad_with_zeros(graph):
-    """MaxPool(x, pads) as MaxPool(Pad(x, 0)) where no element of x is below 0."""
-    import onnx
-
-    producers = {name: node.op_type for node in graph.node for name in node.output}
-    nodes = []
-    for node in graph.node:
-        pads = next((item for item in node.attribute if item.name == "pads"), None)
-        if node.op_type == "MaxPool" and pads and producers.get(node.input[0]) in _NEVER_NEGATIVE:
-            widths, padded = f"{node.output[0]}_pads", f"{node.output[0]}_padded"
-            before, after = np.split(np.int64(pads.ints), 2)
-            edges = np.concatenate([[0, 0], before, [0, 0], after])
-            graph.initializer.append(onnx.numpy_helper.from_array(edges, widths))
-            nodes.append(onnx.helper.make_node("Pad", [node.input[0], widths], [padded]))
-            node.input[0] = padded
-            node.attribute.remove(pads)
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def _complaint(log):

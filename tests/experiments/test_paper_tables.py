@@ -1,7 +1,9 @@
 """Tables and figures from records that are made up, so that every number can be checked by hand."""
 
+import ast
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import pytest
 import qt_jax as qt
 from experiments.configs.methods import METHODS
 from experiments.paper import figures, layer_tables, place_tables, render, tables
+from experiments.paper.__main__ import METHODS as METHODS_FOLDER
 from experiments.paper.evidence import REFERENCE, arrange, common_places, mean_over, read, worst_over
+from experiments.paper.expectation import state
 from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINING
 from experiments.paper.statistics import interval
 from experiments.paper.structure import BINS
@@ -138,6 +142,25 @@ def test_layers_by_hand():
     assert cells(table, "stem") == ["11.0", "11.0", "11.0"]  # of float, published, recommended; not of linear
     assert cells(table, "**mean of layers**") == ["13.0", "13.0", "13.0"]
     assert len(layer_tables.by_layer(evidence(), TASK, "int8-pt-minmax").splitlines()) == 3
+
+
+def test_layers_are_compared_over_the_seeds_that_all_methods_have():
+    files = made_up()
+    files[STRUCTURE] = [r for r in files[STRUCTURE] if (r["method"], r["seed"]) != ("recommended", 2)]
+    table = layer_tables.by_layer(evidence(files), TASK, "int4w-pt-minmax")
+    assert cells(table, "stem") == ["10.5", "10.5", "10.5"]
+
+
+def test_files_of_methods_state_what_records_give(tmp_path):
+    folder = tmp_path / "methods"
+    shutil.copytree(METHODS_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    state(evidence(), folder)
+    told = " ".join(ast.get_docstring(ast.parse((folder / "float.py").read_text())).split())
+    assert "6 minutes of one core; on cifar10-fast8, in %: FP32 81.0, INT4 pt 71.0, INT4 pc 76.0." in told
+    assert "not run yet" in (folder / "step.py").read_text()
+    once = {file.name: file.read_text() for file in folder.iterdir()}
+    state(evidence(), folder)
+    assert once == {file.name: file.read_text() for file in folder.iterdir()}
 
 
 def test_places_that_some_method_lacks_are_named():

@@ -9,7 +9,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 
-from qt_jax.backends import environments, evaluate, litert
+from qt_jax.backends import environments, evaluate, litert, litert_graph
 from qt_jax.backends.litert import BACKEND, channels_last, dequantize, operators, quantize
 from qt_jax.backends.protocol import KINDS, Refused
 
@@ -109,30 +109,93 @@ def test_operators_are_told_apart_by_what_they_compute_on():
 def test_nodes_get_names_that_tensorflow_takes():
     model = pooled("Relu")
     model.graph.node[0].name, model.graph.node[1].name = "Softmax@0", "stem/conv.1"
-    assert [node.name for node in litert._fixed(model, (1, 3, 9, 8)).graph.node][:2] == [
+    assert [node.name for node in litert_graph.fixed(model, (1, 3, 9, 8)).graph.node][:2] == [
         "Softmax_0",
         "stem/conv.1",
     ]
 
 
 def test_the_batch_is_fixed_and_a_second_input_refused():
-    model = litert._fixed(pooled("Relu"), (1, 3, 9, 8))
+    model = litert_graph.fixed(pooled("Relu"), (1, 3, 9, 8))
     [value] = model.graph.input
     assert [dimension.dim_value for dimension in value.type.tensor_type.shape.dim] == [1, 3, 9, 8]
     assert run(model, IMAGES[:1]).shape == (1, 4)
     model.graph.input.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, [1]))
     with pytest.raises(Refused, match="other"):
-        litert._fixed(model, (1, 3, 9, 8))
+        litert_graph.fixed(model, (1, 3, 9, 8))
 
 
 @pytest.mark.parametrize(("activation", "rewritten"), [("Relu", True), ("Sigmoid", True), ("Tanh", False)])
 def test_zeros_pad_a_pooling_only_where_nothing_is_negative(activation, rewritten):
     model = pooled(activation)
     before = run(model, IMAGES)
-    litert._pad_with_zeros(model.graph)
+    litert_graph.pad_with_zeros(model.graph)
     onnx.checker.check_model(model)
     assert ("Pad" in [node.op_type for node in model.graph.node]) == rewritten
     np.testing.assert_array_equal(run(model, IMAGES), before)
+
+
+GELUS = {
+    "x(1 + erf)/2": ("product = Mul(x, shifted)", "logits = Mul(product, half)"),
+    "half first": ("halved = Mul(half, x)", "logits = Mul(halved, shifted)"),
+    "x last": ("halved = Mul(shifted, half)", "logits = Mul(halved, x)"),
+}
+
+
+@pytest.mark.parametrize("scale", ["Div(x, root)", "Mul(inverse, x)"])
+@pytest.mark.parametrize("form", GELUS)
+def test_a_gelu_made_of_erf_becomes_one_node(form, scale):
+    model = erf(f"scaled = {scale}", "curve = Erf(scaled)", "shifted = Add(curve, one)", *GELUS[form])
+    before = run(model, IMAGES[:1])
+    litert_graph.whole_gelus(model)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node][-1] == "Gelu"
+    assert "Erf" not in [node.op_type for node in model.graph.node]
+    np.testing.assert_allclose(run(model, IMAGES[:1]), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        ("shifted = Add(curve, half)", "product = Mul(x, shifted)", "logits = Mul(product, half)"),
+        ("shifted = Add(curve, one)", "product = Mul(x, shifted)", "logits = Mul(product, root)"),
+        ("shifted = Add(curve, one)", "product = Mul(x, shifted)", "logits = Add(product, curve)"),
+    ],
+)
+def test_what_is_no_gelu_stays(tail):
+    model = erf("scaled = Div(x, root)", "curve = Erf(scaled)", *tail)
+    before = model.SerializeToString()
+    litert_graph.whole_gelus(model)
+    assert model.SerializeToString() == before
+
+
+def erf(*lines: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        net (float[batch, 3, 9, 8] input) => (float[batch, 3, 9, 8] logits)
+        <float one = {1.0}, float half = {0.5}, float root = {1.4142135}, float inverse = {0.70710677}>
+        { x = Neg(input) """
+        + "\n".join(lines)
+        + "}"
+    )
+
+
+def test_a_class_token_of_an_open_batch_is_a_constant_of_one_image():
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        net (float[batch, 6, 4] input) => (float[batch, 7, 4] logits)
+        <float[1, 1, 4] token = {1.0, 2.0, 3.0, 4.0}, int64[1] zero = {0}, int64[2] sizes = {1, 4}> {
+            shape = Shape(input)
+            batch = Gather(shape, zero)
+            wanted = Concat<axis = 0>(batch, sizes)
+            tokens = Expand(token, wanted)
+            logits = Concat<axis = 1>(tokens, input)
+        }""")
+    images = IMAGES[:1, 0, :6, :4]
+    before = run(model, images)
+    lean = litert_graph.prepared(model, (1, 6, 4))
+    assert [node.op_type for node in lean.graph.node] == ["Concat"]
+    onnx.checker.check_model(lean)
+    np.testing.assert_array_equal(run(lean, images), before)
 
 
 class FakeConverter:

@@ -1,7 +1,7 @@
 """The published recipe's network with batch norm estimated again on the float graph.
 
 Command: python -m experiments.paper --methods batch-norm
-Expected time and score: 1 minutes of one core; on cifar10-fast8, in %: FP32 77.1, INT8 pt 77.1, INT8 pc 77.1,
+Expected time and score: 1 minute of one core; on cifar10-fast8, in %: FP32 77.1, INT8 pt 77.1, INT8 pc 77.1,
 INT4 pt 72.4, INT4 pc 76.1.
 """
 
