@@ -34,7 +34,7 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     shapes = {value.name: _shape(value) for value in (*graph.input, *graph.value_info)}
     outputs = {value.name for value in graph.output}
-    given, nodes = set(constants), []
+    nodes, computed = [], []
     for node in graph.node:
         data = {name: constants[name] for name in node.input if name in constants}
         if node.op_type in ("Shape", "Size") and shapes.get(node.input[0]):
@@ -42,12 +42,13 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
         known = data.keys() == {*node.input} - {""} and not outputs & {*node.output}
         if known and node.op_type in ARITHMETIC and not node.domain:
             constants[node.output[0]] = ReferenceEvaluator(node).run(None, data)[0]
+            computed.append(node.output[0])
         else:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    needed = {name for node in nodes for name in node.input} - given
-    for name in (name for name in constants if name in needed):
+    needed = {name for node in nodes for name in node.input}
+    for name in filter(needed.__contains__, computed):
         graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(constants[name]), name))
     del graph.value_info[:]
     return lean

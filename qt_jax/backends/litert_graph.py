@@ -95,8 +95,7 @@ def whole_gelus(model: onnx.ModelProto) -> None:
             chain.append(node)
             factors += [] if one else others
             if _is_half_of(x, factors, producers, values):
-                gelu = helper.make_node("Gelu", [x], list(node.output), name=erf.name)
-                node.CopyFrom(gelu)
+                node.CopyFrom(helper.make_node("Gelu", [x], list(node.output), name=erf.name))
                 for dead in chain[:-1]:
                     graph.node.remove(dead)
                 if len(readers[scaled.output[0]]) == 1:
