@@ -1,5 +1,7 @@
 """verify finds what was tampered with; files appear whole, verified, or not at all."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,22 @@ def test_a_wrong_weight(model, value):
         check(model)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_the_tolerance_of_large_outputs_is_what_float32_keeps(scale):
+    """Outputs of 1e5 and more, of a network barely trained, differ by more than 1e-4 when all is right."""
+    kernel = VARIABLES["params"]["head"]["kernel"] * scale
+    large = {"params": VARIABLES["params"] | {"head": VARIABLES["params"]["head"] | {"kernel": kernel}}}
+    model = to_onnx(Net().apply, large, IMAGES.shape[1:])
+    magnitude = np.max(np.abs(Net().apply(large, IMAGES)))
+    limit = max(1e-4, 1e-6 * magnitude)
+    for factor, passes in ((0.5, True), (2.0, False)):
+        bias = numpy_helper.from_array(np.full(3, factor * limit, np.float32), "head/bias")
+        [held] = [tensor for tensor in model.graph.initializer if tensor.name == "head/bias"]
+        held.CopyFrom(bias)
+        with contextlib.nullcontext() if passes else pytest.raises(InvalidInput, match="parity"):
+            verify(model, Net().apply, large, IMAGES)
+
+
 def test_a_custom_domain(model):
     model.graph.node[1].domain = "com.microsoft"
     with pytest.raises(InvalidInput, match=r'domain: node "Relu" is com.microsoft.Relu'):
@@ -103,7 +121,7 @@ def test_a_file_gets_its_name_once_verified(model, tmp_path):
     assert onnx.load(path) == model
     assert summary["bytes"] == path.stat().st_size
     with pytest.raises(InvalidInput, match="parity"):
-        save_verified(model, path, Net().apply, VARIABLES, IMAGES, tolerance=-1.0)
+        save_verified(model, path, Net().apply, jax.tree.map(lambda x: x + 0.01, VARIABLES), IMAGES)
     assert onnx.load(path) == model
     assert [entry.name for entry in path.parent.iterdir()] == ["model.onnx"]
 
