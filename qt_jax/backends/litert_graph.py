@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, version_converter
 
-from qt_jax.backends.constant_folding import folded
 from qt_jax.backends.protocol import Refused
+from qt_jax.export.folding import fold_constants, known_shapes
 
 _NEVER_NEGATIVE = ("Relu", "Sigmoid")
 _GELU_SINCE = 20
@@ -16,14 +16,15 @@ _GELU_SINCE = 20
 def prepared(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
     """The same function of an input of the given shape, batch included; the model itself is changed.
 
-    The arithmetic on shapes that an open batch asks for is computed beforehand: onnx2tf loses track of it.
+    The arithmetic on shapes that an open batch asks for, to spread a class token over it, say, is computed
+    beforehand: onnx2tf loses track of it.
 
     Raises:
       Refused: the graph has not exactly one input.
     """
-    model = folded(fixed(model, shape))
+    model = fold_constants(known_shapes(fixed(model, shape)))
+    model = fold_constants(whole_gelus(model))  # attributes that have become inputs are Constant nodes
     pad_with_zeros(model.graph)
-    whole_gelus(model)
     return model
 
 
@@ -69,12 +70,21 @@ def pad_with_zeros(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def whole_gelus(model: onnx.ModelProto) -> None:
-    """x (1 + erf(x / sqrt 2)) / 2, in whatever order its factors are multiplied, as one Gelu, of opset 20.
+def whole_gelus(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with x (1 + erf(x / sqrt 2)) / 2, in whatever order its factors are multiplied, as one Gelu,
+    and of opset 20, the first that has it; the model as it is where there is none.
 
     TFLite has no Erf, but a Gelu, with a kernel for int8.
     """
-    graph = model.graph
+    if all(node.op_type != "Erf" for node in model.graph.node):
+        return model
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    newer = version_converter.convert_version(model, max(opset, _GELU_SINCE))
+    _join_gelus(newer.graph)
+    return newer if any(node.op_type == "Gelu" for node in newer.graph.node) else model
+
+
+def _join_gelus(graph: onnx.GraphProto) -> None:
     values = {t.name: numpy_helper.to_array(t).item() for t in graph.initializer if np.prod(t.dims) == 1}
     producers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -100,7 +110,6 @@ def whole_gelus(model: onnx.ModelProto) -> None:
                     graph.node.remove(dead)
                 if len(readers[scaled.output[0]]) == 1:
                     graph.node.remove(scaled)
-                _raise_opset(model)
                 break
 
 
@@ -123,9 +132,3 @@ def _is_half_of(x: str, factors: list[str], producers: dict, values: dict[str, f
     return (
         len(factors) == 1 and factors[0] in producers and _scaled_by(producers[factors[0]], 0.5, values) == x
     )
-
-
-def _raise_opset(model: onnx.ModelProto) -> None:
-    for entry in model.opset_import:
-        if entry.domain in ("", "ai.onnx"):
-            entry.version = max(entry.version, _GELU_SINCE)

@@ -59,10 +59,12 @@ def _die_with_parent():
 
 
 def load_backend(file: str):
-    """`BACKEND` of the module at `file`, with `qt_jax.backends.protocol` importable but not qt_jax itself."""
+    """`BACKEND` of the module at `file`, with the modules beside it and of qt_jax.export importable, but not
+    what these packages themselves say, which needs jax."""
     folder = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
-    for name, place in (("qt_jax", folder.parent), ("qt_jax.backends", folder)):
+    places = {"qt_jax": folder.parent, "qt_jax.backends": folder, "qt_jax.export": folder.parent / "export"}
+    for name, place in places.items():
         package = types.ModuleType(name)
         package.__path__ = [str(place)]
         sys.modules[name] = package

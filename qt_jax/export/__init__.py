@@ -20,6 +20,7 @@ from qt_jax.export.folding import (
     fold_flatten,
     fold_shift,
     known_shapes,
+    written_axes,
 )
 from qt_jax.export.graph import with_shapes
 from qt_jax.export.layout import channels_first
@@ -46,6 +47,7 @@ __all__ = ["save", "save_verified", "to_onnx", "verify"]
 
 PASSES = (
     known_shapes,
+    written_axes,
     fold_constants,
     drop_identities,
     drop_expands,

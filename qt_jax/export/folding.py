@@ -17,34 +17,54 @@ FEATURE_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
 
 
 def known_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with Shape computed, as with a concrete batch every shape is a constant, and with the axes of
-    each reduction written out."""
+    """`model` with each Shape whose sizes are all known made a constant."""
     values, shapes = graph.constants(model), graph.shapes(model)
     nodes = []
     for node in model.graph.node:
-        if node.op_type == "Shape" and not node.attribute and node.input[0] in shapes:
-            values[node.output[0]] = np.array(shapes[node.input[0]], np.int64)
-        elif node.op_type.startswith("Reduce") and len(node.input) == 1:
-            values[f"{node.output[0]}#axes"] = np.arange(len(shapes[node.input[0]]), dtype=np.int64)
-            nodes.append(graph.rewired(node, [node.input[0], f"{node.output[0]}#axes"]))
+        sizes = _sizes(node, shapes)
+        if sizes is not None:
+            values[node.output[0]] = np.array(sizes, np.int64)
         else:
             nodes.append(node)
     return graph.rebuild(model, nodes, values)
 
 
+def _sizes(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """What a Shape writes; None for any other node, and where a size is open."""
+    if node.op_type != "Shape" or node.input[0] not in shapes:
+        return None
+    stated = graph.attributes(node)
+    sizes = shapes[node.input[0]][stated.get("start", 0) : stated.get("end")]
+    return sizes if all(sizes) else None
+
+
+def written_axes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with the axes of each reduction over all of them written out, as opset 18 reads them."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type.startswith("Reduce") and len(node.input) == 1:
+            values[f"{node.output[0]}#axes"] = np.arange(len(shapes[node.input[0]]), dtype=np.int64)
+            node = graph.rewired(node, [node.input[0], f"{node.output[0]}#axes"])
+        nodes.append(node)
+    return graph.rebuild(model, nodes, values)
+
+
 def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with every node computed that depends on constants alone (by ONNX's reference evaluator).
+    """`model` with every node computed that depends on constants alone (by ONNX's reference evaluator), but
+    for one that writes an output of the graph.
 
     A result that stems from leaves of the variables keeps their origin, as `graph.common_origin` has it.
     """
     values = graph.constants(model)
     known = set(values)
+    outputs = {output.name for output in model.graph.output}
     names: dict[str, str] = {}  # a computed tensor -> the constant it becomes
     constant: list[NodeProto] = []
     variable: list[NodeProto] = []
     for node in model.graph.node:
         inputs = [names.get(name, name) for name in node.input if name]
-        if known.issuperset(inputs):
+        if known.issuperset(inputs) and outputs.isdisjoint(node.output):
             origin = graph.common_origin(name for name in inputs if graph.flax_path(name))
             names |= {output: graph.derived(origin, output) if origin else output for output in node.output}
             known.update(names[output] for output in node.output)
