@@ -1,8 +1,6 @@
 """One row: a scheme of a backend on one of its runtimes, from the float graph to a record."""
 
-import ast
 import base64
-import functools
 import hashlib
 import json
 import shutil
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qt_jax.backends import cost, environments, steps
+from qt_jax.backends.program import code
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, environments_of, file_of, scheme_of
 from qt_jax.dense_metrics import dense_metrics
@@ -198,24 +197,8 @@ def _compile_key(job: Job, backend: Backend, scheme: Scheme) -> str:
     if scheme.source is not None:
         origin = BACKENDS.get(scheme.source[0], backend)
         parent = _compile_key(job, origin, scheme_of(origin, scheme.source[1]))
-    own = [_code(file_of(backend)), _code(steps.WORKER), asdict(scheme), environments.versions(backend)]
+    own = [code(file_of(backend)), code(steps.WORKER), asdict(scheme), environments.versions(backend)]
     return _hash(job.hashes["model"], job.hashes["calibration"], parent, own)
-
-
-@functools.cache
-def _code(file: Path) -> str:
-    """The program in `file` without its comments and docstrings, which change no number."""
-    tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            kept = [part for part in body if not _is_text(part)]
-            node.body = kept or [ast.Pass()]
-    return ast.dump(tree)
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    value = statement.value if isinstance(statement, ast.Expr) else None
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def _hash(*content: Any) -> str:
