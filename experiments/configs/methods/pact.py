@@ -3,7 +3,8 @@
 Source: Choi et al. 2018, "PACT: parameterized clipping activation", arXiv 1805.06085.
 
 Command: python -m experiments.paper --methods pact
-Expected time and score: not run yet.
+Expected time and score: 3 minutes of one core; on cifar10-fast8, in %: FP32 65.6, INT8 pt 65.5, INT8 pc 65.4,
+INT4 pt 56.1, INT4 pc 63.0.
 """
 
 from experiments.configs.method import Method

@@ -3,7 +3,8 @@
 Source: Qwix, https://github.com/google/qwix.
 
 Command: python -m experiments.paper --methods qwix
-Expected time and score: not run yet.
+Expected time and score: 3 minutes of one core; on cifar10-fast8, in %: FP32 77.2, INT8 pt 77.0, INT8 pc 77.3,
+INT4 pt 71.1, INT4 pc 75.4.
 """
 
 from experiments.configs.method import Method

