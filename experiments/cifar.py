@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from rich.console import Console
 
 import qt_jax as qt
-from experiments import models
+from experiments import devices, models
 from experiments.command_line import exit_status
 from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, parse
 from experiments.configs.run_folder import claim
@@ -29,6 +29,7 @@ from experiments.description import describe
 from experiments.masks import SHOWN, decided_masks, masks_figure
 from experiments.summary import metric_of, report
 from experiments.training.loop import train
+from experiments.training.preemption import Interrupted
 from qt_jax.backends import ort
 from qt_jax.export import verify
 from qt_jax.export.checkpoint import load as load_network
@@ -55,19 +56,29 @@ def graphs_of(quantizer: str) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    """Runs the command line; returns the exit status: 0; 2 after a message about wrong input; 143 or 130 when
+    SIGTERM or Ctrl-C has ended training, with all of it saved."""
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    return exit_status(lambda: run(parse(arguments), console))
+    try:
+        return exit_status(lambda: run(parse(arguments), console))
+    except Interrupted as error:
+        console.print(str(error))
+        return error.status
 
 
 def run(config: Config, console: Console) -> None:
     """All stages of one run."""
     directory = config.directory
-    claim(directory, config, FREE_TO_CHANGE)
+    if devices.is_leader():
+        claim(directory, config, FREE_TO_CHANGE)
+    devices.meet("the folder is claimed")
     dataset = load(config.dataset, config.data_dir, seed=0)
+    if not devices.is_leader():
+        console.quiet = True
     console.print(
         f"{config.dataset}: {len(dataset.train_labels):,} training, {len(dataset.validation_labels):,} "
-        f"validation, {len(dataset.test_labels):,} test images; {config.model} on {jax.default_backend()}; "
+        f"validation, {len(dataset.test_labels):,} test images; {config.model} on {jax.device_count()} "
+        f"{jax.default_backend()} device{'s' if jax.device_count() > 1 else ''}; "
         f"run folder {directory}"
     )
     twins, graphs = {config.quantizer: config}, graphs_of(config.quantizer)
@@ -78,6 +89,9 @@ def run(config: Config, console: Console) -> None:
 
     model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
     trained = {method: train(twin, model, dataset, directory, method) for method, twin in twins.items()}
+    devices.disconnect()
+    if not devices.is_leader():
+        return
     for method, twin in twins.items():
         path = directory / graphs[method]
         describe(twin, dataset, f"checkpoints/{method}", path.with_suffix(".json"))

@@ -12,6 +12,7 @@ import jax
 import tyro
 
 import qt_jax as qt
+from experiments import devices
 from experiments.configs.quantizers import Quantizer, check_points, check_quantizer
 from experiments.data import SEGMENTATION
 from experiments.models import MODELS, SEGMENTERS
@@ -22,7 +23,9 @@ DatasetName = Literal[
     "cifar10", "cifar100", "fashion-mnist", "digits", "composed", "oxford-pet", "oxford-pet-128"
 ]
 
-FREE_TO_CHANGE = {"compare", "data_dir", "out", "preset", "steps_per_dispatch"}
+FREE_TO_CHANGE = {
+    *("compare", "data_dir", "distributed", "out", "preset", "remat", "retries", "steps_per_dispatch")
+}
 """Fields in which a relaunch may differ: they do not touch the numbers, save for rounding."""
 
 QUARTIC_SHARE = 8 / 13
@@ -30,8 +33,9 @@ QUARTIC_SHARE = 8 / 13
 
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("epochs", "batch_size", "steps_per_dispatch", "reverse_pruning_every"), (1, math.inf)),
-    **dict.fromkeys(("train_limit", "test_limit", "calibration_size"), (1, math.inf)),
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "steps_per_dispatch"), (1, math.inf)),
+    **dict.fromkeys(("reverse_pruning_every", "train_limit", "test_limit"), (1, math.inf)),
+    "calibration_size": (1, math.inf),
     **dict.fromkeys(("learning_rate", "weight_decay"), (0, sys.float_info.max)),
     **dict.fromkeys(("momentum", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("range_momentum", "reverse_pruning_start"), (0, 1)),
@@ -39,7 +43,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("weight_quantile", "activation_quantile"), (0.5, 1)),
     **dict.fromkeys(("bits", "activation_bits"), (2, 16)),
     "reverse_pruning_spread": (0, 0.99),
-    "reestimate": (0, math.inf),
+    **dict.fromkeys(("reestimate", "retries"), (0, math.inf)),
 }
 """The least and the largest value of numeric fields; None, where a field takes it, is always allowed."""
 
@@ -98,8 +102,18 @@ class Config:
     """Decay of a moving average of the parameters, which is then evaluated and exported; 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters and statistics stay in float32."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, their gradients added up, to save memory.
+    Batch norm and ranges are then of a part."""
+    remat: bool = False
+    """Keep only the outputs of convolutions and products for the backward pass, compute the rest again."""
     steps_per_dispatch: int = 1
     """Steps in one compiled loop. On CPUs keep 1: XLA runs convolutions inside a loop on one thread."""
+    retries: int = 0
+    """Times that a run whose loss diverges goes back to its last checkpoint, and on at half the rate."""
+    distributed: str | None = None
+    """One of several processes that train together: auto on TPU pods, Slurm and Open MPI, else
+    ADDRESS:PORT,COUNT,INDEX, with the address of process 0. All share the folder of the run."""
     train_limit: int | None = None
     """Use only so many training images."""
 
@@ -170,6 +184,10 @@ class Config:
         check_quantizer(self.quantizer, **{name: getattr(self, name) for name in names})
         names = ("folded", "fused_outputs", "vendor_grids", "reverse_pruning_folded")
         check_points(self.quantizer, self.sched, **{name: getattr(self, name) for name in names})
+        if self.batch_size % self.accumulate:
+            raise qt.InvalidInput(
+                f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}"
+            )
         quant_config(self)  # these two refuse what makes no sense together
         lambda_schedule(self, 1)
 
@@ -264,12 +282,17 @@ def parse(
 ) -> Config:
     """The config of a command line: the preset's values, overridden by the flags given.
 
+    `--distributed` connects the processes, before anything asks for devices.
+
     Raises:
-      InvalidInput: an unknown preset.
+      InvalidInput: an unknown preset, or processes that cannot be connected.
       SystemExit: an unknown flag or choice, or a value out of range (status 2), after tyro has printed what
         it takes instead; `--help` (status 0).
     """
-    preset = tyro.cli(_PresetOnly, args=arguments, return_unknown_args=True, add_help=False)[0].preset
+    first = tyro.cli(_First, args=arguments, return_unknown_args=True, add_help=False)[0]
+    if first.distributed is not None:
+        devices.connect(first.distributed)
+    preset = first.preset
     if preset == "auto":
         preset = "cpu" if jax.default_backend() == "cpu" else "gpu"
     if preset not in presets:
@@ -278,8 +301,11 @@ def parse(
 
 
 @dataclasses.dataclass(frozen=True)
-class _PresetOnly:
+class _First:
+    """What has to be known before JAX is asked for its devices."""
+
     preset: str = "auto"
+    distributed: str | None = None
 
 
 def float_twin(config: Config) -> Config:

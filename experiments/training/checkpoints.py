@@ -1,92 +1,193 @@
-"""Checkpoints through orbax: written whole or not at all, restored to the bit."""
+"""Checkpoints through orbax: written whole or not at all, checked on return, restored to the bit.
 
+Beside the arrays each holds `integrity`: shape, dtype and SHA-256 of every leaf, and the versions that wrote
+it. A damaged checkpoint is told by them from one of another network.
+"""
+
+import errno
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 import qt_jax as qt
-from experiments.training.quantizers import LEARNED_NAMES
+from experiments import devices
+from experiments.training.logs import warn
 from experiments.training.state import TrainState
-from qt_jax.export.checkpoint import restore
-from qt_jax.interceptor import is_range
+from experiments.training.step import Totals
+from qt_jax.reporting import provenance
+
+ARRAYS, INTEGRITY = "default", "integrity"
+"""Items of a checkpoint."""
+DAMAGED = "damaged"
+"""What is added to the name of the folder that damaged checkpoints are moved to."""
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be read, or is not what was written."""
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     """The manager of a folder of checkpoints, which keeps the newest two; a context that closes it."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, create=True, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    handlers = {ARRAYS: ocp.StandardCheckpointHandler(), INTEGRITY: ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(
+        directory.absolute(), options=options, item_names=tuple(handlers), item_handlers=handlers
+    )
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    """Writes the state under its own step."""
-    manager.save(int(state.step), args=ocp.args.StandardSave(state))
-
-
-def restore_latest(manager: ocp.CheckpointManager, template: TrainState) -> TrainState | None:
-    """The newest state, or None if there is none yet.
+def save(manager: ocp.CheckpointManager, state: TrainState, totals: Totals) -> None:
+    """Writes state and sums under the state's step, unless they are there.
 
     Raises:
-      InvalidInput: the checkpoint is damaged, or has other arrays than `template` (another model or config).
+      InvalidInput: there is no space, or no permission; the checkpoints of before are as they were.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    step, tree = int(state.step), _tree(state, totals)
+    if manager.latest_step() == step:
+        return
+    integrity = {"leaves": _digests(tree), "versions": provenance.versions(PACKAGES)}
+    items = {ARRAYS: ocp.args.StandardSave(tree), INTEGRITY: ocp.args.JsonSave(integrity)}
     try:
-        state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    except (ValueError, KeyError, TypeError) as error:
-        symptom = " ".join(str(error).splitlines()[:2]).split(". ")[0][:200].rstrip(":. ")
+        manager.save(step, args=ocp.args.Composite(**items))
+    except (OSError, ValueError) as error:
+        reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)]
+        reason = next((text for text in reasons if text.lower() in str(error).lower()), None)
+        if reason is None:
+            raise
+        kept = max((held for held in manager.all_steps() if held < step), default=None)
+        left = "No checkpoint was there before" if kept is None else f"The one of step {kept} is whole"
         raise qt.InvalidInput(
-            f"the checkpoint {manager.directory}/{step} is damaged, or of another model or config: "
-            f"{symptom}. Nothing was changed. Choose another --out, or move that checkpoint away to go on "
-            "without it."
+            f"the checkpoint of step {step} cannot be written to {manager.directory} ({reason}). {left}; the "
+            "same command goes on from it once that is mended."
         ) from error
-    # Orbax commits arrays to their device, which a fresh state is not: the step would be compiled twice.
-    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
 
 
-def fine_tuned(state: TrainState, folder: Path | None) -> TrainState:
-    """A first state with the deployed parameters and the batch norm of another run's newest checkpoint.
+def restore_latest(
+    manager: ocp.CheckpointManager, template: TrainState, mesh: Mesh
+) -> tuple[TrainState, Totals] | None:
+    """The newest state that is whole, with its sums, or None if there is no checkpoint yet.
 
-    Step, optimizer and ranges of quantizers stay those of `state`: the first batch sets ranges anew.
+    Newer ones that are damaged are moved to a folder beside, with a warning; so is the user told if other
+    versions wrote what is restored.
 
     Args:
-      folder: `checkpoints/METHOD` of the other run, or one step of it; None leaves `state` as it is.
+      template: shapes and dtypes.
+      mesh: on all of whose devices the arrays come, whatever they were saved from.
 
     Raises:
-      InvalidInput: there is no checkpoint, it is damaged, or its network is another one.
+      InvalidInput: no checkpoint is whole, or the newest is of another network. Nothing was changed then.
     """
-    if folder is None:
-        return state
-    held = restore(folder)
-    params = _taken(state.params, held.get("average") or held.get("params"), folder)
-    batch_stats = _taken(state.batch_stats, held.get("batch_stats"), folder)
-    average = None if state.average is None else params
-    return state.replace(params=params, batch_stats=batch_stats, average=average)
+    damaged: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            found = _restore(manager, step, template, mesh)
+        except Damaged as error:
+            damaged[step] = str(error)
+            continue
+        _set_aside(manager, damaged, step)
+        return found
+    if damaged:
+        told = "; ".join(f"{manager.directory}/{step}: {why}" for step, why in damaged.items())
+        raise qt.InvalidInput(
+            f"every checkpoint is damaged ({told}). Nothing was changed. Restore them from a copy, or move "
+            f"{manager.directory} away to begin anew."
+        )
+    return None
 
 
-def _taken(template: Any, held: Any, folder: Path) -> Any:
-    """`template` with the model's own leaves from `held`."""
-    wanted, found = flatten_dict(template), flatten_dict(held or {})
+def _tree(state: TrainState, totals: Totals) -> dict[str, Any]:
+    """What a checkpoint holds, by name."""
+    return {**vars(state), "totals": totals._asdict()}
 
-    def own(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
-        return {
-            path: leaf.shape
-            for path, leaf in leaves.items()
-            if not is_range(path) and path[-1] not in LEARNED_NAMES
-        }
 
-    mine, theirs = own(wanted), own(found)
-    if differ := sorted(path for path in mine | theirs if mine.get(path) != theirs.get(path)):
+def _restore(manager, step: int, template: TrainState, mesh: Mesh) -> tuple[TrainState, Totals]:
+    wanted = _tree(template, Totals.zero())
+    integrity = _read(manager, step, **{INTEGRITY: ocp.args.JsonRestore()})[INTEGRITY]
+    try:
+        leaves, versions = integrity["leaves"], integrity["versions"]
+    except (TypeError, KeyError) as error:
+        raise Damaged("its integrity record is not one") from error
+    _refuse_other_network(leaves, wanted, f"{manager.directory}/{step}")
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=devices.replicated(mesh)), wanted
+    )
+    tree = _read(manager, step, **{ARRAYS: ocp.args.StandardRestore(abstract)})[ARRAYS]
+    if changed := [path for path, found in _digests(tree).items() if found != leaves[path]]:
+        raise Damaged(f"{changed[0]} is not what was written ({len(changed)} of {len(leaves)} arrays)")
+    _tell_versions(versions, step)
+    totals = Totals(**tree.pop("totals"))
+    return TrainState(**tree), totals
+
+
+def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> ocp.args.Composite:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
+        symptom = " ".join(str(error).splitlines()[:2]).split(". ")[0][:200].rstrip(":. ")
+        raise Damaged(symptom or type(error).__name__) from error
+
+
+def _refuse_other_network(leaves: dict[str, Any], wanted: Any, where: str) -> None:
+    there = {path: tuple(found[:2]) for path, found in leaves.items()}
+    here = {path: (str(leaf.dtype), list(leaf.shape)) for path, leaf in _named(wanted).items()}
+    there = {path: (dtype, list(shape)) for path, (dtype, shape) in there.items()}
+    if differ := sorted(path for path in there | here if there.get(path) != here.get(path)):
         path = differ[0]
         raise qt.InvalidInput(
-            f"--fine-tune {folder}: {'/'.join(path)} has shape {theirs.get(path, 'absent')} there and "
-            f"{mine.get(path, 'absent')} here ({len(differ)} leaves differ): it is another network, or of "
-            "another data set. Name checkpoints of the same --model."
+            f"the checkpoint {where} is of another model or config: {path} is "
+            f"{_shown(there.get(path))} there and {_shown(here.get(path))} here ({len(differ)} arrays "
+            "differ). Nothing was changed. Choose another --out."
         )
-    return unflatten_dict(wanted | {path: jnp.array(np.asarray(found[path])) for path in mine})
+
+
+def _shown(kind: tuple[str, list[int]] | None) -> str:
+    return "absent" if kind is None else f"{kind[0]}{kind[1]}"
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _digests(tree: Any) -> dict[str, list[Any]]:
+    """Path -> [dtype, shape, SHA-256 of the bytes]."""
+    found = {}
+    for path, leaf in _named(tree).items():
+        array = np.ascontiguousarray(leaf)
+        found[path] = [str(array.dtype), list(np.shape(leaf)), hashlib.sha256(array).hexdigest()]
+    return found
+
+
+def _set_aside(manager: ocp.CheckpointManager, damaged: dict[int, str], good: int) -> None:
+    """Moves damaged checkpoints to a folder beside that of the whole ones."""
+    if not damaged:
+        return
+    directory = Path(manager.directory)
+    aside = directory.with_name(f"{directory.name}-{DAMAGED}")
+    for step, why in damaged.items():
+        warn(f"the checkpoint of step {step} is damaged ({why}): moved to {aside}; step {good} is taken")
+        if devices.is_leader():
+            aside.mkdir(exist_ok=True)
+            names = {entry.name for entry in aside.iterdir()}
+            free = next(name for n in range(len(names) + 1) if (name := f"{step}-{n}") not in names)
+            os.replace(directory / str(step), aside / free)
+    devices.meet("damaged checkpoints are aside")
+    manager.reload()
+
+
+def _tell_versions(there: dict[str, str | None], step: int) -> None:
+    here = provenance.versions(PACKAGES)
+    differ = [f"{name} {there.get(name)} -> {here[name]}" for name in here if there.get(name) != here[name]]
+    if differ:
+        warn(
+            f"the checkpoint of step {step} was written with other versions ({', '.join(differ)}): what "
+            "follows need not be what an uninterrupted run would have given"
+        )

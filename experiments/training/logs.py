@@ -1,6 +1,7 @@
 """Training metrics: JSON lines, TensorBoard, a progress bar."""
 
 import json
+import sys
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -8,6 +9,11 @@ from tqdm import tqdm
 
 from qt_jax.reporting import records
 from qt_jax.reporting.files import write_whole
+
+
+def warn(message: str) -> None:
+    """Says on stderr, above any progress bar, what the user ought to know; the run goes on."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def drop_after(path: Path, method: str, step: int) -> None:
@@ -39,8 +45,9 @@ class TrainingLog:
         self.writer.close()
 
 
-def progress_bar(method: str, total: int, done: int, batch_size: int) -> tqdm:
-    """A bar that counts images and says how many a second and what time is left; none without a terminal."""
+def progress_bar(method: str, total: int, done: int, batch_size: int, shown: bool = True) -> tqdm:
+    """A bar that counts images and says how many a second and what time is left; none without a terminal,
+    or if it is not to be `shown`."""
     return tqdm(
         total=total * batch_size,
         initial=done * batch_size,
@@ -49,5 +56,5 @@ def progress_bar(method: str, total: int, done: int, batch_size: int) -> tqdm:
         unit_scale=True,
         dynamic_ncols=True,
         smoothing=0.05,
-        disable=None,
+        disable=None if shown else True,
     )

@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import qt_jax as qt
@@ -23,6 +24,8 @@ class TrainState:
     opt_state: optax.OptState
     average: Any
     """Moving average of `params`, or None."""
+    rate_scale: Any = np.float32(1.0)
+    """Factor of the learning rate: halved each time that a diverged run goes back; float32 scalar."""
 
     @property
     def deployed(self) -> dict[str, Any]:
@@ -50,13 +53,17 @@ def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum, weight decay on what `quantizers.is_decayed` says, then reverse pruning."""
+    """SGD with Nesterov momentum, weight decay on what `quantizers.is_decayed` says, then reverse pruning.
+
+    Its `update` takes `rate_scale`, and `batch_stats` for reverse pruning of folded kernels.
+    """
     chain = [
         optax.add_decayed_weights(
             config.weight_decay,
             mask=lambda params: jax.tree_util.tree_map_with_path(quantizers.is_decayed, params),
         ),
         optax.sgd(learning_rate_schedule(config, total_steps), config.momentum, nesterov=True),
+        scaled_by_rate(),
     ]
     if config.reverse_pruning is not None:
         chain.append(
@@ -70,6 +77,15 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
             )
         )
     return optax.chain(*chain)
+
+
+def scaled_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by the `rate_scale` that `update` is given."""
+
+    def update(updates, state, params=None, *, rate_scale, **_):
+        return jax.tree.map(lambda leaf: leaf * rate_scale.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def thresholds(opt_state: optax.OptState) -> dict[str, float]:
@@ -98,6 +114,7 @@ def create_state(
             batch_stats=variables.get("batch_stats", {}),
             opt_state=tx.init(params),
             average=params if config.ema else None,
+            rate_scale=jnp.ones((), jnp.float32),
         )
 
     return jax.jit(init)(random_key(config, "parameters", 0))

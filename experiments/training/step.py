@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from experiments.configs.cifar import Config
 from experiments.data.augment import normalize, random_crop_flip
+from experiments.devices import constrained, replicated, split_rows
 from experiments.training import quantizers
 from experiments.training.state import TrainState, random_key
 
@@ -52,49 +54,78 @@ def make_train_step(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     num_classes: int,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """Builds `run(state, totals, split, order, steps) -> (state, totals)`, compiled once.
 
     `order` is the epoch's permutation of the split, `(steps per epoch * batch,)` int32; `steps` (int32) is
     the number of steps to take. With `steps_per_dispatch` 1 it takes exactly one, without a loop: inside a
     loop XLA's CPU backend runs convolutions on one thread, forty times slower.
+
+    Args:
+      mesh: the devices among which every batch is divided, where `state`, `totals` and `order` are replicated
+        and the rows of `split` may be spread; None: the one device on which the arguments are.
     """
 
-    def step(state: TrainState, totals: Totals, split: Split, order: jax.Array):
-        position = (state.step % (order.size // config.batch_size)) * config.batch_size
-        chosen = jax.lax.dynamic_slice(order, (position,), (config.batch_size,))
-        key = random_key(config, "augmentation", state.step)
-        move = partial(random_crop_flip, key, flip=config.dataset in FLIPPABLE)
-        images, labels = normalize(move(split.images[chosen]), mean, std), split.labels[chosen]
-        if labels.ndim > 1:  # a mask moves with its image, for it is the same key
-            labels = move(labels[..., None])[..., 0].astype(jnp.int32)
+    def loss_fn(params, batch_stats, images, labels, step):
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), config.label_smoothing
         )
 
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = quantizers.training_forward(config, model, variables, images, lam(state.step))
-            return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (
-                logits,
-                updated.get("batch_stats", {}),
-            )
+        def forward(params, images):
+            variables = {"params": params, "batch_stats": batch_stats}
+            return quantizers.training_forward(config, model, variables, images, lam(step))
 
-        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        if config.remat:
+            forward = jax.checkpoint(forward, policy=_is_product)
+        logits, updated = forward(params, images)
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32) / labels[0].size
+        return loss, (correct, updated.get("batch_stats", {}))
+
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients_of(state: TrainState, images: jax.Array, labels: jax.Array):
+        """Mean loss, decisions that are right, statistics, mean gradients."""
+        if config.accumulate == 1:
+            (loss, (correct, batch_stats)), gradients = gradient_fn(
+                state.params, state.batch_stats, images, labels, state.step
+            )
+            return loss, correct, batch_stats, gradients
+
+        def add(carry, part):
+            loss, correct, batch_stats, gradients = carry
+            (more, (right, batch_stats)), gradient = gradient_fn(state.params, batch_stats, *part, state.step)
+            return (loss + more, correct + right, batch_stats, optax.tree.add(gradients, gradient)), None
+
+        count = config.accumulate
+        parts = tuple(constrained(x.reshape(count, -1, *x.shape[1:]), mesh, axis=1) for x in (images, labels))
+        zero = jnp.zeros((), jnp.float32)
+        start = (zero, zero, state.batch_stats, optax.tree.zeros_like(state.params))
+        unroll = count if jax.default_backend() == "cpu" else 1
+        (loss, correct, batch_stats, gradients), _ = jax.lax.scan(add, start, parts, unroll=unroll)
+        mean_of = 1.0 / count
+        return loss * mean_of, correct, batch_stats, optax.tree.scale(mean_of, gradients)
+
+    def step(state: TrainState, totals: Totals, split: Split, order: jax.Array):
+        images, labels = drawn(config, split, order, state.step, mesh)
+        images = normalize(images, mean, std)
+        loss, correct, batch_stats, gradients = gradients_of(state, images, labels)
         params, average = (
             quantizers.started(config, tree, state.batch_stats, batch_stats)
             for tree in (state.params, state.average)
         )
-        updates, opt_state = tx.update(gradients, state.opt_state, params, batch_stats=batch_stats)
+        updates, opt_state = tx.update(
+            gradients, state.opt_state, params, batch_stats=batch_stats, rate_scale=state.rate_scale
+        )
         params = optax.apply_updates(params, updates)
         if config.ema:
             average = optax.incremental_update(params, average, 1.0 - config.ema)
         final = average if config.ema else params
         batch_stats = quantizers.published(config, final, batch_stats)
         batch_stats = quantizers.with_gains(config, model, final, batch_stats, images.shape[1:])
-        correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32) / labels[0].size
         seen = Totals(loss * config.batch_size, correct, jnp.float32(config.batch_size))
-        state = TrainState(state.step + 1, params, batch_stats, opt_state, average)
+        state = TrainState(state.step + 1, params, batch_stats, opt_state, average, state.rate_scale)
         return state, jax.tree.map(jnp.add, totals, seen)
 
     def run(state, totals, split, order, steps):
@@ -102,7 +133,28 @@ def make_train_step(
             return step(state, totals, split, order)
         return jax.lax.fori_loop(0, steps, lambda _, carry: step(*carry, split, order), (state, totals))
 
-    return jax.jit(run, donate_argnums=(0, 1))
+    placed = None if mesh is None else replicated(mesh)
+    return jax.jit(run, donate_argnums=(0, 1), out_shardings=placed)
+
+
+def drawn(
+    config: Config, split: Split, order: jax.Array, step: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Augmented uint8 images and int32 labels of one step: a function of the seed and the step alone."""
+    position = (step % (order.size // config.batch_size)) * config.batch_size
+    chosen = jax.lax.dynamic_slice(order, (position,), (config.batch_size,))
+    key = random_key(config, "augmentation", step)
+    move = partial(random_crop_flip, key, flip=config.dataset in FLIPPABLE)
+    images, labels = (constrained(rows[chosen], mesh) for rows in split)
+    images = move(images)
+    if labels.ndim > 1:  # a mask moves with its image, for it is the same key
+        labels = move(labels[..., None])[..., 0].astype(jnp.int32)
+    return images, labels
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What `--remat` keeps for the backward pass: the outputs of convolutions and matrix products."""
+    return primitive in (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
 
 
 def epoch_order(config: Config, images: int, epoch: int) -> jax.Array:
@@ -112,31 +164,44 @@ def epoch_order(config: Config, images: int, epoch: int) -> jax.Array:
 
 
 def make_predict(
-    config: Config, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], *, quantized: bool
+    config: Config,
+    model: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    quantized: bool,
+    mesh: Mesh | None = None,
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
     """Builds `predict(variables, images) -> logits` for evaluation, with statistics frozen.
 
     Args:
       quantized: full fake quantization (lambda 1) instead of the plain network.
+      mesh: as for `make_train_step`.
 
     Returns:
       A function of variables and uint8 images `(n, height, width, channels)`; float32 logits
       `(n, num_classes)`, or for segmentation `(n, height, width, num_classes)`, computed in batches of one
-      shape: 500 images, fewer where they are larger than 32x32.
+      shape: 500 images, fewer where they are larger than 32x32, rounded up to a multiple of the devices.
     """
 
-    @jax.jit
     def logits(variables, images):
         images = normalize(images, mean, std)
         if not quantized:
             return model.apply(variables, images, train=False)
         return quantizers.quantized_forward(config, model, variables, images)
 
+    placed = None if mesh is None else replicated(mesh)
+    logits = jax.jit(logits, out_shardings=placed)
+
     def predict(variables, images):
         n, (height, width) = len(images), images.shape[1:3]
         batch = min(500, max(1, 500 * 32 * 32 // (height * width)))
+        if mesh is not None:
+            batch = -(-batch // mesh.size) * mesh.size
         padded = np.concatenate([images, np.zeros((-n % batch, *images.shape[1:]), images.dtype)])
-        parts = [logits(variables, padded[i : i + batch]) for i in range(0, n, batch)]
-        return np.concatenate([np.asarray(part) for part in parts])[:n]
+        parts = (padded[i : i + batch] for i in range(0, n, batch))
+        if mesh is not None:
+            parts = (split_rows(part, mesh) for part in parts)
+        return np.concatenate([np.asarray(logits(variables, part)) for part in parts])[:n]
 
     return predict

@@ -148,7 +148,7 @@ def test_relaunch_does_nothing_again(finished, monkeypatch, capsys):
         kept = [p for p in finished.folder.rglob("*") if p.is_file() and not p.name.startswith("summary")]
         return {path: path.stat().st_mtime_ns for path in kept}
 
-    for module, stage in ((loop, "make_train_step"), (cifar, "deploy"), (cifar.qt, "evaluate")):
+    for module, stage in ((loop, "_run_epoch"), (cifar, "deploy"), (cifar.qt, "evaluate")):
         monkeypatch.setattr(module, stage, None)
     before = stamps()
     assert launch(finished.folder) == 0

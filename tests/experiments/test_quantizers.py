@@ -19,7 +19,8 @@ from experiments.baselines.lsq import LSQ
 from experiments.configs.cifar import PRESETS, Config, float_twin, lambda_schedule, quant_config
 from experiments.data import load
 from experiments.description import describe
-from experiments.training import checkpoints, loop, quantizers
+from experiments.training import loop, quantizers
+from experiments.training.fine_tuning import fine_tuned
 from experiments.training.state import create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
 from qt_jax.export.checkpoint import load as load_network
@@ -231,7 +232,7 @@ def test_exports_carry_the_learned_ranges_and_no_parameter_of_them(trained, tiny
 
 def test_a_relaunch_goes_on_with_what_was_learned(trained, monkeypatch):
     config, folder, variables = trained
-    monkeypatch.setattr(loop, "make_train_step", None)
+    monkeypatch.setattr(loop, "_run_epoch", None)
     again = loop.train(config, TINY, DIGITS, folder, config.quantizer)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
 
@@ -242,14 +243,14 @@ def test_fine_tuning_starts_from_the_network_and_its_own_ranges(trained, tmp_pat
     tx = optimizer(CONFIG, 4)
     for quantizer in ("quant-trim", "lsq"):
         fresh = create_state(with_quantizer(quantizer, ema=0.5), TINY, tx, (8, 8, 1))
-        state = checkpoints.fine_tuned(fresh, source)
+        state = fine_tuned(fresh, source)
         assert jax.tree.structure(state) == jax.tree.structure(fresh)
         jax.tree.map(np.testing.assert_array_equal, quantizers.plain(state.params), variables["params"])
         norm = state.batch_stats["norm"]["mean"]
         np.testing.assert_array_equal(norm, variables["batch_stats"]["norm"]["mean"])
         assert int(state.batch_stats["head"]["quant_input"]["count"]) == 0
         jax.tree.map(np.testing.assert_array_equal, state.average, state.params)
-    assert checkpoints.fine_tuned(fresh, None) is fresh
+    assert fine_tuned(fresh, None) is fresh
 
     tuned = dataclasses.replace(float_twin(CONFIG), fine_tune=source, learning_rate=0.0)
     result = loop.train(tuned, TINY, DIGITS, tmp_path / "run", "float")
@@ -264,9 +265,9 @@ def test_fine_tuning_from_another_network_or_from_nothing_is_refused(trained, tm
             lambda other=other: create_state(CONFIG, other, optimizer(CONFIG, 4), (8, 8, 1))
         )
         with pytest.raises(qt.InvalidInput, match=r"--fine-tune .*it is another network, or of another"):
-            checkpoints.fine_tuned(state, source)
+            fine_tuned(state, source)
     with pytest.raises(qt.InvalidInput, match="no such folder"):
-        checkpoints.fine_tuned(state, tmp_path / "nothing")
+        fine_tuned(state, tmp_path / "nothing")
 
 
 def test_qwix_trains_the_plain_tree_and_keeps_no_range(tmp_path):

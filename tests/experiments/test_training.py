@@ -18,12 +18,12 @@ import pytest
 from rich.console import Console
 
 import qt_jax as qt
-from experiments import cifar, models
+from experiments import cifar, devices, models
 from experiments.configs.cifar import PRESETS, Config, lambda_schedule
 from experiments.data import load
 from experiments.description import describe
 from experiments.models.resnet import ResNet
-from experiments.training import checkpoints, loop
+from experiments.training import checkpoints, loop, program
 from experiments.training.logs import TrainingLog
 from experiments.training.state import create_state, learning_rate_schedule, optimizer
 from qt_jax.reporting import records
@@ -54,7 +54,8 @@ def final_state(config: Config, folder: Path):
     tx = optimizer(config, config.epochs * STEPS_PER_EPOCH)
     template = create_state(config, TINY, tx, (8, 8, 1))
     with checkpoints.open_checkpoints(folder / "checkpoints" / METHOD) as manager:
-        return checkpoints.restore_latest(manager, template)
+        found = checkpoints.restore_latest(manager, template, devices.data_mesh())
+    return found and found[0]
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
@@ -103,10 +104,10 @@ def whole(tmp_path_factory, shared_compilations) -> Whole:
 
         return watch
 
-    make_predict = loop.make_predict
+    make_predict = program.make_predict
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "lambda_schedule", counted_schedule)
-        patch.setattr(loop, "make_predict", watched_predict)
+        patch.setattr(program, "lambda_schedule", counted_schedule)
+        patch.setattr(program, "make_predict", watched_predict)
         variables = run(CONFIG, folder)
     return Whole(folder, variables, sum(traces), validations)
 
@@ -143,7 +144,7 @@ def test_checkpoint_holds_what_training_returned(whole):
 
 
 def test_finished_training_is_not_redone(whole, monkeypatch):
-    monkeypatch.setattr(loop, "make_train_step", None)
+    monkeypatch.setattr(loop, "_run_epoch", None)
     before = (whole.folder / "metrics.jsonl").read_bytes()
     assert_same_bits(run(CONFIG, whole.folder), whole.variables)
     assert (whole.folder / "metrics.jsonl").read_bytes() == before
@@ -153,10 +154,10 @@ def test_interrupted_run_resumes_to_the_bit(whole, tmp_path, monkeypatch):
     """Killed after the second epoch's row was written and before its checkpoint was, then amid a row."""
     save = checkpoints.save
 
-    def save_once(manager, state):
+    def save_once(manager, state, totals):
         if int(state.step) > STEPS_PER_EPOCH:
             raise KeyboardInterrupt
-        save(manager, state)
+        save(manager, state, totals)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save", save_once)

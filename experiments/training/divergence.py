@@ -1,0 +1,180 @@
+"""A diverged run, looked into: the step it was, the layer, the ranges, what to go back to."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+import qt_jax as qt
+from experiments.configs.cifar import Config
+from experiments.training import quantizers
+from experiments.training.state import TrainState
+from experiments.training.step import Totals
+from qt_jax.interceptor import is_range
+from qt_jax.reporting.files import write_whole
+
+LARGEST_LOSS = 1e3
+"""A mean loss above this, many times that of guessing, is taken for divergence, like one not finite."""
+REPORT = "divergence.json"
+
+
+class Diverged(Exception):
+    """The loss has left all bounds by the step `step`."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss is {loss:g} by step {step}")
+        self.step, self.loss = step, loss
+
+
+def is_sound(loss: float) -> bool:
+    """Whether a loss is one to go on with.
+
+    >>> is_sound(2.3), is_sound(float("nan")), is_sound(1e9)
+    (True, False, False)
+    """
+    return math.isfinite(loss) and loss <= LARGEST_LOSS
+
+
+def are_finite(tree: Any) -> bool:
+    """Whether all numbers in a tree of arrays are finite."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+def first_bad_step(
+    state: TrainState, until: int, advance: Callable[[TrainState], tuple[TrainState, Totals]]
+) -> TrainState:
+    """The state with which the first step begins whose loss is not sound, found by repeating the steps.
+
+    A step that breaks the parameters shows in the loss of the next one, and is the one that is returned.
+
+    Args:
+      state: from which the run went wrong, a checkpoint's.
+      until: a step by which it had.
+      advance: takes one step, and gives the sums of that step alone; must not consume its argument.
+    """
+    before = state
+    while int(state.step) < until:
+        after, totals = advance(state)
+        if not is_sound(float(totals.loss) / max(float(totals.images), 1.0)):
+            return state if are_finite(state.params) else before
+        before, state = state, after
+    return before
+
+
+def examine(
+    config: Config, model: nn.Module, state: TrainState, images: jax.Array, labels: jax.Array, lam: float
+) -> dict[str, Any]:
+    """What one training pass over the batch of a bad step shows, as plain JSON values.
+
+    Args:
+      state: with which the step begins.
+      images, labels: its normalised batch.
+      lam: its lambda.
+
+    Returns:
+      `layer`: the first, in the order of computation, whose output is not finite, else the one with the
+      largest output; `outputs`: by layer, the largest finite |output| and the share that is not finite;
+      `gradients`, `parameters`: the paths of those that are not finite; `ranges`: low and high by site, and
+      `scale` of the layer's own.
+    """
+    state = jax.tree.map(np.asarray, state)
+    classes = model.num_classes if hasattr(model, "num_classes") else int(np.max(labels)) + 1
+    targets = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    order: list[str] = []
+
+    def loss_fn(params):
+        seen: dict[str, dict[str, jax.Array]] = {}
+
+        def look(call, args, kwargs, context):
+            output = call(*args, **kwargs)
+            path = "/".join(context.module.path)
+            if path and context.method_name == "__call__" and isinstance(output, jax.Array):
+                finite = jnp.isfinite(output)
+                largest = jnp.max(jnp.where(finite, jnp.abs(output), 0))
+                seen[path] = {"largest": largest, "broken": 1.0 - jnp.mean(finite, dtype=jnp.float32)}
+            return output
+
+        with nn.intercept_methods(look):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, _ = quantizers.training_forward(config, model, variables, images, jnp.float32(lam))
+        order[:] = seen
+        log_likelihood = jax.nn.log_softmax(logits)
+        return -jnp.mean(jnp.sum(targets * log_likelihood, -1)), seen
+
+    (loss, outputs), gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(state.params)
+    outputs = {path: {name: float(value) for name, value in outputs[path].items()} for path in order}
+    broken = [path for path, seen in outputs.items() if seen["broken"] > 0]
+    layer = broken[0] if broken else max(outputs, key=lambda path: outputs[path]["largest"])
+    return {
+        "loss": _plain(loss),
+        "layer": layer,
+        "layer_is_finite": not broken,
+        "outputs": outputs,
+        "gradients": _broken(gradients),
+        "parameters": _broken(state.params),
+        "ranges": _ranges(state.batch_stats),
+        "scale": _scales(state.batch_stats, layer, quantizers.quantization(config, model, images.shape[1:])),
+    }
+
+
+def _plain(value: Any) -> float | None:
+    """A number as JSON has it: null if it is not finite."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _broken(tree: Any) -> list[str]:
+    return ["/".join(path) for path, leaf in flatten_dict(tree).items() if not np.isfinite(leaf).all()]
+
+
+def _ranges(batch_stats: Any) -> dict[str, Any]:
+    return {
+        "/".join(path): [_plain(x) for x in np.ravel(leaf)]
+        for path, leaf in flatten_dict(batch_stats).items()
+        if is_range(path) and path[-1] in ("low", "high")
+    }
+
+
+def _scales(batch_stats: Any, layer: str, config: qt.QuantConfig) -> dict[str, float | None]:
+    """The scales of a layer's sites, the largest over channels; none where it has no ranges."""
+    sites = config.sites(layer)
+    specs = {"quant_kernel": sites.weights, "quant_input": sites.inputs, "quant_output": sites.outputs}
+    flat, found = flatten_dict(batch_stats), {}
+    for site, spec in specs.items():
+        path = (*layer.split("/"), site)
+        if spec is not None and (*path, "low") in flat:
+            scale, _ = qt.quantization_parameters(flat[*path, "low"], flat[*path, "high"], spec)
+            found[site] = _plain(np.max(scale))
+    return found
+
+
+def told(report: Mapping[str, Any], directory: Path) -> str:
+    """Writes the report into the run's folder, and says in a sentence or two what it holds."""
+    write_whole(directory / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    worst = report["outputs"][report["layer"]]
+    seen = (
+        f"whose outputs are the largest, {worst['largest']:.3g}"
+        if report["layer_is_finite"]
+        else f"the first with outputs that are not finite ({100 * worst['broken']:.3g} %)"
+    )
+    scales = ", ".join(f"{site} {_shown(value)}" for site, value in report["scale"].items()) or "none"
+    kept = report["checkpoint"]
+    left = "There is no checkpoint yet. " if kept is None else f"The checkpoint of step {kept} is whole. "
+    broken = [f"{len(report[kind])} {kind}" for kind in ("parameters", "gradients") if report[kind]]
+    return (
+        f"training diverged at step {report['step']} (epoch {report['epoch']}): the loss is "
+        f"{_shown(report['loss'])}, lambda {report['lambda']:.3f}, learning rate "
+        f"{report['learning_rate']:.3g}. Look at layer {report['layer']}, {seen}; its scales: {scales}"
+        + (f"; not finite: {', '.join(broken)}" if broken else "")
+        + f". All layers: {directory / REPORT}. {left}"
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

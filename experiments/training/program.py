@@ -1,0 +1,117 @@
+"""What a training run computes, compiled, and over which data and devices."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import qt_jax as qt
+from experiments import devices
+from experiments.configs.cifar import Config, lambda_schedule
+from experiments.data import Dataset
+from experiments.training.fine_tuning import fine_tuned
+from experiments.training.state import TrainState, create_state, learning_rate_schedule, optimizer
+from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
+
+
+class Program(NamedTuple):
+    """A run's functions and data. Arrays are on all devices of `mesh`, the split divided by rows."""
+
+    config: Config
+    model: nn.Module
+    dataset: Dataset
+    mesh: Mesh
+    steps_per_epoch: int
+    template: TrainState
+    """Shapes and dtypes of the state."""
+    first: Callable[[], TrainState]
+    """The state before the first step."""
+    run: Callable[..., tuple[TrainState, Totals]]
+    """As `make_train_step` builds it."""
+    order: Callable[[int], jax.Array]
+    """The order of an epoch, counted from 0."""
+    split: Split
+    lam: Callable[[int], Any]
+    rate: Callable[[int], Any]
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.config.epochs
+
+
+def build(config: Config, model: nn.Module, dataset: Dataset, mesh: Mesh) -> Program:
+    """The program of a run; nothing is compiled yet.
+
+    Raises:
+      InvalidInput: there is no whole batch, or it cannot be divided among the devices.
+    """
+    images, labels = (x[: config.train_limit] for x in (dataset.train_images, dataset.train_labels))
+    per_epoch = _steps_per_epoch(config, len(images), mesh.size)
+    total = per_epoch * config.epochs
+    tx, lam = optimizer(config, total), lambda_schedule(config, total)
+    everywhere = devices.replicated(mesh)
+    order = jax.jit(lambda epoch: epoch_order(config, len(images), epoch), out_shardings=everywhere)
+
+    def create() -> TrainState:
+        return create_state(config, model, tx, images.shape[1:])
+
+    return Program(
+        config,
+        model,
+        dataset,
+        mesh,
+        per_epoch,
+        template=jax.eval_shape(create),
+        first=lambda: devices.replicate(fine_tuned(create(), config.fine_tune), mesh),
+        run=make_train_step(config, model, tx, lam, dataset.mean, dataset.std, dataset.num_classes, mesh),
+        order=lambda epoch: order(np.int32(epoch)),
+        split=Split(devices.split_rows(images, mesh), devices.split_rows(labels, mesh)),
+        lam=lam,
+        rate=learning_rate_schedule(config, total),
+    )
+
+
+def _steps_per_epoch(config: Config, images: int, count: int) -> int:
+    if config.batch_size > images:
+        raise qt.InvalidInput(
+            f"--batch-size {config.batch_size} is larger than the training split ({images})"
+        )
+    if config.batch_size // config.accumulate % count:
+        parts = "" if config.accumulate == 1 else f" in {config.accumulate} parts (--accumulate)"
+        raise qt.InvalidInput(
+            f"--batch-size {config.batch_size}{parts} cannot be divided among {count} devices: choose a "
+            f"multiple of {count * config.accumulate}"
+        )
+    return images // config.batch_size
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the decisions, one an image or one a pixel, whose largest logit is the label's."""
+    return float(np.mean(np.argmax(logits, -1) == labels))
+
+
+def validation(program: Program) -> Callable[[TrainState], dict[str, float]]:
+    """Builds what measures a state on the validation split, plain and fake-quantized."""
+    config, model, dataset = program.config, program.model, program.dataset
+    kinds = {"fp32": False} | ({"fake_quant": True} if config.sched != "none" else {})
+    predictors = {
+        name: make_predict(config, model, dataset.mean, dataset.std, quantized=quantized, mesh=program.mesh)
+        for name, quantized in kinds.items()
+    }
+
+    def validate(state: TrainState) -> dict[str, float]:
+        found = {}
+        for name, predict in predictors.items():
+            logits = predict(state.deployed, dataset.validation_images)
+            found[f"validation_{name}"] = accuracy(logits, dataset.validation_labels)
+            if logits.ndim == 4:
+                decisions = logits.argmax(-1)
+                overlap = qt.metrics.miou(decisions, dataset.validation_labels, dataset.num_classes)
+                found[f"validation_miou_{name}"] = overlap
+        return found
+
+    return validate
