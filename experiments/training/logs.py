@@ -7,6 +7,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 from qt_jax.reporting.files import write_whole
 
@@ -34,15 +35,24 @@ class TrainingLog:
         self.writer = SummaryWriter(str(directory / "tensorboard" / method), purge_step=step + 1)
 
     def write(self, step: int, **values) -> None:
-        """Appends one row and its scalars."""
-        records.append(self.path, {"method": self.method, "step": step, **values})
+        """Appends one row and its scalars. Raises InvalidInput if the disk does not take them."""
+        try:
+            records.append(self.path, {"method": self.method, "step": step, **values})
+        except OSError as error:
+            raise InvalidInput(
+                f"the row of step {step} cannot be written to {self.path} ({error.strerror or error}). The newest "
+                "checkpoint is whole; the same command goes on from it once that is mended."
+            ) from error
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
-        self.writer.close()
+        """Flushes TensorBoard, whose curves are a copy: a disk that does not take them ends no run."""
+        try:
+            self.writer.close()
+        except OSError as error:
+            warn(f"TensorBoard's curves are not complete ({error.strerror})")
 
 
 def progress_bar(method: str, total: int, done: int, batch_size: int, shown: bool = True) -> tqdm:

@@ -215,7 +215,7 @@ def test_divergence_keeps_the_checkpoints(whole, tmp_path):
     kept = folder / "checkpoints" / METHOD
     shutil.rmtree(kept / "12")
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
-    with pytest.raises(qt.InvalidInput, match=r"diverged: .* by step 12, in epoch 3.* --learning-rate"):
+    with pytest.raises(qt.InvalidInput, match=r"diverged at step 9 \(epoch 3\): .* --learning-rate"):
         run(dataclasses.replace(CONFIG, learning_rate=1e30), folder)
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
     assert [row["epoch"] for row in timeless(folder)] == [1, 2]
@@ -227,18 +227,12 @@ def test_divergence_keeps_the_checkpoints(whole, tmp_path):
 )
 def test_checkpoint_of_another_network_is_refused_and_left(whole, model, change):
     before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
-    with pytest.raises(qt.InvalidInput, match=r"checkpoints/quant-trim/12 is damaged, or of another model"):
+    with pytest.raises(
+        qt.InvalidInput,
+        match=r"quant-trim/12 is of another model or config: .* there and",
+    ):
         run(dataclasses.replace(CONFIG, **change), whole.folder, model)
     assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before
-
-
-def test_damaged_checkpoint_is_named(whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole.folder, folder)
-    metadata = folder / "checkpoints" / METHOD / "12" / "default" / "_METADATA"
-    metadata.write_bytes(metadata.read_bytes()[:100])
-    with pytest.raises(qt.InvalidInput, match=r"12 is damaged, .* another --out, or move that checkpoint"):
-        final_state(CONFIG, folder)
 
 
 def test_batch_larger_than_the_split_is_refused_before_anything_is_written(tmp_path):

@@ -1,0 +1,92 @@
+"""Fifty steps of a tiny network, in a process with devices of its own: what test_parallel.py starts.
+
+python parallel_run.py FOLDER NAME COUNT [ADDRESS:PORT,PROCESSES,INDEX] [STOP]: trains on the first COUNT
+devices up to step STOP (SIGTERM arrives there) or the end, in FOLDER; the leader writes FOLDER/NAME.npz.
+"""
+
+import dataclasses
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import devices
+from experiments.configs.cifar import PRESETS
+from experiments.data import load
+from experiments.models.resnet import ResNet
+from experiments.training import loop, preemption
+from experiments.training.divergence import are_finite
+from experiments.training.step import Split
+
+METHOD = "quant-trim"
+CONFIG = dataclasses.replace(
+    PRESETS["smoke"],
+    dataset="digits",
+    train_limit=640,
+    batch_size=64,
+    epochs=5,
+    learning_rate=0.05,
+    reverse_pruning_every=5,
+    ema=0.9,
+)
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    """Arrays by path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+@contextmanager
+def told_to_end_at(stop: int):
+    """Stands for `preemption.watched`: SIGTERM comes in step `stop`."""
+    yield lambda step: signal.SIGTERM if step >= stop else None
+
+
+def main(folder: str, name: str, count: str, where: str = "alone", stop: str = "") -> None:
+    if where != "alone":
+        devices.connect(where)
+    if stop:
+        loop.preemption.watched = lambda: told_to_end_at(int(stop))
+    seen = {}
+    row = loop._row
+
+    def watched_row(program, state, *rest):
+        seen.update(state=flat(vars(state)), split=program.split)
+        return row(program, state, *rest)
+
+    loop._row = watched_row
+    dataset = load("digits")
+    on = jax.devices()[: int(count)]
+    try:
+        loop.train(CONFIG, ResNet((1,), width=4), dataset, Path(folder), METHOD, on)
+    except preemption.Interrupted as error:
+        print(error)
+        return
+    assert are_finite(seen["state"])
+    own_rows(seen["split"], dataset)
+    if devices.is_leader():
+        np.savez(Path(folder) / f"{name}.npz", **seen["state"])
+    devices.disconnect()
+
+
+def own_rows(split: Split, dataset) -> None:
+    """This process holds its own share of the training images, each row once, and no other."""
+    shards = split.images.addressable_shards
+    starts = [shard.index[0].start or 0 for shard in shards]
+    rows = split.images.shape[0] // jax.device_count() if len(shards) > 1 else split.images.shape[0]
+    first = min(starts)
+    assert sorted(starts) == list(range(first, first + rows * len(shards), rows)), starts
+    for shard in shards:
+        start = shard.index[0].start or 0
+        want = dataset.train_images[: CONFIG.train_limit][start : start + rows]
+        np.testing.assert_array_equal(np.asarray(shard.data), want)
+    if jax.process_count() > 1:
+        assert rows * len(shards) * jax.process_count() == CONFIG.train_limit
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
