@@ -40,8 +40,8 @@ class TrainingLog:
             records.append(self.path, {"method": self.method, "step": step, **values})
         except OSError as error:
             raise InvalidInput(
-                f"the row of step {step} cannot be written to {self.path} ({error.strerror or error}). The newest "
-                "checkpoint is whole; the same command goes on from it once that is mended."
+                f"the row of step {step} cannot be written to {self.path} ({error.strerror or error}). The "
+                "newest checkpoint is whole; the same command goes on from it once that is mended."
             ) from error
         for name, value in values.items():
             if isinstance(value, (int, float)):

@@ -65,15 +65,15 @@ def train(
         stopping = stack.enter_context(preemption.watched())
         validate = validation(program)
         while (first := int(state.step)) < program.total:
-            started = time.perf_counter()
+            started, scale = time.perf_counter(), float(state.rate_scale)
             try:
                 state, totals = _run_epoch(program, state, totals, bar, stopping)
             except Diverged as error:
-                state, totals = recovery.gone_back(program, manager, error, directory)
+                state, totals = recovery.gone_back(program, manager, error, scale, directory)
                 bar.update(int(state.step) * config.batch_size - bar.n)
                 continue
             step = int(state.step)
-            if step % program.steps_per_epoch == 0:
+            if step > first and step % program.steps_per_epoch == 0:
                 if step == program.total:
                     state = devices.replicate(finished(config, dataset, devices.on_host(state)), program.mesh)
                 seconds = time.perf_counter() - started

@@ -29,16 +29,20 @@ def beginning(program: Program, manager: ocp.CheckpointManager) -> tuple[TrainSt
 
 
 def gone_back(
-    program: Program, manager: ocp.CheckpointManager, error: Diverged, directory: Path
+    program: Program, manager: ocp.CheckpointManager, error: Diverged, scale: float, directory: Path
 ) -> tuple[TrainState, Totals]:
     """Where a diverged run begins anew, with half the learning rate that it had; the report is written.
+
+    Args:
+      scale: factor of the learning rate with which it went wrong.
 
     Raises:
       InvalidInput: no retries are left; says what was found out.
     """
     state, totals = beginning(program, manager)
+    state = state.replace(rate_scale=devices.replicate(np.float32(scale), program.mesh))
     report = examined(program, state, error) | {"checkpoint": manager.latest_step()}
-    message, scale = divergence.told(report, directory), float(state.rate_scale)
+    message = divergence.told(report, directory)
     if scale <= 0.5**program.config.retries:
         raise qt.InvalidInput(
             f"{message}Lower --learning-rate or use a gentler --sched in another --out, or let --retries 3 "
