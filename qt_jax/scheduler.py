@@ -36,8 +36,8 @@ class Scheduler:
     """Who runs the jobs, and what each of them may take."""
 
     launcher: Literal["here", "local", "slurm", "debug"] = "here"
-    """here: processes of this one. Through submitit: local: jobs on this machine; slurm: jobs in Slurm's queue;
-    debug: one after the other inside this process."""
+    """here: processes of this one. Through submitit: local: jobs on this machine; slurm: jobs in Slurm's
+    queue; debug: one after the other inside this process."""
     partition: str | None = None
     """Of Slurm."""
     job_minutes: int = 1440
@@ -48,6 +48,9 @@ class Scheduler:
     """GPUs of each of Slurm's jobs; local ones see those that this process sees."""
     job_memory: float | None = None
     """GiB of each of Slurm's jobs."""
+
+
+HERE = Scheduler()
 
 
 class JobFailed(Exception):
@@ -235,7 +238,7 @@ def _executor(scheduler: Scheduler, folder: Path) -> Any:
 
 
 def _perform(variables: Mapping[str, str | None], function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a job: the call, under these variables; SIGTERM, which submitit passes over, ends it as Ctrl-C does."""
+    """In a job: the call, under these variables; SIGTERM, which submitit ignores, ends it as Ctrl-C does."""
 
     def end(*_) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

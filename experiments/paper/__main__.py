@@ -28,7 +28,7 @@ from experiments.paper.rows import Row
 from experiments.paper.schedule import run_rows
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
-from qt_jax.scheduler import Scheduler, open_queue
+from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 README = Path(__file__).parents[2] / "README.md"
 METHODS = Path(methods.__file__).parent
@@ -56,12 +56,12 @@ class Options:
     render: bool = False
     """Write tables and figures from the records that are there, and stop."""
     jobs: int | None = None
-    """Rows at a time; default: one a core where the preset binds rows to cores, else one; all in Slurm's queue."""
+    """Rows at a time; default: one a core where the preset binds rows to cores, else one; in Slurm all."""
     runs: Path = Path("runs")
     """Folder of checkpoints, graphs and logs."""
     results: Path = study.RESULTS
     """Folder of records, tables and figures."""
-    scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = Scheduler()
+    scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = HERE
     """Who runs the rows."""
 
 
@@ -172,7 +172,7 @@ def places(jobs: int | None, pinned: bool) -> list[int | None]:
 
 
 def shares(options: Options, pinned: bool, waiting: int) -> tuple[list[int | None], int]:
-    """A place for each row that runs, or is in Slurm's queue, at a time; how many deployments each does at once.
+    """A place for each row that runs, or is queued, at a time; and how many deployments each does at once.
 
     Raises InvalidInput as `places` does.
     """

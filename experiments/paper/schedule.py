@@ -92,7 +92,7 @@ def carry_out(
     watch: Callable[[Progress], None],
     interval: float,
 ) -> Progress:
-    """As `run_rows`, which see, for rows that `start` starts in a slot; who calls ends those that are left."""
+    """As `run_rows`, for rows that `start` starts in a slot; the caller ends those that an error leaves."""
     progress = Progress(list(rows))
     while progress.waiting or progress.running:
         _start(progress, start, slots)

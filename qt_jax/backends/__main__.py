@@ -22,7 +22,7 @@ from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 from qt_jax.reporting.files import write_whole
 from qt_jax.reporting.records import Record
-from qt_jax.scheduler import Scheduler
+from qt_jax.scheduler import HERE, Scheduler
 
 PIPED_WIDTH = 120
 
@@ -75,7 +75,7 @@ class Settings:
     """USD for an hour of this machine; default: 0.05 for each CPU, a round figure."""
     retry: bool = False
     """Run again what did not end well the last time."""
-    scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = Scheduler()
+    scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = HERE
     """Who does compiles and runs of simulators."""
 
     def selection(self) -> tuple[str | tuple[str, ...], tuple[str, ...] | None, tuple[str, ...] | None]:

@@ -23,9 +23,8 @@ from qt_jax.backends.rows import Job, Row
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 from qt_jax.reporting.records import Record
-from qt_jax.scheduler import Scheduler, open_queue
+from qt_jax.scheduler import HERE, Scheduler, open_queue
 
-HERE = Scheduler()
 RECORDS = "records.jsonl"
 NO_IDENTITY: Mapping[str, Any] = MappingProxyType({})
 
