@@ -223,7 +223,7 @@ def test_an_interruption_cancels_the_rows_jobs(tmp_path):
 
 @pytest.mark.slow
 def test_real_rows_leave_the_records_of_one_machine(tmp_path):
-    """python -m pytest -m slow tests/experiments/test_paper_launchers.py (about three minutes on two cores)"""
+    """python -m pytest -m slow tests/experiments/test_paper_launchers.py (about three minutes)"""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     found = {}
     for launcher in ("here", "local"):

@@ -2,10 +2,12 @@
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx.parser
+import psutil
 import pytest
 from submitit.core.core import Job as SubmititJob
 
@@ -44,9 +46,9 @@ def settled(rows: list[records.Record]) -> list[records.Record]:
     return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
 
-@pytest.mark.parametrize("launcher", ["local", "debug"])
-def test_records_are_those_of_a_run_without_a_scheduler(launcher, fake, tmp_path):
-    chosen = {"backends": ["onnxruntime", "fake"], "schemes": ["exact", "refused", "int8-pt-minmax"]}
+@pytest.mark.parametrize(("launcher", "timed"), [("local", ()), ("debug", ("int8-pt-minmax",))])
+def test_records_are_those_of_a_run_without_a_scheduler(launcher, timed, fake, tmp_path):
+    chosen = {"backends": ["onnxruntime", "fake"], "schemes": ["exact", "refused", *timed]}
     chosen |= {"runtimes": ["optimized", "simulator"]}
     plain = run(tmp_path / "plain", jobs=2, **chosen)
     through = run(
@@ -114,6 +116,26 @@ def test_stopping_cancels_the_job(fake, tmp_path):
             assert all(job.done() for job in queue.jobs)
     finally:
         steps.STOPPING.clear()
+
+
+def test_an_interruption_ends_the_workers_of_all_jobs(fake, tmp_path):
+    sleepers: list[psutil.Process] = []
+
+    def interrupt(record: records.Record) -> None:
+        if record["scheme"] == "refused":
+            while not sleepers:
+                family = psutil.Process().children(recursive=True)
+                sleepers.extend(p for p in family if p.name() == "sleep")
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    run(tmp_path, backends="fake", schemes=["exact"])  # the reference is there, then
+    chosen = {"backends": "fake", "schemes": ["refused", "hang"], "jobs": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, **chosen, scheduler=Scheduler("local"), limits=Limits(60.0), on_record=interrupt)
+    _, alive = psutil.wait_procs(sleepers, timeout=10)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert not list(tmp_path.glob("work/*hang*/answer.json"))
 
 
 def test_slurm_needs_a_folder_that_hosts_share():
