@@ -1,12 +1,12 @@
 """Jobs for a scheduler that is there already, through submitit: processes of this machine, or Slurm's queue.
 
-Jobs of Slurm run on other hosts: the folders they work in must lie on a file system that all hosts share.
-Records and steps are written under `flock`, which Lustre grants if it is mounted with `flock`, and NFS from
-version 4 on; over version 3 a host may for a while see files as they were before another host replaced
-them, so that a record can get lost (the same command then makes it again). What is mounted with
-`local_lock` keeps hosts apart in no way.
+Slurm's jobs run on other hosts: the folders they work in must lie on a file system that all hosts share.
+Records and steps are written under `flock`. Lustre grants it if mounted so; NFS does unless mounted with
+`local_lock`, but a host may for a while see a file as it was before another host replaced it, over version 3
+above all, so that a record can get lost: the same command then makes it again. This was tried on one host.
 
-A job that Slurm preempts is queued again, as submitit does it; one whose time is up has failed.
+A job whose time is up is told shortly before (local: 30 s, Slurm: 90 s), ends what it has started, and has
+failed. One that is preempted has failed, too, unless Slurm queues it again.
 """
 
 import logging
@@ -41,7 +41,7 @@ class Scheduler:
     partition: str | None = None
     """Of Slurm."""
     job_minutes: int = 1440
-    """Time limit of each job, local or Slurm's."""
+    """Time limit of each job, local or Slurm's, which it is told shortly before."""
     job_cpus: int | None = None
     """CPUs of each of Slurm's jobs."""
     job_gpus: int | None = None

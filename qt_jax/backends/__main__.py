@@ -66,7 +66,7 @@ class Settings:
     calibration_size: int | None = None
     """Calibration images, from the first; default: all. Every vendor gets the same."""
     jobs: int = 1
-    """Rows that run, or jobs handed over, at the same time. Latency is measured afterwards, one row at a time."""
+    """Rows, or jobs of a scheduler, at a time. Latency is measured afterwards, one row at a time."""
     timeout: float = 1800.0
     """Seconds for each compile, run or timing."""
     memory: float = MOST_GIBIBYTES
