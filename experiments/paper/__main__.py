@@ -1,7 +1,7 @@
 """`python -m experiments.paper`: the whole study, from training to tables and figures.
 
 Every row (task, method, seed) is a process of its own; its records go to experiments/results/paper-<preset>.
-Relaunching goes on where it stopped.
+Relaunching goes on where it stopped. With --launcher, rows are jobs of a scheduler: see `launchers`.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import tyro
@@ -18,14 +19,16 @@ from experiments.command_line import exit_status
 from experiments.configs import methods
 from experiments.configs.presets import preset
 from experiments.paper import rows as study
+from experiments.paper.launchers import hand_over
 from experiments.paper.networks import DESCRIPTION
 from experiments.paper.progress import Display, listing
 from experiments.paper.render import render
-from experiments.paper.row import command
+from experiments.paper.row import command, detached_command
 from experiments.paper.rows import Row
 from experiments.paper.schedule import run_rows
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
+from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 README = Path(__file__).parents[2] / "README.md"
 METHODS = Path(methods.__file__).parent
@@ -53,11 +56,13 @@ class Options:
     render: bool = False
     """Write tables and figures from the records that are there, and stop."""
     jobs: int | None = None
-    """Rows at a time; default: one a core where the preset binds rows to cores, else one."""
+    """Rows at a time; default: one a core where the preset binds rows to cores, else one; in Slurm all."""
     runs: Path = Path("runs")
     """Folder of checkpoints, graphs and logs."""
     results: Path = study.RESULTS
     """Folder of records, tables and figures."""
+    scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = HERE
+    """Who runs the rows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,22 +118,37 @@ def perform(rows: list[Row], options: Options, console: Console) -> list[Row]:
     folder = study.results_of(chosen, options.results)
     done = study.done(rows, folder)
     waiting = unfinished(rows, done, options.runs)
-    if not options.resume:
-        for row in waiting:
-            study.forget(row, options.runs)
-    slots = places(options.jobs, chosen.pinned)
-    jobs = 1 if chosen.pinned else max(1, (os.cpu_count() or 1) // len(slots))
+    slots, jobs = shares(options, chosen.pinned, len(waiting))
+    scheduler = options.scheduler
+    if scheduler.launcher == "slurm" and chosen.pinned and scheduler.job_cpus is None:
+        scheduler = dataclasses.replace(scheduler, job_cpus=1)
     display = Display(rows, done - {*waiting}, len(slots), options.runs, folder, console)
-    console.print(display.opening())
-    with display:
-        progress = run_rows(
-            waiting,
-            lambda row: command(row, options.runs, options.results, jobs),
-            lambda row: study.log_of(row, options.runs),
-            slots=slots,
-            environment=environment(options.runs / f"paper-{chosen.name}" / "jax-cache"),
-            watch=display.update,
-        )
+    home = options.runs / f"paper-{chosen.name}"
+    shared = {
+        "log": lambda row: study.log_of(row, options.runs),
+        "slots": slots,
+        "environment": environment(home / "jax-cache"),
+        "watch": display.update,
+    }
+    with open_queue(scheduler, home / "jobs") as queue:
+        if not options.resume:
+            for row in waiting:
+                study.forget(row, options.runs)
+        console.print(display.opening())
+        with display:
+            if queue is None:
+                progress = run_rows(
+                    waiting, lambda row: command(row, options.runs, options.results, jobs), **shared
+                )
+            else:
+                progress = hand_over(
+                    queue,
+                    waiting,
+                    lambda row: detached_command(row, options.runs, options.results, jobs),
+                    done=lambda row: row in study.done([row], folder),
+                    say=console.print,
+                    **shared,
+                )
     return list(progress.failed)
 
 
@@ -149,6 +169,18 @@ def places(jobs: int | None, pinned: bool) -> list[int | None]:
     if jobs < 1 or (pinned and jobs > len(cores)):
         raise InvalidInput(f"--jobs must be from 1 to {len(cores)} here, got {jobs}")
     return list(cores[:jobs]) if pinned else [None] * jobs
+
+
+def shares(options: Options, pinned: bool, waiting: int) -> tuple[list[int | None], int]:
+    """A place for each row that runs, or is queued, at a time; and how many deployments each does at once.
+
+    Raises InvalidInput as `places` does.
+    """
+    if options.scheduler.launcher == "slurm":
+        jobs = max(1, waiting) if options.jobs is None else options.jobs
+        return places(jobs, pinned=False), options.scheduler.job_cpus or 1
+    slots = places(options.jobs, pinned)
+    return slots, 1 if pinned else max(1, (os.cpu_count() or 1) // len(slots))
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from qt_jax.reporting.records import Record
 
 BULKY = ("predictions", "operators", "limits", "log", "command", "cpu", "key", "stands_for", "run")
 """Keys of a deployment record that no table or figure of the study reads."""
+LOCK = ".lock"
 KEYS = ("task", "method", "seed")
 DIGITS = 6
 """Significant digits kept of the confidences and accuracies of reliability bins."""
@@ -110,8 +111,8 @@ def slim(record: Record) -> Record:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time holds a folder; the others wait."""
-    held = os.open(folder, os.O_RDONLY)
+    """One process at a time holds a folder; the others wait. See `qt_jax.scheduler` for several hosts."""
+    held = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no folders
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from experiments.paper.collect import LOCK
 from experiments.paper.rows import ATTEMPTS, SEARCH, TRAINING, Row, done, folder_of, key_of, log_of
 from experiments.paper.schedule import Progress, last_words, time_left
 from qt_jax.reporting import records
@@ -100,7 +101,7 @@ def state(row: Row, runs: Path) -> str:
     folder = folder_of(row, runs)
     if not folder.exists():
         return "pending"
-    if _held(folder):
+    if held(folder):
         return "running"
     attempts = records.read(folder / ATTEMPTS)
     return "failed" if attempts and attempts[-1]["error"] else "begun"
@@ -135,9 +136,12 @@ def _rest(left: float | None) -> str:
     return "time left unknown" if left is None else f"{duration(left)} left"
 
 
-def _held(folder: Path) -> bool:
+def held(folder: Path) -> bool:
     """Whether a process works in the folder, see `collect.locked`."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

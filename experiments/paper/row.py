@@ -94,9 +94,14 @@ def find(options: Options) -> Row:
 
 
 def command(row: Row, runs: Path, results: Path, jobs: int) -> list[str]:
-    """The command line that performs a row as a child of this process."""
+    """The command line that performs a row as a child of this process, without which it ends itself."""
+    return [*detached_command(row, runs, results, jobs), "--parent", str(os.getpid())]
+
+
+def detached_command(row: Row, runs: Path, results: Path, jobs: int) -> list[str]:
+    """The command line that performs a row wherever a scheduler puts it."""
     flags = {"preset": row.preset.name, "task": row.task.name, "method": row.name, "seed": row.seed}
-    flags |= {"runs": runs, "results": results, "jobs": jobs, "parent": os.getpid()}
+    flags |= {"runs": runs, "results": results, "jobs": jobs}
     if row.searching:
         flags["factor"] = row.factor
     pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]

@@ -1,20 +1,23 @@
 """Rows in processes of their own, one a core at a time: started, watched, stopped; what failed is told."""
 
-import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
+from typing import Protocol
 
 from experiments.paper.rows import Row
+from qt_jax import processes
 
-PATIENCE = 20.0
-"""Seconds that a row has to end the processes it has started, before all are killed."""
 LAST_LINES = 5
+
+
+class Process(Protocol):
+    """What a row runs as, here or through a scheduler."""
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it has not ended."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Running:
     """A row's process, since when (`time.monotonic`), and the slot that it takes."""
 
     row: Row
-    process: subprocess.Popen
+    process: Process
     started: float
     slot: int
 
@@ -65,17 +68,39 @@ def run_rows(
 
     Raises KeyboardInterrupt, after all processes have ended, when interrupted.
     """
-    progress = Progress(list(rows))
+    started: list[subprocess.Popen] = []
+
+    def start(row: Row, core: int | None) -> subprocess.Popen:
+        started.append(processes.start(command(row), log(row), environment, core))
+        return started[-1]
+
     try:
-        while progress.waiting or progress.running:
-            _start(progress, command, log, slots, environment)
-            watch(progress)
-            if progress.running:
-                time.sleep(interval)
-            _reap(progress, log)
-        watch(progress)
+        return carry_out(rows, start, log, slots=slots, watch=watch, interval=interval)
     finally:
-        stop(process.process for process in progress.running)
+        live = [process for process in started if process.poll() is None]
+        processes.stop(process.pid for process in live)
+        for process in live:
+            process.wait()
+
+
+def carry_out(
+    rows: Sequence[Row],
+    start: Callable[[Row, int | None], Process],
+    log: Callable[[Row], Path],
+    *,
+    slots: Sequence[int | None],
+    watch: Callable[[Progress], None],
+    interval: float,
+) -> Progress:
+    """As `run_rows`, for rows that `start` starts in a slot; the caller ends those that an error leaves."""
+    progress = Progress(list(rows))
+    while progress.waiting or progress.running:
+        _start(progress, start, slots)
+        watch(progress)
+        if progress.running:
+            time.sleep(interval)
+        _reap(progress, log)
+    watch(progress)
     return progress
 
 
@@ -111,22 +136,6 @@ def _kinds(row: Row) -> list[tuple]:
     return [(row.task.name, row.targets), (row.task.name,), ()]
 
 
-def stop(processes: Iterable[subprocess.Popen]) -> None:
-    """Asks processes to end, waits, and kills what is left of them and of what they have started."""
-    processes = list(processes)
-    families = [_family(process) for process in processes]
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + PATIENCE
-    for process, family in zip(processes, families, strict=True):
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-        for member in (*family, *_family(process)):
-            with suppress(psutil.Error):
-                member.kill()
-        process.wait()
-
-
 def last_words(path: Path) -> str:
     """The last lines of a log."""
     try:
@@ -136,7 +145,7 @@ def last_words(path: Path) -> str:
     return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
 
 
-def _start(progress: Progress, command, log, slots: Sequence[int | None], environment) -> None:
+def _start(progress: Progress, start, slots: Sequence[int | None]) -> None:
     """Starts rows until all slots are taken or none is ready."""
     for slot in range(len(slots)):
         if slot in {running.slot for running in progress.running}:
@@ -149,18 +158,7 @@ def _start(progress: Progress, command, log, slots: Sequence[int | None], enviro
         if row.source in progress.failed:
             progress.failed[row] = f"needs {row.source}, which has failed"
             continue
-        path = log(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as out, _bound(slots[slot]):
-            process = subprocess.Popen(
-                command(row),
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        progress.running.append(Running(row, process, time.monotonic(), slot))
+        progress.running.append(Running(row, start(row, slots[slot]), time.monotonic(), slot))
 
 
 def _reap(progress: Progress, log: Callable[[Row], Path]) -> None:
@@ -173,24 +171,3 @@ def _reap(progress: Progress, log: Callable[[Row], Path]) -> None:
             progress.finished[running.row] = time.monotonic() - running.started
         else:
             progress.failed[running.row] = f"exit status {status}\n{last_words(log(running.row))}"
-
-
-@contextmanager
-def _bound(core: int | None) -> Iterator[None]:
-    """What is started inside computes on this core alone; None: wherever this thread may."""
-    if core is None:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def _family(process: subprocess.Popen) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.Error:
-        return []

@@ -22,6 +22,7 @@ from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 from qt_jax.reporting.files import write_whole
 from qt_jax.reporting.records import Record
+from qt_jax.scheduler import HERE, Scheduler
 
 PIPED_WIDTH = 120
 
@@ -65,7 +66,7 @@ class Settings:
     calibration_size: int | None = None
     """Calibration images, from the first; default: all. Every vendor gets the same."""
     jobs: int = 1
-    """Rows that run at the same time. Latency is measured afterwards, one row at a time."""
+    """Rows, or jobs of a scheduler, at a time. Latency is measured afterwards, one row at a time."""
     timeout: float = 1800.0
     """Seconds for each compile, run or timing."""
     memory: float = MOST_GIBIBYTES
@@ -74,6 +75,8 @@ class Settings:
     """USD for an hour of this machine; default: 0.05 for each CPU, a round figure."""
     retry: bool = False
     """Run again what did not end well the last time."""
+    scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = HERE
+    """Who does compiles and runs of simulators."""
 
     def selection(self) -> tuple[str | tuple[str, ...], tuple[str, ...] | None, tuple[str, ...] | None]:
         """Backends, schemes and runtimes, as `evaluation.offered` takes them."""
@@ -93,6 +96,7 @@ class Settings:
             "folder": self.out,
             "price_per_hour": self.price_per_hour,
             "retry": self.retry,
+            "scheduler": self.scheduler,
         }
 
 
@@ -215,11 +219,7 @@ def run(command: Run, console: Console) -> None:
     if not command.model.is_file():
         raise InvalidInput(f"{command.model} is not there: give the path of a float ONNX model.")
     name = command.model.stem
-    identity = {
-        "run": command.settings.out.resolve().name,
-        "model": name,
-        "method": name,
-    }
+    identity = {"run": command.settings.out.resolve().name, "model": name, "method": name}
     models = [(command.model, identity)]
     evaluate_all(models, calibration, (test["images"], test["labels"]), command.settings, console)
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from qt_jax.backends.rows import Job, Row
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 from qt_jax.reporting.records import Record
+from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 RECORDS = "records.jsonl"
 NO_IDENTITY: Mapping[str, Any] = MappingProxyType({})
@@ -43,6 +45,7 @@ def evaluate(
     identity: Mapping[str, Any] = NO_IDENTITY,
     price_per_hour: float | None = None,
     retry: bool = False,
+    scheduler: Scheduler = HERE,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Accuracy, fidelity and speed of a float network under every backend, scheme and runtime.
@@ -74,6 +77,7 @@ def evaluate(
         identity: keys that say whose records these are: run, task, model, method, seed, checkpoint.
         price_per_hour: of this machine, in USD; None for `cost.PRICE_PER_CPU_HOUR` each CPU.
         retry: run again what did not end well the last time.
+        scheduler: who does compiles and runs of simulators, `jobs` at a time; all else is done here.
         on_record: called with each record that is new, as soon as it is complete.
 
     Returns records (see `qt_jax.reporting.records`), the reference first, then by backend, scheme and
@@ -81,7 +85,7 @@ def evaluate(
 
     Raises:
         InvalidInput: an unknown backend, scheme or runtime, arrays that do not fit, a model that does not
-        run.
+        run, a scheduler that is not there.
 
     Example:
         >>> import onnx.parser
@@ -99,8 +103,11 @@ def evaluate(
     calibration, *test_set = (np.asarray(array) for array in (calibration, *test_set))
     images, labels = test_set[0][:limit], test_set[1][:limit]
     model = prepare(load(model), calibration, images, labels)
-    with _home(folder) as home:
+    if folder is None and scheduler.launcher == "slurm":
+        raise InvalidInput("Slurm's jobs need a folder that all hosts share: give one.")
+    with _home(folder) as home, open_queue(scheduler, home / "work" / "jobs") as queue:
         job = _job(home, model, calibration, images, labels, identity, limits, price, retry)
+        job = replace(job, queue=queue)
         few = len(images) if simulated_limit is None else min(simulated_limit, len(images))
         rows = [Row(job, b, s, r, few if r.simulated else len(images)) for b, s, r in chosen]
         return _finish(job, rows, jobs, on_record)

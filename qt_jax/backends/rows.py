@@ -7,13 +7,14 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from qt_jax.backends import cost, environments, steps
+from qt_jax.backends import cost, environments, handed, steps
 from qt_jax.backends.program import code
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, environments_of, file_of, scheme_of
@@ -21,6 +22,7 @@ from qt_jax.dense_metrics import dense_metrics
 from qt_jax.metrics import classification_metrics, reliability
 from qt_jax.reporting.provenance import cpu, provenance
 from qt_jax.reporting.records import Record, new_record
+from qt_jax.scheduler import Queue
 
 REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
 LOGITS = "logits.npy"
@@ -47,13 +49,24 @@ class Job:
     retry: bool = False
     retried: set[Path] = field(default_factory=set)
     """Steps that were tried again already, so that rows that share one do not each try it."""
+    queue: Queue | None = None
+    """Takes the steps that do not depend on the machine."""
+    turns: dict[Path | None, Lock] = field(default_factory=dict)
+    """With a queue, a step is handed over once, and the steps done here take turns (None)."""
 
-    def perform(self, name: str, backend: Backend, step: Mapping[str, Any]) -> steps.Answer:
-        """The answer of the step of this name, from its folder or from a process of its own."""
+    def perform(self, name: str, backend: Backend, step: Mapping[str, Any], anywhere: bool) -> steps.Answer:
+        """The answer of the step of this name, from its folder or from a process of its own.
+
+        With a queue that process is a job of it, if the step may be done `anywhere`.
+        """
         folder = self.folder / "work" / name
         again = self.retry and folder not in self.retried
         self.retried.add(folder)
-        return steps.perform(folder, backend.environment, step, self.limits, again)
+        if self.queue is None:
+            return steps.perform(folder, backend.environment, step, self.limits, again)
+        with self.turns.setdefault(folder if anywhere else None, Lock()):
+            how = partial(handed.perform, self.queue) if anywhere else steps.perform
+            return how(folder, backend.environment, step, self.limits, again)
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ class Row:
             "logits": f"./{LOGITS}",
         }
         name = f"{self.backend.name}-{self.scheme.name}-{self.runtime.name}-{step}-{self._run_key[:12]}"
-        return self.job.perform(name, self.backend, job)
+        return self.job.perform(name, self.backend, job, anywhere=not self.runtime.timed)
 
     def _record(self, measured: Record, seconds: float) -> Record:
         backend, scheme = self.backend, self.scheme
@@ -189,7 +202,7 @@ def compile_scheme(job: Job, backend: Backend, scheme: Scheme) -> steps.Answer:
         "compiled": "./compiled",
     }
     name = f"{backend.name}-{scheme.name}-compile-{_compile_key(job, backend, scheme)[:12]}"
-    return job.perform(name, backend, description)
+    return job.perform(name, backend, description, anywhere=True)
 
 
 def _compile_key(job: Job, backend: Backend, scheme: Scheme) -> str:

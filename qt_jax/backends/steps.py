@@ -23,6 +23,7 @@ import psutil
 
 from qt_jax.backends import environments
 from qt_jax.backends.protocol import Environment
+from qt_jax.reporting.files import write_whole
 
 WORKER = Path(__file__).with_name("worker.py")
 ANSWER, REPLY, LOG = "answer.json", "reply.json", "log.txt"
@@ -68,8 +69,8 @@ def perform(
     Raises Stopped after `stop_all`.
     """
     with _lock(folder):
-        found = _read(folder)
-        if found is not None and (found.status == "ok" or not (retry or _starved(found, limits))):
+        found = kept(folder, limits, retry)
+        if found is not None:
             return found
         shutil.rmtree(folder, ignore_errors=True)
         scratch = folder.with_name(f"{folder.name}.partial")
@@ -84,6 +85,24 @@ def perform(
         answer = _answer(scratch, job["step"], status, limits)
         (scratch / ANSWER).write_text(json.dumps(answer | {"limits": asdict(limits)}))
         os.replace(scratch, folder)
+        return _read(folder)
+
+
+def kept(folder: Path, limits: Limits, retry: bool = False) -> Answer | None:
+    """The answer that `perform` finds in the folder and takes for good, or None."""
+    found = _read(folder)
+    stale = found is not None and found.status != "ok" and (retry or _starved(found, limits))
+    return None if stale else found
+
+
+def give_up(folder: Path, reason: str, limits: Limits) -> Answer:
+    """Leaves the answer of a step whose process has left none: it counts as crashed."""
+    answer = {"status": "crashed", "result": {}, "reason": reason, "seconds": 0.0, "limits": asdict(limits)}
+    with _lock(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / LOG).write_text(f"{reason}\n")
+        write_whole(folder / ANSWER, json.dumps(answer))
         return _read(folder)
 
 
