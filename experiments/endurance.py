@@ -1,4 +1,4 @@
-"""`python -m experiments.endurance --kills 50`: a run killed again and again ends as if it had been left alone.
+"""`python -m experiments.endurance --kills 50`: a run that is killed ends as one that is left alone.
 
 The same command of `experiments.cifar` is launched twice over: once left alone, once killed by SIGKILL, and
 relaunched, as often as asked. A third of the kills wait until a checkpoint is being written, a third fall

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,7 +35,7 @@ from rich.table import Table
 import qt_jax as qt
 from experiments import models
 from experiments.baselines.qwix_qat import qwix_model
-from experiments.benchmarks.unfused import Unfused
+from experiments.benchmarks.unfused import Grouped, Unfused
 from experiments.command_line import exit_status
 from experiments.configs.cifar import Config, float_twin, lambda_schedule
 from experiments.training.state import TrainState, create_state, optimizer
@@ -46,10 +46,14 @@ from qt_jax.reporting.provenance import provenance
 WARM_UP = 3
 """Rounds that are not counted; the first one compiles."""
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
-FP32, UNFUSED, QUANT_TRIM, PRUNED, PULL, QWIX = (
+MASK_SHAPE = (64, 64, 3)
+"""Images of segmentation."""
+FP32, UNFUSED, GROUPED, TORCH, QUANT_TRIM, PRUNED, PULL, QWIX = (
     *(
         "fp32",
         "fp32, unfused inputs",
+        "fp32, XLA's grouped convolution",
+        "fp32, PyTorch",
         "quant-trim",
         "quant-trim + reverse pruning",
         "quant-trim, a step that prunes",
@@ -62,7 +66,9 @@ FP32, UNFUSED, QUANT_TRIM, PRUNED, PULL, QWIX = (
 class Options:
     """Time one training step: plain, with Quant-Trim (without and with reverse pruning), with Qwix QAT."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS) + "}")] = "resnet20"
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS | models.SEGMENTERS) + "}")] = (
+        "resnet20"
+    )
     """Network."""
     batch_size: int = 128
     """Images a step."""
@@ -75,15 +81,21 @@ class Options:
 class Variant(NamedTuple):
     """One way to train: `advance(state) -> state` takes a step; `prepare` comes before it, off the clock."""
 
-    advance: Callable[[TrainState], TrainState]
-    state: TrainState
-    prepare: Callable[[TrainState], TrainState] = lambda state: state
+    advance: Callable[[Any], Any]
+    state: Any
+    prepare: Callable[[Any], Any] = lambda state: state
+    compiled: dict[str, float] = {}  # noqa: RUF012 - of a NamedTuple, never changed
+    """peak_bytes and compile_seconds of the step, where XLA says so."""
 
 
 def trained(options: Options) -> Config:
     """The trainer's config with Quant-Trim W8A8 and reverse pruning; lambda moves from 0 to 1 as it runs."""
     return Config(
-        model=options.model, batch_size=options.batch_size, reverse_pruning_start=0.0, learning_rate=0.01
+        model=options.model,
+        dataset="composed" if options.model in models.SEGMENTERS else "cifar10",
+        batch_size=options.batch_size,
+        reverse_pruning_start=0.0,
+        learning_rate=0.01,
     )
 
 
@@ -94,42 +106,71 @@ def build(options: Options) -> tuple[dict[str, Variant], dict[str, str]]:
     model = models.create(options.model, CLASSES)
     random = np.random.default_rng(0)
     n = 2 * options.batch_size
+    masks = options.model in models.SEGMENTERS
+    shape = MASK_SHAPE if masks else IMAGE_SHAPE
+    labels = random.integers(0, CLASSES, (n, *shape[:2]), np.uint8) if masks else None
     split = Split(
-        jnp.asarray(random.integers(0, 256, (n, *IMAGE_SHAPE), np.uint8)),
-        jnp.asarray(random.integers(0, CLASSES, n, np.int32)),
+        jnp.asarray(random.integers(0, 256, (n, *shape), np.uint8)),
+        jnp.asarray(random.integers(0, CLASSES, n, np.int32) if labels is None else labels),
     )
 
-    def stepper(config: Config, model: nn.Module):
-        """The step of a config, and what makes its first state."""
+    def variant(config: Config, model: nn.Module, prepare=lambda state: state) -> Variant:
+        """The compiled step of a config with its first state."""
         tx = optimizer(config, total)
         lam = lambda_schedule(config, total)
         run = make_train_step(config, model, tx, lam, (0.5,) * 3, (0.25,) * 3, CLASSES)
         order = epoch_order(config, n, 0)
         one = jnp.int32(1)
 
+        state = create_state(config, model, tx, shape)
+        started = time.perf_counter()
+        compiled = run.lower(state, Totals.zero(), split, order, one).compile()
+        seconds = time.perf_counter() - started
+
         def advance(state):
-            return run(state, Totals.zero(), split, order, one)[0]
+            return compiled(state, Totals.zero(), split, order, one)[0]
 
-        return advance, lambda: create_state(config, model, tx, IMAGE_SHAPE)
+        return Variant(
+            advance, state, prepare, {"peak_bytes": peak_bytes(compiled), "compile_seconds": seconds}
+        )
 
-    plain, plain_state = stepper(float_twin(full), model)
-    unfused, unfused_state = stepper(float_twin(full), Unfused(model))
-    unpruned, unpruned_state = stepper(dataclasses.replace(full, reverse_pruning=None), model)
-    pruned, pruned_state = stepper(full, model)
-
+    twin = float_twin(full)
+    pruned = variant(full, model, partial(with_pruning_count, count=1))
+    pull = pruned._replace(
+        state=jax.tree.map(jnp.copy, pruned.state), prepare=partial(with_pruning_count, count=0)
+    )
     variants = {
-        FP32: Variant(plain, plain_state()),
-        UNFUSED: Variant(unfused, unfused_state()),
-        QUANT_TRIM: Variant(unpruned, unpruned_state()),
-        PRUNED: Variant(pruned, pruned_state(), partial(with_pruning_count, count=1)),
-        PULL: Variant(pruned, pruned_state(), partial(with_pruning_count, count=0)),
+        FP32: variant(twin, model),
+        UNFUSED: variant(twin, Unfused(model)),
+        QUANT_TRIM: variant(dataclasses.replace(full, reverse_pruning=None), model),
+        PRUNED: pruned,
+        PULL: pull,
     }
+    if options.model.startswith("mobilenet"):
+        variants[GROUPED] = variant(twin, Grouped(model))
+    missing = {}
     try:
-        quantized = qwix_model(model)
+        variants[QWIX] = variant(twin, qwix_model(model))
     except ImportError as error:
-        return variants, {QWIX: f"qwix cannot be imported: {error}"}
-    qat, qat_state = stepper(float_twin(full), quantized)
-    return variants | {QWIX: Variant(qat, qat_state())}, {}
+        missing[QWIX] = f"qwix cannot be imported: {error}"
+    try:
+        from experiments.benchmarks.torch_step import torch_step
+
+        variants[TORCH] = Variant(
+            *torch_step(model, np.asarray(split.images), np.asarray(split.labels), full)
+        )
+    except ImportError as error:
+        missing[TORCH] = f"torch cannot be imported: {error}"
+    except KeyError as error:
+        missing[TORCH] = f"there is no PyTorch network for {error}"
+    return variants, missing
+
+
+def peak_bytes(compiled: Any) -> int:
+    """What a compiled step needs at its height: its arguments, its outputs, and what lies between."""
+    found = compiled.memory_analysis()
+    outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return outside + found.temp_size_in_bytes
 
 
 def with_pruning_count(state: TrainState, count: int) -> TrainState:
@@ -157,7 +198,7 @@ def measure(variants: dict[str, Variant], repeats: int, progress: Progress) -> d
 
 
 def summarise(times: dict[str, list[float]], every: int) -> dict[str, dict[str, float]]:
-    """For each variant but `PULL`: step_ms_p50, step_ms_min, and three ratios.
+    """For each variant but `PULL`: step_ms_p50, its quartiles, step_ms_min, and three ratios.
 
     `ratio` is of the medians to fp32's, `ratio_paired` the median of the ratios within each round, and
     `ratio_to_faster` is of the medians to that of the faster FP32 baseline. Reverse pruning's
@@ -168,6 +209,8 @@ def summarise(times: dict[str, list[float]], every: int) -> dict[str, dict[str, 
     rows = {
         name: {
             "step_ms_p50": statistics.median(mine),
+            "step_ms_p25": float(np.quantile(mine, 0.25)),
+            "step_ms_p75": float(np.quantile(mine, 0.75)),
             "step_ms_min": min(mine),
             "ratio": statistics.median(mine) / statistics.median(base),
             "ratio_paired": statistics.median(a / b for a, b in zip(mine, base, strict=True)),
@@ -186,12 +229,24 @@ def summarise(times: dict[str, list[float]], every: int) -> dict[str, dict[str, 
     return rows
 
 
+def with_memory(
+    rows: dict[str, dict[str, float]], variants: dict[str, Variant]
+) -> dict[str, dict[str, float | None]]:
+    """The rows with what is known of each compiled step, and `peak_ratio` to fp32's memory."""
+    plain = variants[FP32].compiled["peak_bytes"]
+    known = {name: variants[name].compiled for name in rows}
+    ratios = {name: found["peak_bytes"] / plain if found else None for name, found in known.items()}
+    return {name: {**row, **known[name], "peak_ratio": ratios[name]} for name, row in rows.items()}
+
+
 def to_records(
-    options: Options, rows: dict[str, dict[str, float]], missing: dict[str, str]
+    options: Options,
+    rows: dict[str, dict[str, float]],
+    missing: dict[str, str],
 ) -> list[records.Record]:
     """One record for each variant, measured or not."""
     device = jax.devices()[0]
-    source = provenance(["jax", "jaxlib", "flax", "optax", "qwix"])
+    source = provenance(["jax", "jaxlib", "flax", "optax", "qwix", "torch"])
     if device.platform != "cpu":
         source["accelerator"] = device.device_kind
     return [
@@ -201,9 +256,9 @@ def to_records(
             batch_size=options.batch_size,
             variant=name,
             repeats=options.repeats,
-            weight_bits=None if name in (FP32, UNFUSED) else 8,
-            activation_bits=None if name in (FP32, UNFUSED) else 8,
-            per_channel=None if name in (FP32, UNFUSED) else name == QWIX,
+            weight_bits=None if name.startswith(FP32) else 8,
+            activation_bits=None if name.startswith(FP32) else 8,
+            per_channel=None if name.startswith(FP32) else name == QWIX,
             status="unavailable" if name in missing else "ok",
             reason=missing.get(name),
             **rows.get(name, {"step_ms_p50": None, "ratio": None}),
@@ -221,7 +276,7 @@ def table(options: Options, rows: list[records.Record]) -> Table:
         box=box.SIMPLE_HEAD,
     )
     shown.add_column("variant", no_wrap=True)
-    for heading in ("median ms", "min ms", "/ fp32", "paired", "/ faster fp32"):
+    for heading in ("median ms", "quartiles", "/ fp32", "paired", "/ faster fp32", "memory / fp32"):
         shown.add_column(heading, justify="right")
     for row in rows:
         if row["status"] != "ok":
@@ -230,10 +285,11 @@ def table(options: Options, rows: list[records.Record]) -> Table:
         shown.add_row(
             row["variant"],
             f"{row['step_ms_p50']:.1f}",
-            f"{row['step_ms_min']:.1f}",
+            f"{row['step_ms_p25']:.1f}-{row['step_ms_p75']:.1f}",
             f"{row['ratio']:.3f}",
             f"{row['ratio_paired']:.3f}",
             f"{row['ratio_to_faster']:.3f}",
+            f"{row['peak_ratio']:.3f}" if row.get("peak_ratio") else "",
         )
         if "amortised_ms" in row:
             shown.add_row("  a step that prunes", f"{row['pruning_step_ms_p50']:.1f}")
@@ -259,7 +315,8 @@ def run(options: Options, console: Console) -> list[records.Record]:
     variants, missing = build(options)
     with Progress(console=console, transient=True) as progress:
         times = measure(variants, options.repeats, progress)
-    rows = to_records(options, summarise(times, trained(options).reverse_pruning_every), missing)
+    rows = with_memory(summarise(times, trained(options).reverse_pruning_every), variants)
+    rows = to_records(options, rows, missing)
     console.print(table(options, rows))
     for row in rows if options.out else ():
         records.append(options.out, row)

@@ -80,9 +80,11 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
 
 
 def scaled_by_rate() -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by the `rate_scale` that `update` is given."""
+    """Multiplies updates by the `rate_scale` that `update` is given, 1 by default."""
 
-    def update(updates, state, params=None, *, rate_scale, **_):
+    def update(updates, state, params=None, *, rate_scale=None, **_):
+        if rate_scale is None:
+            return updates, state
         return jax.tree.map(lambda leaf: leaf * rate_scale.astype(leaf.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

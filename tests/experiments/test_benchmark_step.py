@@ -61,7 +61,8 @@ def test_summary_in_closed_form():
     rows = step.summarise(times, every=50)
     assert list(rows) == [step.FP32, step.UNFUSED, step.QUANT_TRIM, step.PRUNED, step.QWIX]
     expected = {"step_ms_p50": 20.0, "step_ms_min": 10.0, "ratio": 1.0, "ratio_paired": 1.0}
-    assert rows[step.FP32] == {**expected, "ratio_to_faster": 1.25}
+    quartiles = {"step_ms_p25": 15.0, "step_ms_p75": 30.0}
+    assert rows[step.FP32] == {**expected, **quartiles, "ratio_to_faster": 1.25}
     assert rows[step.QUANT_TRIM]["ratio_to_faster"] == pytest.approx(24 / 16)
     assert rows[step.QUANT_TRIM]["ratio"] == pytest.approx(24 / 20)
     assert rows[step.QUANT_TRIM]["ratio_paired"] == pytest.approx(1.2)
@@ -75,8 +76,9 @@ def test_summary_in_closed_form():
 def test_variants_are_the_trainers_steps(tiny, monkeypatch):
     """Statistics move with Quant-Trim only, kernels are clipped in the step that prunes only."""
     monkeypatch.setitem(sys.modules, "qwix", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     variants, missing = step.build(step.Options(model="tiny", batch_size=4, repeats=1))
-    assert list(missing) == [step.QWIX] and "qwix" in missing[step.QWIX]
+    assert list(missing) == [step.QWIX, step.TORCH] and "qwix" in missing[step.QWIX]
     after = {}
     for name, variant in variants.items():
         after[name] = variant.advance(variant.prepare(variant.state))
@@ -108,7 +110,8 @@ def test_each_variant_is_timed_in_turn_after_the_warm_up():
 
 
 @qwix_warns
-def test_command_line(tiny, qwix, tmp_path, capsys):
+def test_command_line(tiny, qwix, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
     path = tmp_path / "records.jsonl"
     arguments = ["--model", "tiny", "--batch-size", "4", "--repeats", "2", "--out", str(path)]
     assert step.main(arguments) == 0
@@ -119,8 +122,10 @@ def test_command_line(tiny, qwix, tmp_path, capsys):
         step.QUANT_TRIM,
         step.PRUNED,
         step.QWIX,
+        step.TORCH,
     ]
-    for row in rows:
+    assert rows[-1]["status"] == "unavailable" and "torch cannot be imported" in rows[-1]["reason"]
+    for row in rows[:-1]:
         assert (row["benchmark"], row["model"], row["batch_size"], row["repeats"]) == (
             "train_step",
             "tiny",
@@ -130,6 +135,8 @@ def test_command_line(tiny, qwix, tmp_path, capsys):
         assert row["status"] == "ok" and row["reason"] is None
         assert 0 < row["step_ms_min"] <= row["step_ms_p50"] and row["ratio"] > 0
         assert row["versions"]["jax"] == jax.__version__
+        assert row["peak_bytes"] > 0 and row["compile_seconds"] > 0
+        assert row["peak_ratio"] == row["peak_bytes"] / rows[0]["peak_bytes"]
     assert rows[3]["every"] == 50 and rows[3]["amortised_ms"] > 0
     assert "amortised over 50" in capsys.readouterr().out
 
@@ -167,6 +174,20 @@ def test_qwix_leaves_the_parameters_as_they_are(tiny, qwix):
     assert same(plain, quantized)
     text = str(jax.make_jaxpr(lambda v: step.qwix_model(model).apply(v, x))(quantized))
     assert "preferred_element_type=int32" in text
+
+
+def test_grouped_convolutions_are_those_of_jax():
+    """The injected products compute the same, up to rounding, and only they are taken away."""
+    model = models.create("mobilenetv2", 10)
+    images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+    variables = model.init(jax.random.key(1), images)
+    nested = {collection: {"model": tree} for collection, tree in variables.items()}
+    grouped = step.Grouped(model)
+    np.testing.assert_allclose(
+        grouped.apply(nested, images), model.apply(variables, images), rtol=1e-3, atol=1e-4
+    )
+    assert "feature_group_count=32" in str(jax.make_jaxpr(grouped.apply)(nested, images))
+    assert "feature_group_count=32" not in str(jax.make_jaxpr(model.apply)(variables, images))
 
 
 def test_the_stricter_baseline_computes_the_same(tiny):

@@ -247,7 +247,7 @@ def test_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
     config = json.loads((finished.folder / "config.json").read_text()) | {"model": "wide"}
     (folder / "config.json").write_text(json.dumps(config))
     message = refused(folder, capsys, "--model", "wide")
-    assert "checkpoints/quant-trim/8 is damaged, or of another model" in message
+    assert "checkpoints/quant-trim/8 is of another model or config" in message
 
 
 @pytest.mark.parametrize(
