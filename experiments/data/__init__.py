@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from experiments.data.checks import checked
 from experiments.data.cifar import load_cifar10, load_cifar100
 from experiments.data.composed import load_composed
 from experiments.data.dataset import Dataset, carve_validation
@@ -42,8 +43,8 @@ def load(
         seed: of the validation split.
 
     Raises:
-        InvalidInput: unknown name, missing or damaged files, no way to fetch the set, or a validation size
-            that leaves a split without an example for each class.
+        InvalidInput: unknown name, missing or damaged files, no way to fetch the set, a validation size
+            that leaves a split without an example for each class, or data that `checked` refuses.
 
     >>> data = load("digits")
     >>> data.train_images.shape, data.validation_images.shape, data.test_images.shape
@@ -53,4 +54,4 @@ def load(
         raise InvalidInput(f"unknown data set {name!r}; choose one of {', '.join(SETS)}")
     published = SETS[name](data_dir)
     size = round(len(published.train_labels) / 10) if validation_size is None else validation_size
-    return carve_validation(published, name, size, seed)
+    return checked(carve_validation(published, name, size, seed))
