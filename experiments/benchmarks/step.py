@@ -1,4 +1,4 @@
-"""`python -m experiments.benchmarks.step`: what one training step costs, plain, with Quant-Trim, with Qwix.
+"""`python -m experiments.benchmarks.step`: one training step, plain, with Quant-Trim, with Qwix, in PyTorch.
 
 The measured step is the trainer's own (`experiments.training.step`): augmentation, forward, backward, SGD
 with Nesterov momentum, statistics; one compiled function with donated state, on random CIFAR-shaped images.
@@ -46,6 +46,8 @@ from qt_jax.reporting.provenance import provenance
 WARM_UP = 3
 """Rounds that are not counted; the first one compiles."""
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
+PIPED_WIDTH = 130
+"""Characters of the table's lines where no terminal says how many there are."""
 MASK_SHAPE = (64, 64, 3)
 """Images of segmentation."""
 FP32, UNFUSED, GROUPED, TORCH, QUANT_TRIM, PRUNED, PULL, QWIX = (
@@ -64,7 +66,8 @@ FP32, UNFUSED, GROUPED, TORCH, QUANT_TRIM, PRUNED, PULL, QWIX = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Time one training step: plain, with Quant-Trim (without and with reverse pruning), with Qwix QAT."""
+    """Time one training step: plain, with Quant-Trim (without and with reverse pruning), with Qwix QAT, and
+    where torch is installed in PyTorch; for MobileNets with XLA's own grouped convolution too."""
 
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS | models.SEGMENTERS) + "}")] = (
         "resnet20"
@@ -326,7 +329,8 @@ def run(options: Options, console: Console) -> list[records.Record]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
     prog = "python -m experiments.benchmarks.step"
-    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), Console()))
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), Console(width=width)))
 
 
 if __name__ == "__main__":
