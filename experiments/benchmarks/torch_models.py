@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from flax.traverse_util import flatten_dict
 from torch import nn
 
+import qt_jax as qt
 from experiments.models.mobilenet_v2 import MobileNetV2
 from experiments.models.resnet import ResNet
 from experiments.models.resnet50 import ResNet50
@@ -251,6 +252,9 @@ def twin(linen: Any, image_size: int) -> nn.Module:
     Args:
       linen: a ResNet, ResNet50, MobileNetV2, ViT, or UNet with up="transposed".
       image_size: height and width in pixels; only ViT's positions depend on it.
+
+    Raises:
+      InvalidInput: a module of another class.
     """
     makers = {
         ResNet: residual_network,
@@ -259,6 +263,8 @@ def twin(linen: Any, image_size: int) -> nn.Module:
         ViT: lambda linen: VisionTransformer(linen, image_size),
         UNet: TransposedUNet,
     }
+    if type(linen) not in makers:
+        raise qt.InvalidInput(f"there is no PyTorch network for {type(linen).__name__}")
     return makers[type(linen)](linen).eval()
 
 

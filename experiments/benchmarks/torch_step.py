@@ -4,33 +4,45 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as linen
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.ao.quantization import default_fused_act_fake_quant, default_fused_wt_fake_quant
+from torch.nn.utils import parametrize
 
+import qt_jax as qt
 from experiments.benchmarks.torch_models import twin
 from experiments.configs.cifar import Config
 
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
 
 def torch_step(
-    model: linen.Module, images: np.ndarray, labels: np.ndarray, config: Config
+    model: linen.Module, images: np.ndarray, labels: np.ndarray, config: Config, *, quantized: bool = False
 ) -> tuple[Callable[[Any], Any], Any]:
     """`advance` and its first state: forward, backward and SGD with Nesterov momentum on one batch, eager.
 
-    Images are normalised and channels last beforehand; augmentation, less than one percent of JAX's step, is
-    left out, and so are running sums of the loss.
+    On CUDA where JAX's default backend is a GPU, else on the CPU; in bfloat16 under `torch.autocast`. Images
+    are normalised, channels last and on the device beforehand; augmentation, less than one percent of JAX's
+    step, is left out, and so are running sums of the loss.
 
     Args:
       images: uint8 `(n, height, width, channels)`, of which the first batch is taken every time.
       labels: int32 `(n,)`, or for segmentation uint8 `(n, height, width)`.
+      quantized: with `fake_quantized`.
 
     Raises:
-      KeyError: there is no PyTorch network for `model`.
+      InvalidInput: JAX is on a GPU and this PyTorch is not; there is no PyTorch network for `model`.
     """
-    network = twin(model, images.shape[1]).train().to(memory_format=torch.channels_last)
+    device = torch_device()
+    network = twin(model, images.shape[1]).train().to(device, memory_format=torch.channels_last)
+    if quantized:
+        fake_quantized(network)
     batch = torch.from_numpy(images[: config.batch_size].astype(np.float32) / 255).permute(0, 3, 1, 2)
-    batch = batch.contiguous(memory_format=torch.channels_last)
-    targets = torch.from_numpy(labels[: config.batch_size].astype(np.int64))
+    batch = batch.to(device, memory_format=torch.channels_last)
+    targets = torch.from_numpy(labels[: config.batch_size].astype(np.int64)).to(device)
     optimizer = torch.optim.SGD(
         network.parameters(),
         config.learning_rate,
@@ -41,9 +53,43 @@ def torch_step(
 
     def advance(state: Any) -> Any:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(batch), targets, label_smoothing=config.label_smoothing)
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            logits = network(batch)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
         loss.backward()
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return state
 
     return advance, None
+
+
+def torch_device() -> str:
+    """Where JAX computes, "cuda" or "cpu"; on CUDA with convolutions tuned and in TF32, as JAX has them.
+
+    Raises:
+      InvalidInput: JAX is on a GPU and this PyTorch is not.
+    """
+    if jax.default_backend() != "gpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise qt.InvalidInput(f"JAX is on a GPU, and torch {torch.__version__} finds none")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32
+    return "cuda"
+
+
+def fake_quantized(network: nn.Module) -> None:
+    """Puts PyTorch's own fake quantization, W8A8, on the weight and the input of every layer, in place.
+
+    `torch.ao.quantization`'s fused defaults: moving averages of minimum and maximum over the whole tensor,
+    symmetric for weights and affine for inputs, updated in every step, with the straight-through estimator.
+    They are placed where Quant-Trim's are; `prepare_qat` would put the inputs' at the outputs of the layers
+    before, those of batch norm and ReLU among them. Under autocast they compute in float32, all they can.
+    """
+    for layer in [module for module in network.modules() if isinstance(module, LAYERS)]:
+        device = layer.weight.device
+        layer.register_module("input_fake_quant", default_fused_act_fake_quant().to(device))
+        layer.register_forward_pre_hook(lambda layer, inputs: layer.input_fake_quant(inputs[0].float()))
+        parametrize.register_parametrization(layer, "weight", default_fused_wt_fake_quant().to(device))

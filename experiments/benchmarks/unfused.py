@@ -28,19 +28,3 @@ class Unfused(nn.Module):
 
         with nn.intercept_methods(divide):
             return self.model(images, train=train)
-
-
-class Grouped(nn.Module):
-    """`model`, with every convolution computed by JAX's own `conv_general_dilated`, whatever is injected."""
-
-    model: nn.Module
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        def own(call, args, kwargs, context):
-            if isinstance(context.module, nn.Conv) and context.method_name == "__call__":
-                object.__setattr__(context.module, "conv_general_dilated", jax.lax.conv_general_dilated)
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(own):
-            return self.model(images, train=train)

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import models
-from experiments.benchmarks import step
+from experiments.benchmarks import step, timing, variants
+from experiments.benchmarks.aqt_qat import aqt_model
+from experiments.benchmarks.injected import Injected
+from experiments.benchmarks.unfused import Unfused
 from qt_jax.reporting import records
 
 
@@ -30,10 +33,10 @@ class Tiny(nn.Module):
 
 
 @pytest.fixture
-def qwix():
-    """Qwix relies on implicit promotion, which the other tests forbid."""
+def promotion():
+    """Qwix, AQT and Linen's batch norm in bfloat16 rely on implicit promotion, which other tests forbid."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield pytest.importorskip("qwix")
+        yield
 
 
 qwix_warns = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
@@ -45,29 +48,51 @@ def tiny(monkeypatch):
     monkeypatch.setitem(models.MODELS, "tiny", Tiny)
 
 
+def without(monkeypatch, *modules):
+    """As if these could not be imported."""
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+TORCH_STEP = "experiments.benchmarks.torch_step"
+"""Stands for torch, which tyro looks for as well."""
+
+
+def alone_and_nested(model, images):
+    """Variables of a model, alone and below "model"."""
+    variables = model.init(jax.random.key(1), images)
+    return variables, {collection: {"model": tree} for collection, tree in variables.items()}
+
+
 def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def test_summary_in_closed_form():
     times = {
-        step.FP32: [10.0, 20.0, 40.0],
-        step.UNFUSED: [12.0, 16.0, 18.0],
-        step.QUANT_TRIM: [20.0, 24.0, 44.0],
-        step.PRUNED: [22.0, 11.0, 44.0],
-        step.PULL: [70.0, 72.0, 71.0],
-        step.QWIX: [15.0, 30.0, 80.0],
+        variants.FP32: [10.0, 20.0, 40.0],
+        variants.UNFUSED: [12.0, 16.0, 18.0],
+        variants.QUANT_TRIM: [20.0, 24.0, 44.0],
+        variants.PRUNED: [22.0, 11.0, 44.0],
+        variants.PULL: [70.0, 72.0, 71.0],
+        variants.QWIX: [15.0, 30.0, 80.0],
     }
     rows = step.summarise(times, every=50)
-    assert list(rows) == [step.FP32, step.UNFUSED, step.QUANT_TRIM, step.PRUNED, step.QWIX]
+    assert list(rows) == [
+        variants.FP32,
+        variants.UNFUSED,
+        variants.QUANT_TRIM,
+        variants.PRUNED,
+        variants.QWIX,
+    ]
     expected = {"step_ms_p50": 20.0, "step_ms_min": 10.0, "ratio": 1.0, "ratio_paired": 1.0}
     quartiles = {"step_ms_p25": 15.0, "step_ms_p75": 30.0}
-    assert rows[step.FP32] == {**expected, **quartiles, "ratio_to_faster": 1.25}
-    assert rows[step.QUANT_TRIM]["ratio_to_faster"] == pytest.approx(24 / 16)
-    assert rows[step.QUANT_TRIM]["ratio"] == pytest.approx(24 / 20)
-    assert rows[step.QUANT_TRIM]["ratio_paired"] == pytest.approx(1.2)
-    assert rows[step.QWIX]["ratio_paired"] == pytest.approx(1.5)
-    pruned = rows[step.PRUNED]
+    assert rows[variants.FP32] == {**expected, **quartiles, "ratio_to_faster": 1.25}
+    assert rows[variants.QUANT_TRIM]["ratio_to_faster"] == pytest.approx(24 / 16)
+    assert rows[variants.QUANT_TRIM]["ratio"] == pytest.approx(24 / 20)
+    assert rows[variants.QUANT_TRIM]["ratio_paired"] == pytest.approx(1.2)
+    assert rows[variants.QWIX]["ratio_paired"] == pytest.approx(1.5)
+    pruned = rows[variants.PRUNED]
     assert pruned["step_ms_p50"] == 22.0 and pruned["pruning_step_ms_p50"] == 71.0
     assert pruned["amortised_ms"] == pytest.approx((49 * 22 + 71) / 50)
     assert pruned["amortised_ratio"] == pytest.approx((49 * 22 + 71) / 50 / 20)
@@ -75,63 +100,71 @@ def test_summary_in_closed_form():
 
 def test_variants_are_the_trainers_steps(tiny, monkeypatch):
     """Statistics move with Quant-Trim only, kernels are clipped in the step that prunes only."""
-    monkeypatch.setitem(sys.modules, "qwix", None)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    variants, missing = step.build(step.Options(model="tiny", batch_size=4, repeats=1))
-    assert list(missing) == [step.QWIX, step.TORCH] and "qwix" in missing[step.QWIX]
+    without(monkeypatch, "qwix", "aqt", TORCH_STEP)
+    built, missing = variants.build(step.trained(step.Options(model="tiny", batch_size=4)), steps=4)
+    assert list(missing) == [variants.QWIX, variants.AQT, variants.TORCH, variants.TORCH_QAT]
+    assert missing[variants.QWIX].startswith("qwix cannot be imported: ")
     after = {}
-    for name, variant in variants.items():
+    for name, variant in built.items():
         after[name] = variant.advance(variant.prepare(variant.state))
         assert int(after[name].step) == 1
-    assert set(after[step.FP32].batch_stats) == {"norm"}
-    for name in (step.QUANT_TRIM, step.PRUNED, step.PULL):
+    assert set(after[variants.FP32].batch_stats) == {"norm"}
+    for name in (variants.QUANT_TRIM, variants.PRUNED, variants.PULL):
         assert int(after[name].batch_stats["conv"]["quant_input"]["count"]) == 1
-    for a, b in zip(*(jax.tree.leaves(after[n].params) for n in (step.QUANT_TRIM, step.PRUNED)), strict=True):
+    unpruned, pruned = (jax.tree.leaves(after[n].params) for n in (variants.QUANT_TRIM, variants.PRUNED))
+    for a, b in zip(unpruned, pruned, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    plain, unfused = after[step.FP32].params, after[step.UNFUSED].params["model"]
+    plain, unfused = after[variants.FP32].params, after[variants.UNFUSED].params["model"]
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(unfused), strict=True):
         assert a.shape == b.shape
-    assert np.all(np.isinf(jax.tree.leaves(after[step.PRUNED].opt_state[-1].tau)))
-    tau = after[step.PULL].opt_state[-1].tau["conv"]["kernel"]
-    assert np.max(np.abs(after[step.PULL].params["conv"]["kernel"])) <= tau
-    assert tau < np.max(np.abs(after[step.PRUNED].params["conv"]["kernel"]))
+    assert np.all(np.isinf(jax.tree.leaves(after[variants.PRUNED].opt_state[-1].tau)))
+    tau = after[variants.PULL].opt_state[-1].tau["conv"]["kernel"]
+    assert np.max(np.abs(after[variants.PULL].params["conv"]["kernel"])) <= tau
+    assert tau < np.max(np.abs(after[variants.PRUNED].params["conv"]["kernel"]))
 
 
 def test_each_variant_is_timed_in_turn_after_the_warm_up():
     calls = []
 
     def variant(name):
-        return step.Variant(lambda state: (calls.append(name), state + 1)[1], 0)
+        return timing.Variant(lambda state: (calls.append(name), state + 1)[1], 0)
 
     with Progress(console=Console(file=io.StringIO())) as progress:
-        times = step.measure({"a": variant("a"), "b": variant("b")}, 4, progress)
-    assert calls == ["a", "b"] * (step.WARM_UP + 4)
+        times = timing.measure({"a": variant("a"), "b": variant("b")}, 4, progress)
+    assert calls == ["a", "b"] * (timing.WARM_UP + 4)
     assert {name: len(mine) for name, mine in times.items()} == {"a": 4, "b": 4}
 
 
 @qwix_warns
-def test_command_line(tiny, qwix, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+def test_command_line(tiny, promotion, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("qwix")
+    without(monkeypatch, "aqt", TORCH_STEP)
     path = tmp_path / "records.jsonl"
     arguments = ["--model", "tiny", "--batch-size", "4", "--repeats", "2", "--out", str(path)]
     assert step.main(arguments) == 0
     rows = records.read(path)
     assert [row["variant"] for row in rows] == [
-        step.FP32,
-        step.UNFUSED,
-        step.QUANT_TRIM,
-        step.PRUNED,
-        step.QWIX,
-        step.TORCH,
+        variants.FP32,
+        variants.UNFUSED,
+        variants.QUANT_TRIM,
+        variants.PRUNED,
+        variants.QWIX,
+        variants.AQT,
+        variants.TORCH,
+        variants.TORCH_QAT,
     ]
-    assert rows[-1]["status"] == "unavailable" and "torch cannot be imported" in rows[-1]["reason"]
-    for row in rows[:-1]:
+    for row, package in zip(rows[-3:], ("aqt", "torch", "torch"), strict=True):
+        assert row["status"] == "unavailable" and f"{package} cannot be imported" in row["reason"]
+    assert [row["weight_bits"] for row in rows] == [None, None, 8, 8, 8, 8, None, 8]
+    assert [row["per_channel"] for row in rows] == [None, None, False, False, True, True, None, False]
+    for row in rows[:-3]:
         assert (row["benchmark"], row["model"], row["batch_size"], row["repeats"]) == (
             "train_step",
             "tiny",
             4,
             2,
         )
+        assert row["dtype"] == "float32"
         assert row["status"] == "ok" and row["reason"] is None
         assert 0 < row["step_ms_min"] <= row["step_ms_p50"] and row["ratio"] > 0
         assert row["versions"]["jax"] == jax.__version__
@@ -143,9 +176,9 @@ def test_command_line(tiny, qwix, tmp_path, capsys, monkeypatch):
 
 def test_a_missing_variant_is_a_row_with_its_reason():
     options = step.Options()
-    rows = step.to_records(options, {}, {step.QWIX: "qwix cannot be imported: no module"})
+    rows = step.to_records(options, {}, {variants.QWIX: "qwix cannot be imported: no module"})
     assert [(row["variant"], row["status"], row["step_ms_p50"]) for row in rows] == [
-        (step.QWIX, "unavailable", None)
+        (variants.QWIX, "unavailable", None)
     ]
     console = Console(file=io.StringIO(), width=120)
     console.print(step.table(options, rows))
@@ -166,23 +199,56 @@ def test_wrong_input_is_told(capsys, arguments, message):
 
 
 @qwix_warns
-def test_qwix_leaves_the_parameters_as_they_are(tiny, qwix):
+def test_qwix_leaves_the_parameters_as_they_are(tiny, promotion):
     """The benchmark trains the same parameters; only the arithmetic differs, integer sums in the forward."""
+    pytest.importorskip("qwix")
     model = models.create("tiny", 10)
     x = jnp.ones((2, 32, 32, 3))
-    plain, quantized = model.init(jax.random.key(0), x), step.qwix_model(model).init(jax.random.key(0), x)
+    plain, quantized = model.init(jax.random.key(0), x), variants.qwix_model(model).init(jax.random.key(0), x)
     assert same(plain, quantized)
-    text = str(jax.make_jaxpr(lambda v: step.qwix_model(model).apply(v, x))(quantized))
+    text = str(jax.make_jaxpr(lambda v: variants.qwix_model(model).apply(v, x))(quantized))
     assert "preferred_element_type=int32" in text
+
+
+def test_aqt_rounds_forward_and_passes_gradients_straight_through(tiny, promotion):
+    """Rounded logits, gradients near the float network's: AQT's own convolution has none."""
+    pytest.importorskip("aqt")
+    model = models.create("tiny", 10)
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    variables, nested = alone_and_nested(model, images)
+    quantized = aqt_model(model)
+
+    def loss(network, variables):
+        return jnp.sum(network.apply(variables, images) ** 2)
+
+    text = str(jax.make_jaxpr(lambda v: quantized.apply(v, images))(nested))
+    assert text.count("new_dtype=int8") == 4
+    plain, rounded = model.apply(variables, images), quantized.apply(nested, images)
+    assert 0 < np.max(np.abs(rounded - plain)) < 0.05 * np.max(np.abs(plain))
+    exact = jax.grad(lambda v: loss(model, v))(variables)["params"]
+    straight = jax.grad(lambda v: loss(quantized, v))(nested)["params"]["model"]
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(straight), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.1 * np.max(np.abs(a)))
+
+
+def test_bfloat16_computes_in_it_and_keeps_everything_in_float32(promotion):
+    for dtype in ("float32", "bfloat16"):
+        config = step.trained(step.Options("tiny", 4, dtype))
+        model, split = models.create("tiny", 10, jnp.dtype(dtype)), variants.random_split(config, (16, 16, 3))
+        variant = variants.compiled_step(config, model, split, steps=4)
+        after = variant.advance(variant.state)
+        kept = {leaf.dtype.name for leaf in jax.tree.leaves((after.params, after.batch_stats))}
+        assert kept == {"float32", "int32"}
+        forward = jax.make_jaxpr(model.apply)(after.deployed, jnp.ones((1, 16, 16, 3)))
+        assert ("bf16" in str(forward)) == (dtype == "bfloat16")
 
 
 def test_grouped_convolutions_are_those_of_jax():
     """The injected products compute the same, up to rounding, and only they are taken away."""
     model = models.create("mobilenetv2", 10)
     images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
-    variables = model.init(jax.random.key(1), images)
-    nested = {collection: {"model": tree} for collection, tree in variables.items()}
-    grouped = step.Grouped(model)
+    variables, nested = alone_and_nested(model, images)
+    grouped = Injected(model, jax.lax.conv_general_dilated)
     np.testing.assert_allclose(
         grouped.apply(nested, images), model.apply(variables, images), rtol=1e-3, atol=1e-4
     )
@@ -192,6 +258,5 @@ def test_grouped_convolutions_are_those_of_jax():
 
 def test_the_stricter_baseline_computes_the_same(tiny):
     model, images = models.create("tiny", 10), jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    variables = model.init(jax.random.key(1), images)
-    nested = {collection: {"model": tree} for collection, tree in variables.items()}
-    np.testing.assert_array_equal(step.Unfused(model).apply(nested, images), model.apply(variables, images))
+    variables, nested = alone_and_nested(model, images)
+    np.testing.assert_array_equal(Unfused(model).apply(nested, images), model.apply(variables, images))

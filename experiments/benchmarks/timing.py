@@ -1,0 +1,67 @@
+"""Compiled steps taken in turn and timed; what every benchmark of steps shares."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from qt_jax.reporting.provenance import provenance
+
+WARM_UP = 3
+"""Rounds that are not counted; the first one compiles what is not compiled yet."""
+PIPED_WIDTH = 130
+"""Characters of a table's lines where no terminal says how many there are."""
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "aqtp", "torch")
+
+
+class Variant(NamedTuple):
+    """One way to train: `advance(state) -> state` takes a step; `prepare` comes before it, off the clock."""
+
+    advance: Callable[[Any], Any]
+    state: Any
+    prepare: Callable[[Any], Any] = lambda state: state
+    compiled: dict[str, float] = {}  # noqa: RUF012 - of a NamedTuple, never changed
+    """peak_bytes and compile_seconds of the step, where XLA says so."""
+
+
+def measure(
+    variants: dict[str, Variant], repeats: int, progress: Progress, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Milliseconds of each counted step, by variant; entry i of every list is of the same round."""
+    states = {name: variant.state for name, variant in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    task = progress.add_task("compiling", total=(warm_up + repeats) * len(variants))
+    for turn in range(warm_up + repeats):
+        for name, variant in variants.items():
+            progress.update(task, description=f"{'warm-up' if turn < warm_up else 'timing'}: {name}")
+            state = jax.block_until_ready(variant.prepare(states[name]))
+            start = time.perf_counter()
+            states[name] = jax.block_until_ready(variant.advance(state))
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            if turn >= warm_up:
+                times[name].append(milliseconds)
+            progress.advance(task)
+    progress.remove_task(task)
+    return times
+
+
+def peak_bytes(compiled: Any) -> int:
+    """What a compiled function needs at its height: its arguments, its outputs, and what lies between."""
+    found = compiled.memory_analysis()
+    outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return outside + found.temp_size_in_bytes
+
+
+def source() -> dict[str, Any]:
+    """The provenance of a record, with the accelerator if JAX is on one."""
+    device = jax.devices()[0]
+    return provenance(PACKAGES) | ({} if device.platform == "cpu" else {"accelerator": device.device_kind})
+
+
+def console() -> Console:
+    """Where tables go: of the terminal's width, or of `PIPED_WIDTH`."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
