@@ -16,13 +16,11 @@ There are two FP32 baselines, because XLA's CPU backend compiles the plain step 
 """
 
 import dataclasses
-import statistics
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
@@ -32,6 +30,7 @@ from rich.table import Table
 import qt_jax as qt
 from experiments import models
 from experiments.benchmarks import timing
+from experiments.benchmarks.command import command
 from experiments.benchmarks.timing import WARM_UP, Variant, measure
 from experiments.benchmarks.variants import (
     FP32,
@@ -42,7 +41,6 @@ from experiments.benchmarks.variants import (
     in_float,
     per_channel,
 )
-from experiments.command_line import exit_status
 from experiments.configs.cifar import Config
 from qt_jax.reporting import records
 
@@ -80,26 +78,12 @@ def trained(options: Options) -> Config:
 
 
 def summarise(times: dict[str, list[float]], every: int) -> dict[str, dict[str, float]]:
-    """For each variant but `PULL`: step_ms_p50, its quartiles, step_ms_min, and three ratios.
+    """What `timing.summarise` says of each variant but `PULL`, over the two FP32 baselines.
 
-    `ratio` is of the medians to fp32's, `ratio_paired` the median of the ratios within each round, and
-    `ratio_to_faster` is of the medians to that of the faster FP32 baseline. Reverse pruning's
-    are of its ordinary steps, and amortised_ms = ((every - 1) ordinary + pruning) / every, of medians.
+    Reverse pruning's are of its ordinary steps, and amortised_ms = ((every - 1) ordinary + pruning) / every,
+    of medians.
     """
-    base = times[FP32]
-    fastest = min(statistics.median(times[name]) for name in (FP32, UNFUSED))
-    rows = {
-        name: {
-            "step_ms_p50": statistics.median(mine),
-            "step_ms_p25": float(np.quantile(mine, 0.25)),
-            "step_ms_p75": float(np.quantile(mine, 0.75)),
-            "step_ms_min": min(mine),
-            "ratio": statistics.median(mine) / statistics.median(base),
-            "ratio_paired": statistics.median(a / b for a, b in zip(mine, base, strict=True)),
-            "ratio_to_faster": statistics.median(mine) / fastest,
-        }
-        for name, mine in times.items()
-    }
+    rows = timing.summarise(times, FP32, (FP32, UNFUSED))
     pull, row = rows.pop(PULL)["step_ms_p50"], rows[PRUNED]
     amortised = ((every - 1) * row["step_ms_p50"] + pull) / every
     row |= {
@@ -204,9 +188,8 @@ def run(options: Options, console: Console) -> list[records.Record]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    prog = "python -m experiments.benchmarks.step"
-    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), timing.console()))
+    """Runs the command line; returns the exit status."""
+    return command("experiments.benchmarks.step", Options, run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
 """Compiled steps taken in turn and timed; what every benchmark of steps shares."""
 
-import sys
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
+import numpy as np
 from rich.progress import Progress
 
 from qt_jax.reporting.provenance import provenance
 
 WARM_UP = 3
 """Rounds that are not counted; the first one compiles what is not compiled yet."""
-PIPED_WIDTH = 130
-"""Characters of a table's lines where no terminal says how many there are."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "aqtp", "torch")
 
 
@@ -49,6 +47,30 @@ def measure(
     return times
 
 
+def summarise(
+    times: dict[str, list[float]], plain: str, baselines: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """For each variant: step_ms_p50, its quartiles, step_ms_min, and three ratios.
+
+    `ratio` is of the medians to that of `plain`, `ratio_paired` the median of the ratios within each round,
+    and `ratio_to_faster` is of the medians to that of the fastest of `baselines`.
+    """
+    base = times[plain]
+    fastest = min(statistics.median(times[name]) for name in baselines)
+    return {
+        name: {
+            "step_ms_p50": statistics.median(mine),
+            "step_ms_p25": float(np.quantile(mine, 0.25)),
+            "step_ms_p75": float(np.quantile(mine, 0.75)),
+            "step_ms_min": min(mine),
+            "ratio": statistics.median(mine) / statistics.median(base),
+            "ratio_paired": statistics.median(a / b for a, b in zip(mine, base, strict=True)),
+            "ratio_to_faster": statistics.median(mine) / fastest,
+        }
+        for name, mine in times.items()
+    }
+
+
 def peak_bytes(compiled: Any) -> int:
     """What a compiled function needs at its height: its arguments, its outputs, and what lies between."""
     found = compiled.memory_analysis()
@@ -60,8 +82,3 @@ def source() -> dict[str, Any]:
     """The provenance of a record, with the accelerator if JAX is on one."""
     device = jax.devices()[0]
     return provenance(PACKAGES) | ({} if device.platform == "cpu" else {"accelerator": device.device_kind})
-
-
-def console() -> Console:
-    """Where tables go: of the terminal's width, or of `PIPED_WIDTH`."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)

@@ -1,0 +1,213 @@
+"""`python -m experiments.benchmarks.scaling`: how the cost of Quant-Trim grows with the network and batch.
+
+From one residual network, batch and image, each of five sizes is varied alone: width, depth, batch,
+resolution, and the elements of a tensor that Quant-Trim's statistics read. At each point the trainer's step
+with Quant-Trim W8A8 takes turns with its two FP32 baselines (as in `experiments.benchmarks.step`, which says
+why there are two): the ratio of their medians, of the memory XLA plans for, and seconds to compile.
+
+Statistics are of a sub-sample of constant size, so that their share falls as tensors grow; rounding and
+clipping are elementwise, convolutions are not.
+"""
+
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import qt_jax as qt
+from experiments.benchmarks import timing
+from experiments.benchmarks.command import command
+from experiments.benchmarks.quant_trimmed import QuantTrimmed
+from experiments.benchmarks.scaling_figure import scaling_figure
+from experiments.benchmarks.timing import Variant
+from experiments.benchmarks.unfused import Unfused
+from experiments.benchmarks.variants import (
+    CLASSES,
+    FP32,
+    QUANT_TRIM,
+    UNFUSED,
+    compiled_step,
+    random_split,
+)
+from experiments.configs.cifar import Config, float_twin, lambda_schedule, quant_config
+from experiments.models.resnet import ResNet
+from qt_jax.reporting import records
+
+WARM_UP = 2
+"""Rounds that are not counted; every step is compiled before."""
+
+
+class Point(NamedTuple):
+    """What is timed: a residual network of three stages, on square images, and how much statistics read."""
+
+    width: int = 16
+    depth: int = 8
+    """Layers: 8, 14, 20, ... for one, two, three, ... blocks a stage."""
+    batch_size: int = 64
+    resolution: int = 32
+    sample_size: int = qt.QuantConfig().sample_size
+
+
+BASE = Point()
+AXES: dict[str, tuple[int, ...]] = {
+    "width": (8, 16, 32, 64),
+    "depth": (8, 14, 20, 32),
+    "batch_size": (16, 32, 64, 128, 256),
+    "resolution": (16, 32, 64, 96),
+    "sample_size": (256, 1024, 4096, 16384, 65536),
+}
+"""Field of `Point` -> its values, the base's among them; the other fields are the base's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time training steps with and without Quant-Trim over width, depth, batch, resolution, sample size.
+
+    Relaunching goes on where it was stopped.
+    """
+
+    rounds: int = 10
+    """Rounds counted at each point, after 2 of warm-up."""
+    out: Path = Path("runs/scaling")
+    """Folder for records.jsonl, one record a point, and scaling.png."""
+    fresh: bool = False
+    """Measure points again that are in the records with as many rounds on this device."""
+
+
+def points() -> list[Point]:
+    """Each point once, axis by axis."""
+    found = [BASE._replace(**{axis: value}) for axis, values in AXES.items() for value in values]
+    return list(dict.fromkeys(found))
+
+
+def variants(point: Point, steps: int) -> dict[str, Variant]:
+    """Both FP32 baselines and Quant-Trim W8A8 at a point, compiled."""
+    config = Config(batch_size=point.batch_size, reverse_pruning=None, learning_rate=0.01)
+    model = ResNet(((point.depth - 2) // 6,) * 3, point.width, CLASSES)
+    specs = dataclasses.replace(quant_config(config), sample_size=point.sample_size)
+    split = random_split(config, (point.resolution, point.resolution, 3))
+    models = {
+        FP32: model,
+        UNFUSED: Unfused(model),
+        QUANT_TRIM: QuantTrimmed(model, specs, lambda_schedule(config, steps)),
+    }
+    return {name: compiled_step(float_twin(config), model, split, steps) for name, model in models.items()}
+
+
+def measure(point: Point, rounds: int, progress: Progress) -> records.Record:
+    """The record of a point: what `timing.summarise` says of Quant-Trim's step, and the baselines' beside it.
+
+    ratio_to_faster_paired, _p25 and _p75 are the quartiles over the rounds, in each of which the step is
+    divided by that of the baseline that is faster in the median.
+    """
+    steps = WARM_UP + rounds
+    timed = variants(point, steps)
+    times = timing.measure(timed, rounds, progress, WARM_UP)
+    faster = min((FP32, UNFUSED), key=lambda name: statistics.median(times[name]))
+    paired = np.divide(times[QUANT_TRIM], times[faster])
+    rows = timing.summarise(times, FP32, (FP32, UNFUSED))
+    known = {name: variant.compiled for name, variant in timed.items()}
+    return records.new_record(
+        benchmark="scaling",
+        **point._asdict(),
+        rounds=rounds,
+        status="ok",
+        weight_bits=8,
+        activation_bits=8,
+        **rows[QUANT_TRIM],
+        **{
+            f"ratio_to_faster_{name}": float(np.quantile(paired, quantile))
+            for name, quantile in (("p25", 0.25), ("paired", 0.5), ("p75", 0.75))
+        },
+        fp32_step_ms_p50=rows[FP32]["step_ms_p50"],
+        unfused_step_ms_p50=rows[UNFUSED]["step_ms_p50"],
+        **known[QUANT_TRIM],
+        fp32_peak_bytes=known[FP32]["peak_bytes"],
+        peak_ratio=known[QUANT_TRIM]["peak_bytes"] / known[FP32]["peak_bytes"],
+        fp32_compile_seconds=known[FP32]["compile_seconds"],
+        unfused_compile_seconds=known[UNFUSED]["compile_seconds"],
+        **timing.source(),
+    )
+
+
+def finished(path: Path, rounds: int) -> dict[Point, records.Record]:
+    """The newest record of each point that was measured with as many rounds on this device."""
+    accelerator = timing.source()["accelerator"]
+    return {
+        Point(*(row[field] for field in Point._fields)): row
+        for row in records.read(path)
+        if (row["rounds"], row["accelerator"]) == (rounds, accelerator)
+    }
+
+
+def along(axis: str, rows: dict[Point, records.Record]) -> list[records.Record]:
+    """The records of an axis, in its order."""
+    return [rows[BASE._replace(**{axis: value})] for value in AXES[axis]]
+
+
+def table(rows: dict[Point, records.Record], rounds: int) -> Table:
+    """What the terminal shows, a block for each axis."""
+    base = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in BASE._asdict().items())
+    shown = Table(
+        title=f"Quant-Trim's training step and FP32's, {rounds} rounds, {jax.devices()[0].device_kind}",
+        caption=f"Otherwise {base}.\n/ faster: Quant-Trim's median to that of the faster FP32 step.\n"
+        "paired: median (quartiles) of the ratios within a round.\nmemory, compile: Quant-Trim / FP32.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    shown.add_column("varied", no_wrap=True)
+    for heading in ("FP32 ms", "unfused ms", "Quant-Trim ms", "/ faster", "paired", "memory", "compile s"):
+        shown.add_column(heading, justify="right")
+    for axis, values in AXES.items():
+        for value, row in zip(values, along(axis, rows), strict=True):
+            shown.add_row(
+                f"{axis.replace('_', ' ')} {value}",
+                *(f"{row[key]:.1f}" for key in ("fp32_step_ms_p50", "unfused_step_ms_p50", "step_ms_p50")),
+                f"{row['ratio_to_faster']:.3f}",
+                f"{row['ratio_to_faster_paired']:.3f} ({row['ratio_to_faster_p25']:.2f}-"
+                f"{row['ratio_to_faster_p75']:.2f})",
+                f"{row['peak_ratio']:.3f}",
+                f"{row['compile_seconds']:.1f} / {row['fp32_compile_seconds']:.1f}",
+                end_section=value == values[-1],
+            )
+    return shown
+
+
+def run(options: Options, console: Console) -> None:
+    """Measures what is missing, appends the records, prints the table, draws the figure.
+
+    Raises:
+      InvalidInput: a count below 1.
+    """
+    if options.rounds < 1:
+        raise qt.InvalidInput(f"--rounds must be at least 1, got {options.rounds}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path, figure = options.out / "records.jsonl", options.out / "scaling.png"
+    rows = {} if options.fresh else finished(path, options.rounds)
+    with Progress(console=console, transient=True) as progress:
+        whole = progress.add_task("points", total=len(points()))
+        for point in points():
+            if point not in rows:
+                rows[point] = measure(point, options.rounds, progress)
+                records.append(path, rows[point])
+            progress.advance(whole)
+    console.print(table(rows, options.rounds))
+    scaling_figure({axis: along(axis, rows) for axis in AXES}, BASE._asdict(), figure)
+    console.print(f"{path}, {figure}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    return command("experiments.benchmarks.scaling", Options, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
