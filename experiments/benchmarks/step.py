@@ -8,8 +8,9 @@ Parameters and statistics are float32 whatever the compute type.
 Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its defaults: symmetric absmax
 over the whole tensor, weights with a scale per output channel, activations with one per image taken anew
 in every step (no statistics are kept), the forward convolutions in int8 with int32 sums, the backward ones in
-float32 with the straight-through estimator. For AQT see `experiments.benchmarks.aqt_qat`, for PyTorch, plain
-and with its own fake quantization, `experiments.benchmarks.torch_step`.
+float32 with the straight-through estimator. It does not see depthwise convolutions where, on CPUs in float32,
+`experiments.models.depthwise` computes them as products. For AQT see `experiments.benchmarks.aqt_qat`, for
+PyTorch, plain and with its own fake quantization, `experiments.benchmarks.torch_step`.
 
 There are two FP32 baselines, because XLA's CPU backend compiles the plain step badly; see
 `experiments.benchmarks.unfused`. Quant-Trim's honest cost is its ratio to the faster of the two.
