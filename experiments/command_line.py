@@ -1,10 +1,18 @@
-"""How every command of this project ends when its input is wrong: one message, exit status 2."""
+"""The command lines of this project: how wide their tables are, and how they end when the input is wrong."""
 
+import sys
 from collections.abc import Callable
+from typing import TypeVar
 
+import tyro
 from rich.console import Console
 
 import qt_jax as qt
+
+PIPED_WIDTH = 130
+"""Characters of a table's lines where no terminal says how many there are."""
+
+Options = TypeVar("Options")
 
 
 def exit_status(command: Callable[[], object]) -> int:
@@ -19,3 +27,20 @@ def exit_status(command: Callable[[], object]) -> int:
         console.print(f"error: {error}", style="bold red")
         return 2
     return 0
+
+
+def command(
+    module: str,
+    options: type[Options],
+    run: Callable[[Options, Console], object],
+    arguments: list[str] | None,
+) -> int:
+    """Runs `python -m module`; returns the exit status: 0, or 2 after a message about wrong input.
+
+    Args:
+      options: dataclass of the flags.
+      run: what is run with them, and where its tables go.
+      arguments: of the command line; None: those of this process.
+    """
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    return exit_status(lambda: run(tyro.cli(options, args=arguments, prog=f"python -m {module}"), console))

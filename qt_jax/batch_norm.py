@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
-from qt_jax.interceptor import COLLECTION
+from qt_jax.sites import COLLECTION
 
 Path = tuple[str, ...]
 MEAN, VARIANCE = "mean", "var"

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qt_jax.fake_quant import QuantSpec
-from qt_jax.interceptor import COLLECTION, LAYERS, is_range, quant_trim
+from qt_jax.interceptor import LAYERS, is_range, quant_trim
 from qt_jax.rules import QuantConfig, Sites
+from qt_jax.sites import COLLECTION
 
 
 @dataclasses.dataclass(frozen=True)

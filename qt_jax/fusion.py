@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Literal
 
 from qt_jax.errors import InvalidInput
-from qt_jax.interceptor import COLLECTION, GAIN, LAYERS
+from qt_jax.interceptor import LAYERS
+from qt_jax.sites import COLLECTION, GAIN
 
 TRANSPARENT = frozenset({"name", "convert_element_type", "copy", "optimization_barrier"})
 """Primitives that hand a tensor on as it is."""

@@ -16,20 +16,12 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
-from qt_jax.fake_quant import QuantSpec, fake_quant
-from qt_jax.quantiles import empty_range, observe, update_range
+from qt_jax.fake_quant import QuantSpec
 from qt_jax.rules import QuantConfig, Sites, check_rules_used
-from qt_jax.vendor_grids import fake_quant_on_drawn_grid, grid_key
+from qt_jax.sites import COLLECTION, GAIN, INPUT, KERNEL, OUTPUT, ForwardPass
 
 LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 """Layers that are reached; the projections of Linen's attention are `DenseGeneral`."""
-
-COLLECTION = "batch_stats"
-KERNEL, INPUT, OUTPUT = "quant_kernel", "quant_input", "quant_output"
-"""Names of the ranges beside a layer's other statistics, each {"low", "high", "count"}."""
-GAIN = "quant_gain"
-"""Name of the gains with which folding will multiply a layer's kernel: float32 `(channels,)`, or
-`(channels, 1)` where the features are the kernel's last axis but one."""
 
 
 def is_range(path: tuple[str, ...]) -> bool:
@@ -54,8 +46,10 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     """Fake-quantizes every layer that is applied inside the context, blended by lambda.
 
     At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (Quant-Trim, arXiv 2511.15300, progressive
-    fake quantization), on the grid of the range kept in `batch_stats`. A site
-    without an observation yet passes its tensor through.
+    fake quantization), on the grid of the range that `batch_stats` holds when the pass begins. What the pass
+    observes moves the ranges at its end, for the next one: the grids are known before the tensors, so that
+    rounding fuses with what computes them, and all quantiles are taken together. A site without an
+    observation yet, as in the first step, passes its tensor through.
 
     Enter it inside the function that is jitted: around an already compiled one it has no effect, and
     raises. `lam` may be traced, so a moving lambda costs no recompilation. Attach the statistics first: a
@@ -86,15 +80,28 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
     visit, running = Visit(), set()
     lam = jnp.asarray(lam, jnp.float32)
+    current: ForwardPass | None = None
 
     def intercept(call, args, kwargs, context):
+        nonlocal current
+        if current is not None:
+            return visited(call, args, kwargs, context)
+        current = ForwardPass(config, lam, train)
+        try:
+            outputs = visited(call, args, kwargs, context)
+            current.end()
+        finally:
+            current = None
+        return outputs
+
+    def visited(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
         inherited = id(module) in running  # a subclass that calls its parent's __call__
         if inherited or context.method_name != "__call__":
             return call(*args, **kwargs)
 
         def site(name: str, x: jax.Array, spec: QuantSpec | None, gain: jax.Array | None = None) -> jax.Array:
-            return x if spec is None else _quantized_site(module, name, x, spec, config, lam, train, gain)
+            return x if spec is None else current.quantized(module, name, x, spec, gain)
 
         skipped = any(rule.skip and rule.matches(path) for rule in config.rules)
         fused = config.activations if path in config.fused_outputs and not skipped else None
@@ -152,61 +159,6 @@ def _gain(module: nn.Module, kernel: jax.Array) -> jax.Array:
     shape = (kernel.shape[axis], *(1,) * (-1 - axis))
     gain = module.variable(COLLECTION, GAIN, jnp.ones, shape, jnp.float32).value
     return jax.lax.stop_gradient(jnp.expand_dims(gain, range(kernel.ndim - gain.ndim)))
-
-
-def _quantized_site(
-    module: nn.Module,
-    name: str,
-    x: jax.Array,
-    spec: QuantSpec,
-    config: QuantConfig,
-    lam: jax.Array,
-    train: bool,
-    gain: jax.Array | None,
-) -> jax.Array:
-    """Updates the range of one site if training, and returns `x` blended with its image on the grid.
-
-    With a gain g the grid is laid over g x, and what returns is x + (fake_quant(g x) - g x) / g: `x` to the
-    bit at lambda = 0, with the gradient of `fake_quant`.
-    """
-    where = "/".join((*module.path, name))
-    mutable = module.is_mutable_collection(COLLECTION)
-    if not mutable and not module.has_variable(COLLECTION, name):
-        raise InvalidInput(
-            f"no statistics for {where!r} in {COLLECTION!r}. Attach them to a plain checkpoint with "
-            "qt.attach_statistics(model, variables, config, input), or pass the collection to apply. Under a "
-            "transformation that does not lift the collection (nn.WeightNorm, nn.map_variables) the layer "
-            "cannot be reached: leave it out with qt.Rule(path, skip=True)."
-        )
-    channels = None if spec.axis is None else x.shape[spec.axis]
-    statistics = module.variable(COLLECTION, name, empty_range, channels)
-    expected = () if channels is None else (channels,)
-    if statistics.value["low"].shape != expected:
-        raise InvalidInput(
-            f"the statistics of {where!r} have shape {statistics.value['low'].shape}, the config wants "
-            f"{expected}: they were made with another axis. Drop them and attach them anew."
-        )
-    deployed = x if gain is None else x * gain
-    if train and mutable and not module.is_initializing():
-        low, high = observe(
-            deployed,
-            quantile=spec.quantile,
-            symmetric=spec.symmetric,
-            axis=spec.axis,
-            sample_size=x.size if name == KERNEL and spec.quantile == 1.0 else config.sample_size,
-            axis_name=config.axis_name,
-        )
-        statistics.value = update_range(statistics.value, low, high, config.momentum)
-    seen = statistics.value
-    effective = jnp.where(seen["count"] > 0, lam, jnp.zeros_like(lam))
-    if spec.grids == "vendors" and train and mutable:
-        key = grid_key(config.seed, where, seen["count"])
-        quantized = fake_quant_on_drawn_grid(deployed, seen["low"], seen["high"], spec, effective, key)
-    else:
-        quantized = fake_quant(deployed, seen["low"], seen["high"], spec, effective)
-    if gain is None:
-        return quantized
-    return x + (quantized - deployed) / jnp.where(gain == 0.0, 1.0, gain)
 
 
 def attach_statistics(

@@ -6,6 +6,7 @@ arXiv 2511.15300, section on robust quantile statistics; sub-sampling and its si
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,10 @@ from qt_jax.errors import InvalidInput
 
 PER_CHANNEL_MINIMUM = 256
 """Least number of elements observed for each channel of a per-channel quantile, where it has so many."""
+
+TAIL = 16
+"""A tail of no more than one element in so many is selected instead of sorting the sample. On CPUs, of 4096
+elements, selecting the six largest takes 5 microseconds, the 206 largest 50, sorting 70 or more."""
 
 Range = dict[str, jax.Array]
 """Smoothed range of one tensor: float32 `low` and `high` (scalar, or one for each channel) and the int32
@@ -84,7 +89,7 @@ def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
     if axis is None:
         if x.size <= size:
             return _whole(x).reshape(-1)
-        return x.at[tuple(_lattice(x.shape, size))].get(out_sharding=_replicated(x))
+        return x.at[tuple(_lattice(x.shape, size))].get(mode="promise_in_bounds", out_sharding=_replicated(x))
     if not -x.ndim <= axis < x.ndim:
         raise InvalidInput(f"channel axis {axis} is out of range for an array of shape {x.shape}")
     channels = jnp.moveaxis(x, axis, 0)
@@ -93,7 +98,7 @@ def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
     if elements <= wanted:
         return _whole(channels).reshape(channels.shape[0], elements)
     index = (slice(None), *_lattice(channels.shape[1:], wanted))
-    return channels.at[index].get(out_sharding=_replicated(channels))
+    return channels.at[index].get(mode="promise_in_bounds", out_sharding=_replicated(channels))
 
 
 def _sort(x: jax.Array) -> jax.Array:
@@ -114,7 +119,7 @@ def _sort(x: jax.Array) -> jax.Array:
 def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
     """Empirical quantiles along the last axis, interpolated linearly (numpy's default definition).
 
-    Nothing is sorted where only the extremes are asked for.
+    Extremes are a minimum or a maximum, levels near the ends a selection of the tails; others sort.
 
     Args:
       sample: `(..., n)`; the levels are Python floats in [0, 1], known when tracing.
@@ -125,18 +130,91 @@ def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
     >>> [float(v) for v in quantiles(jnp.arange(5.0), (0.0, 0.5, 0.875))]
     [0.0, 2.0, 3.5]
     """
+    sample = sample.astype(jnp.float32)
     if set(levels) <= {0.0, 1.0}:
         extremes = {0.0: jnp.min, 1.0: jnp.max}
-        return [extremes[level](sample.astype(jnp.float32), axis=-1) for level in levels]
-    ordered = _sort(sample.astype(jnp.float32))
-    last = ordered.shape[-1] - 1
-    found = []
-    for level in levels:
-        below = math.floor(level * last)
-        weight = level * last - below
-        low, high = ordered[..., below], ordered[..., min(below + 1, last)]
-        found.append(low + np.float32(weight) * (high - low))
-    return found
+        return [extremes[level](sample, axis=-1) for level in levels]
+    last = sample.shape[-1] - 1
+    below = [math.floor(level * last) for level in levels]
+    above = [min(position + 1, last) for position in below]
+    at = _order_statistics(sample, {*below, *above})
+    weights = [np.float32(level * last - position) for level, position in zip(levels, below, strict=True)]
+    return [at[i] + w * (at[j] - at[i]) for i, j, w in zip(below, above, weights, strict=True)]
+
+
+def _order_statistics(sample: jax.Array, positions: set[int]) -> dict[int, jax.Array]:
+    """What stands at the positions of the sorted sample, counted from 0.
+
+    Positions near the ends, where robust ranges lie, are found by selection of the tails.
+    """
+    n = sample.shape[-1]
+    low = max((p + 1 for p in positions if 2 * p < n), default=0)
+    high = max((n - p for p in positions if 2 * p >= n), default=0)
+    if max(low, high) > n // TAIL:
+        ordered = _sort(sample)
+        return {p: ordered[..., p] for p in positions}
+    smallest = -_largest(-sample, low) if low else None
+    largest = _largest(sample, high) if high else None
+    return {p: smallest[..., p] if 2 * p < n else largest[..., n - 1 - p] for p in positions}
+
+
+def _largest(x: jax.Array, count: int) -> jax.Array:
+    """The `count` largest along the last axis, descending.
+
+    XLA's CPU backend sorts instead, a hundred times slower, if it sees that only some of them are used.
+    """
+    return jax.lax.optimization_barrier(jax.lax.top_k(x, count)[0])
+
+
+class Sample(NamedTuple):
+    """What was drawn of one tensor, and the robust range that is asked of it."""
+
+    values: jax.Array
+    """float32 `(n,)`, or `(channels, n)`; constant for differentiation."""
+    quantile: float
+    symmetric: bool
+
+
+def draw(
+    x: jax.Array, *, quantile: float, symmetric: bool, axis: int | None = None, sample_size: int = 4096
+) -> Sample:
+    """The sub-sample of one tensor; arguments as in `observe`."""
+    values = jax.lax.stop_gradient(subsample(x, sample_size, axis)).astype(jnp.float32)
+    return Sample(values, quantile, symmetric)
+
+
+def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tuple[jax.Array, jax.Array]]:
+    """The robust range of each sample, as `observe` defines it; samples of one size share one selection.
+
+    On GPUs a selection costs its start, whatever its height: 42 samples of 4096 elements take 17
+    microseconds together and 470 one by one.
+
+    >>> drawn = [draw(x, quantile=1.0, symmetric=False) for x in (jnp.arange(3.0), jnp.arange(-4.0, 2.0))]
+    >>> [(float(low), float(high)) for low, high in ranges(drawn)]
+    [(-0.0, 2.0), (-4.0, 1.0)]
+    """
+    alike: dict[tuple[int, float], list[int]] = {}
+    for index, sample in enumerate(samples):
+        alike.setdefault((sample.values.shape[-1], sample.quantile), []).append(index)
+    found: dict[int, tuple[jax.Array, jax.Array]] = {}
+    for (n, quantile), members in alike.items():
+        rows = [side.reshape(-1, n) for index in members for side in _sides(samples[index])]
+        together = jnp.concatenate(rows)
+        if axis_name is not None:
+            together = jax.lax.all_gather(together, axis_name, axis=1, tiled=True)
+        (ends,) = quantiles(together, (quantile,))
+        parts = iter(jnp.split(ends, np.cumsum([len(row) for row in rows])[:-1]))
+        for index in members:
+            shape = samples[index].values.shape[:-1]
+            high = next(parts).reshape(shape)
+            low = -high if samples[index].symmetric else -next(parts).reshape(shape)
+            found[index] = low, high
+    return [found[index] for index in range(len(samples))]
+
+
+def _sides(sample: Sample) -> list[jax.Array]:
+    """Tensors whose upper quantiles are the ends of the range."""
+    return [jnp.abs(sample.values)] if sample.symmetric else [sample.values, -sample.values]
 
 
 def observe(
@@ -171,14 +249,9 @@ def observe(
     >>> float(low), float(high)
     (-10.0, 10.0)
     """
-    sample = jax.lax.stop_gradient(subsample(x, sample_size, axis)).astype(jnp.float32)
-    if axis_name is not None:
-        sample = jax.lax.all_gather(sample, axis_name, axis=sample.ndim - 1, tiled=True)
-    if symmetric:
-        (high,) = quantiles(jnp.abs(sample), (quantile,))
-        return -high, high
-    low, high = quantiles(sample, (1.0 - quantile, quantile))
-    return low, high
+    drawn = draw(x, quantile=quantile, symmetric=symmetric, axis=axis, sample_size=sample_size)
+    (found,) = ranges([drawn], axis_name)
+    return found
 
 
 def empty_range(channels: int | None = None) -> Range:

@@ -18,9 +18,9 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from qt_jax.errors import InvalidInput
-from qt_jax.interceptor import GAIN
 from qt_jax.projection import holding, project
 from qt_jax.quantiles import observe
+from qt_jax.sites import GAIN
 
 Mask = Callable[[tuple[str, ...], jax.Array], bool]
 """(path of keys, leaf) -> whether reverse pruning projects this leaf."""

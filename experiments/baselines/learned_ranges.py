@@ -17,8 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qt_jax as qt
 from qt_jax.fake_quant import along_axis, fake_quant
-from qt_jax.interceptor import COLLECTION, INPUT, KERNEL, LAYERS
+from qt_jax.interceptor import LAYERS
 from qt_jax.quantiles import Range
+from qt_jax.sites import COLLECTION, INPUT, KERNEL
 
 Ends = tuple[jax.Array, jax.Array]
 """(low, high): float32, scalars or `(channels,)`."""

@@ -22,8 +22,8 @@ import numpy as np
 import qt_jax as qt
 from experiments.baselines.learned_ranges import Ends, LearnedRange, Quantizer, other_axes
 from qt_jax.fake_quant import SCALE_FLOOR, along_axis, quantization_parameters
-from qt_jax.interceptor import INPUT, KERNEL
 from qt_jax.quantiles import Range
+from qt_jax.sites import INPUT, KERNEL
 
 
 def step_range(step: jax.Array, signed: jax.Array | bool, spec: qt.QuantSpec) -> Ends:

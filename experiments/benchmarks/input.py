@@ -25,10 +25,10 @@ from rich.table import Table
 import qt_jax as qt
 from experiments import data, devices, models
 from experiments.benchmarks import timing
-from experiments.benchmarks.command import command
 from experiments.benchmarks.figure import finish
 from experiments.benchmarks.timing import WARM_UP, Variant
 from experiments.benchmarks.variants import CLASSES, compiled_step
+from experiments.command_line import command
 from experiments.configs.cifar import Config, float_twin
 from experiments.data.store import cache_dir
 from experiments.training.step import FLIPPABLE, Split, drawn, epoch_order, normalize

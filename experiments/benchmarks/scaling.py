@@ -24,7 +24,6 @@ from rich.table import Table
 
 import qt_jax as qt
 from experiments.benchmarks import timing
-from experiments.benchmarks.command import command
 from experiments.benchmarks.quant_trimmed import QuantTrimmed
 from experiments.benchmarks.scaling_figure import scaling_figure
 from experiments.benchmarks.timing import Variant
@@ -37,6 +36,7 @@ from experiments.benchmarks.variants import (
     compiled_step,
     random_split,
 )
+from experiments.command_line import command
 from experiments.configs.cifar import Config, float_twin, lambda_schedule, quant_config
 from experiments.models.resnet import ResNet
 from qt_jax.reporting import records

@@ -31,10 +31,10 @@ from rich.table import Table
 import qt_jax as qt
 from experiments import models
 from experiments.benchmarks import timing
-from experiments.benchmarks.command import command
 from experiments.benchmarks.timing import WARM_UP, Variant, measure
 from experiments.benchmarks.variants import (
     FP32,
+    PEERS,
     PRUNED,
     PULL,
     UNFUSED,
@@ -42,6 +42,7 @@ from experiments.benchmarks.variants import (
     in_float,
     per_channel,
 )
+from experiments.command_line import command
 from experiments.configs.cifar import Config
 from qt_jax.reporting import records
 
@@ -60,6 +61,10 @@ class Options:
     """Images a step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of every variant; "fp32" in their names then says that nothing is quantized."""
+    steps_per_dispatch: int = 1
+    """Steps in one compiled loop, of which a round is made. On CPUs keep 1, as in training."""
+    peers: tuple[Literal["qwix", "aqt", "torch"], ...] = PEERS
+    """Packages whose steps are timed, too."""
     repeats: int = 20
     """Rounds counted, after 3 rounds of warm-up."""
     out: Path | None = None
@@ -73,19 +78,21 @@ def trained(options: Options) -> Config:
         dataset="composed" if options.model in models.SEGMENTERS else "cifar10",
         batch_size=options.batch_size,
         dtype=options.dtype,
+        steps_per_dispatch=options.steps_per_dispatch,
         reverse_pruning_start=0.0,
         learning_rate=0.01,
     )
 
 
-def summarise(times: dict[str, list[float]], every: int) -> dict[str, dict[str, float]]:
+def summarise(times: dict[str, list[float]], every: int, steps: int = 1) -> dict[str, dict[str, float]]:
     """What `timing.summarise` says of each variant but `PULL`, over the two FP32 baselines.
 
     Reverse pruning's are of its ordinary steps, and amortised_ms = ((every - 1) ordinary + pruning) / every,
-    of medians.
+    of medians. Of `steps` steps of `PULL`, the first prunes.
     """
-    rows = timing.summarise(times, FP32, (FP32, UNFUSED))
-    pull, row = rows.pop(PULL)["step_ms_p50"], rows[PRUNED]
+    rows = timing.summarise(times, FP32, [name for name in (FP32, UNFUSED) if name in times])
+    row = rows[PRUNED]
+    pull = steps * rows.pop(PULL)["step_ms_p50"] - (steps - 1) * row["step_ms_p50"]
     amortised = ((every - 1) * row["step_ms_p50"] + pull) / every
     row |= {
         "pruning_step_ms_p50": pull,
@@ -119,6 +126,7 @@ def to_records(
             model=options.model,
             batch_size=options.batch_size,
             dtype=options.dtype,
+            steps_per_dispatch=options.steps_per_dispatch,
             variant=name,
             repeats=options.repeats,
             weight_bits=None if in_float(name) else 8,
@@ -177,10 +185,12 @@ def run(options: Options, console: Console) -> list[records.Record]:
     """
     if options.repeats < 1:
         raise qt.InvalidInput(f"--repeats must be at least 1, got {options.repeats}")
-    variants, missing = build(trained(options), WARM_UP + options.repeats)
+    steps = options.steps_per_dispatch * (WARM_UP + options.repeats)
+    variants, missing = build(trained(options), steps, options.peers)
     with Progress(console=console, transient=True) as progress:
         times = measure(variants, options.repeats, progress)
-    rows = with_memory(summarise(times, trained(options).reverse_pruning_every), variants)
+    every = trained(options).reverse_pruning_every
+    rows = with_memory(summarise(times, every, options.steps_per_dispatch), variants)
     rows = to_records(options, rows, missing)
     console.print(table(options, rows))
     for row in rows if options.out else ():

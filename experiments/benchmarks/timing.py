@@ -17,19 +17,21 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "aqtp", "torch")
 
 
 class Variant(NamedTuple):
-    """One way to train: `advance(state) -> state` takes a step; `prepare` comes before it, off the clock."""
+    """One way to train: `advance(state) -> state` takes `steps` steps; `prepare`, before, is not timed."""
 
     advance: Callable[[Any], Any]
     state: Any
     prepare: Callable[[Any], Any] = lambda state: state
     compiled: dict[str, float] = {}  # noqa: RUF012 - of a NamedTuple, never changed
     """peak_bytes and compile_seconds of the step, where XLA says so."""
+    steps: int = 1
+    """Steps that `advance` takes in one compiled loop."""
 
 
 def measure(
     variants: dict[str, Variant], repeats: int, progress: Progress, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Milliseconds of each counted step, by variant; entry i of every list is of the same round."""
+    """Milliseconds a step of each counted round, by variant; entry i of every list is of the same round."""
     states = {name: variant.state for name, variant in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     task = progress.add_task("compiling", total=(warm_up + repeats) * len(variants))
@@ -39,7 +41,7 @@ def measure(
             state = jax.block_until_ready(variant.prepare(states[name]))
             start = time.perf_counter()
             states[name] = jax.block_until_ready(variant.advance(state))
-            milliseconds = 1e3 * (time.perf_counter() - start)
+            milliseconds = 1e3 * (time.perf_counter() - start) / variant.steps
             if turn >= warm_up:
                 times[name].append(milliseconds)
             progress.advance(task)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import flax.linen as nn
@@ -28,6 +28,8 @@ PULL = "quant-trim, a step that prunes"
 QWIX, AQT = "qwix", "aqt"
 TORCH, TORCH_QAT = "fp32, PyTorch", "PyTorch QAT W8A8"
 """Names of the variants; those in float begin with "fp32", also where they compute in bfloat16."""
+PEERS = ("qwix", "aqt", "torch")
+"""Packages of peers."""
 
 
 def random_split(config: Config, image_shape: tuple[int, int, int]) -> Split:
@@ -58,25 +60,28 @@ def compiled_step(
     mean, std = (0.5,) * shape[-1], (0.25,) * shape[-1]
     tx, lam = optimizer(config, steps), lambda_schedule(config, steps)
     run = make_train_step(config, model, tx, lam, mean, std, CLASSES)
-    order, one = epoch_order(config, images, 0), jnp.int32(1)
+    order, count = epoch_order(config, images, 0), jnp.int32(config.steps_per_dispatch)
     with jax.default_prng_impl("rbg"):  # drawn by threefry, parameters take XLA longer than a small step
         state = create_state(config, model, tx, shape)
     started = time.perf_counter()
-    compiled = run.lower(state, Totals.zero(), split, order, one).compile()
+    compiled = run.lower(state, Totals.zero(), split, order, count).compile()
     cost = {"compile_seconds": time.perf_counter() - started, "peak_bytes": peak_bytes(compiled)}
 
     def advance(state: TrainState) -> TrainState:
-        return compiled(state, Totals.zero(), split, order, one)[0]
+        return compiled(state, Totals.zero(), split, order, count)[0]
 
-    return Variant(advance, state, prepare, cost)
+    return Variant(advance, state, prepare, cost, config.steps_per_dispatch)
 
 
-def build(config: Config, steps: int) -> tuple[dict[str, Variant], dict[str, str]]:
+def build(
+    config: Config, steps: int, packages: Collection[str] = PEERS
+) -> tuple[dict[str, Variant], dict[str, str]]:
     """The variants in the order in which they take turns, and why any that is missing is missing.
 
     Args:
       config: of Quant-Trim with reverse pruning; the others' follow from it.
       steps: of the whole training.
+      packages: those of `PEERS` whose steps are built beside ours.
     """
     model = models.create(config.model, CLASSES, jnp.dtype(config.dtype))
     split = random_split(config, MASK_SHAPE if config.model in models.SEGMENTERS else IMAGE_SHAPE)
@@ -86,9 +91,10 @@ def build(config: Config, steps: int) -> tuple[dict[str, Variant], dict[str, str
     pull = pruned._replace(
         state=jax.tree.map(jnp.copy, pruned.state), prepare=partial(with_pruning_count, count=0)
     )
-    variants = {
-        FP32: step(twin, model),
-        UNFUSED: step(twin, Unfused(model)),
+    variants = {FP32: step(twin, model)}
+    if jax.default_backend() == "cpu":
+        variants[UNFUSED] = step(twin, Unfused(model))
+    variants |= {
         QUANT_TRIM: step(dataclasses.replace(config, reverse_pruning=None), model),
         PRUNED: pruned,
         PULL: pull,
@@ -103,6 +109,8 @@ def build(config: Config, steps: int) -> tuple[dict[str, Variant], dict[str, str
     }
     missing = {}
     for name, (package, make) in peers.items():
+        if package not in packages:
+            continue
         try:
             variants[name] = make()
         except ImportError as error:

@@ -33,6 +33,7 @@ MODELS = {
     "mobilenetv3": MobileNetV3,
     "convnext": ConvNeXt,
     "vit": ViT,
+    "vit-small": partial(ViT, 4, 384, 12, 6, 4),
     "vit-tiny": partial(ViT, 4, 48, 3),
     "mixer": Mixer,
     "lstm": partial(RowReader, nn.LSTMCell),

@@ -16,7 +16,7 @@ from experiments.training.finishing import reestimated
 from experiments.training.loop import train
 from qt_jax.export.checkpoint import load, restore
 from qt_jax.export.deploy import deploy
-from qt_jax.interceptor import COLLECTION
+from qt_jax.sites import COLLECTION
 
 GRAPH, DESCRIPTION = "model.onnx", "model.json"
 CHECKPOINTS, REESTIMATED = "checkpoints", "reestimated"

@@ -18,7 +18,7 @@ from qt_jax.export.checkpoint import Deployable, load
 from qt_jax.export.integer_weights import channel_axis, weighted_nodes
 from qt_jax.export.sessions import named_inputs, run_tensors
 from qt_jax.export.views import as_graph
-from qt_jax.interceptor import COLLECTION, INPUT
+from qt_jax.sites import COLLECTION, INPUT
 
 BINS = np.arange(0.0, 15.5, 0.25)
 """Edges of the histograms of |w| over the root mean square of its layer; the last bin has all beyond."""

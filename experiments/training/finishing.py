@@ -15,7 +15,7 @@ from experiments.data import Dataset
 from experiments.data.augment import normalize
 from experiments.training import quantizers
 from experiments.training.state import TrainState
-from qt_jax.interceptor import COLLECTION, KERNEL
+from qt_jax.sites import COLLECTION, KERNEL
 
 BATCH = 500
 """Images at once."""

@@ -17,8 +17,9 @@ from flax.traverse_util import flatten_dict
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export.description import NAME, Description, Samples, read_description, read_samples
-from qt_jax.interceptor import COLLECTION, is_range
+from qt_jax.interceptor import is_range
 from qt_jax.rules import QuantConfig
+from qt_jax.sites import COLLECTION
 
 MARKER = "_METADATA"
 """The file by which a folder is known as a checkpoint of orbax."""

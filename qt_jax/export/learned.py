@@ -21,8 +21,8 @@ from qt_jax.export.integer_weights import (
     weighted_nodes,
 )
 from qt_jax.fake_quant import QuantSpec, quantization_parameters
-from qt_jax.interceptor import COLLECTION, GAIN, INPUT, KERNEL, OUTPUT
 from qt_jax.rules import QuantConfig, Sites
+from qt_jax.sites import COLLECTION, GAIN, INPUT, KERNEL, OUTPUT
 
 ACTIVATION_BITS = (8, 16)
 SAME = 1e-4

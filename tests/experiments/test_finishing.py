@@ -14,7 +14,7 @@ from experiments.configs.cifar import Config, quant_config
 from experiments.data.dataset import Dataset
 from experiments.training import finishing, quantizers
 from experiments.training.state import create_state, optimizer
-from qt_jax.interceptor import GAIN
+from qt_jax.sites import GAIN
 
 SHAPE = (8, 8, 3)
 CONFIG = Config(

@@ -12,8 +12,8 @@ import qt_jax as qt
 from experiments.baselines.learned_ranges import fake_quant_learned
 from experiments.baselines.lsq import LSQ, step_range
 from qt_jax.fake_quant import quantization_parameters
-from qt_jax.interceptor import INPUT, KERNEL
 from qt_jax.quantiles import empty_range
+from qt_jax.sites import INPUT, KERNEL
 
 CONFIG = qt.QuantConfig()
 WEIGHTS = qt.QuantSpec(4, narrow_range=False)

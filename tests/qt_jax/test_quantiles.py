@@ -65,6 +65,26 @@ def test_quantiles_are_numpys(size, levels, seed):
     )
 
 
+@pytest.mark.parametrize("levels", [(0.001, 0.999), (0.999,), (0.95,), (0.03, 0.97), (0.2, 0.999)], ids=str)
+@pytest.mark.parametrize("shape", [(4096,), (3, 256)], ids=str)
+def test_tails_hold_what_sorting_puts_there(shape, levels):
+    """Bit for bit, ties, infinities and NaN included; robust levels do not sort."""
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32).round(2)
+    x[..., [0, 7, 9]], x[..., 1] = np.inf, -np.inf
+    for bad in (False, True):
+        x[..., 5] = np.nan if bad else 0.0
+        ordered = np.sort(x, axis=-1)
+        last = shape[-1] - 1
+        for level, found in zip(levels, qt.quantiles(jnp.asarray(x), levels), strict=True):
+            below = int(np.floor(level * last))
+            low, high = ordered[..., below], ordered[..., below + 1]
+            weight = np.float32(level * last - below)
+            with np.errstate(invalid="ignore"):
+                np.testing.assert_allclose(found, low + weight * (high - low), rtol=1e-6)
+    sorts = "sort" in str(jax.make_jaxpr(lambda x: qt.quantiles(x, levels))(x))
+    assert sorts == (0.2 in levels)
+
+
 def test_small_tensors_are_taken_whole():
     x = jnp.arange(60).reshape(3, 4, 5)
     np.testing.assert_array_equal(qt.subsample(x, 60), np.arange(60))

@@ -1,0 +1,247 @@
+"""`python -m experiments.speedrun`: CIFAR-10 to 94 % in seconds on one GPU, with Quant-Trim and without.
+
+Every seed is a training from scratch in one compiled function, timed from the call to the last parameter: the
+draw of the parameters, the whitening, the order of the images, all epochs and batch norm's last measurement
+count; compilation and the copy of the images to the device, once for all seeds, do not, and are told beside.
+Then each network is exported and deployed by ONNX Runtime, on the CPU, in FP32 and INT8.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import qt_jax as qt
+from experiments.command_line import command
+from experiments.data import Dataset, load
+from experiments.speedrun.deployment import deployed
+from experiments.speedrun.program import VIEWS, make_evaluation, make_training
+from experiments.speedrun.recipe import Recipe
+from qt_jax.reporting import records
+from qt_jax.reporting.provenance import provenance
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "onnxruntime", "onnx", "jax2onnx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train CIFAR-10 in seconds, with Quant-Trim and without, deploy at INT8, compare.
+
+    What is in the folder is not done again: train on a GPU, deploy elsewhere with the same command.
+    """
+
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    seeds: int = 10
+    """Trainings of each method, with seeds 0, 1, ..."""
+    split: Literal["test", "validation"] = "test"
+    """test: all 50,000 training images, judged on the test images; validation: 45,000, judged on the other
+    5,000, to choose a recipe."""
+    compare: bool = True
+    """Also train the float twin."""
+    deploy: bool = True
+    """Export and deploy what was trained; not for the validation split."""
+    train_limit: int | None = None
+    """Use only so many training images."""
+    data_dir: Path | None = None
+    """Folder or archive that holds CIFAR-10; otherwise the cache, then a download."""
+    out: Path = Path("runs/speedrun")
+    """Folder of records.jsonl and the trained parameters."""
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise qt.InvalidInput(f"--seeds must be at least 1, got {self.seeds}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    return command("experiments.speedrun", Options, run, arguments)
+
+
+def run(options: Options, console: Console) -> list[dict[str, Any]]:
+    """Trains and deploys what is not in the folder yet, prints the table, returns all rows.
+
+    Raises:
+      InvalidInput: rows in the folder are of another recipe or split; no whole batch.
+    """
+    dataset = load("cifar10", options.data_dir, seed=0)
+    if options.split == "test":
+        dataset = dataclasses.replace(
+            dataset,
+            train_images=np.concatenate([dataset.train_images, dataset.validation_images]),
+            train_labels=np.concatenate([dataset.train_labels, dataset.validation_labels]),
+        )
+    else:
+        dataset = dataclasses.replace(
+            dataset, test_images=dataset.validation_images, test_labels=dataset.validation_labels
+        )
+    dataset = dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[: options.train_limit],
+        train_labels=dataset.train_labels[: options.train_limit],
+    )
+    if len(dataset.train_images) < options.recipe.batch_size:
+        raise qt.InvalidInput(
+            f"--recipe.batch-size {options.recipe.batch_size} is larger than the training split "
+            f"({len(dataset.train_images)})"
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "records.jsonl"
+    methods = {"quant-trim": options.recipe}
+    if options.compare and options.recipe.quant_trim:
+        methods["float"] = dataclasses.replace(options.recipe, quant_trim=False)
+    for method, recipe in methods.items():
+        train_seeds(options, method, recipe, dataset, path, console)
+    if options.deploy and options.split == "test":
+        for method, recipe in methods.items():
+            deploy_seeds(options, method, recipe, dataset, path)
+    rows = records.read(path)
+    console.print(table(rows))
+    return rows
+
+
+def done(path: Path, options: Options, recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows in the folder. Raises InvalidInput if one is of another recipe, split or set of images."""
+    rows = records.read(path)
+    mine = {**dataclasses.asdict(recipe), "quant_trim": None}
+    for row in rows:
+        if {**row["recipe"], "quant_trim": None} != mine or row["split"] != options.split:
+            raise qt.InvalidInput(f"{path} holds rows of another recipe or split: name another --out")
+        if row["train_limit"] != options.train_limit:
+            raise qt.InvalidInput(f"{path} holds rows of another --train-limit: name another --out")
+    return rows
+
+
+def train_seeds(
+    options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path, console: Console
+) -> None:
+    """One row and one file of parameters for each seed that has none."""
+    trained = {row["seed"] for row in done(path, options, recipe) if row["method"] == method}
+    seeds = [seed for seed in range(options.seeds) if seed not in trained]
+    if not seeds:
+        return
+    images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+    test_images = jnp.asarray(dataset.test_images)
+    settings = (recipe, dataset.mean, dataset.std, dataset.num_classes)
+    with console.status(f"compiling {method}"):
+        started = time.perf_counter()
+        train = jax.jit(make_training(*settings)).lower(images, labels, jax.random.key(0)).compile()
+        compiling = time.perf_counter() - started
+        evaluate = jax.jit(make_evaluation(*settings), static_argnums=2)
+        jax.block_until_ready(train(images, labels, jax.random.key(2**31)))  # loads kernels, fills caches
+    for seed in track(seeds, f"training {method}", console=console, disable=not console.is_terminal):
+        key = jax.block_until_ready(jax.random.key(seed))
+        started = time.perf_counter()
+        variables = jax.block_until_ready(train(images, labels, key))
+        seconds = time.perf_counter() - started
+        accuracy = {
+            views: float(np.mean(evaluate(variables, test_images, views).argmax(-1) == dataset.test_labels))
+            for views in (1, VIEWS)
+        }
+        write_variables(variables_path(path, method, seed), variables)
+        device = jax.devices()[0]
+        source = provenance(PACKAGES)
+        if device.platform != "cpu":
+            source["accelerator"] = device.device_kind
+        steps = round(recipe.epochs * (len(images) // recipe.batch_size))
+        row = records.new_record(
+            benchmark="speedrun",
+            task="cifar10",
+            model="speed_net",
+            method=method,
+            seed=seed,
+            scheme="trained",
+            recipe=dataclasses.asdict(recipe),
+            split=options.split,
+            train_limit=options.train_limit,
+            n=len(dataset.test_labels),
+            top1=accuracy[1],
+            top1_six_views=accuracy[VIEWS],
+            seconds=seconds,
+            compile_seconds=compiling,
+            images_per_second=steps * recipe.batch_size / seconds,
+            status="ok",
+            **source,
+        )
+        records.append(path, row)
+
+
+def deploy_seeds(options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path) -> None:
+    """A row for each scheme and each seed that has parameters and no such rows."""
+    rows = [row for row in done(path, options, recipe) if row["method"] == method]
+    trained = {row["seed"]: row for row in rows if row["scheme"] == "trained"}
+    finished = {row["seed"] for row in rows if row["scheme"] != "trained"}
+    for seed in sorted(set(trained) - finished):
+        file = variables_path(path, method, seed)
+        if not file.exists():
+            continue
+        found = [*deployed(recipe, read_variables(file), dataset)]
+        kept = ("benchmark", "task", "model", "method", "seed", "recipe", "split", "train_limit")
+        for row in found:
+            source = provenance(PACKAGES)
+            identity = {key: trained[seed][key] for key in kept}
+            records.append(path, records.new_record(**identity, **row, status="ok", **source))
+
+
+def variables_path(path: Path, method: str, seed: int) -> Path:
+    """Where the parameters of one training lie."""
+    return path.with_name(f"{method}-{seed}.npz")
+
+
+def write_variables(path: Path, variables: Any) -> None:
+    """Writes an .npz that appears under its name whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as stream:
+        np.savez(stream, **{"/".join(key): np.asarray(leaf) for key, leaf in flatten_dict(variables).items()})
+    os.replace(part, path)
+
+
+def read_variables(path: Path) -> dict[str, Any]:
+    """What `write_variables` has written."""
+    with np.load(path) as archive:
+        return unflatten_dict({tuple(name.split("/")): archive[name] for name in archive.files})
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Mean and sample standard deviation over the seeds, by method and scheme."""
+    shown = Table(title="CIFAR-10, seconds of training and accuracy", box=box.SIMPLE_HEAD)
+    shown.add_column("method", no_wrap=True)
+    shown.add_column("as", no_wrap=True)
+    for heading in ("seeds", "one view, %", "six views, %", "seconds", "images/s"):
+        shown.add_column(heading, justify="right")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["scheme"]), []).append(row)
+    for (method, scheme), members in groups.items():
+        timed = scheme == "trained"
+        shown.add_row(
+            method,
+            scheme,
+            str(len(members)),
+            spread([100 * row["top1"] for row in members]),
+            spread([100 * row["top1_six_views"] for row in members]),
+            spread([row["seconds"] for row in members]) if timed else "",
+            f"{np.mean([row['images_per_second'] for row in members]):,.0f}" if timed else "",
+        )
+    return shown
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

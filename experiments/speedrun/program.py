@@ -1,0 +1,175 @@
+"""A whole training run as one compiled function of the data and a seed."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import qt_jax as qt
+from experiments.data.augment import crop_flip, normalize
+from experiments.models.speed_net import whitening_kernel
+from experiments.speedrun.recipe import Recipe
+from qt_jax.interceptor import is_range
+
+VIEWS = 6
+"""Of an image in the accuracy that records of such trainings state."""
+WHITENED = 5000
+"""Images from which the whitening is computed."""
+
+
+class State(NamedTuple):
+    """What a step hands to the next."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    average: Any
+
+
+def make_training(
+    recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
+) -> Callable[[jax.Array, jax.Array, jax.Array], dict[str, Any]]:
+    """Builds `train(images, labels, key) -> variables`, to be jitted: parameters drawn, trained, averaged.
+
+    `images` are uint8 `(n, 32, 32, channels)` and `labels` int32 `(n,)`, on the device. Steps before the
+    ramp of lambda are plain; from then on every step is fake-quantized.
+    """
+    model, config = recipe.model(num_classes), recipe.quant_config()
+
+    def train(images: jax.Array, labels: jax.Array, key: jax.Array) -> dict[str, Any]:
+        per_epoch = images.shape[0] // recipe.batch_size
+        total = round(recipe.epochs * per_epoch)
+        ramp = round(recipe.warmup * total)
+        tx, lam = recipe.optimizer(total), recipe.lam(total)
+        init_key, order_key, flip_key, shift_key = jax.random.split(key, 4)
+        first = normalize(images[:WHITENED], mean, std)
+        variables = model.init(init_key, first[:1])
+        variables["params"]["whitening"]["kernel"] = whitening_kernel(first)
+        if config is not None:
+            variables = qt.attach_statistics(model, variables, config, first[:1])
+        params = variables["params"]
+        epochs = jax.random.split(order_key, -(-total // per_epoch))
+        orders = jax.vmap(lambda key: jax.random.permutation(key, images.shape[0]))(epochs)
+        orders = orders[:, : per_epoch * recipe.batch_size].reshape(-1, recipe.batch_size)
+        mirrored = jax.random.bernoulli(flip_key, 0.5, images.shape[:1])
+
+        def batch(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Moved at random; every image is mirrored in every other epoch."""
+            chosen = orders[step]
+            span = 2 * recipe.shift + 1
+            offsets = jax.random.randint(jax.random.fold_in(shift_key, step), (recipe.batch_size, 2), 0, span)
+            flips = mirrored[chosen] ^ (step // per_epoch % 2 == 1)
+            moved = crop_flip(images[chosen], offsets, flips, recipe.shift)
+            return normalize(moved, mean, std), labels[chosen]
+
+        def advance(step: jax.Array, state: State, quantized: bool) -> State:
+            inputs, targets = batch(step)
+            targets = jax.nn.one_hot(targets, num_classes, dtype=jnp.float32)
+            targets = optax.smooth_labels(targets, recipe.label_smoothing)
+
+            def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+                if quantized:
+                    fixed = jax.lax.stop_gradient(params["whitening"])
+                    params = {**params, "whitening": fixed}
+                forward = partial(model.apply, train=True, mutable=["batch_stats"])
+                variables = {"params": params, "batch_stats": state.batch_stats}
+                if quantized:
+                    with qt.quant_trim(config, lam(step), train=True):
+                        logits, updated = forward(variables, inputs)
+                else:
+                    logits, updated = forward(variables, inputs)
+                return jnp.mean(optax.softmax_cross_entropy(logits, targets)), updated["batch_stats"]
+
+            gradients, batch_stats = jax.grad(loss_fn, has_aux=True)(state.params)
+            updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+            params, average = optax.apply_updates(state.params, updates), state.average
+            if recipe.average_every:
+                params, average = _pulled(step, total, recipe.average_every, params, average)
+            return State(params, batch_stats, opt_state, average)
+
+        state = State(params, variables["batch_stats"], tx.init(params), params)
+        state = jax.lax.fori_loop(0, ramp, partial(advance, quantized=False), state)
+        later = partial(advance, quantized=config is not None)
+        state = jax.lax.fori_loop(ramp, total, later, state)
+        final = state.average if recipe.average_every else state.params
+        batch_stats = state.batch_stats
+        if recipe.reestimate:
+            size = min(recipe.reestimate, per_epoch) * recipe.batch_size
+            batches = images[:size].reshape(-1, recipe.batch_size, *images.shape[1:])
+            batch_stats = _measured_anew(recipe.model(num_classes), final, batch_stats, batches, mean, std)
+        return {"params": final, "batch_stats": batch_stats}
+
+    return train
+
+
+def _measured_anew(model: Any, params: Any, batch_stats: Any, batches: jax.Array, mean: Any, std: Any) -> Any:
+    """The statistics with those of batch norm averaged over batches; ranges stay as they are."""
+    model = model.clone(norm_momentum=0.0)
+
+    def measure(images: jax.Array) -> Any:
+        inputs = normalize(images, mean, std)
+        variables = {"params": params, "batch_stats": batch_stats}
+        return model.apply(variables, inputs, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    measured = jax.lax.map(measure, batches)
+    return jax.tree.map_with_path(
+        lambda path, old, new: (
+            old if is_range(tuple(key.key for key in path)) else jnp.mean(new, axis=0, dtype=old.dtype)
+        ),
+        batch_stats,
+        measured,
+    )
+
+
+def _pulled(step: jax.Array, total: int, every: int, params: Any, average: Any) -> tuple[Any, Any]:
+    """Every so many steps the average moves towards the parameters, ever less, and takes their place.
+
+    The weight of the old average is 0.95^every (step / total)^3.
+    """
+    keep = jnp.float32(0.95**every) * (step.astype(jnp.float32) / total) ** 3
+    moved = optax.incremental_update(params, average, 1.0 - keep)
+    due = (step + 1) % every == 0
+
+    def chosen(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, old)
+
+    return chosen(moved, params), chosen(moved, average)
+
+
+def make_evaluation(
+    recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
+) -> Callable[..., jax.Array]:
+    """Builds `logits(variables, images, views) -> float32 (n, num_classes)`; `views` is static under jit.
+
+    `views` 1 is the image as it is; 6 adds its mirror image and both moved by a pixel up left and down
+    right, each of the four with half the weight of the first two.
+    """
+    model = recipe.model(num_classes)
+
+    def logits(variables: Any, images: jax.Array, views: int) -> jax.Array:
+        def seen(part: jax.Array) -> jax.Array:
+            return sum(
+                weight * model.apply(variables, normalize(view, mean, std), train=False)
+                for weight, view in weighted_views(part, views)
+            )
+
+        size = 2000 if len(images) % 2000 == 0 else len(images)
+        return jax.lax.map(seen, images.reshape(-1, size, *images.shape[1:])).reshape(-1, num_classes)
+
+    return logits
+
+
+def weighted_views(images: jax.Array, views: int) -> list[tuple[float, jax.Array]]:
+    """Weights that add up to 1, and the images as each view shows them."""
+    if views == 1:
+        return [(1.0, images)]
+    n = len(images)
+    moves = [(0.25, (1, 1)), (0.125, (0, 0)), (0.125, (2, 2))]
+    return [
+        (weight, crop_flip(images, jnp.tile(jnp.asarray([move]), (n, 1)), jnp.full(n, flipped), 1))
+        for weight, move in moves
+        for flipped in (False, True)
+    ]
