@@ -1,5 +1,6 @@
 """The trained network as ONNX in ONNX Runtime, FP32 and INT8, seen once and in six views."""
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ def deployed(recipe: Recipe, variables: Any, dataset: Dataset) -> Iterator[dict[
     )
     calibration = graph_input(dataset, dataset.train_images[:CALIBRATION])
     schemes = {scheme.name: scheme for scheme in ort.BACKEND.schemes}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # where the quantizer litters
         source = Path(scratch, "model.onnx")
         qt.export.save(graph, source)
         for name in SCHEMES:
