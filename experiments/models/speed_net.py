@@ -92,7 +92,7 @@ def whitening_kernel(images: jax.Array, epsilon: float = 5e-4) -> jax.Array:
     windows = jnp.concatenate(shifts, axis=-1).reshape(-1, rows * columns * channels)
     covariance = windows.T @ windows / windows.shape[0]
     variances, vectors = jnp.linalg.eigh(covariance)
-    kernel = (vectors / jnp.sqrt(variances + epsilon)).reshape(rows, columns, channels, -1)
+    kernel = (vectors / jnp.sqrt(variances + epsilon)[None, :]).reshape(rows, columns, channels, -1)
     return jnp.concatenate([kernel, -kernel], axis=-1)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,7 @@ from experiments.data.augment import normalize
 from experiments.speedrun.program import VIEWS, weighted_views
 from experiments.speedrun.recipe import Recipe
 from qt_jax.backends import ort
+from qt_jax.export import save_verified
 
 SCHEMES = ("fp32", "int8-pt-minmax", "int8-pc-minmax")
 """Of ONNX Runtime: float, and its static quantization, a weight scale per tensor or per channel."""
@@ -24,39 +26,46 @@ BATCH = 250
 
 
 def deployed(recipe: Recipe, variables: Any, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """The graph's accuracy on the test images under each scheme: scheme, top1, top1_six_views, n."""
+    """The graph's accuracy on the test images under each scheme: scheme, top1, top1_six_views, n.
+
+    Raises:
+      InvalidInput: the graph's outputs differ from the network's.
+    """
     model = recipe.model(dataset.num_classes).clone(dtype=jnp.float32)
-    height, width, channels = dataset.test_images.shape[1:]
-    graph = qt.to_onnx(
-        lambda variables, x: model.apply(variables, x, train=False), variables, (height, width, channels)
-    )
+
+    def forward(variables: Any, x: jax.Array) -> jax.Array:
+        return model.apply(variables, x, train=False)
+
+    graph = qt.to_onnx(forward, variables, dataset.test_images.shape[1:])
+    samples = np.asarray(normalize(jnp.asarray(dataset.train_images[:8]), dataset.mean, dataset.std))
     calibration = graph_input(dataset, dataset.train_images[:CALIBRATION])
     schemes = {scheme.name: scheme for scheme in ort.BACKEND.schemes}
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # where the quantizer litters
         source = Path(scratch, "model.onnx")
-        qt.export.save(graph, source)
+        save_verified(graph, source, forward, variables, samples)
         for name in SCHEMES:
             folder = Path(scratch, name)
             folder.mkdir()
             ort.BACKEND.compile(source, calibration, schemes[name], folder)
             session = ort.BACKEND.load(folder, schemes[name], ort.OPTIMIZED)
-            once, all_views = logits(session, dataset, 1), logits(session, dataset, VIEWS)
+            once, averaged = logits(session, dataset)
             yield {
                 "scheme": name,
                 "top1": _accuracy(once, dataset),
-                "top1_six_views": _accuracy(all_views, dataset),
+                "top1_six_views": _accuracy(averaged, dataset),
                 "n": len(dataset.test_labels),
             }
 
 
-def logits(session: Any, dataset: Dataset, views: int) -> np.ndarray:
-    """float32 `(n, num_classes)` of the test images, averaged over the views."""
-    total = 0.0
-    for weight, images in weighted_views(jnp.asarray(dataset.test_images), views):
+def logits(session: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """float32 `(n, num_classes)` of the test images as they are, and averaged over the six views."""
+    seen = []
+    views = weighted_views(jnp.asarray(dataset.test_images), VIEWS)
+    for _, images in views:
         inputs = graph_input(dataset, np.asarray(images))
         parts = [session(inputs[i : i + BATCH]) for i in range(0, len(inputs), BATCH)]
-        total = total + weight * np.concatenate(parts)
-    return total
+        seen.append(np.concatenate(parts))
+    return seen[0], np.average(seen, axis=0, weights=[weight for weight, _ in views])
 
 
 def graph_input(dataset: Dataset, images: np.ndarray) -> np.ndarray:

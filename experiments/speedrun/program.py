@@ -163,7 +163,7 @@ def make_evaluation(
 
 
 def weighted_views(images: jax.Array, views: int) -> list[tuple[float, jax.Array]]:
-    """Weights that add up to 1, and the images as each view shows them."""
+    """Weights that add up to 1, and the images as each view shows them; the first shows them as they are."""
     if views == 1:
         return [(1.0, images)]
     n = len(images)
