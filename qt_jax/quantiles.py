@@ -189,8 +189,9 @@ def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tupl
     On GPUs a selection costs its start, whatever its height: 42 samples of 4096 elements take 17
     microseconds together and 470 one by one.
 
-    >>> drawn = [draw(x, quantile=1.0, symmetric=False) for x in (jnp.arange(-1.0, 3.0), jnp.arange(-4.0, 2.0))]
-    >>> [(float(low), float(high)) for low, high in ranges(drawn)]
+    >>> tensors = (jnp.arange(-1.0, 3.0), jnp.arange(-4.0, 2.0))
+    >>> found = ranges([draw(x, quantile=1.0, symmetric=False) for x in tensors])
+    >>> [(float(low), float(high)) for low, high in found]
     [(-1.0, 2.0), (-4.0, 1.0)]
     """
     alike: dict[tuple[int, float], list[int]] = {}
