@@ -26,6 +26,13 @@ class Variant(NamedTuple):
     """peak_bytes and compile_seconds of the step, where XLA says so."""
     steps: int = 1
     """Steps that `advance` takes in one compiled loop."""
+    program: Callable[[], str] = str
+    """The text of the compiled program, where there is one."""
+
+
+def silent() -> Progress:
+    """A progress bar that shows nothing."""
+    return Progress(disable=True)
 
 
 def measure(

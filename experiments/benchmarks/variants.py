@@ -70,7 +70,7 @@ def compiled_step(
     def advance(state: TrainState) -> TrainState:
         return compiled(state, Totals.zero(), split, order, count)[0]
 
-    return Variant(advance, state, prepare, cost, config.steps_per_dispatch)
+    return Variant(advance, state, prepare, cost, config.steps_per_dispatch, compiled.as_text)
 
 
 def build(

@@ -23,6 +23,9 @@ SCHEMES = ("fp32", "int8-pt-minmax", "int8-pc-minmax")
 CALIBRATION = 512
 """Training images with which ONNX Runtime takes its ranges."""
 BATCH = 250
+OPSET = 20
+"""The first with Gelu. ONNX Runtime puts each of the nine operators that stand for it before on 8 bits, which
+costs this network 1.7 points; Gelu it leaves in float."""
 
 
 def deployed(recipe: Recipe, variables: Any, dataset: Dataset) -> Iterator[dict[str, Any]]:
@@ -36,7 +39,7 @@ def deployed(recipe: Recipe, variables: Any, dataset: Dataset) -> Iterator[dict[
     def forward(variables: Any, x: jax.Array) -> jax.Array:
         return model.apply(variables, x, train=False)
 
-    graph = qt.to_onnx(forward, variables, dataset.test_images.shape[1:])
+    graph = qt.to_onnx(forward, variables, dataset.test_images.shape[1:], opset=OPSET)
     samples = np.asarray(normalize(jnp.asarray(dataset.train_images[:8]), dataset.mean, dataset.std))
     calibration = graph_input(dataset, dataset.train_images[:CALIBRATION])
     schemes = {scheme.name: scheme for scheme in ort.BACKEND.schemes}

@@ -1,0 +1,184 @@
+"""`python -m experiments.benchmarks.profile`: where the time of a training step goes, by kind of operation.
+
+The trainer's compiled step runs under JAX's profiler; every event that bears the name of an instruction of
+the compiled program is counted under its kind, told from the program's text (on CPUs and accelerators), or,
+for kernels of a GPU's libraries, from their names. Times are summed over threads or streams, so that on CPUs
+the total is that of all cores. An instruction that was fused from several counts under the heaviest of them.
+"""
+
+import dataclasses
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import models
+from experiments.benchmarks import timing
+from experiments.benchmarks.step import Options as StepOptions
+from experiments.benchmarks.step import trained
+from experiments.benchmarks.variants import CLASSES, IMAGE_SHAPE, MASK_SHAPE, compiled_step, random_split
+from experiments.command_line import command
+from experiments.configs.cifar import float_twin
+from qt_jax.reporting import records
+
+CONVOLUTION, INPUT_GRADIENT, WEIGHT_GRADIENT = (
+    "convolution, forward",
+    "convolution, gradient of the input",
+    "convolution, gradient of the kernel",
+)
+PRODUCT, TRANSPOSE, SELECTION, ROUNDING, REDUCTION, ELEMENTWISE = (
+    "matrix product",
+    "transposition",
+    "quantiles: sub-samples, selection",
+    "elementwise, with rounding to a grid",
+    "reduction",
+    "elementwise",
+)
+KINDS = (
+    (SELECTION, r"\b(sort|topk|TopK)\b|\bgather\("),
+    (PRODUCT, r"\bdot\(|nvjet|gemm|custom_call_target=\"__cublas"),
+    (ROUNDING, r"\bround-nearest-even\("),
+    (REDUCTION, r"\breduce\(|\breduce-window\("),
+    (TRANSPOSE, r"\btranspose\("),
+)
+"""Kinds that are told by a word in an instruction's own text or in that of what it was fused from, in the
+order in which they are tried, after convolutions."""
+LIBRARY = (
+    (WEIGHT_GRADIENT, r"wgrad"),
+    (INPUT_GRADIENT, r"dgrad"),
+    (CONVOLUTION, r"fprop|conv"),
+    (SELECTION, r"topk|stream_executor::cuda::Run"),
+    (PRODUCT, r"nvjet|gemm|cublas"),
+)
+"""Kinds of a GPU's library kernels, by a part of the name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Profile a training step, plain or with Quant-Trim, by kind of operation."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS | models.SEGMENTERS) + "}")] = (
+        "resnet20"
+    )
+    """Network."""
+    batch_size: int = 128
+    """Images a step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type."""
+    quant_trim: bool = False
+    """Profile the step with Quant-Trim; reverse pruning acts in none of the steps counted."""
+    steps: int = 5
+    """Steps under the profiler, after three that are not."""
+    out: Path | None = None
+    """JSON-lines file to which a record is appended."""
+
+
+def instructions(program: str) -> dict[str, str]:
+    """The kind of every instruction of a compiled program, by name, from its text (`compiled.as_text()`).
+
+    >>> text = "%f { ROOT %t = f32[2] transpose(%p) }"
+    >>> text += chr(10) + "ENTRY %e { %x = f32[2] fusion(%p), calls=%f }"
+    >>> instructions(text)["x"]
+    'transposition'
+    """
+    bodies: dict[str, str] = {}
+    for header, body in re.findall(r"%?([\w.-]+)[^\n{]*\{(.*?)\}\s*(?=\n\S|\Z)", program, re.DOTALL):
+        bodies[header] = body
+
+    def whole(text: str) -> str:
+        called = [bodies.get(name, "") for name in re.findall(r"calls=%?([\w.-]+)", text)]
+        return text + "".join(map(whole, called))
+
+    lines = re.findall(r"%([\w.-]+) = ([^\n]*)", program)
+    return {name: kind(whole(text)) for name, text in lines}
+
+
+def kind(text: str) -> str:
+    """The kind of an instruction, from its text and that of what was fused into it."""
+    if found := re.search(r"convolution\([^\n]*?window=\{size=([\dx]+)[^\n]*", text):
+        backward = "transpose(jvp" in text
+        window = max(map(int, found[1].split("x")))
+        if window > 7:  # the window of a kernel's gradient is a whole image
+            return WEIGHT_GRADIENT
+        return INPUT_GRADIENT if backward or "base-dilated" in text else CONVOLUTION
+    return next((name for name, pattern in KINDS if re.search(pattern, text)), ELEMENTWISE)
+
+
+def measured(options: Options) -> tuple[Counter, float]:
+    """Milliseconds a step by kind, over all threads or streams; and of one step by the clock."""
+    config = trained(StepOptions(options.model, options.batch_size, options.dtype))
+    config = dataclasses.replace(config, reverse_pruning=None) if options.quant_trim else float_twin(config)
+    model = models.create(config.model, CLASSES, jax.numpy.dtype(config.dtype))
+    split = random_split(config, MASK_SHAPE if config.model in models.SEGMENTERS else IMAGE_SHAPE)
+    step = compiled_step(config, model, split, steps=options.steps + timing.WARM_UP)
+    kinds = instructions(step.program())
+    state = step.state
+    for _ in range(timing.WARM_UP):
+        state = jax.block_until_ready(step.advance(state))
+    found: Counter = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(options.steps):
+                state = jax.block_until_ready(step.advance(state))
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(trace))
+        for plane in data.planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if event.name in kinds:
+                        name = kinds[event.name]
+                    elif "GPU" in plane.name and "Stream" in line.name:
+                        name = next((n for n, part in LIBRARY if re.search(part, event.name)), ELEMENTWISE)
+                    else:
+                        continue
+                    found[name] += event.duration_ns / 1e6 / options.steps
+    (clock,) = timing.measure({"step": step._replace(state=state)}, options.steps, timing.silent()).values()
+    return found, sorted(clock)[len(clock) // 2]
+
+
+def run(options: Options, console: Console) -> records.Record:
+    """Profiles, prints the table, appends the record."""
+    found, milliseconds = measured(options)
+    total = sum(found.values())
+    what = "Quant-Trim W8A8" if options.quant_trim else "fp32"
+    title = (
+        f"A training step of {options.model}, batch {options.batch_size}, {options.dtype}, {what}: "
+        f"{milliseconds:.1f} ms on {jax.devices()[0].device_kind}"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for heading in ("kind", "ms, all threads", "share"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for name, spent in found.most_common():
+        table.add_row(name, f"{spent:.1f}", f"{spent / total:.1%}")
+    console.print(table)
+    record = records.new_record(
+        benchmark="profile",
+        model=options.model,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        variant=what,
+        step_ms_p50=milliseconds,
+        kinds_ms={name: spent for name, spent in found.most_common()},
+        status="ok",
+        **timing.source(),
+    )
+    if options.out:
+        records.append(options.out, record)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    return command("experiments.benchmarks.profile", Options, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
