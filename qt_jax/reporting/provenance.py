@@ -40,7 +40,8 @@ def provenance(packages: Iterable[str]) -> dict[str, Any]:
 def command() -> str:
     """The command line of this process, with `python -m` where a module was run."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", spec.name] if spec else [os.path.basename(sys.argv[0])]
+    name = spec.name.removesuffix(".__main__") if spec else None
+    program = ["python", "-m", name] if name else [os.path.basename(sys.argv[0])]
     return shlex.join([*program, *sys.argv[1:]])
 
 
