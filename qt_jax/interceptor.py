@@ -49,7 +49,9 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     fake quantization), on the grid of the range that `batch_stats` holds when the pass begins. What the pass
     observes moves the ranges at its end, for the next one: the grids are known before the tensors, so that
     rounding fuses with what computes them, and all quantiles are taken together. A site without an
-    observation yet, as in the first step, passes its tensor through.
+    observation yet, as in the first step, passes its tensor through. What a lifted transformation (nn.scan,
+    nn.remat) encloses is a pass of its own, and so is each submodule that a `method=` calls which is no
+    module's own.
 
     Enter it inside the function that is jitted: around an already compiled one it has no effect, and
     raises. `lam` may be traced, so a moving lambda costs no recompilation. Attach the statistics first: a
@@ -80,18 +82,18 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
     visit, running = Visit(), set()
     lam = jnp.asarray(lam, jnp.float32)
-    current: ForwardPass | None = None
+    passes: dict[int, ForwardPass] = {}
 
     def intercept(call, args, kwargs, context):
-        nonlocal current
-        if current is not None:
+        root = id(context.module.scope.root)
+        if root in passes:
             return visited(call, args, kwargs, context)
-        current = ForwardPass(config, lam, train)
+        passes[root] = ForwardPass(config, lam, train)
         try:
             outputs = visited(call, args, kwargs, context)
-            current.end()
+            passes[root].end()
         finally:
-            current = None
+            del passes[root]
         return outputs
 
     def visited(call, args, kwargs, context):
@@ -101,7 +103,9 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
             return call(*args, **kwargs)
 
         def site(name: str, x: jax.Array, spec: QuantSpec | None, gain: jax.Array | None = None) -> jax.Array:
-            return x if spec is None else current.quantized(module, name, x, spec, gain)
+            if spec is None:
+                return x
+            return passes[id(module.scope.root)].quantized(module, name, x, spec, gain)
 
         skipped = any(rule.skip and rule.matches(path) for rule in config.rules)
         fused = config.activations if path in config.fused_outputs and not skipped else None

@@ -187,30 +187,32 @@ def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tupl
     """The robust range of each sample, as `observe` defines it; samples of one size share one selection.
 
     On GPUs a selection costs its start, whatever its height: 42 samples of 4096 elements take 17
-    microseconds together and 470 one by one.
+    microseconds together and 470 one by one. Extremes are taken of each sample by itself.
 
     >>> tensors = (jnp.arange(-1.0, 3.0), jnp.arange(-4.0, 2.0))
     >>> found = ranges([draw(x, quantile=1.0, symmetric=False) for x in tensors])
     >>> [(float(low), float(high)) for low, high in found]
     [(-1.0, 2.0), (-4.0, 1.0)]
     """
+    ends: dict[int, list[jax.Array]] = {}
     alike: dict[tuple[int, float], list[int]] = {}
     for index, sample in enumerate(samples):
-        alike.setdefault((sample.values.shape[-1], sample.quantile), []).append(index)
-    found: dict[int, tuple[jax.Array, jax.Array]] = {}
+        if sample.quantile == 1.0:
+            extremes = [jnp.max(side, axis=-1) for side in _sides(sample)]
+            ends[index] = extremes if axis_name is None else jax.lax.pmax(extremes, axis_name)
+        else:
+            alike.setdefault((sample.values.shape[-1], sample.quantile), []).append(index)
     for (n, quantile), members in alike.items():
         rows = [side.reshape(-1, n) for index in members for side in _sides(samples[index])]
         together = jnp.concatenate(rows)
         if axis_name is not None:
             together = jax.lax.all_gather(together, axis_name, axis=1, tiled=True)
-        (ends,) = quantiles(together, (quantile,))
-        parts = iter(jnp.split(ends, np.cumsum([len(row) for row in rows])[:-1]))
+        (highs,) = quantiles(together, (quantile,))
+        parts = iter(jnp.split(highs, np.cumsum([len(row) for row in rows])[:-1]))
         for index in members:
             shape = samples[index].values.shape[:-1]
-            high = next(parts).reshape(shape)
-            low = -high if samples[index].symmetric else -next(parts).reshape(shape)
-            found[index] = low, high
-    return [found[index] for index in range(len(samples))]
+            ends[index] = [next(parts).reshape(shape) for _ in _sides(samples[index])]
+    return [(-ends[index][-1], ends[index][0]) for index in range(len(samples))]
 
 
 def _sides(sample: Sample) -> list[jax.Array]:

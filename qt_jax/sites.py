@@ -1,7 +1,7 @@
 """One quantization point: its range in `batch_stats`, what it observes, its tensor on the grid.
 
-All points of a forward pass share the pass: quantiles are taken together when it ends, and a tensor that
-enters several layers, as the queries, keys and values of an attention do, is put on its grid once.
+All points of a forward pass share the pass: quantiles are taken together when it ends, and of a tensor that
+enters several layers, as that of an attention's queries, keys and values does, a sample is drawn once.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core.tracers import current_trace
 
 from qt_jax.errors import InvalidInput
 from qt_jax.fake_quant import QuantSpec, fake_quant
@@ -27,34 +26,26 @@ GAIN = "quant_gain"
 
 
 @dataclasses.dataclass
-class _Input:
-    """A layer's input on its grid, for the other layers that it enters."""
-
-    plain: jax.Array
-    image: jax.Array
-    sample: Sample | None
-    trace: Any
-
-
-@dataclasses.dataclass
 class ForwardPass:
-    """The points of one forward pass, while it is traced.
+    """The points of one forward pass, while it is traced: the calls within one root scope of Flax.
+
+    A lifted transformation (nn.scan, nn.vmap, nn.remat, nn.map_variables) opens a root of its own, whose
+    values and variables end with it, and an `apply` inside a module does: each is a pass of its own.
 
     Attributes:
+      config: specs are the caller's; this gives momentum, sizes, seed.
       lam: blend coefficient, float32 scalar.
       train: whether ranges move where `batch_stats` is mutable.
-      trace: JAX's trace in which the pass began. A point inside a lifted transformation (nn.scan, nn.vmap,
-        nn.remat) lives in another one, whose values cannot leave it: its range moves at once.
-      observed: the samples, and the ranges that they move at the end.
-      inputs: by identity and spec.
+      observed: the ranges that move at the end, each with what its point has seen.
+      samples: by identity of the tensor and what was drawn of it; the tensor is kept, so that no other gets
+        its identity.
     """
 
     config: QuantConfig
     lam: jax.Array
     train: bool
-    trace: Any = dataclasses.field(default_factory=current_trace)
     observed: list[tuple[nn.Variable, Sample]] = dataclasses.field(default_factory=list)
-    inputs: dict[tuple[int, QuantSpec], _Input] = dataclasses.field(default_factory=dict)
+    samples: dict[tuple[Any, ...], tuple[jax.Array, Sample]] = dataclasses.field(default_factory=dict)
 
     def quantized(
         self, module: nn.Module, name: str, x: jax.Array, spec: QuantSpec, gain: jax.Array | None = None
@@ -68,52 +59,40 @@ class ForwardPass:
           InvalidInput: the module has no statistics for it, or of another shape.
         """
         statistics = _statistics(module, name, x, spec)
-        moves = self.train and module.is_mutable_collection(COLLECTION) and not module.is_initializing()
-        known = self.inputs.get((id(x), spec)) if name == INPUT else None
-        if known is not None and known.trace == current_trace():
-            if moves:
-                self._observe(statistics, known.sample)
-            return known.image
+        seen = statistics.value
         deployed = x if gain is None else x * gain
-        seen, sample = statistics.value, None
+        moves = self.train and module.is_mutable_collection(COLLECTION) and not module.is_initializing()
         if moves:
             whole = name == KERNEL and spec.quantile == 1.0
-            sample = draw(
-                deployed,
-                quantile=spec.quantile,
-                symmetric=spec.symmetric,
-                axis=spec.axis,
-                sample_size=x.size if whole else self.config.sample_size,
-            )
-            self._observe(statistics, sample)
-        lam = jnp.where(seen["count"] > 0, self.lam, jnp.zeros_like(self.lam))
+            size = x.size if whole else self.config.sample_size
+            self.observed.append((statistics, self._sample(deployed, spec, size)))
+        effective = jnp.where(seen["count"] > 0, self.lam, jnp.zeros_like(self.lam))
         if spec.grids == "vendors" and moves:
             key = grid_key(self.config.seed, "/".join((*module.path, name)), seen["count"])
-            image = fake_quant_on_drawn_grid(deployed, seen["low"], seen["high"], spec, lam, key)
+            image = fake_quant_on_drawn_grid(deployed, seen["low"], seen["high"], spec, effective, key)
         else:
-            image = fake_quant(deployed, seen["low"], seen["high"], spec, lam)
-        if gain is not None:
-            return x + (image - deployed) / jnp.where(gain == 0.0, 1.0, gain)
-        if name == INPUT:
-            self.inputs[id(x), spec] = _Input(x, image, sample, current_trace())
-        return image
+            image = fake_quant(deployed, seen["low"], seen["high"], spec, effective)
+        if gain is None:
+            return image
+        return x + (image - deployed) / jnp.where(gain == 0.0, 1.0, gain)
 
-    def _observe(self, statistics: nn.Variable, sample: Sample) -> None:
-        if current_trace() == self.trace:
-            self.observed.append((statistics, sample))
-        else:
-            self._move([(statistics, sample)])
-
-    def _move(self, observed: list[tuple[nn.Variable, Sample]]) -> None:
-        samples = {id(sample): sample for _, sample in observed}
-        found = dict(zip(samples, ranges(list(samples.values()), self.config.axis_name), strict=True))
-        for statistics, sample in observed:
-            low, high = found[id(sample)]
-            statistics.value = update_range(statistics.value, low, high, self.config.momentum)
+    def _sample(self, x: jax.Array, spec: QuantSpec, size: int) -> Sample:
+        """What is drawn of `x`, once for all the layers that it enters."""
+        key = (id(x), spec.quantile, spec.symmetric, spec.axis, size)
+        if key not in self.samples:
+            drawn = draw(
+                x, quantile=spec.quantile, symmetric=spec.symmetric, axis=spec.axis, sample_size=size
+            )
+            self.samples[key] = x, drawn
+        return self.samples[key][1]
 
     def end(self) -> None:
         """Moves the ranges."""
-        self._move(self.observed)
+        samples = {id(sample): sample for _, sample in self.observed}
+        found = dict(zip(samples, ranges(list(samples.values()), self.config.axis_name), strict=True))
+        for statistics, sample in self.observed:
+            low, high = found[id(sample)]
+            statistics.value = update_range(statistics.value, low, high, self.config.momentum)
 
 
 def _statistics(module: nn.Module, name: str, x: jax.Array, spec: QuantSpec) -> nn.Variable:

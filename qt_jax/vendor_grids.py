@@ -16,7 +16,8 @@ from qt_jax.fake_quant import SCALE_FLOOR, QuantSpec, along_axis, blend
 
 
 def grid_key(seed: int, path: str, count: jax.Array) -> jax.Array:
-    """The key of the draw for the kernel at `path` at its observation `count`, an int32 scalar."""
+    """The key of the draw for the kernel at `path` after `count` observations (int32 scalar): all calls of a
+    layer in one pass share it."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())), count)
 
 

@@ -1,5 +1,6 @@
 """The points of one forward pass: whose ranges they round with, when these move, what is shared."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -83,20 +84,43 @@ def test_ranges_are_those_of_single_observations():
         np.testing.assert_array_equal([found[name]["low"], found[name]["high"]], [low, high])
 
 
-def test_a_tensor_that_enters_three_layers_is_rounded_once():
-    """Three inputs share a grid: 4 kernels and 2 inputs are rounded; nothing is sorted but for one size."""
-    model, x = Branches(), data()
-    variables = attached(model, x)
-    for seed in range(3):
-        _, variables = trained(model, variables, data(seed))
+def test_a_tensor_that_enters_three_layers_is_sampled_once():
+    """Four kernels and two inputs are larger than a sample: six gathers, and as many for `key` by itself."""
+    model, x = Branches(), data(size=5000)
+    config = qt.QuantConfig(sample_size=16)
+    rules = (qt.Rule("key", inputs=qt.QuantSpec(4, symmetric=False, quantile=0.99)),)
+    gathers = []
+    for chosen in (config, dataclasses.replace(config, rules=rules)):
+        jaxpr = jax.make_jaxpr(lambda v, c=chosen: trained(model, v, x, config=c))(attached(model, x, chosen))
+        gathers.append(eqns(jaxpr.jaxpr, "gather"))
+    assert gathers == [6, 7]
+
+
+class Siamese(nn.Module):
+    """`both` sees two tensors, `one` the smaller of them."""
+
+    @nn.compact
+    def __call__(self, x):
+        both, one = nn.Dense(4, name="both"), nn.Dense(4, name="one")
+        return both(100.0 * x) + both(x) + one(x)
+
+
+def test_each_layer_rounds_with_its_own_range():
+    model, x = Siamese(), data()
+    config = qt.QuantConfig(weights=None)
+    _, variables = trained(model, attached(model, x, config), x, config=config)
     stats = variables["batch_stats"]
-    for name in ("key", "value"):
-        assert jax.tree.all(
-            jax.tree.map(np.array_equal, stats[name]["quant_input"], stats["query"]["quant_input"])
-        )
-    jaxpr = jax.make_jaxpr(lambda variables, x: trained(model, variables, x))(variables, x)
-    zero_points = 2
-    assert eqns(jaxpr.jaxpr, "round") == 4 + 2 + zero_points
+    assert int(stats["both"]["quant_input"]["count"]) == 2
+    assert float(stats["both"]["quant_input"]["high"]) > 10 * float(stats["one"]["quant_input"]["high"])
+    expected = 0.0
+    for name, tensor in (("both", 100.0 * x), ("both", x), ("one", x)):
+        found, params = stats[name]["quant_input"], variables["params"][name]
+        rounded = qt.fake_quant(tensor, found["low"], found["high"], config.activations)
+        expected = expected + rounded @ params["kernel"] + params["bias"][None]
+    for train in (False, True):
+        with qt.quant_trim(config, 1.0, train=train):
+            y, _ = model.apply(variables, x, mutable=["batch_stats"])
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_layers_of_other_specs_do_not_share():
@@ -161,3 +185,135 @@ def test_a_pass_that_fails_leaves_nothing_behind():
             model.apply(variables, jnp.ones((3, 7)), mutable=["batch_stats"])
         _, updated = model.apply(variables, x, mutable=["batch_stats"])
     assert int(updated["batch_stats"]["query"]["quant_input"]["count"]) == 1
+
+
+class Scanned(nn.Module):
+    """One layer, three times over."""
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, carry, _):
+            return layer(carry), None
+
+        axes = {"params": 0, "batch_stats": 0}
+        scan = nn.scan(body, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return scan(nn.Dense(6, name="layer"), x, None)[0]
+
+
+class Mapped(nn.Module):
+    """Lifted without a trace of JAX's own."""
+
+    lift: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.lift(nn.Dense)(6, name="layer")(x)
+
+
+def metadata(layer):
+    return nn.add_metadata_axis(
+        layer, variable_axes={"params": 0}, metadata_params={nn.PARTITION_NAME: "layers"}
+    )
+
+
+LIFTED = {
+    "scan": Scanned(),
+    "remat": Mapped(nn.remat),
+    "jit": Mapped(nn.jit),
+    "metadata": Mapped(metadata),
+}
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "disable_jit"])
+@pytest.mark.parametrize("name", LIFTED)
+def test_ranges_of_lifted_layers_move(name, jit):
+    model, x = LIFTED[name], data()
+    variables = attached(model, x)
+    with jax.disable_jit(not jit):
+        _, variables = trained(model, variables, x)
+    counts = [
+        leaf for path, leaf in jax.tree.leaves_with_path(variables["batch_stats"]) if path[-1].key == "count"
+    ]
+    assert len(counts) == 2 and all(np.all(count == 1) for count in counts)
+
+
+@pytest.mark.parametrize("name", ["scan", "remat", "jit"])
+def test_no_tracer_outlives_its_trace(name):
+    model, x = LIFTED[name], data()
+    variables = attached(model, x)
+    with jax.checking_leaks():
+        jax.jit(lambda variables: trained(model, variables, x))(variables)
+
+
+class Student(nn.Module):
+    """A layer, and a teacher applied inside, on the same tensor."""
+
+    teacher: nn.Module
+    taught: dict
+    moves: bool
+
+    @nn.compact
+    def __call__(self, x):
+        mutable = ["batch_stats"] if self.moves else False
+        answer = self.teacher.apply(self.taught, x, mutable=mutable)
+        if self.moves:
+            answer, updated = answer
+            self.sow("intermediates", "count", updated["batch_stats"]["quant_input"]["count"])
+        return nn.Dense(4, name="layer")(x) - answer
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_an_apply_inside_a_module_is_a_pass_of_its_own(moves):
+    x, teacher = data(), nn.Dense(4)
+    _, variables = trained(teacher, attached(teacher, x), 100.0 * x)
+    student = Student(teacher, variables, moves)
+    state = attached(student, x)
+    with qt.quant_trim(CONFIG, 1.0, train=True):
+        _, updated = student.apply(state, x, mutable=["batch_stats", "intermediates"])
+    ranges = updated["batch_stats"]["layer"]["quant_input"]
+    assert int(ranges["count"]) == 1
+    np.testing.assert_array_equal(
+        [ranges["low"], ranges["high"]], qt.observe(x, quantile=0.999, symmetric=False)
+    )
+    if moves:
+        assert updated["intermediates"]["count"] == (2,)
+
+
+class Arranged(nn.Module):
+    """Layers made in `setup`, called from a method that is not `__call__`."""
+
+    def setup(self):
+        self.first, self.second = nn.Dense(6), nn.Dense(6)
+
+    def __call__(self, x):
+        return self.encode(x)
+
+    def encode(self, x):
+        return self.second(self.first(x))
+
+
+def test_any_method_is_a_pass():
+    model, x = Arranged(), data()
+    variables = attached(model, x)
+    with qt.quant_trim(CONFIG, 1.0, train=True):
+        y, updated = model.apply(variables, x, mutable=["batch_stats"], method="encode")
+        again, _ = model.apply({**variables, **updated}, x, mutable=["batch_stats"], method="encode")
+    assert all(int(updated["batch_stats"][name]["quant_input"]["count"]) == 1 for name in ("first", "second"))
+    np.testing.assert_array_equal(y, model.apply({"params": variables["params"]}, x))
+    assert not np.array_equal(y, again)
+
+
+def test_whole_kernels_are_not_copied():
+    """At quantile 1 they are observed whole: an extreme of each, no array that holds all."""
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(4):
+                x = nn.Dense(128)(x)
+            return x
+
+    config = qt.QuantConfig(weights=qt.QuantSpec(quantile=1.0), activations=None)
+    model, x = Deep(), jnp.ones((2, 128))
+    jaxpr = jax.make_jaxpr(lambda v: trained(model, v, x, config=config))(attached(model, x, config))
+    assert eqns(jaxpr.jaxpr, "concatenate") == 0
