@@ -124,13 +124,12 @@ def measure(name: str, options: Options, progress: Progress) -> list[records.Rec
     step, the second would come on top of it, if nothing overlapped.
     """
     (images, labels), load_s = seconds(load, name)
-    mesh = devices.data_mesh()
+    mesh = devices.data_mesh(jax.devices()[:1])
     split, place_s = seconds(
         lambda: Split(devices.split_rows(images, mesh), devices.split_rows(labels, mesh))
     )
     dataset = "digits" if name == "digits" else "cifar10"
     config = float_twin(Config(dataset=dataset, batch_size=options.batch_size, learning_rate=0.01))
-    split = jax.device_put(split, jax.devices()[0])
     timed = {DEVICE: on_device(config, split), HOST: on_host(config, images, labels)}
     for network in NETWORKS:
         model = models.create(network, CLASSES)

@@ -29,18 +29,18 @@ from experiments.command_line import command
 from experiments.configs.cifar import float_twin
 from qt_jax.reporting import records
 
-CONVOLUTION, INPUT_GRADIENT, WEIGHT_GRADIENT = (
-    "convolution, forward",
-    "convolution, gradient of the input",
+CONVOLUTION, WEIGHT_GRADIENT = (
+    "convolution, forward or gradient of the input",
     "convolution, gradient of the kernel",
 )
-PRODUCT, TRANSPOSE, SELECTION, ROUNDING, REDUCTION, ELEMENTWISE = (
+PRODUCT, TRANSPOSE, SELECTION, ROUNDING, REDUCTION, ELEMENTWISE, OTHER = (
     "matrix product",
     "transposition",
     "quantiles: sub-samples, selection",
     "elementwise, with rounding to a grid",
     "reduction",
     "elementwise",
+    "other",
 )
 KINDS = (
     (SELECTION, r"\b(sort|topk|TopK)\b|\bgather\("),
@@ -53,8 +53,7 @@ KINDS = (
 order in which they are tried, after convolutions."""
 LIBRARY = (
     (WEIGHT_GRADIENT, r"wgrad"),
-    (INPUT_GRADIENT, r"dgrad"),
-    (CONVOLUTION, r"fprop|conv"),
+    (CONVOLUTION, r"dgrad|fprop|conv"),
     (SELECTION, r"topk|stream_executor::cuda::Run"),
     (PRODUCT, r"nvjet|gemm|cublas"),
 )
@@ -103,13 +102,23 @@ def instructions(program: str) -> dict[str, str]:
 
 def kind(text: str) -> str:
     """The kind of an instruction, from its text and that of what was fused into it."""
-    if found := re.search(r"convolution\([^\n]*?window=\{size=([\dx]+)[^\n]*", text):
-        backward = "transpose(jvp" in text
-        window = max(map(int, found[1].split("x")))
-        if window > 7:  # the window of a kernel's gradient is a whole image
-            return WEIGHT_GRADIENT
-        return INPUT_GRADIENT if backward or "base-dilated" in text else CONVOLUTION
+    found = re.search(
+        r"\[([\d,]+)\]\S* convolution\([^\n]*?window=\{size=([\dx]+)[^\n]*?dim_labels=\w+->(\w+)", text
+    )
+    if found:
+        shape, window = ([*map(int, re.split("[,x]", part))] for part in found.groups()[:2])
+        places = [size for size, label in zip(shape, found[3], strict=True) if label.isdigit()]
+        # the gradient of a kernel is what a window of the size of an image sees of it
+        return WEIGHT_GRADIENT if max(window) > max(places) else CONVOLUTION
     return next((name for name, pattern in KINDS if re.search(pattern, text)), ELEMENTWISE)
+
+
+def kind_of_event(name: str, stats: dict[str, object], kinds: dict[str, str], on_gpu: bool) -> str | None:
+    """The kind of what a profiler saw, told from the instruction that it names, or on a GPU from the name of
+    a library's kernel; None for what is no operation."""
+    library = next((found for found, part in LIBRARY if re.search(part, name)), None) if on_gpu else None
+    instruction = str(stats.get("hlo_op", name))
+    return library or kinds.get(instruction, OTHER if on_gpu else None)
 
 
 def measured(options: Options) -> tuple[Counter, float]:
@@ -133,13 +142,10 @@ def measured(options: Options) -> tuple[Counter, float]:
         for plane in data.planes:
             for line in plane.lines:
                 for event in line.events:
-                    if event.name in kinds:
-                        name = kinds[event.name]
-                    elif "GPU" in plane.name and "Stream" in line.name:
-                        name = next((n for n, part in LIBRARY if re.search(part, event.name)), ELEMENTWISE)
-                    else:
-                        continue
-                    found[name] += event.duration_ns / 1e6 / options.steps
+                    on_gpu = "GPU" in plane.name and "Stream" in line.name
+                    name = kind_of_event(event.name, dict(event.stats), kinds, on_gpu)
+                    if name is not None:
+                        found[name] += event.duration_ns / 1e6 / options.steps
     (clock,) = timing.measure({"step": step._replace(state=state)}, options.steps, timing.silent()).values()
     return found, sorted(clock)[len(clock) // 2]
 

@@ -79,7 +79,7 @@ class Options:
     out: Path = Path("runs/scaling")
     """Folder for records.jsonl, one record a point, and scaling.png."""
     fresh: bool = False
-    """Measure points again that are in the records with as many rounds on this device."""
+    """Measure points again that this commit has in the records, with as many rounds on this machine."""
 
 
 def points() -> list[Point]:
@@ -139,12 +139,17 @@ def measure(point: Point, rounds: int, progress: Progress) -> records.Record:
 
 
 def finished(path: Path, rounds: int) -> dict[Point, records.Record]:
-    """The newest record of each point that was measured with as many rounds on this device."""
-    accelerator = timing.source()["accelerator"]
+    """The newest record of each point that was measured with as many rounds on this machine, by this commit
+    and this JAX."""
+
+    def identity(row: records.Record) -> tuple:
+        return row["accelerator"], row["cpu"], row["commit"], row["versions"]["jax"]
+
+    here = identity(timing.source())
     return {
         Point(*(row[field] for field in Point._fields)): row
         for row in records.read(path)
-        if (row["rounds"], row["accelerator"]) == (rounds, accelerator)
+        if row["rounds"] == rounds and identity(row) == here
     }
 
 

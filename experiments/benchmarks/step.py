@@ -116,7 +116,7 @@ def with_memory(
 def to_records(
     options: Options,
     rows: dict[str, dict[str, float]],
-    missing: dict[str, str],
+    missing: dict[str, tuple[str, str]],
 ) -> list[records.Record]:
     """One record for each variant, measured or not."""
     source = timing.source()
@@ -132,8 +132,8 @@ def to_records(
             weight_bits=None if in_float(name) else 8,
             activation_bits=None if in_float(name) else 8,
             per_channel=per_channel(name),
-            status="unavailable" if name in missing else "ok",
-            reason=missing.get(name),
+            status=missing.get(name, ("ok", None))[0],
+            reason=missing.get(name, ("ok", None))[1],
             **rows.get(name, {"step_ms_p50": None, "ratio": None}),
             **source,
         )

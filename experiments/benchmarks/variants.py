@@ -19,6 +19,7 @@ from experiments.benchmarks.unfused import Unfused
 from experiments.configs.cifar import Config, float_twin, lambda_schedule
 from experiments.training.state import TrainState, create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_train_step
+from qt_jax.errors import InvalidInput
 
 IMAGE_SHAPE, MASK_SHAPE, CLASSES = (32, 32, 3), (64, 64, 3), 10
 """Of classification, of segmentation, of both."""
@@ -75,8 +76,8 @@ def compiled_step(
 
 def build(
     config: Config, steps: int, packages: Collection[str] = PEERS
-) -> tuple[dict[str, Variant], dict[str, str]]:
-    """The variants in the order in which they take turns, and why any that is missing is missing.
+) -> tuple[dict[str, Variant], dict[str, tuple[str, str]]]:
+    """The variants in the order in which they take turns; of any that is missing the status and the reason.
 
     Args:
       config: of Quant-Trim with reverse pruning; the others' follow from it.
@@ -114,9 +115,11 @@ def build(
         try:
             variants[name] = make()
         except ImportError as error:
-            missing[name] = f"{package} cannot be imported: {error}"
-        except Exception as error:  # what a peer cannot do costs its own row, not the others'
-            missing[name] = f"{package}, {type(error).__name__}: {error}"
+            missing[name] = "unavailable", f"{package} cannot be imported: {error}"
+        except InvalidInput as error:
+            missing[name] = "refused", str(error)
+        except Exception as error:  # what breaks in a peer costs its own row, not the others'
+            missing[name] = "crashed", f"{package}, {type(error).__name__}: {error}"
     return variants, missing
 
 

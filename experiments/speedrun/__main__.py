@@ -25,7 +25,7 @@ from rich.table import Table
 import qt_jax as qt
 from experiments.command_line import command
 from experiments.data import Dataset, load
-from experiments.speedrun.deployment import deployed
+from experiments.speedrun.deployment import SCHEMES, deployed
 from experiments.speedrun.program import VIEWS, make_evaluation, make_training
 from experiments.speedrun.recipe import Recipe
 from qt_jax.reporting import records
@@ -104,7 +104,7 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
         train_seeds(options, method, recipe, dataset, path, console)
     if options.deploy and options.split == "test":
         for method, recipe in methods.items():
-            deploy_seeds(options, method, recipe, dataset, path)
+            deploy_seeds(options, method, recipe, dataset, path, console)
     rows = records.read(path)
     console.print(table(rows))
     return rows
@@ -176,21 +176,25 @@ def train_seeds(
         records.append(path, row)
 
 
-def deploy_seeds(options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path) -> None:
-    """A row for each scheme and each seed that has parameters and no such rows."""
+def deploy_seeds(
+    options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path, console: Console
+) -> None:
+    """A row for each scheme of each seed that has parameters and no such row."""
     rows = [row for row in done(path, options, recipe) if row["method"] == method]
     trained = {row["seed"]: row for row in rows if row["scheme"] == "trained"}
-    finished = {row["seed"] for row in rows if row["scheme"] != "trained"}
-    for seed in sorted(set(trained) - finished):
+    kept = ("benchmark", "task", "model", "method", "seed", "recipe", "split", "train_limit")
+    for seed in sorted(trained):
+        known = {row["scheme"] for row in rows if row["seed"] == seed}
+        missing = [scheme for scheme in SCHEMES if scheme not in known]
         file = variables_path(path, method, seed)
-        if not file.exists():
+        if missing and not file.exists():
+            console.print(f"{file} is not there: seed {seed} of {method} is not deployed", style="yellow")
             continue
-        found = [*deployed(recipe, read_variables(file), dataset)]
-        kept = ("benchmark", "task", "model", "method", "seed", "recipe", "split", "train_limit")
-        for row in found:
-            source = provenance(PACKAGES)
+        if missing:
             identity = {key: trained[seed][key] for key in kept}
-            records.append(path, records.new_record(**identity, **row, status="ok", **source))
+            for row in deployed(recipe, read_variables(file), dataset, missing):
+                source = provenance(PACKAGES)
+                records.append(path, records.new_record(**identity, **row, status="ok", **source))
 
 
 def variables_path(path: Path, method: str, seed: int) -> Path:

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ OPSET = 20
 costs this network 1.7 points; Gelu it leaves in float."""
 
 
-def deployed(recipe: Recipe, variables: Any, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """The graph's accuracy on the test images under each scheme: scheme, top1, top1_six_views, n.
+def deployed(
+    recipe: Recipe, variables: Any, dataset: Dataset, names: Sequence[str] = SCHEMES
+) -> Iterator[dict[str, Any]]:
+    """The graph's accuracy on the test images under each named scheme: scheme, top1, top1_six_views, n.
 
     Raises:
       InvalidInput: the graph's outputs differ from the network's.
@@ -46,7 +48,7 @@ def deployed(recipe: Recipe, variables: Any, dataset: Dataset) -> Iterator[dict[
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # where the quantizer litters
         source = Path(scratch, "model.onnx")
         save_verified(graph, source, forward, variables, samples)
-        for name in SCHEMES:
+        for name in names:
             folder = Path(scratch, name)
             folder.mkdir()
             ort.BACKEND.compile(source, calibration, schemes[name], folder)

@@ -103,7 +103,8 @@ def test_variants_are_the_trainers_steps(tiny, monkeypatch):
     without(monkeypatch, "qwix", "aqt", TORCH_STEP)
     built, missing = variants.build(step.trained(step.Options(model="tiny", batch_size=4)), steps=4)
     assert list(missing) == [variants.QWIX, variants.AQT, variants.TORCH, variants.TORCH_QAT]
-    assert missing[variants.QWIX].startswith("qwix cannot be imported: ")
+    status, reason = missing[variants.QWIX]
+    assert status == "unavailable" and reason.startswith("qwix cannot be imported: ")
     after = {}
     for name, variant in built.items():
         after[name] = variant.advance(variant.prepare(variant.state))
@@ -176,7 +177,8 @@ def test_command_line(tiny, promotion, tmp_path, capsys, monkeypatch):
 
 def test_a_missing_variant_is_a_row_with_its_reason():
     options = step.Options()
-    rows = step.to_records(options, {}, {variants.QWIX: "qwix cannot be imported: no module"})
+    missing = {variants.QWIX: ("unavailable", "qwix cannot be imported: no module")}
+    rows = step.to_records(options, {}, missing)
     assert [(row["variant"], row["status"], row["step_ms_p50"]) for row in rows] == [
         (variants.QWIX, "unavailable", None)
     ]
