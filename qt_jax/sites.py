@@ -1,11 +1,12 @@
 """One quantization point: its range in `batch_stats`, what it observes, its tensor on the grid.
 
-All points of a forward pass share the pass: quantiles are taken together when it ends, and of a tensor that
-enters several layers, as that of an attention's queries, keys and values does, a sample is drawn once.
+All points of a forward pass share the pass: quantiles are taken together when it ends, and in training a
+tensor that enters several layers, as that of an attention's queries, keys and values does, is put on one grid
+once, as a vendor's compiler puts it.
 """
 
 import dataclasses
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,14 @@ GAIN = "quant_gain"
 `(channels, 1)` where the features are the kernel's last axis but one."""
 
 
+class _Shared(NamedTuple):
+    """A layer's input on its grid, for the other layers that it enters."""
+
+    tensor: jax.Array
+    image: jax.Array
+    leader: nn.Variable
+
+
 @dataclasses.dataclass
 class ForwardPass:
     """The points of one forward pass, while it is traced: the calls within one root scope of Flax.
@@ -37,20 +46,27 @@ class ForwardPass:
       lam: blend coefficient, float32 scalar.
       train: whether ranges move where `batch_stats` is mutable.
       observed: the ranges that move at the end, each with what its point has seen.
-      samples: by identity of the tensor and what was drawn of it; the tensor is kept, so that no other gets
-        its identity.
+      shared: inputs on their grids, by identity and spec; each is kept, so that no other gets its identity.
+      leaders: of the points that have taken the image of another, by path: the range that is theirs, too.
+      followers: the ranges of those points, which become their leaders' at the end.
     """
 
     config: QuantConfig
     lam: jax.Array
     train: bool
     observed: list[tuple[nn.Variable, Sample]] = dataclasses.field(default_factory=list)
-    samples: dict[tuple[Any, ...], tuple[jax.Array, Sample]] = dataclasses.field(default_factory=dict)
+    shared: dict[tuple[int, QuantSpec], _Shared] = dataclasses.field(default_factory=dict)
+    leaders: dict[str, nn.Variable] = dataclasses.field(default_factory=dict)
+    followers: list[tuple[nn.Variable, nn.Variable]] = dataclasses.field(default_factory=list)
 
     def quantized(
         self, module: nn.Module, name: str, x: jax.Array, spec: QuantSpec, gain: jax.Array | None = None
     ) -> jax.Array:
         """`x` blended with its image on the grid of its range; observes it if training.
+
+        In training the first layer that an input enters leads: others of the same spec, unless they have had
+        an input of their own, take its image and from then on hold its range. Frozen, each rounds with its
+        own range, which after a step of training is the same.
 
         With a gain g the grid is laid over g x, and what returns is x + (fake_quant(g x) - g x) / g: `x` to
         the bit at lambda = 0, with the gradient of `fake_quant`.
@@ -58,41 +74,46 @@ class ForwardPass:
         Raises:
           InvalidInput: the module has no statistics for it, or of another shape.
         """
-        statistics = _statistics(module, name, x, spec)
+        where, statistics = "/".join((*module.path, name)), _statistics(module, name, x, spec)
+        moves = self.train and module.is_mutable_collection(COLLECTION) and not module.is_initializing()
+        if moves and name == INPUT:
+            found = self.shared.get((id(x), spec))
+            if found is not None and where not in self.leaders:
+                self.leaders[where] = found.leader
+                self.followers.append((statistics, found.leader))
+                return found.image
+            statistics = self.leaders.setdefault(where, statistics)
         seen = statistics.value
         deployed = x if gain is None else x * gain
-        moves = self.train and module.is_mutable_collection(COLLECTION) and not module.is_initializing()
         if moves:
             whole = name == KERNEL and spec.quantile == 1.0
-            size = x.size if whole else self.config.sample_size
-            self.observed.append((statistics, self._sample(deployed, spec, size)))
+            sample = draw(
+                deployed,
+                quantile=spec.quantile,
+                symmetric=spec.symmetric,
+                axis=spec.axis,
+                sample_size=x.size if whole else self.config.sample_size,
+            )
+            self.observed.append((statistics, sample))
         effective = jnp.where(seen["count"] > 0, self.lam, jnp.zeros_like(self.lam))
         if spec.grids == "vendors" and moves:
-            key = grid_key(self.config.seed, "/".join((*module.path, name)), seen["count"])
+            key = grid_key(self.config.seed, where, seen["count"])
             image = fake_quant_on_drawn_grid(deployed, seen["low"], seen["high"], spec, effective, key)
         else:
             image = fake_quant(deployed, seen["low"], seen["high"], spec, effective)
-        if gain is None:
-            return image
-        return x + (image - deployed) / jnp.where(gain == 0.0, 1.0, gain)
-
-    def _sample(self, x: jax.Array, spec: QuantSpec, size: int) -> Sample:
-        """What is drawn of `x`, once for all the layers that it enters."""
-        key = (id(x), spec.quantile, spec.symmetric, spec.axis, size)
-        if key not in self.samples:
-            drawn = draw(
-                x, quantile=spec.quantile, symmetric=spec.symmetric, axis=spec.axis, sample_size=size
-            )
-            self.samples[key] = x, drawn
-        return self.samples[key][1]
+        if gain is not None:
+            return x + (image - deployed) / jnp.where(gain == 0.0, 1.0, gain)
+        if moves and name == INPUT:
+            self.shared.setdefault((id(x), spec), _Shared(x, image, statistics))
+        return image
 
     def end(self) -> None:
         """Moves the ranges."""
-        samples = {id(sample): sample for _, sample in self.observed}
-        found = dict(zip(samples, ranges(list(samples.values()), self.config.axis_name), strict=True))
-        for statistics, sample in self.observed:
-            low, high = found[id(sample)]
+        found = ranges([sample for _, sample in self.observed], self.config.axis_name)
+        for (statistics, _), (low, high) in zip(self.observed, found, strict=True):
             statistics.value = update_range(statistics.value, low, high, self.config.momentum)
+        for statistics, leader in self.followers:
+            statistics.value = leader.value
 
 
 def _statistics(module: nn.Module, name: str, x: jax.Array, spec: QuantSpec) -> nn.Variable:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.depthwise import conv_general_dilated
+from experiments.models.convolution import conv_general_dilated
 
 
 class ConvNeXtBlock(nn.Module):

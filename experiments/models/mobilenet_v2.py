@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.depthwise import conv_general_dilated
+from experiments.models.convolution import conv_general_dilated
 from experiments.models.resnet import SAME_3X3
 
 
@@ -33,7 +33,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         hidden = x.shape[-1] * self.expansion
 
@@ -47,7 +47,6 @@ class InvertedResidual(nn.Module):
             strides=(self.stride, self.stride),
             padding=SAME_3X3,
             feature_group_count=hidden,
-            conv_general_dilated=conv_general_dilated,
             name="depthwise",
         )(y)
         y = nn.relu6(norm(name="depthwise_norm")(y))
@@ -79,7 +78,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
 
         x = conv(self.stem, (3, 3), padding=SAME_3X3, name="stem")(x)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.depthwise import conv_general_dilated
+from experiments.models.convolution import conv_general_dilated
 from experiments.models.resnet import SAME_3X3
 
 
@@ -48,7 +48,13 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = x.shape[-1]
-        conv = partial(nn.Conv, kernel_size=(1, 1), padding="VALID", dtype=self.dtype)
+        conv = partial(
+            nn.Conv,
+            kernel_size=(1, 1),
+            padding="VALID",
+            dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
+        )
         gate = jnp.mean(x, axis=(1, 2), keepdims=True)
         gate = nn.relu(conv(max(1, features // self.reduction), name="squeeze")(gate))
         return x * nn.hard_sigmoid(conv(features, name="excite")(gate))
@@ -65,7 +71,7 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         window, hidden, features, squeeze, activation, stride = self.block
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
 
         y = x
@@ -78,7 +84,6 @@ class InvertedResidual(nn.Module):
             strides=(stride, stride),
             padding=((window // 2, window // 2),) * 2,
             feature_group_count=hidden,
-            conv_general_dilated=conv_general_dilated,
             name="depthwise",
         )(y)
         y = activation(norm(name="depthwise_norm")(y))
@@ -108,7 +113,7 @@ class MobileNetV3(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
 
         x = conv(self.stem, (3, 3), padding=SAME_3X3, name="stem")(x)

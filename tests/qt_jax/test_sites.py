@@ -102,25 +102,38 @@ class Siamese(nn.Module):
     @nn.compact
     def __call__(self, x):
         both, one = nn.Dense(4, name="both"), nn.Dense(4, name="one")
-        return both(100.0 * x) + both(x) + one(x)
+        return both(x) + one(x) + both(100.0 * x)
 
 
-def test_each_layer_rounds_with_its_own_range():
+def test_layers_on_one_tensor_hold_one_range_also_when_one_of_them_is_called_again():
+    """The range that a pass rounds with, the one that is kept and the one that is exported are one."""
     model, x = Siamese(), data()
+    _, variables = trained(model, attached(model, x), x)
+    one, both = (variables["batch_stats"][name]["quant_input"] for name in ("one", "both"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, both))
+    assert int(both["count"]) == 2 and float(both["high"]) > 50.0
+    y, _ = trained(model, variables, x)
+    with qt.quant_trim(CONFIG, 1.0, train=False):
+        np.testing.assert_allclose(model.apply(variables, x), y, rtol=1e-5, atol=1e-4)
+
+
+def test_frozen_ranges_are_each_layers_own():
+    """As after attaching the statistics of one layer alone, or training under other rules."""
+    model, x = Branches(), data()
     config = qt.QuantConfig(weights=None)
     _, variables = trained(model, attached(model, x, config), x, config=config)
     stats = variables["batch_stats"]
-    assert int(stats["both"]["quant_input"]["count"]) == 2
-    assert float(stats["both"]["quant_input"]["high"]) > 10 * float(stats["one"]["quant_input"]["high"])
-    expected = 0.0
-    for name, tensor in (("both", 100.0 * x), ("both", x), ("one", x)):
-        found, params = stats[name]["quant_input"], variables["params"][name]
-        rounded = qt.fake_quant(tensor, found["low"], found["high"], config.activations)
-        expected = expected + rounded @ params["kernel"] + params["bias"][None]
-    for train in (False, True):
-        with qt.quant_trim(config, 1.0, train=train):
-            y, _ = model.apply(variables, x, mutable=["batch_stats"])
-        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    narrow = {**stats["key"]["quant_input"], "low": jnp.float32(-0.1), "high": jnp.float32(0.1)}
+    changed = {**variables, "batch_stats": {**stats, "key": {"quant_input": narrow}}}
+    with qt.quant_trim(config, 1.0, train=False):
+        _, captured = model.apply(changed, x, capture_intermediates=True)
+    found = captured["intermediates"]["key"]["__call__"][0]
+    params = variables["params"]["key"]
+    rounded = qt.fake_quant(x, narrow["low"], narrow["high"], config.activations)
+    np.testing.assert_allclose(found, rounded @ params["kernel"] + params["bias"][None], rtol=1e-5, atol=1e-6)
+    _, after = trained(model, changed, x, config=config)
+    ranges = [after["batch_stats"][name]["quant_input"] for name in ("query", "key", "value")]
+    assert all(jax.tree.all(jax.tree.map(np.array_equal, ranges[0], other)) for other in ranges)
 
 
 def test_layers_of_other_specs_do_not_share():

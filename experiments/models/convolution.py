@@ -1,7 +1,8 @@
-"""Depthwise convolution that is fast on CPUs, for the field `conv_general_dilated` of `nn.Conv`.
+"""Depthwise and pointwise convolutions that are fast on CPUs, for `nn.Conv`'s field `conv_general_dilated`.
 
 XLA's CPU backend runs a grouped convolution group by group; a depthwise one is then many times slower than
-its arithmetic.
+its arithmetic. For the gradient of a kernel, a pointwise one's too, it transposes images and output gradients
+in plain loops, which a matrix product does without.
 """
 
 import functools
@@ -29,12 +30,13 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     **options: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, on CPUs with depthwise convolutions as sums of shifted products.
+    """`jax.lax.conv_general_dilated`, on CPUs with depthwise convolutions as sums of shifted products and
+    pointwise ones (1x1, stride 1, no padding) as matrix products.
 
     y[n, i, j, c] = sum over (p, q) of x[n, s i + d p, s j + d q, c] w[p, q, 0, c], x padded, stride s and
     dilation d: one multiplication and addition over the whole image for each element of the window, which
-    XLA fuses. Only float32, channels last, one output for each channel; every other convolution, and every
-    other device, gets the function of the same name in JAX.
+    XLA fuses. Only float32, channels last, no groups or one output for each channel; every other convolution,
+    and every other device, gets the function of the same name in JAX.
 
     Takes and returns what `jax.lax.conv_general_dilated` does, up to rounding; `**options` are its
     remaining arguments. Reverse-mode derivatives only.
@@ -45,26 +47,31 @@ def conv_general_dilated(
     (1, 4, 4, 8)
     """
     numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    depthwise = lhs.ndim == 4 and feature_group_count == lhs.shape[-1] == rhs.shape[-1]
     plain = lhs.dtype == rhs.dtype == jnp.float32 and all(d == 1 for d in lhs_dilation or ())
     on_cpu = jax.default_backend() == "cpu"
-    if not (on_cpu and depthwise and plain and numbers == CHANNELS_LAST) or _asks_for_more(options):
-        return jax.lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            dimension_numbers,
-            feature_group_count,
-            **options,
-        )
-    strides, dilation = tuple(window_strides), tuple(rhs_dilation or (1, 1))
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], _reach(rhs, dilation), strides, padding)
-    x = jax.lax.pad(lhs, jnp.zeros((), lhs.dtype), ((0, 0, 0), *((*pad, 0) for pad in padding), (0, 0, 0)))
-    return _shifted_products(x, rhs, strides, dilation)
+    if on_cpu and plain and lhs.ndim == 4 and numbers == CHANNELS_LAST and not _asks_for_more(options):
+        strides, dilation = tuple(window_strides), tuple(rhs_dilation or (1, 1))
+        pads = padding
+        if isinstance(padding, str):
+            pads = jax.lax.padtype_to_pads(lhs.shape[1:3], _reach(rhs, dilation), strides, padding)
+        around = ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0))
+        if feature_group_count == lhs.shape[-1] == rhs.shape[-1]:
+            x = jax.lax.pad(lhs, jnp.zeros((), lhs.dtype), around)
+            return _shifted_products(x, rhs, strides, dilation)
+        unpadded = all(pad == (0, 0, 0) for pad in around)
+        if feature_group_count == 1 and rhs.shape[:2] == strides == (1, 1) and unpadded:
+            return (lhs.reshape(-1, lhs.shape[-1]) @ rhs[0, 0]).reshape(*lhs.shape[:-1], rhs.shape[-1])
+    return jax.lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        **options,
+    )
 
 
 def _asks_for_more(options: dict[str, Any]) -> bool:

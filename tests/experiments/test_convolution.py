@@ -1,4 +1,4 @@
-"""The depthwise convolution for CPUs against JAX's own, and what it leaves to JAX."""
+"""Depthwise and pointwise convolutions for CPUs against JAX's own, and what is left to JAX."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.models import depthwise
+from experiments.models import convolution
 
 CHANNELS = 6
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -19,7 +19,7 @@ def operands(window=(3, 3), outputs=CHANNELS, groups=CHANNELS, dtype=jnp.float32
 
 
 def jaxpr_of(*arguments, **options):
-    function = jax.make_jaxpr(lambda x, w: depthwise.conv_general_dilated(x, w, *arguments, **options))
+    function = jax.make_jaxpr(lambda x, w: convolution.conv_general_dilated(x, w, *arguments, **options))
     return lambda x, w: str(function(x, w))
 
 
@@ -50,10 +50,35 @@ def test_values_and_gradients_are_those_of_jax(window, strides, padding, dilatio
 
     ours, theirs = (
         jax.jit(both_directions, static_argnums=0)(convolve)
-        for convolve in (depthwise.conv_general_dilated, jax.lax.conv_general_dilated)
+        for convolve in (convolution.conv_general_dilated, jax.lax.conv_general_dilated)
     )
     for mine, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 0), (0, 0))], ids=str)
+def test_pointwise_values_and_gradients_are_those_of_jax(padding):
+    images, kernel = operands((1, 1), outputs=5, groups=1)
+
+    def both_directions(convolve):
+        output, pull = jax.vjp(
+            lambda x, w: convolve(x, w, (1, 1), padding, dimension_numbers=LAYOUT), images, kernel
+        )
+        return output, *pull(jnp.cos(output))
+
+    ours, theirs = map(both_directions, (convolution.conv_general_dilated, jax.lax.conv_general_dilated))
+    for mine, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-4)
+    product = jaxpr_of((1, 1), padding, dimension_numbers=LAYOUT)(images, kernel)
+    assert "dot_general" in product and "conv_general_dilated" not in product
+
+
+@pytest.mark.parametrize(
+    ("strides", "padding"), [((2, 2), "VALID"), ((1, 1), ((1, 1), (1, 1)))], ids=["strided", "padded"]
+)
+def test_other_pointwise_convolutions_go_to_jax(strides, padding):
+    images, kernel = operands((1, 1), outputs=5, groups=1)
+    assert "conv_general_dilated" in jaxpr_of(strides, padding, dimension_numbers=LAYOUT)(images, kernel)
 
 
 def test_no_grouped_convolution_is_left_for_xla():
@@ -95,6 +120,6 @@ def test_accelerators_keep_the_grouped_convolution(monkeypatch):
 def test_a_layer_takes_it_as_its_field():
     images, _ = operands()
     plain = nn.Conv(CHANNELS, (3, 3), feature_group_count=CHANNELS)
-    fast = plain.clone(conv_general_dilated=depthwise.conv_general_dilated)
+    fast = plain.clone(conv_general_dilated=convolution.conv_general_dilated)
     variables = {"params": {"kernel": operands()[1], "bias": jnp.arange(CHANNELS, dtype=jnp.float32)}}
     np.testing.assert_allclose(fast.apply(variables, images), plain.apply(variables, images), atol=1e-5)
