@@ -66,10 +66,10 @@ def conv_general_dilated(
         rhs,
         window_strides,
         padding,
-        lhs_dilation,
-        rhs_dilation,
-        dimension_numbers,
-        feature_group_count,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
         **options,
     )
 
