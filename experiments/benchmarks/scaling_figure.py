@@ -46,7 +46,7 @@ def scaling_figure(axes: Mapping[str, Sequence[Record]], base: Mapping[str, int]
     grid[1, 0].set_ylabel("peak memory\nQuant-Trim / FP32")
     grid[2, 0].set_ylabel("compilation (s)")
     grid[2, 0].set_ylim(bottom=0)
-    grid[2, 0].legend(frameon=False, loc="lower right")
+    grid[2, 0].legend(frameon=False, loc="upper left")
     device = axes[next(iter(axes))][0]["accelerator"] or "CPU"
     figure.suptitle(
         f"Cost of Quant-Trim W8A8 over FP32, {device}: medians over rounds, bars from quartile to quartile"
