@@ -47,7 +47,7 @@ class Options:
 
     kills: int = 50
     """SIGKILLs."""
-    epochs: int = 60
+    epochs: int = 150
     """Length of the run; a life between two kills lasts about one of them."""
     seed: int | None = None
     """Of the moments; by default drawn anew. It is printed."""
