@@ -2,7 +2,8 @@
 
 The measured step is the trainer's own (`experiments.training.step`): augmentation, forward, backward, SGD
 with Nesterov momentum, statistics; one compiled function with donated state, on random CIFAR-shaped images.
-The variants take turns, A B C D E A B C D E ..., so that a disturbance of the machine strikes all of them.
+The variants take turns, in another order every round, so that a disturbance of the machine strikes all of
+them, and none always follows the same other.
 Parameters and statistics are float32 whatever the compute type.
 
 Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its defaults: symmetric absmax
