@@ -64,6 +64,12 @@ def meet(name: str) -> None:
         ocp.multihost.sync_global_processes(name)
 
 
+def accelerator() -> str | None:
+    """What a record says that JAX computes on; None for a CPU."""
+    device = jax.devices()[0]
+    return None if device.platform == "cpu" else device.device_kind
+
+
 def is_leader() -> bool:
     """Whether this is the one process that writes files and speaks."""
     return jax.process_index() == 0

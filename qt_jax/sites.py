@@ -47,8 +47,9 @@ class ForwardPass:
       train: whether ranges move where `batch_stats` is mutable.
       observed: the ranges that move at the end, each with what its point has seen.
       shared: inputs on their grids, by identity and spec; each is kept, so that no other gets its identity.
-      leaders: of the points that have taken the image of another, by path: the range that is theirs, too.
-      followers: the ranges of those points, which become their leaders' at the end.
+      leaders: by path of an input's point the range that it moves: its own, or that of the point whose image
+        it has taken.
+      followers: the ranges of points of the second kind, each with the one that it becomes at the end.
     """
 
     config: QuantConfig
@@ -74,7 +75,8 @@ class ForwardPass:
         Raises:
           InvalidInput: the module has no statistics for it, or of another shape.
         """
-        where, statistics = "/".join((*module.path, name)), _statistics(module, name, x, spec)
+        where = "/".join((*module.path, name))
+        statistics = _statistics(module, name, where, x, spec)
         moves = self.train and module.is_mutable_collection(COLLECTION) and not module.is_initializing()
         if moves and name == INPUT:
             found = self.shared.get((id(x), spec))
@@ -116,9 +118,8 @@ class ForwardPass:
             statistics.value = leader.value
 
 
-def _statistics(module: nn.Module, name: str, x: jax.Array, spec: QuantSpec) -> nn.Variable:
+def _statistics(module: nn.Module, name: str, where: str, x: jax.Array, spec: QuantSpec) -> nn.Variable:
     """The range of one point, empty if it is new."""
-    where = "/".join((*module.path, name))
     if not module.is_mutable_collection(COLLECTION) and not module.has_variable(COLLECTION, name):
         raise InvalidInput(
             f"no statistics for {where!r} in {COLLECTION!r}. Attach them to a plain checkpoint with "

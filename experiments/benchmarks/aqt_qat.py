@@ -11,7 +11,7 @@ AQT's convolution, as of aqtp 0.9.0, is made for inference: differentiated as it
 gradient zero, for kernel and input alike, and AQT's own example of a convolutional network leaves its
 convolutions in float. The backward of convolutions is therefore ours, by the rule of AQT's dense layers.
 `nn.ConvTranspose` and `nn.Einsum` stay in float. Depthwise convolutions are JAX's own grouped ones, not the
-products that `experiments.models.depthwise` puts in their place on CPUs.
+products that `experiments.models.convolution` puts in their place on CPUs.
 """
 
 from typing import Any

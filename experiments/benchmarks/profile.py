@@ -8,6 +8,7 @@ the total is that of all cores. An instruction that was fused from several count
 
 import dataclasses
 import re
+import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -18,13 +19,14 @@ import jax
 import tyro
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from experiments import models
 from experiments.benchmarks import timing
 from experiments.benchmarks.step import Options as StepOptions
 from experiments.benchmarks.step import trained
-from experiments.benchmarks.variants import CLASSES, IMAGE_SHAPE, MASK_SHAPE, compiled_step, random_split
+from experiments.benchmarks.variants import CLASSES, compiled_step, random_split
 from experiments.command_line import command
 from experiments.configs.cifar import float_twin
 from qt_jax.reporting import records
@@ -126,8 +128,7 @@ def measured(options: Options) -> tuple[Counter, float]:
     config = trained(StepOptions(options.model, options.batch_size, options.dtype))
     config = dataclasses.replace(config, reverse_pruning=None) if options.quant_trim else float_twin(config)
     model = models.create(config.model, CLASSES, jax.numpy.dtype(config.dtype))
-    split = random_split(config, MASK_SHAPE if config.model in models.SEGMENTERS else IMAGE_SHAPE)
-    step = compiled_step(config, model, split, steps=options.steps + timing.WARM_UP)
+    step = compiled_step(config, model, random_split(config), steps=options.steps + timing.WARM_UP)
     kinds = instructions(step.program())
     state = step.state
     for _ in range(timing.WARM_UP):
@@ -141,13 +142,14 @@ def measured(options: Options) -> tuple[Counter, float]:
         data = jax.profiler.ProfileData.from_file(str(trace))
         for plane in data.planes:
             for line in plane.lines:
+                on_gpu = "GPU" in plane.name and "Stream" in line.name
                 for event in line.events:
-                    on_gpu = "GPU" in plane.name and "Stream" in line.name
                     name = kind_of_event(event.name, dict(event.stats), kinds, on_gpu)
                     if name is not None:
                         found[name] += event.duration_ns / 1e6 / options.steps
-    (clock,) = timing.measure({"step": step._replace(state=state)}, options.steps, timing.silent()).values()
-    return found, sorted(clock)[len(clock) // 2]
+    timed = {"step": step._replace(state=state)}
+    (clock,) = timing.measure(timed, options.steps, Progress(disable=True)).values()
+    return found, statistics.median(clock)
 
 
 def run(options: Options, console: Console) -> records.Record:

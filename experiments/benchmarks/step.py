@@ -10,7 +10,7 @@ Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its
 over the whole tensor, weights with a scale per output channel, activations with one per image taken anew
 in every step (no statistics are kept), the forward convolutions in int8 with int32 sums, the backward ones in
 float32 with the straight-through estimator. It does not see depthwise convolutions where, on CPUs in float32,
-`experiments.models.depthwise` computes them as products. For AQT see `experiments.benchmarks.aqt_qat`, for
+`experiments.models.convolution` computes them as products. For AQT see `experiments.benchmarks.aqt_qat`, for
 PyTorch, plain and with its own fake quantization, `experiments.benchmarks.torch_step`.
 
 There are two FP32 baselines, because XLA's CPU backend compiles the plain step badly; see

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
+from experiments.devices import accelerator
 from qt_jax.reporting.provenance import provenance
 
 WARM_UP = 3
@@ -28,11 +29,6 @@ class Variant(NamedTuple):
     """Steps that `advance` takes in one compiled loop."""
     program: Callable[[], str] = str
     """The text of the compiled program, where there is one."""
-
-
-def silent() -> Progress:
-    """A progress bar that shows nothing."""
-    return Progress(disable=True)
 
 
 def measure(
@@ -95,5 +91,4 @@ def peak_bytes(compiled: Any) -> int:
 
 def source() -> dict[str, Any]:
     """The provenance of a record, with the accelerator if JAX is on one."""
-    device = jax.devices()[0]
-    return provenance(PACKAGES) | ({} if device.platform == "cpu" else {"accelerator": device.device_kind})
+    return provenance(PACKAGES) | {"accelerator": accelerator()}

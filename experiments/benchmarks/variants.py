@@ -33,11 +33,13 @@ PEERS = ("qwix", "aqt", "torch")
 """Packages of peers."""
 
 
-def random_split(config: Config, image_shape: tuple[int, int, int]) -> Split:
-    """Two batches of random images, and labels or masks."""
+def random_split(config: Config, image_shape: tuple[int, int, int] | None = None) -> Split:
+    """Two batches of random images, by default of the size that the task's have, and labels or masks."""
     random, n = np.random.default_rng(0), 2 * config.batch_size
+    masks = config.model in models.SEGMENTERS
+    image_shape = image_shape or (MASK_SHAPE if masks else IMAGE_SHAPE)
     images = random.integers(0, 256, (n, *image_shape), np.uint8)
-    if config.model in models.SEGMENTERS:
+    if masks:
         return Split(
             jnp.asarray(images), jnp.asarray(random.integers(0, CLASSES, (n, *image_shape[:2]), np.uint8))
         )
@@ -85,7 +87,7 @@ def build(
       packages: those of `PEERS` whose steps are built beside ours.
     """
     model = models.create(config.model, CLASSES, jnp.dtype(config.dtype))
-    split = random_split(config, MASK_SHAPE if config.model in models.SEGMENTERS else IMAGE_SHAPE)
+    split = random_split(config)
     step = partial(compiled_step, split=split, steps=steps)
     twin = float_twin(config)
     pruned = step(config, model, prepare=partial(with_pruning_count, count=1))

@@ -7,7 +7,6 @@ Then each network is exported and deployed by ONNX Runtime, on the CPU, in FP32 
 """
 
 import dataclasses
-import os
 import sys
 import time
 from pathlib import Path
@@ -25,11 +24,14 @@ from rich.table import Table
 import qt_jax as qt
 from experiments.command_line import command
 from experiments.data import Dataset, load
+from experiments.data.store import write_npz
+from experiments.devices import accelerator
 from experiments.speedrun.deployment import SCHEMES, deployed
 from experiments.speedrun.program import VIEWS, make_evaluation, make_training
 from experiments.speedrun.recipe import Recipe
 from qt_jax.reporting import records
 from qt_jax.reporting.provenance import provenance
+from qt_jax.reporting.tables import with_spread
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "onnxruntime", "onnx", "jax2onnx")
 
@@ -149,10 +151,6 @@ def train_seeds(
             for views in (1, VIEWS)
         }
         write_variables(variables_path(path, method, seed), variables)
-        device = jax.devices()[0]
-        source = provenance(PACKAGES)
-        if device.platform != "cpu":
-            source["accelerator"] = device.device_kind
         steps = round(recipe.epochs * (len(images) // recipe.batch_size))
         row = records.new_record(
             benchmark="speedrun",
@@ -171,7 +169,7 @@ def train_seeds(
             compile_seconds=compiling,
             images_per_second=steps * recipe.batch_size / seconds,
             status="ok",
-            **source,
+            **provenance(PACKAGES) | {"accelerator": accelerator()},
         )
         records.append(path, row)
 
@@ -193,8 +191,8 @@ def deploy_seeds(
         if missing:
             identity = {key: trained[seed][key] for key in kept}
             for row in deployed(recipe, read_variables(file), dataset, missing):
-                source = provenance(PACKAGES)
-                records.append(path, records.new_record(**identity, **row, status="ok", **source))
+                record = records.new_record(**identity, **row, status="ok", **provenance(PACKAGES))
+                records.append(path, record)
 
 
 def variables_path(path: Path, method: str, seed: int) -> Path:
@@ -203,17 +201,14 @@ def variables_path(path: Path, method: str, seed: int) -> Path:
 
 
 def write_variables(path: Path, variables: Any) -> None:
-    """Writes an .npz that appears under its name whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as stream:
-        np.savez(stream, **{"/".join(key): np.asarray(leaf) for key, leaf in flatten_dict(variables).items()})
-    os.replace(part, path)
+    """Writes an .npz of the arrays by path."""
+    write_npz(path, {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()})
 
 
 def read_variables(path: Path) -> dict[str, Any]:
     """What `write_variables` has written."""
     with np.load(path) as archive:
-        return unflatten_dict({tuple(name.split("/")): archive[name] for name in archive.files})
+        return unflatten_dict({name: archive[name] for name in archive.files}, sep="/")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -232,19 +227,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
             method,
             scheme,
             str(len(members)),
-            spread([100 * row["top1"] for row in members]),
-            spread([100 * row["top1_six_views"] for row in members]),
-            spread([row["seconds"] for row in members]) if timed else "",
+            with_spread((row["top1"] for row in members), 100),
+            with_spread((row["top1_six_views"] for row in members), 100),
+            with_spread((row["seconds"] for row in members), 1) if timed else "",
             f"{np.mean([row['images_per_second'] for row in members]):,.0f}" if timed else "",
         )
     return shown
-
-
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 if __name__ == "__main__":
