@@ -16,8 +16,9 @@ import tyro
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import QUANT_TRIM, graphs_of, model_input, training_provenance
+from experiments.cifar import model_input, training_provenance
 from experiments.command_line import exit_status
+from experiments.configs.networks import QUANT_TRIM, graphs_of
 from experiments.data import load
 from qt_jax.backends.__main__ import Settings, evaluate_all, wide_console
 

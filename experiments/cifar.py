@@ -1,8 +1,8 @@
 """`python -m experiments.cifar --sched quartic`: train, export, deploy at low bits, compare with a twin.
 
-Stages: train -> (float twin) -> describe -> export -> verify -> evaluate -> table and figure. Each leaves its
-product in the run's folder; a relaunch goes on from the first that is missing. `experiments.segmentation` is
-the same with other presets.
+Stages: train -> (float twin) -> describe -> export -> verify -> evaluate -> table, figure, report. Each
+leaves its product in the run's folder; a relaunch goes on from the first that is missing.
+`experiments.segmentation` is the same with other presets.
 """
 
 import hashlib
@@ -22,11 +22,13 @@ import qt_jax as qt
 from experiments import devices, models
 from experiments.command_line import exit_status
 from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, parse
+from experiments.configs.networks import FLOAT, graphs_of
 from experiments.configs.run_folder import claim
 from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
 from experiments.description import describe
 from experiments.masks import SHOWN, decided_masks, masks_figure
+from experiments.report import write_report
 from experiments.summary import metric_of, report
 from experiments.training.loop import train
 from experiments.training.preemption import Interrupted
@@ -37,22 +39,11 @@ from qt_jax.export.deploy import deploy, learned_ranges, ranges_path
 from qt_jax.export.encodings import write_ranges
 from qt_jax.reporting import records
 
-QUANT_TRIM, FLOAT = "quant-trim", "float"
 SCHEMES = (
     *("fp32", "int8-pt-minmax", "int8-pc-minmax", "int8-pt-percentile", "int8-pc-percentile"),
     *("int4w-pt-minmax", "int4w-pc-minmax", "int4w-pt-percentile", "int4w-pc-percentile", "int8-dynamic"),
 )
 """Those of onnxruntime that end every run."""
-ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
-
-
-def graphs_of(quantizer: str) -> dict[str, str]:
-    """Method -> name of its graph in the folder of a run with this `--quantizer`.
-
-    >>> graphs_of("lsq")
-    {'lsq': 'model.onnx', 'float': 'twin.onnx'}
-    """
-    return {quantizer: ONNX_NAMES[QUANT_TRIM], FLOAT: ONNX_NAMES[FLOAT]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,6 +92,8 @@ def run(config: Config, console: Console) -> None:
     if config.dataset in SEGMENTATION:
         show_masks(config, {method: directory / graphs[method] for method in trained}, dataset, directory)
     report(config, trained, directory, console)
+    write_report(directory)
+    console.print(f"{directory}/summary.md, summary.png, report.html, records.jsonl and the ONNX graphs")
 
 
 def export(path: Path, console: Console) -> None:
@@ -175,7 +168,7 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         if (record["backend"], record["scheme"]) not in done:
             records.append(path, record)
             done.add((record["backend"], record["scheme"]))
-            reached = record[metric_of(config)[0]]
+            reached = record[metric_of(config.dataset)[0]]
             shown = "-" if reached is None else f"{100 * reached:.2f} %"
             console.print(f"{method} {record['scheme']}: {shown} ({record['seconds']:.0f} s)")
 

@@ -20,8 +20,9 @@ import tyro
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import graphs_of, model_input
+from experiments.cifar import model_input
 from experiments.command_line import exit_status
+from experiments.configs.networks import graphs_of
 from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
 from experiments.layer_comparison import SCHEMES, compare, quantized

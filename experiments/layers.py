@@ -22,8 +22,9 @@ from rich.progress import track
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.cifar import QUANT_TRIM, graphs_of, model_input
+from experiments.cifar import model_input
 from experiments.command_line import exit_status
+from experiments.configs.networks import QUANT_TRIM, graphs_of
 from experiments.data import Dataset, load
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
 from qt_jax.reporting import records

@@ -27,7 +27,7 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
             "is complete. Restore the file, or choose another --out."
         )
     write_whole(directory / "summary.md", summary(config, rows, metrics))
-    metric, validation = metric_of(config)
+    metric, validation = metric_of(config.dataset)
     history = [
         {
             "epoch": row["epoch"],
@@ -52,17 +52,16 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
     summary_figure(rows, (steps, lam), weights, scratch, history, metric)
     os.replace(scratch, directory / "summary.png")
     console.print(accuracy_table(rows, metric), soft_wrap=False)
-    console.print(f"{directory}/summary.md, summary.png, records.jsonl and the ONNX graphs")
 
 
-def metric_of(config: Config) -> tuple[str, str]:
-    """The record's key that the run is judged by, and how its validation is called in metrics.jsonl."""
-    return ("miou", "validation_miou") if config.dataset in SEGMENTATION else ("top1", "validation")
+def metric_of(dataset: str) -> tuple[str, str]:
+    """The record's key that a run is judged by, and how its validation is called in metrics.jsonl."""
+    return ("miou", "validation_miou") if dataset in SEGMENTATION else ("top1", "validation")
 
 
 def summary(config: Config, rows: list[records.Record], metrics: list[dict[str, Any]]) -> str:
     """summary.md: the table, the drift between FP32 and fake quantization, the cost, the provenance."""
-    metric, validation = metric_of(config)
+    metric, validation = metric_of(config.dataset)
     lines = [
         f"# {config.dataset}, {config.model}, --sched {config.sched}, seed {config.seed}",
         "",

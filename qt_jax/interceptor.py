@@ -60,15 +60,15 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     Args:
       config: specs and rules.
       lam: blend coefficient in [0, 1], a Python float or a scalar array.
-      train: whether ranges are updated; they are, unless `init` is running, where `batch_stats` is mutable.
-        With `False` they are frozen.
+      train: whether ranges are updated. They are where `batch_stats` is mutable, which it must be somewhere
+        in the context, unless `init` is running. With `False` they are frozen.
 
     Yields:
       A `Visit` that lists the layers reached, by path.
 
     Raises:
       InvalidInput: lambda out of range; a rule that matches no layer; no layer reached; statistics absent
-        from the variables or of another shape than the config's.
+        from the variables or of another shape than the config's; `train`, and none of them could move.
 
     >>> model = nn.Dense(2)
     >>> x = jnp.ones((4, 3))
@@ -83,8 +83,10 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     visit, running = Visit(), set()
     lam = jnp.asarray(lam, jnp.float32)
     passes: dict[int, ForwardPass] = {}
+    moved, held = False, None
 
     def intercept(call, args, kwargs, context):
+        nonlocal moved, held
         root = id(context.module.scope.root)
         if root in passes:
             return visited(call, args, kwargs, context)
@@ -93,7 +95,8 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
             outputs = visited(call, args, kwargs, context)
             passes[root].end()
         finally:
-            del passes[root]
+            ended = passes.pop(root)
+        moved, held = moved or bool(ended.observed), held or ended.held
         return outputs
 
     def visited(call, args, kwargs, context):
@@ -136,6 +139,11 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         raise InvalidInput(
             "quant_trim saw no layer. Enter the context inside the jitted function (around a compiled one it "
             "has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or Einsum."
+        )
+    if held and not moved:
+        raise InvalidInput(
+            f"quant_trim(train=True) could not move {held!r}, nor any other range: call model.apply(..., "
+            f'mutable=["{COLLECTION}"]) and keep what it returns, or freeze the ranges with train=False'
         )
     check_rules_used(config, visit.layers)
     if unknown := set(config.fused_outputs) - visit.outputs:

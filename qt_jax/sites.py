@@ -50,6 +50,7 @@ class ForwardPass:
       leaders: by path of an input's point the range that it moves: its own, or that of the point whose image
         it has taken.
       followers: the ranges of points of the second kind, each with the one that it becomes at the end.
+      held: path of a range that was to move in a collection that is not mutable; None if there is none.
     """
 
     config: QuantConfig
@@ -59,6 +60,7 @@ class ForwardPass:
     shared: dict[tuple[int, QuantSpec], _Shared] = dataclasses.field(default_factory=dict)
     leaders: dict[str, nn.Variable] = dataclasses.field(default_factory=dict)
     followers: list[tuple[nn.Variable, nn.Variable]] = dataclasses.field(default_factory=list)
+    held: str | None = None
 
     def quantized(
         self, module: nn.Module, name: str, x: jax.Array, spec: QuantSpec, gain: jax.Array | None = None
@@ -77,7 +79,10 @@ class ForwardPass:
         """
         where = "/".join((*module.path, name))
         statistics = _statistics(module, name, where, x, spec)
-        moves = self.train and module.is_mutable_collection(COLLECTION) and not module.is_initializing()
+        trains = self.train and not module.is_initializing()
+        moves = trains and module.is_mutable_collection(COLLECTION)
+        if trains and not moves:
+            self.held = where
         if moves and name == INPUT:
             found = self.shared.get((id(x), spec))
             if found is not None and where not in self.leaders:

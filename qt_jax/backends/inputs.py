@@ -72,8 +72,8 @@ def single_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         raise InvalidInput(
-            f"The ONNX model must have exactly one input, found {[value.name for value in inputs]}: export "
-            "the forward alone."
+            f"The ONNX model must have exactly one input, found {[value.name for value in inputs]}: export a "
+            "forward that takes one array, and slices from it what the model takes."
         )
     return inputs[0]
 

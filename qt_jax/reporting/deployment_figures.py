@@ -32,7 +32,7 @@ def reliability_figure(deployment: Deployment, path: Path) -> Path | None:
     for index, (column, items) in enumerate(lines.items()):
         for place, item in enumerate(items):
             axes = figure.add_subplot(grid[index, place])
-            _diagram(axes, item, method_colour(column.method, index))
+            draw_diagram(axes, item, method_colour(column.method, index))
             if place == 0:
                 axes.set_ylabel(f"{textwrap.fill(deployment.name(column), 24)}\naccuracy", fontsize=9)
             if index == len(lines) - 1:
@@ -41,7 +41,7 @@ def reliability_figure(deployment: Deployment, path: Path) -> Path | None:
     return save(figure, path)
 
 
-def _diagram(axes: Axes, item: Reliability, shade: str) -> None:
+def draw_diagram(axes: Axes, item: Reliability, shade: str) -> None:
     """Accuracy of each bin over its span, and the share of images in it as grey bars from the ground."""
     edges = np.linspace(0, 1, len(item.bins) + 1)
     counts, _, accuracy = item.bins.T

@@ -49,6 +49,11 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def drop_figure(deployment: Deployment, path: Path) -> Path:
+    """Writes `draw_drops` as a PNG."""
+    return save(draw_drops(deployment), path)
+
+
+def draw_drops(deployment: Deployment) -> Figure:
     """A cell a row and network, coloured by its drop in points, hatched with its status where it has none."""
     rows, columns = deployment.rows, deployment.columns
     labels = _labels(deployment)
@@ -78,7 +83,7 @@ def drop_figure(deployment: Deployment, path: Path) -> Path:
     figure.suptitle(
         "Accuracy drop against the float model on the same images", x=0.02, ha="left", fontsize=11
     )
-    return save(figure, path)
+    return figure
 
 
 def agreement_figure(deployment: Deployment, column: Column, path: Path) -> Path | None:

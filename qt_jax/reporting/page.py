@@ -2,81 +2,111 @@
 
 import base64
 import html
-from collections.abc import Sequence
+import itertools
+import mimetypes
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
-from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --line: #d5d5d5; --head: #f2f2f2; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --head: #2a2a2a; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem; }
-h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .6rem; }
-.scroll { display: block; overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { background: var(--head); cursor: pointer; }
-td { max-width: 28rem; overflow-wrap: break-word; }
-img { min-width: min(100%, 44rem); max-width: max(100%, 44rem); height: auto; background: white; }
-li, p, code { overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-$body
-<script>
-// A click on a heading sorts by that column, a second one backwards; cells without a number come last.
-for (const head of document.querySelectorAll("th")) {
-  head.tabIndex = 0;
-  const sort = () => {
-    const body = head.closest("table").tBodies[0];
-    const key = row => {
-      const text = row.cells[head.cellIndex].textContent.replace("\\u2212", "-").replaceAll(",", "");
-      return [parseFloat(text), text];
-    };
-    const down = head.getAttribute("aria-sort") === "ascending";
-    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const order = (one, two) => {
-      const [[a, s], [b, t]] = [key(one), key(two)];
-      if (isNaN(a) !== isNaN(b)) return isNaN(a) ? 1 : -1;
-      return (down ? -1 : 1) * (isNaN(a) ? s.localeCompare(t) : a - b);
-    };
-    body.append(...[...body.rows].sort(order));
-  };
-  head.addEventListener("click", sort);
-  head.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
-}
-</script>
-</body>
-</html>
-""")
+from qt_jax.reporting.page_template import PAGE
 
 
-def to_html(markdown: str, title: str, folder: Path) -> str:
-    """`markdown` as a page; its pictures, files of `folder`, become data URIs. Raw HTML in it stays text.
+def to_html(markdown: str, title: str, folder: Path, drawings: Mapping[str, str] | None = None) -> str:
+    """`markdown` as a page with a table of contents of its second-level headings. Raw HTML in it stays text.
 
-    >>> "<h1>Report</h1>" in to_html("# Report", "Report", Path("."))
+    A picture is one of `drawings` or else a file of `folder`, which becomes a data URI on a white card; its
+    text is its caption. A paragraph of nothing but pictures is laid out as a grid that follows the width of
+    the screen.
+
+    Args:
+      markdown: CommonMark with tables.
+      title: of the page.
+      folder: where the pictures lie.
+      drawings: name of a picture -> its SVG, as `qt_jax.reporting.ink.to_svg` makes it.
+
+    >>> page = to_html("# Report\\n\\n## Results", "Report", Path("."))
+    >>> '<a href="#results">Results</a>' in page
     True
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    shown = drawings or {}
 
-    def image(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
-        token = tokens[index]
-        data = base64.b64encode((folder / str(token.attrs["src"])).read_bytes()).decode()
-        text = html.escape(token.content)
-        return f'<span class="scroll"><img alt="{text}" src="data:image/png;base64,{data}"></span>'
+    def image(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+        return _figure(tokens[index], folder, shown)
 
-    parser.add_render_rule("image", image)
-    parser.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
-    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    return PAGE.substitute(title=html.escape(title), body=parser.render(markdown))
+    def paragraph_open(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+        if tokens[index].hidden:
+            return ""
+        pictures = _pictures(tokens[index + 1])
+        return _grid(pictures, shown) if pictures else "<p>"
+
+    def paragraph_close(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+        if tokens[index].hidden:
+            return "\n"
+        return "</div>\n" if _pictures(tokens[index - 1]) else "</p>\n"
+
+    renderer: Any = parser.renderer
+    renderer.rules |= {
+        "image": image,
+        "paragraph_open": paragraph_open,
+        "paragraph_close": paragraph_close,
+        "table_open": lambda *_: '<div class="scroll"><table>\n',
+        "table_close": lambda *_: "</table></div>\n",
+    }
+    tokens = parser.parse(markdown)
+    contents = "\n".join(
+        f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in _anchored(tokens).items()
+    )
+    body = renderer.render(tokens, parser.options, {})
+    return PAGE.substitute(title=html.escape(title), contents=contents, body=body)
+
+
+def _anchored(tokens: Sequence[Token]) -> dict[str, str]:
+    """Gives every second-level heading an id; returns the texts by id, in order."""
+    found: dict[str, str] = {}
+    for heading, inline in itertools.pairwise(tokens):
+        if heading.type == "heading_open" and heading.tag == "h2":
+            text = "".join(child.content for child in inline.children or ())
+            slug = re.sub(r"\W+", "-", text.lower()).strip("-") or "section"
+            anchor = slug if slug not in found else f"{slug}-{len(found)}"
+            heading.attrSet("id", anchor)
+            found[anchor] = text
+    return found
+
+
+def _pictures(inline: Token) -> list[Token]:
+    """The pictures of a paragraph that holds nothing else, else none."""
+    children = [child for child in inline.children or () if child.type != "softbreak"]
+    return children if all(child.type == "image" for child in children) else []
+
+
+def _grid(pictures: Sequence[Token], drawings: Mapping[str, str]) -> str:
+    """The opening tag of a grid: drawings share a line where there is room, files have one of their own."""
+    widths = [re.search(r"--width: (\d+)", drawings.get(_source(token), "")) for token in pictures]
+    known = [int(width[1]) for width in widths if width]
+    cell = f"{0.98 * max(known):.0f}px" if len(known) == len(pictures) > 1 else "100%"
+    return f'<div class="figures" style="--cell: {cell}">'
+
+
+def _source(token: Token) -> str:
+    return unquote(str(token.attrs["src"]))
+
+
+def _figure(token: Token, folder: Path, drawings: Mapping[str, str]) -> str:
+    """A picture with its caption; a line that says so where there is no such file."""
+    name, text = _source(token), html.escape("".join(part.content for part in token.children or ()))
+    caption = f"<figcaption>{text}</figcaption>"
+    if name in drawings:
+        drawing = drawings[name].replace("<svg", f'<svg role="img" aria-label="{text}"', 1)
+        return f"<figure>{drawing}{caption}</figure>"
+    try:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+    except OSError:
+        return f"<figure><figcaption>{text}: {html.escape(name)} is not there</figcaption></figure>"
+    kind = mimetypes.guess_type(name)[0] or "image/png"
+    return f'<figure><img alt="{text}" src="data:{kind};base64,{data}">{caption}</figure>'

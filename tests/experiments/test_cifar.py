@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from experiments import cifar, models
+from experiments.configs import networks
 from experiments.configs.cifar import FREE_TO_CHANGE, parse
 from experiments.models.resnet import ResNet
 from experiments.training import loop
@@ -28,12 +29,12 @@ FLAGS = (
     *("--batch-size", "64", "--epochs", "2", "--reverse-pruning-every", "2"),
     *("--calibration-size", "16", "--test-limit", "100"),
 )
-METHODS = (cifar.QUANT_TRIM, cifar.FLOAT)
+METHODS = (networks.QUANT_TRIM, networks.FLOAT)
 SCHEMES = list(cifar.SCHEMES)
 PRODUCTS = {
     *("config.json", "metrics.jsonl", "records.jsonl", "checkpoints", "tensorboard"),
     *("model.onnx", "model.json", "model.ranges.json", "twin.onnx", "twin.json", "samples.npz"),
-    *("summary.md", "summary.png"),
+    *("summary.md", "summary.png", "report.html"),
 }
 ADDED = ("model.json", "twin.json", "samples.npz", "model.ranges.json")
 LATE = ("model.onnx", *ADDED)
@@ -99,7 +100,7 @@ def test_folder_holds_every_product_and_nothing_else(finished):
     assert {path.name for path in (finished.folder / "checkpoints").iterdir()} == set(METHODS)
     config = json.loads((finished.folder / "config.json").read_text())
     assert (config["model"], config["sched"], config["epochs"]) == ("tiny", "quartic", 2)
-    for name in cifar.ONNX_NAMES.values():
+    for name in networks.ONNX_NAMES.values():
         onnx.checker.check_model(onnx.load(finished.folder / name), full_check=True)
     assert (finished.folder / "summary.png").read_bytes().startswith(b"\x89PNG")
 
@@ -117,7 +118,7 @@ def test_one_record_a_network_and_scheme(finished):
     assert [(row["method"], row["scheme"]) for row in rows] == [(m, s) for m in METHODS for s in SCHEMES]
     for row in rows:
         assert (row["status"], row["n"], row["task"], row["seed"]) == ("ok", 100, "digits", 0), row["reason"]
-        assert row["checkpoint"] == sha256(finished.folder / cifar.ONNX_NAMES[row["method"]])
+        assert row["checkpoint"] == sha256(finished.folder / networks.ONNX_NAMES[row["method"]])
         assert row["calibration"] is None or row["calibration"]["n"] == 16
     assert {row["sched"] for row in rows} == {"quartic", "none"}
 
@@ -145,7 +146,8 @@ def test_log_without_a_terminal_is_plain_lines(finished):
 
 def test_relaunch_does_nothing_again(finished, monkeypatch, capsys):
     def stamps():
-        kept = [p for p in finished.folder.rglob("*") if p.is_file() and not p.name.startswith("summary")]
+        drawn = ("summary.md", "summary.png", "report.html")  # from the records, every time
+        kept = [p for p in finished.folder.rglob("*") if p.is_file() and p.name not in drawn]
         return {path: path.stat().st_mtime_ns for path in kept}
 
     for module, stage in ((loop, "_run_epoch"), (cifar, "deploy"), (cifar.qt, "evaluate")):
@@ -273,26 +275,28 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "networks"),
+    ("flags", "methods"),
     [
-        (["--sched", "none", "--reverse-pruning", "None"], [cifar.FLOAT]),
-        (["--no-compare"], [cifar.QUANT_TRIM]),
-        ([], [cifar.QUANT_TRIM, cifar.FLOAT]),
+        (["--sched", "none", "--reverse-pruning", "None"], [networks.FLOAT]),
+        (["--no-compare"], [networks.QUANT_TRIM]),
+        ([], [networks.QUANT_TRIM, networks.FLOAT]),
     ],
 )
-def test_networks_that_a_command_trains(flags, networks, tmp_path, monkeypatch):
+def test_networks_that_a_command_trains(flags, methods, tmp_path, monkeypatch):
     seen = []
 
     def stop(config, model, dataset, directory, method):
         seen.append((method, config.sched, config.reverse_pruning))
         return {"params": {}}
 
-    for stage in ("export", "evaluate", "report"):
+    for stage in ("export", "evaluate", "report", "write_report"):
         monkeypatch.setattr(cifar, stage, lambda *args: None)
     monkeypatch.setattr(cifar, "train", stop)
     cifar.run(parse([*FLAGS, "--out", str(tmp_path / "run"), *flags]), Console(file=io.StringIO()))
-    assert [method for method, *_ in seen] == networks
-    assert all((sched, pruning) == ("none", None) for method, sched, pruning in seen if method == cifar.FLOAT)
+    assert [method for method, *_ in seen] == methods
+    assert all(
+        (sched, pruning) == ("none", None) for method, sched, pruning in seen if method == networks.FLOAT
+    )
 
 
 def test_failed_scheme_is_shown_without_an_accuracy(copy, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from experiments import cifar, data, masks, models, segmentation
+from experiments.configs import networks
 from experiments.configs.cifar import Config, lambda_schedule, parse
 from experiments.configs.segmentation import PRESETS
 from experiments.data import SEGMENTATION, load
@@ -29,7 +30,7 @@ FLAGS = (
     *("--preset", "smoke", "--model", "tiny", "--batch-size", "16", "--reverse-pruning-every", "2"),
     *("--train-limit", "48", "--calibration-size", "8", "--test-limit", "12"),
 )
-METHODS = (cifar.QUANT_TRIM, cifar.FLOAT)
+METHODS = (networks.QUANT_TRIM, networks.FLOAT)
 LEVELS = 3
 
 
@@ -79,7 +80,7 @@ def test_validation_is_logged_in_both_ways(finished):
     rows = records.read(finished / "metrics.jsonl")
     assert [row["compilations"] for row in rows] == [1] * 4
     for row in rows:
-        for name in ("fp32", "fake_quant") if row["method"] == cifar.QUANT_TRIM else ("fp32",):
+        for name in ("fp32", "fake_quant") if row["method"] == networks.QUANT_TRIM else ("fp32",):
             assert 0.0 < row[f"validation_miou_{name}"] <= row[f"validation_{name}"] <= 1.0
         assert 0.0 < row["accuracy"] <= 1.0
     assert rows[1]["accuracy"] > 0.4  # the classes are levels of brightness: two epochs suffice to begin

@@ -240,7 +240,8 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in ("meta", "img", "hr", "br"):
             self.open.append(tag)
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        named = [value for name, value in attributes if name in ("src", "href")]
+        self.sources += [value for value in named if not value.startswith("#")]  # those are of this page
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag

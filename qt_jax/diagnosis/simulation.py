@@ -1,0 +1,137 @@
+"""A float graph that computes what a low-bit one would: rounded kernels, rounded inputs of layers.
+
+Kernels are symmetric, s = max|w| / (2^(b-1) - 1), one scale a tensor or an output channel. A layer's input is
+asymmetric over its range. The arithmetic between stays in float32, so that onnxruntime runs the graph at full
+speed and any choice of layers, widths and ranges can be asked for. Sums and pooling are not requantized.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from qt_jax.diagnosis.layers import layers_of
+from qt_jax.export import graph
+from qt_jax.export.integer_weights import folded_kernel, per_tensor
+from qt_jax.export.learned import activation_encoding
+from qt_jax.export.sessions import named_inputs, open_session, run_batches
+from qt_jax.fake_quant import QuantSpec
+
+Bounds = Mapping[str, tuple[float, float]]
+"""Tensor -> least and largest value of its grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Bits of a layer's weights and of its input; None for floating point.
+
+    >>> str(Precision(4, 8)), str(Precision(8, 16, per_channel=True)), str(Precision(None, None))
+    ('w4a8 pt', 'w8a16 pc', 'float')
+    """
+
+    weights: int | None
+    inputs: int | None
+    per_channel: bool = False
+
+    def __str__(self) -> str:
+        if self.weights is None and self.inputs is None:
+            return "float"
+        bits = ("32" if width is None else width for width in (self.weights, self.inputs))
+        return "w{}a{} {}".format(*bits, "pc" if self.per_channel else "pt")
+
+
+FLOAT = Precision(None, None)
+
+SCHEMES = {
+    "int8-pt": Precision(8, 8),
+    "int8-pc": Precision(8, 8, per_channel=True),
+    "int4w-pt": Precision(4, 8),
+    "int4w-pc": Precision(4, 8, per_channel=True),
+}
+"""What all layers are given: weights' bits, and one scale a tensor (pt) or a channel (pc)."""
+
+
+def rounded_kernel(kernel: np.ndarray, precision: Precision, axis: int) -> np.ndarray:
+    """The kernel on its grid, float32 in its shape.
+
+    >>> rounded_kernel(np.float32([[7.0, 0.4], [3.6, -1.0]]), Precision(4, None), 0).tolist()
+    [[7.0, 0.0], [4.0, -1.0]]
+    """
+    if precision.weights is None:
+        return kernel
+    encoding = folded_kernel(kernel, QuantSpec(precision.weights), axis)
+    if not precision.per_channel:
+        encoding = per_tensor(encoding)
+    shape = [1] * kernel.ndim
+    if encoding.axis is not None:
+        shape[axis] = -1
+    scale = np.asarray(encoding.scale, np.float64).reshape(shape)
+    return (encoding.integers(kernel) * scale).astype(np.float32)
+
+
+def simulated(model: onnx.ModelProto, precisions: Mapping[str, Precision], bounds: Bounds) -> onnx.ModelProto:
+    """`model` with the layers in `precisions` rounded as it says; layers left out stay in float.
+
+    Args:
+      model: a float graph.
+      precisions: layer -> its bits.
+      bounds: of each tensor that such a layer reads; a tensor without stays in float.
+    """
+    layers = layers_of(model)
+    values = graph.constants(model)
+    new_values = dict(values)
+    nodes, rounded = [], {}
+    for node in model.graph.node:
+        precision = precisions.get(node.name, FLOAT)
+        layer = layers.get(node.name)
+        if layer is None or precision == FLOAT:
+            nodes.append(node)
+            continue
+        inputs = list(node.input)
+        if precision.weights is not None:
+            inputs[1] = f"{node.name}/rounded kernel"
+            new_values[inputs[1]] = rounded_kernel(values[layer.kernel], precision, layer.axis)
+        if precision.inputs is not None and layer.source in bounds:
+            key = layer.source, precision.inputs
+            if key not in rounded:
+                steps, constants, rounded[key] = _rounding(*key, bounds[layer.source])
+                nodes += steps
+                new_values |= constants
+            inputs[0] = rounded[key]
+        nodes.append(graph.rewired(node, inputs))
+    return graph.rebuild(model, nodes, new_values)
+
+
+def _rounding(
+    tensor: str, bits: int, bounds: tuple[float, float]
+) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray], str]:
+    """Clip to the grid's ends, divide by its step, round, multiply: nodes, constants, name of the result."""
+    spec = QuantSpec(bits, symmetric=False)
+    encoding = activation_encoding(*bounds, spec, "calibrated")
+    [scale], [zero_point] = encoding.scale, encoding.zero_point
+    base = f"{tensor}/{bits} bits"
+    names = {part: f"{base}/{part}" for part in ("low", "high", "inverse", "scale")}
+    ends = ((end - zero_point) * scale for end in (encoding.q_min, encoding.q_max))
+    numbers = map(np.float32, (*ends, 1.0 / scale, scale))
+    chain = [
+        ("Clip", [tensor, names["low"], names["high"]], f"{base}/clipped"),
+        ("Mul", [f"{base}/clipped", names["inverse"]], f"{base}/steps"),
+        ("Round", [f"{base}/steps"], f"{base}/integers"),
+        ("Mul", [f"{base}/integers", names["scale"]], f"{base}/rounded"),
+    ]
+    nodes = [helper.make_node(kind, inputs, [out], name=out) for kind, inputs, out in chain]
+    return nodes, dict(zip(names.values(), map(np.asarray, numbers), strict=True)), f"{base}/rounded"
+
+
+def everywhere(layers: Iterable[str], precision: Precision) -> dict[str, Precision]:
+    """The same precision for all `layers`."""
+    return dict.fromkeys(layers, precision)
+
+
+def logits_of(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+    """The graph's first output on `images`, float32 `(n, classes)`, in onnxruntime."""
+    output = model.graph.output[0].name
+    batches = run_batches(open_session(model, optimize=True), named_inputs(model, images), [output])
+    return np.concatenate([batch[output] for batch in batches])

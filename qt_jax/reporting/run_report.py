@@ -1,0 +1,269 @@
+"""One training run as one HTML file: what was trained, what became of it, and how to repeat it."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qt_jax.export.encodings import Ranges
+from qt_jax.reporting.cells import METRICS, title
+from qt_jax.reporting.deployment import (
+    REFERENCE,
+    Column,
+    Deployment,
+    Row,
+    Seeds,
+    arrange,
+    drops,
+    precision,
+)
+from qt_jax.reporting.deployment_costs import provenance, speed_table
+from qt_jax.reporting.deployment_tables import escaped, failures, full_table, markdown_table
+from qt_jax.reporting.figures import method_colour
+from qt_jax.reporting.headline import head_to_head, headline
+from qt_jax.reporting.heatmaps import draw_drops
+from qt_jax.reporting.ink import to_svg
+from qt_jax.reporting.page import to_html
+from qt_jax.reporting.records import Record
+from qt_jax.reporting.reliability import representative
+from qt_jax.reporting.run_figures import draw_reliability
+from qt_jax.reporting.run_layers import Section, Weights, range_section, training_section, weight_section
+from qt_jax.reporting.tables import ABSENT, MINUS, to_markdown, with_spread
+
+MOST_ROWS = 30
+"""Rows of one heat map; more become several, so that each fits a sheet of paper."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What the folder of a run holds. What is not there is empty or None, and its section says so.
+
+    Attributes:
+      name: of the run.
+      folder: where the pictures of `diagnosis` and `pictures` lie.
+      facts: what was trained, name -> value, in the order to show.
+      metrics: rows of metrics.jsonl.
+      records: of this run.
+      others: records of further backends.
+      metric: what the run is judged by, a key of `METRICS`.
+      validation: what its keys in `metrics` begin with.
+      weights: method -> layer -> values `(size,)` of its kernel.
+      weights_source: a sentence that says where they are from.
+      ranges: of the Quant-Trim network's exported graph.
+      pictures: caption -> further picture of the folder.
+      diagnosis: Markdown.
+    """
+
+    name: str
+    folder: Path
+    facts: Mapping[str, str]
+    metrics: Sequence[Record] = ()
+    records: Sequence[Record] = ()
+    others: Sequence[Record] = ()
+    metric: str = "top1"
+    validation: str = "validation"
+    weights: Weights = dataclasses.field(default_factory=dict)
+    weights_source: str = ""
+    ranges: Ranges | None = None
+    pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    diagnosis: str | None = None
+
+
+def run_page(run: Run) -> str:
+    """The report of `run` as one HTML file.
+
+    Raises InvalidInput if a record is no deployment record or holds decisions that cannot be decoded.
+
+    >>> page = run_page(Run("a run", Path("."), {"data set": "digits"}))
+    >>> "digits" in page, "no records yet" in page
+    (True, True)
+    """
+    sections = {
+        "Results": _results(run),
+        "Training": training_section(run.metrics, run.metric, run.validation, _layers(run)),
+        "Weight tails": weight_section(run.weights, run.weights_source),
+        "Activation ranges": range_section(run.ranges),
+        "Vendors": _vendors(run),
+        "Calibration": _calibration(run),
+        "Diagnosis": _diagnosis(run.diagnosis),
+        "Reproduce": _reproduce(run),
+    }
+    heading = f"Run {run.name}"
+    parts = [f"# {escaped(heading)}"]
+    drawings: dict[str, str] = {}
+    for name, section in sections.items():
+        if section is not None:
+            parts.append(f"## {name}\n\n{section.text}")
+            drawings |= section.drawings
+    return to_html("\n\n".join(parts) + "\n", heading, run.folder, drawings)
+
+
+NO_RECORDS = Section("There are no records yet: the run has not deployed its networks.", {})
+
+
+def _results(run: Run) -> Section:
+    """What was trained, and FP32, the worst INT8 and the worst INT4 row of each network."""
+    facts = markdown_table(
+        ["trained", ""], ([escaped(key), escaped(text)] for key, text in run.facts.items()), words=2
+    )
+    if not run.records:
+        return Section("\n\n".join([facts, NO_RECORDS.text]), {})
+    networks = {record.get("checkpoint") for record in run.records}
+    mine = arrange([*run.records, *(r for r in run.others if r.get("checkpoint") in networks)])
+    header = [f"{METRICS[run.metric]} in %", *(title(column.method) or "network" for column in mine.columns)]
+    rows = [["FP32", *(_reached(mine.seeds(column, REFERENCE), run.metric) for column in mine.columns)]]
+    for name in ("INT8", "INT4"):
+        rows.append([f"worst {name}", *(_worst(mine, column, name, run.metric) for column in mine.columns)])
+    note = (
+        "In brackets: points below the network's own FP32 on the same images, and the row. Rows on integer "
+        "grids in all layers; INT4: weights at 4 bits, activations at any width."
+    )
+    parts = [markdown_table(header, rows), note, facts]
+    if run.metric != "top1":
+        parts.insert(2, to_markdown(run.records, run.metric))
+    parts += [f"![{escaped(text)}]({name})" for text, name in run.pictures.items()]
+    return Section("\n\n".join(parts), {})
+
+
+def _reached(seeds: Seeds, metric: str) -> str:
+    return with_spread([record[metric] for record in seeds.values() if record.get(metric) is not None], 100)
+
+
+def _worst(deployment: Deployment, column: Column, name: str, metric: str) -> str:
+    """The largest drop among the rows of one precision: what is reached, the drop and the row."""
+    own = deployment.seeds(column, REFERENCE)
+    found: dict[Row, float] = {}
+    for row, seeds in deployment.cells[column].items():
+        if precision(seeds) != name or _reached(seeds, metric) == ABSENT:
+            continue
+        lost = drops(seeds) if metric == "top1" else _lost(own, seeds, metric)
+        if lost:
+            found[row] = sum(lost) / len(lost)
+    if not found:
+        return ABSENT
+    worst = max(found, key=found.__getitem__)
+    drop = f"{100 * found[worst]:.2f}".replace("-", MINUS)
+    counts = {
+        record.get("n") for seeds in (own, deployment.seeds(column, worst)) for record in seeds.values()
+    }
+    images = f", on {min(filter(None, counts))} images" if len(counts) > 1 else ""
+    name = str(worst) if worst.backend != REFERENCE.backend else worst.scheme
+    return f"{_reached(deployment.seeds(column, worst), metric)} ({drop}; {escaped(name)}{images})"
+
+
+def _lost(own: Seeds, seeds: Seeds, metric: str) -> list[float]:
+    """What is lost against the FP32 record of the same seed and number of images."""
+    both = [(own[seed], record) for seed, record in seeds.items() if seed in own]
+    return [a[metric] - b[metric] for a, b in both if a.get("n") == b.get("n") and a.get(metric) is not None]
+
+
+def _layers(run: Run) -> list[str]:
+    """The layers in the order of the network."""
+    return list(dict.fromkeys(layer for values in run.weights.values() for layer in values))
+
+
+def _vendors(run: Run) -> Section:
+    """Heat maps and tables of every row, of all backends that have been tried."""
+    records = [*run.records, *run.others]
+    if not records:
+        return NO_RECORDS
+    deployment = arrange(records)
+    rows = deployment.rows
+    names = {f"drops-{start}.svg": start for start in range(0, len(rows), MOST_ROWS)}
+    drawn = {
+        name: to_svg(_chunk(deployment, rows[start : start + MOST_ROWS]), f"drops-{start}")
+        for name, start in names.items()
+    }
+    last = len(rows)
+    maps = [
+        f"![Drop of top-1, rows {start + 1} to {min(start + MOST_ROWS, last)} of {last}]({name})"
+        for name, start in names.items()
+    ]
+    failed = failures(deployment)
+    parts = [
+        headline(deployment),
+        "### Heat map",
+        *maps,
+        "### All rows",
+        full_table(deployment),
+        f"### Rows without a number\n\n{failed}" if failed else None,
+        f"### Speed, energy and cost\n\n{speed}" if (speed := speed_table(deployment)) else None,
+        f"### Quant-Trim against its float twin\n\n{duel}" if (duel := head_to_head(deployment)) else None,
+    ]
+    return Section("\n\n".join(p for p in parts if p), {key: svg for key, svg in drawn.items() if svg})
+
+
+def _chunk(deployment: Deployment, rows: list[Row]):
+    return lambda: draw_drops(deployment._replace(rows=rows))
+
+
+def _calibration(run: Run) -> Section:
+    """Reliability diagrams of each network, and ECE, Brier score and NLL of every row."""
+    records = [record for record in run.records if record.get("ece") is not None]
+    if not records:
+        return Section("No record holds a calibration error.", {})
+    deployment = arrange(records)
+    parts = [
+        "Top softmax probability against accuracy in its bin; grey: the share of images in it. A calibrated "
+        "network lies on the dashed line. ECE: mean distance from it over the images. FP32 and the rows of "
+        "the smallest, the median and the largest ECE of each network."
+    ]
+    drawings = {}
+    for index, column in enumerate(deployment.columns):
+        names = []
+        for item in representative(deployment, column):
+            name = f"reliability-{index}-{len(names)}.svg"
+            colour = method_colour(column.method, index)
+            if svg := to_svg(lambda item=item, colour=colour: draw_reliability(item, colour), name[:-4]):
+                drawings[name] = svg
+                names.append(f"![{escaped(deployment.name(column))}, {item.why}]({name})")
+        if names:
+            parts += [f"### {escaped(deployment.name(column))}", "\n".join(names)]
+    scores = {"ECE %": ("ece", 100, 2), "Brier": ("brier", 1, 4), "NLL": ("nll", 1, 4)}
+    header = ["row", *(f"{escaped(deployment.name(c))} {key}" for c in deployment.columns for key in scores)]
+    rows = [
+        [
+            escaped(row),
+            *(
+                with_spread([r[key] for r in seeds.values() if r.get(key) is not None], scale, digits)
+                for column in deployment.columns
+                for seeds in [deployment.seeds(column, row)]
+                for key, scale, digits in scores.values()
+            ),
+        ]
+        for row in deployment.rows
+    ]
+    parts += ["### Scores", "Smaller is better.", markdown_table(header, rows)]
+    return Section("\n\n".join(parts), drawings)
+
+
+def _diagnosis(markdown: str | None) -> Section | None:
+    """`markdown` without its title, its other headings one level further down."""
+    if markdown is None:
+        return None
+    lines, fenced = [], False
+    for line in markdown.splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        if fenced or not re.match(r"#{1,5} ", line):
+            lines.append(line)
+        elif not line.startswith("# "):
+            lines.append(f"#{line}")
+    return Section("\n".join(lines).strip(), {})
+
+
+def _reproduce(run: Run) -> Section:
+    """The command, the commit, the machines and the versions."""
+    commands = dict.fromkeys(record["command"] for record in run.records if record.get("command"))
+    fence = "\n".join(commands)
+    parts = [f"```\n{fence}\n```" if commands else "No record says which command made this run."]
+    training: dict[tuple[str, ...], None] = {}
+    for row in run.metrics:
+        versions = ", ".join(f"{name} {version}" for name, version in (row.get("versions") or {}).items())
+        cells = (row.get("method"), row.get("commit"), row.get("device"), row.get("devices"), versions)
+        training.setdefault(tuple(escaped(cell or ABSENT) for cell in cells))
+    if training:
+        table = markdown_table(["trained", "commit", "device", "devices", "versions"], training, words=5)
+        parts += ["### Training", table]
+    if run.records:
+        parts += ["### Deployment", provenance(arrange([*run.records, *run.others]))]
+    return Section("\n\n".join(parts), {})
