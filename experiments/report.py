@@ -63,6 +63,7 @@ def write_report(folder: Path, out: Path | None = None, backends: Sequence[Path]
     page = run_page(read_run(folder, others))
     path = out or folder / "report.html"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
     except OSError as error:
         raise qt.InvalidInput(
@@ -125,8 +126,7 @@ def facts(
         "data set": config["dataset"],
         "model": config["model"],
         "method": f"{title(quantizer)}, --sched {config.get('sched')}",
-        "grids in training": f"weights {config.get('bits')} bits, activations {config.get('activation_bits')}"
-        f" bits at the {config.get('sites')} of layers",
+        "grids in training": _grids(config),
         "reverse pruning": _reverse_pruning(config),
         "budget": f"{config.get('epochs')} epochs, {config.get('batch_size')} images a step",
         "optimizer": f"SGD, learning rate {config.get('learning_rate')} ({config.get('lr_schedule')}),"
@@ -141,6 +141,13 @@ def facts(
     images = sorted({row["n"] for row in rows if row.get("n")})
     told["test images"] = ", ".join(f"{count:,}" for count in images) or "none yet"
     return told
+
+
+def _grids(config: Mapping[str, Any]) -> str:
+    if config.get("sched") == "none":
+        return "none, there was no fake quantization"
+    sites = f" at the {config['sites']} of layers" if "sites" in config else ""  # which older runs do not say
+    return f"weights {config.get('bits')} bits, activations {config.get('activation_bits')} bits{sites}"
 
 
 def _reverse_pruning(config: Mapping[str, Any]) -> str:

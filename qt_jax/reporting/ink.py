@@ -7,6 +7,7 @@ Every grey and every series colour that the figures of this package use becomes 
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ SERIES = dict(
 
 GREYS = {"#e6e6e6": "line", "#cccccc": "line", "#bfbfbf": "bar", "#ededed": "head", "#f2f2f2": "head"}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
     "font.size": 9,

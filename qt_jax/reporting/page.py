@@ -39,18 +39,16 @@ def to_html(markdown: str, title: str, folder: Path, drawings: Mapping[str, str]
     def image(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
         return _figure(tokens[index], folder, shown)
 
+    renderer: Any = parser.renderer
+
     def paragraph_open(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
-        if tokens[index].hidden:
-            return ""
         pictures = _pictures(tokens[index + 1])
-        return _grid(pictures, shown) if pictures else "<p>"
+        return _grid(pictures, shown) if pictures else renderer.renderToken(tokens, index, options, env)
 
     def paragraph_close(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
-        if tokens[index].hidden:
-            return "\n"
-        return "</div>\n" if _pictures(tokens[index - 1]) else "</p>\n"
+        pictures = _pictures(tokens[index - 1])
+        return "</div>\n" if pictures else renderer.renderToken(tokens, index, options, env)
 
-    renderer: Any = parser.renderer
     renderer.rules |= {
         "image": image,
         "paragraph_open": paragraph_open,

@@ -44,7 +44,7 @@ nav a:hover, nav a:focus { color: var(--ink); text-decoration: underline; }
 }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 @media screen and (max-width: 48rem) {
-  th:first-child, td:first-child { position: sticky; left: 0; max-width: 9rem; }
+  th:first-child, td:first-child { position: sticky; left: 0; max-width: 11rem; }
   td:first-child { background: var(--paper); }
 }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }

@@ -89,7 +89,7 @@ def draw_histogram(weights: Mapping[str, np.ndarray]) -> Figure:
     bins = np.linspace(-limit, limit, 62)
     for index, (method, values) in enumerate(scaled.items()):
         colour = method_colour(method, index)
-        axes.hist(values, bins, histtype="step", log=True, color=colour, lw=1.2)
+        axes.hist(values, bins.tolist(), histtype="step", log=True, color=colour, lw=1.2)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylim(bottom=0.7)
     return figure

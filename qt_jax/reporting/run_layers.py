@@ -105,7 +105,7 @@ def training_section(
             _pictures(panel_names),
         ]
     else:
-        parts.append("No layer has a threshold τ: the run did not use reverse pruning, or did not reach it.")
+        parts.append("metrics.jsonl names no threshold τ of reverse pruning.")
     return Section("\n\n".join(parts), {key: svg for key, svg in drawings.items() if svg})
 
 
@@ -153,7 +153,7 @@ def weight_section(weights: Weights, source: str) -> Section:
 def range_section(ranges: Ranges | None) -> Section:
     """The grid of every activation of the exported graph."""
     if ranges is None:
-        return Section("The folder holds no model.ranges.json: the network learned no ranges.", {})
+        return Section("The folder holds no model.ranges.json, the ranges that training learns.", {})
     kernels = set(ranges.kernels.values())
     tensors = {name: grid for name, grid in ranges.tensors.items() if name not in kernels}
     rows = [

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from qt_jax.export.encodings import Ranges
@@ -171,7 +172,9 @@ def _vendors(run: Run) -> Section:
     rows = deployment.rows
     names = {f"drops-{start}.svg": start for start in range(0, len(rows), MOST_ROWS)}
     drawn = {
-        name: to_svg(_chunk(deployment, rows[start : start + MOST_ROWS]), f"drops-{start}")
+        name: to_svg(
+            partial(draw_drops, deployment._replace(rows=rows[start : start + MOST_ROWS])), f"drops-{start}"
+        )
         for name, start in names.items()
     }
     last = len(rows)
@@ -193,10 +196,6 @@ def _vendors(run: Run) -> Section:
     return Section("\n\n".join(p for p in parts if p), {key: svg for key, svg in drawn.items() if svg})
 
 
-def _chunk(deployment: Deployment, rows: list[Row]):
-    return lambda: draw_drops(deployment._replace(rows=rows))
-
-
 def _calibration(run: Run) -> Section:
     """Reliability diagrams of each network, and ECE, Brier score and NLL of every row."""
     records = [record for record in run.records if record.get("ece") is not None]
@@ -210,15 +209,15 @@ def _calibration(run: Run) -> Section:
     ]
     drawings = {}
     for index, column in enumerate(deployment.columns):
-        names = []
+        pictures: list[str] = []
         for item in representative(deployment, column):
-            name = f"reliability-{index}-{len(names)}.svg"
-            colour = method_colour(column.method, index)
-            if svg := to_svg(lambda item=item, colour=colour: draw_reliability(item, colour), name[:-4]):
+            name = f"reliability-{index}-{len(pictures)}.svg"
+            draw = partial(draw_reliability, item, method_colour(column.method, index))
+            if svg := to_svg(draw, name.removesuffix(".svg")):
                 drawings[name] = svg
-                names.append(f"![{escaped(deployment.name(column))}, {item.why}]({name})")
-        if names:
-            parts += [f"### {escaped(deployment.name(column))}", "\n".join(names)]
+                pictures.append(f"![{escaped(deployment.name(column))}, {item.why}]({name})")
+        if pictures:
+            parts += [f"### {escaped(deployment.name(column))}", "\n".join(pictures)]
     scores = {"ECE %": ("ece", 100, 2), "Brier": ("brier", 1, 4), "NLL": ("nll", 1, 4)}
     header = ["row", *(f"{escaped(deployment.name(c))} {key}" for c in deployment.columns for key in scores)]
     rows = [
