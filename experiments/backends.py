@@ -17,15 +17,21 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments.cifar import model_input, training_provenance
-from experiments.command_line import exit_status
+from experiments.command_line import exit_status, parse, text_console
 from experiments.configs.networks import QUANT_TRIM, graphs_of
 from experiments.data import load
-from qt_jax.backends.__main__ import Settings, evaluate_all, wide_console
+from qt_jax.backends.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compare how every vendor's toolchain treats the networks of finished runs."""
+    """Compare how every vendor's toolchain treats the networks of finished runs.
+
+    Relaunching the same command goes on where it stopped.
+
+    Example:
+        python -m experiments.backends runs/cifar10-fast-quartic-0 --out runs/deployed --backends onnxruntime
+    """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of finished `python -m experiments.cifar`, all of one data set."""
@@ -35,13 +41,19 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.backends")
-    return exit_status(lambda: run(options, wide_console()))
+    """Runs the command line; returns the exit status, as `exit_status` does; 1 if no row ended well."""
+
+    def whole() -> None:
+        options = parse(Options, arguments, "experiments.backends", failure=NO_ROW)
+        run(options, text_console(stderr=options.settings.json))
+
+    return exit_status(whole, GOES_ON)
 
 
 def run(options: Options, console: Console) -> None:
     """Every network of every run, then the report."""
+    if not options.runs:
+        raise qt.InvalidInput("No run is named: give the folders of finished experiments.cifar.")
     configs = {folder: run_config(folder) for folder in options.runs}
     names = sorted({config["dataset"] for config in configs.values()})
     if len(names) != 1:

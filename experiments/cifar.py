@@ -8,6 +8,7 @@ leaves its product in the run's folder; a relaunch goes on from the first that i
 import hashlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments import devices, models
-from experiments.command_line import exit_status
-from experiments.configs.cifar import FREE_TO_CHANGE, Config, float_twin, parse
+from experiments.command_line import exit_status, text_console
+from experiments.configs.cifar import FREE_TO_CHANGE, PRESETS, Config, float_twin, parse
 from experiments.configs.networks import FLOAT, graphs_of
 from experiments.configs.run_folder import claim
 from experiments.data import SEGMENTATION, Dataset, load
@@ -46,12 +47,20 @@ SCHEMES = (
 """Those of onnxruntime that end every run."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0; 2 after a message about wrong input; 143 or 130 when
-    SIGTERM or Ctrl-C has ended training, with all of it saved."""
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+def main(
+    arguments: list[str] | None = None,
+    presets: Mapping[str, Config] = PRESETS,
+    module: str = "experiments.cifar",
+    about: str | None = None,
+) -> int:
+    """Runs the command line; returns the exit status, as `exit_status` does; 143 or 130 when SIGTERM or
+    Ctrl-C has ended training, with all of it saved."""
+    console = text_console(soft_wrap=True)
     try:
-        return exit_status(lambda: run(parse(arguments), console))
+        return exit_status(
+            lambda: run(parse(arguments, presets, module, about), console),
+            "interrupted; the same command goes on from the last checkpoint",
+        )
     except Interrupted as error:
         console.print(str(error))
         return error.status

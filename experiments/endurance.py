@@ -21,12 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from tqdm import tqdm
 
 import qt_jax as qt
-from experiments.command_line import exit_status
+from experiments.command_line import Failed, command
 from qt_jax.export.checkpoint import restore
 from qt_jax.reporting import records
 
@@ -43,7 +42,11 @@ ROWS = {"metrics.jsonl": ("epoch", "step", "loss", "tau"), "records.jsonl": ("sc
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Kill a short run at random moments, relaunch it each time, compare its end with an undisturbed one."""
+    """Kill a short run at random moments, relaunch it each time, compare its end with an undisturbed one.
+
+    Example:
+        python -m experiments.endurance --kills 5 --epochs 20 --seed 1
+    """
 
     kills: int = 50
     """SIGKILLs."""
@@ -56,20 +59,18 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0; 1 if the ends differ; 2 after a message about wrong
-    input."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.endurance")
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    differ: list[str] = []
-    status = exit_status(lambda: differ.extend(run(options, console)))
-    return status or (1 if differ else 0)
+    """Runs the command line; returns the exit status, as `command` does; 1 if the ends differ."""
+    return command(
+        "experiments.endurance", Options, run, arguments, failure="the ends differ", soft_wrap=True
+    )
 
 
-def run(options: Options, console: Console) -> list[str]:
-    """Both runs; returns in what their ends differ.
+def run(options: Options, console: Console) -> None:
+    """Both runs, and whether they end alike.
 
     Raises:
       InvalidInput: the folder is there, or an undisturbed process fails.
+      Failed: the ends differ.
     """
     if options.out.exists():
         raise qt.InvalidInput(f"{options.out} is there: name another --out, or delete it")
@@ -86,8 +87,10 @@ def run(options: Options, console: Console) -> list[str]:
             raise qt.InvalidInput(f"the run ended before kill {number}: more --epochs than {options.epochs}")
     finish(launch(killed, options.epochs))
     differ = list(differences(whole, killed))
-    report(records.read(options.out / "log.jsonl"), differ, console)
-    return differ
+    report(records.read(options.out / "log.jsonl"), console)
+    if differ:
+        raise Failed(f"the ends differ in {', '.join(differ)}")
+    console.print("the end is that of the undisturbed run, bit for bit: checkpoint, graph, metrics, records")
 
 
 def launch(folder: Path, epochs: int) -> subprocess.Popen:
@@ -207,8 +210,8 @@ def differences(whole: Path, killed: Path) -> Iterator[str]:
             yield file
 
 
-def report(log: list[dict[str, Any]], differ: list[str], console: Console) -> None:
-    """What was killed where, and how it ended."""
+def report(log: list[dict[str, Any]], console: Console) -> None:
+    """What was killed where."""
     where = Counter(
         "a checkpoint half written"
         if row["half_written"]
@@ -220,11 +223,6 @@ def report(log: list[dict[str, Any]], differ: list[str], console: Console) -> No
         for row in log
     )
     console.print(f"{len(log)} kills: " + ", ".join(f"{count} {name}" for name, count in where.items()))
-    console.print(
-        f"the ends DIFFER in {', '.join(differ)}"
-        if differ
-        else "the end is that of the undisturbed run, bit for bit: checkpoint, graph, metrics, records"
-    )
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments.cifar import model_input
-from experiments.command_line import exit_status
+from experiments.command_line import command
 from experiments.configs.networks import graphs_of
 from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
-from experiments.layer_comparison import SCHEMES, compare, quantized
+from experiments.layer_comparison import SCHEMES, quantized
 from qt_jax.backends import ort
+from qt_jax.diagnosis.layer_sqnr import compare
 from qt_jax.export import to_onnx
 from qt_jax.export.checkpoint import Deployable, create_module
 from qt_jax.export.checkpoint import load as load_network
@@ -46,7 +47,11 @@ BATCH = 500
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure each layer's SQNR with and without Clip nodes and re-estimated batch norm."""
+    """Measure each layer's SQNR with and without Clip nodes and re-estimated batch norm.
+
+    Example:
+        python -m experiments.layer_sqnr runs/cifar10-fast-quartic-0
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a finished `python -m experiments.cifar`."""
@@ -181,10 +186,8 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    prog = "python -m experiments.layer_sqnr"
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), console))
+    """Runs the command line; returns the exit status, as `command` does."""
+    return command("experiments.layer_sqnr", Options, run, arguments, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import qt_jax as qt
 from experiments.cifar import model_input
-from experiments.command_line import exit_status
+from experiments.command_line import command, print_rows
 from experiments.configs.networks import QUANT_TRIM, graphs_of
 from experiments.data import Dataset, load
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
@@ -35,12 +35,18 @@ GRID = qt.QuantSpec(bits=4, narrow_range=False, quantile=1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Round one layer's weights at a time to INT4 and see what it costs, on the validation split."""
+    """Round one layer's weights at a time to INT4 and see what it costs, on the validation split.
+
+    Example:
+        python -m experiments.layers runs/cifar10-fast-quartic-0
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a finished `python -m experiments.cifar`."""
     data_dir: Path | None = None
     """Folder or archive that holds the data set, as for `experiments.cifar`."""
+    json: bool = False
+    """Print the rows as JSON lines on stdout, and all text on stderr."""
 
 
 def kernels(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -69,7 +75,7 @@ def logits(graph: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
     return np.concatenate([batch[output] for batch in batches])
 
 
-def sensitivity(graph: onnx.ModelProto, dataset: Dataset, title: str) -> dict[str, dict]:
+def sensitivity(graph: onnx.ModelProto, dataset: Dataset, title: str, console: Console) -> dict[str, dict]:
     """The classification metrics with each choice of kernels rounded, by the choice's name."""
     images = model_input(dataset, dataset.validation_images)
     names = set(kernels(graph))
@@ -80,7 +86,9 @@ def sensitivity(graph: onnx.ModelProto, dataset: Dataset, title: str) -> dict[st
         choice: qt.metrics.classification_metrics(
             logits(rounded(graph, chosen), images), dataset.validation_labels, reference
         )
-        for choice, chosen in track(choices.items(), description=title, transient=True)
+        for choice, chosen in track(
+            choices.items(), title, transient=True, console=console, disable=not console.is_terminal
+        )
     }
 
 
@@ -113,7 +121,9 @@ def run(options: Options, console: Console) -> None:
     graphs = {m: options.run / name for m, name in names.items() if (options.run / name).exists()}
     if not graphs:
         raise qt.InvalidInput(f"{options.run} holds no ONNX graph yet: let experiments.cifar finish first")
-    found = {method: sensitivity(onnx.load(path), dataset, method) for method, path in graphs.items()}
+    found = {
+        method: sensitivity(onnx.load(path), dataset, method, console) for method, path in graphs.items()
+    }
     console.print(table(found))
     source = provenance(["onnxruntime", "onnx", "numpy"])
     for method, choices in found.items():
@@ -121,13 +131,15 @@ def run(options: Options, console: Console) -> None:
             identity = {"run": options.run.name, "task": config["dataset"], "model": config["model"]}
             identity |= {"method": method, "seed": config["seed"], "split": "validation", "rounded": choice}
             row = records.new_record(**identity, weight_bits=4, per_channel=False, status="ok")
-            records.append(options.run / "layers.jsonl", row | metrics | source)
+            row |= metrics | source
+            records.append(options.run / "layers.jsonl", row)
+            if options.json:
+                print_rows([row])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    prog = "python -m experiments.layers"
-    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), Console()))
+    """Runs the command line; returns the exit status, as `command` does."""
+    return command("experiments.layers", Options, run, arguments)
 
 
 if __name__ == "__main__":

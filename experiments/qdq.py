@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.command_line import exit_status
+from experiments.command_line import command
 from qt_jax.export import to_onnx
 from qt_jax.export.checkpoint import Deployable, load
 from qt_jax.export.modes import deployed_config
@@ -40,14 +40,16 @@ GRAPHS = {
     "all sites": ("int8", False),
 }
 """Graph -> mode of deployment, and whether pairs stand at the learned sites alone."""
-PIPED_WIDTH = 140
-"""Columns of what is printed to a file or a pipe."""
 PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compare QDQ graphs of finished runs with the JAX fake-quant forward."""
+    """Compare QDQ graphs of finished runs with the JAX fake-quant forward.
+
+    Example:
+        python -m experiments.qdq runs/cifar10-fast-quartic-0 --out qdq.jsonl
+    """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of finished `python -m experiments.cifar`."""
@@ -159,12 +161,8 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    prog = "python -m experiments.qdq"
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=PIPED_WIDTH)
-    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), console))
+    """Runs the command line; returns the exit status, as `command` does."""
+    return command("experiments.qdq", Options, run, arguments)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ PICTURES = {"Masks of the first test images": "masks.png"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write the HTML report of a run of experiments.cifar."""
+    """Write the HTML report of a run of experiments.cifar.
+
+    Example:
+        python -m experiments.report runs/cifar10-fast-quartic-0
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
@@ -99,6 +103,9 @@ def read_run(folder: Path, others: Sequence[records.Record] = ()) -> Run:
         ranges=read_ranges(ranges) if ranges.exists() else None,
         pictures={text: name for text, name in PICTURES.items() if (folder / name).exists()},
         diagnosis=diagnosis.read_text() if diagnosis.exists() else None,
+        diagnosis_drawings={
+            f"diagnosis/{path.stem}.png": path.read_text() for path in (folder / "diagnosis").glob("*.svg")
+        },
     )
 
 
@@ -217,7 +224,7 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    """Runs the command line; returns the exit status, as `command` does."""
     return command("experiments.report", Options, run, arguments)
 
 

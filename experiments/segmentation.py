@@ -7,20 +7,21 @@ masks.png shows a few images as the networks see them. The default data set is c
 
 import sys
 
-from rich.console import Console
-
-from experiments.cifar import run
-from experiments.command_line import exit_status
-from experiments.configs.cifar import parse
+from experiments import cifar
 from experiments.configs.segmentation import PRESETS
+
+ABOUT = """Train a network that gives each pixel a class, with Quant-Trim and without; export both, compare.
+
+Relaunching the same command resumes; finished work is not redone.
+
+Example:
+    python -m experiments.segmentation --preset smoke
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    return exit_status(
-        lambda: run(parse(arguments, PRESETS, program="python -m experiments.segmentation"), console)
-    )
+    """Runs the command line; returns the exit status, as `experiments.cifar` does."""
+    return cifar.main(arguments, PRESETS, "experiments.segmentation", ABOUT)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
 
 import qt_jax as qt
-from experiments.command_line import exit_status
+from experiments.command_line import command
 
 MEMBER = "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx"
 HEIGHT, WIDTH = 48, 192
@@ -29,7 +30,12 @@ LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write a foreign ONNX classifier, calibration images and a labelled test set."""
+    """Write a foreign ONNX classifier, calibration images and a labelled test set.
+
+    Example:
+        pip download --no-deps rapidocr-onnxruntime==1.4.4
+        python -m experiments.text_direction rapidocr_onnxruntime-1.4.4-py3-none-any.whl --out runs/text
+    """
 
     wheel: Annotated[Path, tyro.conf.Positional]
     """The downloaded wheel of rapidocr-onnxruntime."""
@@ -69,8 +75,8 @@ def _line(rng: np.random.Generator) -> Image.Image:
     return picture
 
 
-def write(options: Options) -> None:
-    """The three files. Raises InvalidInput if the wheel does not hold the model."""
+def run(options: Options, _: Console) -> None:
+    """Writes the three files. Raises InvalidInput if the wheel does not hold the model."""
     try:
         with zipfile.ZipFile(options.wheel) as archive:
             model = archive.read(MEMBER)
@@ -88,9 +94,8 @@ def write(options: Options) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.text_direction")
-    return exit_status(lambda: write(options))
+    """Runs the command line; returns the exit status, as `command` does."""
+    return command("experiments.text_direction", Options, run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,7 @@
 """`python -m experiments.third_party`: Linen models that others published, exported unchanged.
 
 They come from PyPI: three wheels of Linen models, and flax's own source distribution for its examples.
-Nothing of them is kept here; `--sources` is a folder they were unpacked to:
-
-    pip install --no-deps --target SOURCES flaxmodels==0.1.3 jax-resnet==0.0.4 jax-models==0.0.5 \\
-        h5py==3.16.0 requests==2.34.2 regex==2026.11.15 dill==0.4.1 filelock==4.2.11
-    pip download --no-deps --no-binary :all: --no-build-isolation flax==0.12.8 -d SOURCES
-    tar xzf SOURCES/flax-0.12.8.tar.gz -C SOURCES
+Nothing of them is kept here; `--help` has the commands that fetch them.
 """
 
 import dataclasses
@@ -24,12 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.command_line import exit_status
+from experiments.command_line import command
 from qt_jax.export import to_onnx, verify
 from qt_jax.reporting import records
 from qt_jax.reporting.provenance import provenance
@@ -41,11 +35,19 @@ PACKAGES = ("jax", "flax", "jax2onnx", "onnx", "onnxruntime", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Export Linen models of other authors and compare each with its JAX forward."""
+class Options:
+    """Export Linen models of other authors and compare each with its JAX forward.
+
+    Example:
+        pip install --no-deps --target SOURCES flaxmodels==0.1.3 jax-resnet==0.0.4 jax-models==0.0.5 \\
+            h5py==3.16.0 requests==2.34.2 regex==2026.11.15 dill==0.4.1 filelock==4.2.11
+        pip download --no-deps --no-binary :all: --no-build-isolation flax==0.12.8 -d SOURCES
+        tar xzf SOURCES/flax-0.12.8.tar.gz -C SOURCES
+        python -m experiments.third_party --sources SOURCES
+    """
 
     sources: Path
-    """Folder that holds the packages (see `python -m experiments.third_party --help` for the commands)."""
+    """Folder that holds the packages."""
     opset: int = 17
     """Of ai.onnx, 13 to 21."""
     only: str = ""
@@ -174,13 +176,15 @@ def _forward(model: nn.Module, case: Case, variables: dict[str, Any], x: jax.Arr
     return model.apply(variables, *_positional(case, x), **_keywords(case, x), **case.call)
 
 
-def run(config: Config, console: Console) -> None:
+def run(options: Options, console: Console) -> None:
     """Prints the table and appends the records."""
-    if not config.sources.is_dir():
-        raise qt.InvalidInput(f"--sources {config.sources} is no folder: fill it with the commands of --help")
-    sys.path.append(str(config.sources))
+    if not options.sources.is_dir():
+        raise qt.InvalidInput(
+            f"--sources {options.sources} is no folder: fill it with the commands of --help"
+        )
+    sys.path.append(str(options.sources))
     table = Table("model", "nodes", "operators", "largest difference", "s")
-    for row in _rows(config):
+    for row in _rows(options):
         console.print(f"{row['model']}: {row['status']}")
         shown = row.get("reason", "")[:200] or ", ".join(
             f"{n} {name}" for name, n in row["operators"].items()
@@ -194,21 +198,20 @@ def run(config: Config, console: Console) -> None:
             difference,
             "" if seconds is None else f"{seconds:.1f}",
         )
-        if config.out is not None:
-            records.append(config.out, row | provenance(PACKAGES))
+        if options.out is not None:
+            records.append(options.out, row | provenance(PACKAGES))
     console.print(table)
 
 
-def _rows(config: Config) -> Iterator[dict[str, Any]]:
-    for case in cases(config.sources):
-        if config.only in case.name:
-            yield measure(case, config.opset)
+def _rows(options: Options) -> Iterator[dict[str, Any]]:
+    for case in cases(options.sources):
+        if options.only in case.name:
+            yield measure(case, options.opset)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    return exit_status(lambda: run(tyro.cli(Config, args=arguments, description=__doc__), console))
+    """Runs the command line; returns the exit status, as `command` does."""
+    return command("experiments.third_party", Options, run, arguments, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Quant-Trim for JAX/Flax: one hardware-neutral FP32 checkpoint for every low-bit compiler."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qt_jax import metrics, schedules
 from qt_jax.batch_norm import reestimate as reestimate_batch_norm
@@ -13,6 +13,12 @@ from qt_jax.interceptor import attach_statistics, quant_trim
 from qt_jax.quantiles import observe, quantiles, subsample
 from qt_jax.reverse_pruning import reverse_pruning
 from qt_jax.rules import INHERIT, QuantConfig, Rule
+
+if TYPE_CHECKING:
+    from qt_jax.backends import evaluate
+    from qt_jax.export import to_onnx
+
+__version__ = "0.1.0"
 
 _LAZY = {"to_onnx": "qt_jax.export", "evaluate": "qt_jax.backends"}
 """Deployment loads onnxruntime and jax2onnx, which training does not need: on first use."""

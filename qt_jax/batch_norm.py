@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
@@ -93,8 +94,8 @@ def reestimate(
         )
     pooled = dict(flatten_dict(dict(variables.get(COLLECTION, {}))))
     for path in measured[0]:
-        parts = zip(*(answer[path] for answer in measured), strict=True)
-        for name, value in zip((MEAN, VARIANCE), pool(*parts, sizes), strict=True):
+        means, variances = zip(*(answer[path] for answer in measured), strict=True)
+        for name, value in zip((MEAN, VARIANCE), pool(means, variances, sizes), strict=True):
             if not np.all(np.isfinite(value)):
                 raise InvalidInput(
                     f"the {name} of {'/'.join(path)!r} is not finite: look at the batches, and at the "
@@ -112,7 +113,12 @@ def _recording(modes: dict[Path, bool]) -> Callable[..., Any]:
     """
     seen: dict[Path, int] = {}
 
-    def intercept(call, args, kwargs, context):
+    def intercept(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
         module = context.module
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
             return call(*args, **kwargs)
@@ -121,7 +127,7 @@ def _recording(modes: dict[Path, bool]) -> Callable[..., Any]:
         modes[path] = running and modes.get(path, True)
         if running:
             return call(*args, **kwargs)
-        before = {name: module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE)}
+        before: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE)}
         momentum = module.momentum
         object.__setattr__(module, "momentum", 0.0)
         try:
@@ -130,7 +136,8 @@ def _recording(modes: dict[Path, bool]) -> Callable[..., Any]:
             object.__setattr__(module, "momentum", momentum)
         if path in seen:
             share = args[0].size / (args[0].size + seen[path])
-            mean, variance = (module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE))
+            mean: Any = module.get_variable(COLLECTION, MEAN)
+            variance: Any = module.get_variable(COLLECTION, VARIANCE)
             step = mean - before[MEAN]
             spread = share * (1.0 - share) * step**2
             pooled = before[VARIANCE] + share * (variance - before[VARIANCE]) + spread
@@ -151,7 +158,7 @@ def pool(
     >>> mean.item(), round(variance.item(), 4)
     (3.0, 8.6667)
     """
-    means, variances = (np.stack([*parts]).astype(np.float64) for parts in (means, variances))
+    centres, spreads = (np.stack([*parts]).astype(np.float64) for parts in (means, variances))
     weights = np.asarray([*sizes], np.float64)
-    mean = np.average(means, axis=0, weights=weights)
-    return mean, np.average(variances + (means - mean) ** 2, axis=0, weights=weights)
+    mean = np.average(centres, axis=0, weights=weights)
+    return mean, np.average(spreads + (centres - mean) ** 2, axis=0, weights=weights)

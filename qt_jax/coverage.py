@@ -1,10 +1,12 @@
 """What a config reaches in a model, and what it does not, as a table to read before training."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from rich.table import Table
@@ -71,11 +73,16 @@ def coverage(
     variables = _without_ranges(variables)
     classes: dict[str, type[nn.Module]] = {}
 
-    def note_class(call, args, kwargs, context):
+    def note_class(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
         classes.setdefault("/".join(context.module.path), type(context.module))
         return call(*args, **kwargs)
 
-    def forward(variables):
+    def forward(variables: dict[str, Any]) -> dict[str, Any]:
         with nn.intercept_methods(note_class), quant_trim(config, 0.0, train=False) as visit:
             model.apply(variables, *inputs, mutable=[COLLECTION], **options)
         return visit.layers

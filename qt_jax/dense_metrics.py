@@ -43,11 +43,12 @@ def dense_metrics(
     (1, 0.5, 0.25, None)
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
-    _check(logits, labels, reference)
+    wanted = None if reference is None else np.asarray(reference)
+    _check(logits, labels, wanted)
     classes = logits.shape[1]
     sums = _Sums(classes)
     for part in _chunks(logits.shape):
-        sums.add(logits[part], labels[part], None if reference is None else np.asarray(reference[part]))
+        sums.add(logits[part], labels[part], None if wanted is None else wanted[part])
     pixels = labels.size
     confusion = sums.confusion
     floating = confusion if reference is None else sums.reference_confusion
@@ -77,15 +78,15 @@ def dense_metrics(
     return found
 
 
-def _check(logits: np.ndarray, labels: np.ndarray, reference: ArrayLike | None) -> None:
+def _check(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> None:
     if logits.ndim != 4 or not logits.size or labels.shape != (len(logits), *logits.shape[2:]):
         raise InvalidInput(
             "logits must have the shape (n, classes, height, width) and labels (n, height, width), got "
             f"{logits.shape} and {labels.shape}"
         )
-    if reference is not None and np.shape(reference) != logits.shape:
+    if reference is not None and reference.shape != logits.shape:
         raise InvalidInput(
-            f"reference and test must have one shape, got {np.shape(reference)} and {logits.shape}"
+            f"reference and test must have one shape, got {reference.shape} and {logits.shape}"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from qt_jax.errors import InvalidInput
 
@@ -58,7 +59,7 @@ class QuantSpec:
     quantile: float = 0.999
     grids: Literal["own", "vendors"] = "own"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
             raise InvalidInput(f"QuantSpec.bits must be a whole number from 2 to 16, got {self.bits!r}")
         if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
@@ -87,7 +88,7 @@ class QuantSpec:
         return low + int(narrow), low + 2**self.bits - 1
 
 
-def quantization_parameters(low: jax.Array, high: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+def quantization_parameters(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
     """Scale and zero-point of a range: s = (high - low) / (q_max - q_min), z = round(q_min - low / s).
 
     The range is first widened to hold zero, so that zero is always exactly representable; a symmetric range

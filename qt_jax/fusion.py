@@ -10,15 +10,16 @@ however they are named.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from qt_jax.errors import InvalidInput
 from qt_jax.interceptor import LAYERS
@@ -143,7 +144,12 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     """
     marks: dict[str, str] = {}
 
-    def mark(call, args, kwargs, context):
+    def mark(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
         module = context.module
         outputs = call(*args, **kwargs)
         if context.method_name != "__call__" or not module.path or not isinstance(outputs, jax.Array):
@@ -153,7 +159,7 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
             outputs = checkpoint_name(outputs, f"layer:{path}")
         return checkpoint_name(outputs, f"module:{path}")
 
-    def forward(leaves, inputs):
+    def forward(leaves: dict[tuple[str, ...], Any], inputs: tuple[Any, ...]) -> Any:
         with nn.intercept_methods(mark):
             return model.apply(unflatten_dict(leaves), *inputs, **options)
 
@@ -173,14 +179,18 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     )
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
 class _Program:
     """A jaxpr with its calls inlined; the first `leaves` values are variables, then come the inputs."""
 
-    def __init__(self, closed, leaves: int):
+    def __init__(self, closed: ClosedJaxpr, leaves: int):
         self.equations: list[Equation] = []
         self.shapes: list[tuple[int, ...]] = []
         self.constants: dict[int, Any] = {}
-        arguments = [self._new(v.aval.shape) for v in closed.jaxpr.invars]
+        arguments = [self._new(_shape(v)) for v in closed.jaxpr.invars]
         self.results = set(self._inline(closed.jaxpr, closed.consts, arguments))
         self.static = set(range(leaves)) | self.constants.keys()
         self.users: dict[int, list[Equation]] = {}
@@ -197,21 +207,24 @@ class _Program:
     def _is_static(self, x: int | Literal) -> bool:
         return isinstance(x, Literal) or x in self.static
 
-    def _inline(self, jaxpr: Jaxpr, constants: list[Any], arguments: list[int | Literal]) -> list:
+    def _inline(
+        self, jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[int | Literal]
+    ) -> list[int | Literal]:
         values = dict(zip(jaxpr.invars, arguments, strict=True))
         for variable, constant in zip(jaxpr.constvars, constants, strict=True):
-            values[variable] = number = self._new(variable.aval.shape)
+            values[variable] = number = self._new(_shape(variable))
             self.constants[number] = constant
         for equation in jaxpr.eqns:
             operands = tuple(x if isinstance(x, Literal) else values[x] for x in equation.invars)
-            inner = equation.params.get(CALLS.get(equation.primitive.name))
+            inner = equation.params.get(CALLS.get(equation.primitive.name, ""))
             if inner is not None:
                 body, consts = (inner, []) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
                 outputs = self._inline(body, consts, operands)
             else:
-                outputs = [self._new(v.aval.shape) for v in equation.outvars]
-                known = Equation(equation.primitive, operands, tuple(outputs), equation.params)
+                fresh = [self._new(_shape(v)) for v in equation.outvars]
+                known = Equation(equation.primitive, operands, tuple(fresh), equation.params)
                 self.equations.append(known)
+                outputs = [*fresh]
             values |= zip(equation.outvars, outputs, strict=True)
         return [x if isinstance(x, Literal) else values[x] for x in jaxpr.outvars]
 
@@ -238,15 +251,15 @@ class _Program:
                 if not self._is_static(other) or not (after or name in ("add", "mul")):
                     break
                 if name in ("mul", "div"):
-                    if not self._varies_by_channel(other, channels):
+                    if isinstance(other, Literal) or not self._varies_by_channel(other, channels):
                         break
                     found.append(Factor(other, name == "div"))
             [value] = equation.outputs
         return tuple(found)
 
-    def _varies_by_channel(self, x: int | Literal, channels: tuple[int, ...]) -> bool:
+    def _varies_by_channel(self, x: int, channels: tuple[int, ...]) -> bool:
         """Whether a static value has one number for each element of the last axis."""
-        shape = () if isinstance(x, Literal) else self.shapes[x]
+        shape = self.shapes[x]
         return shape[-1:] == channels and all(size == 1 for size in shape[:-1])
 
     def joins(self, mark: str) -> bool:

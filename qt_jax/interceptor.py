@@ -7,12 +7,13 @@ fake-quantizes both. The ranges live in the mutable collection `batch_stats`, un
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
@@ -85,9 +86,14 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     passes: dict[int, ForwardPass] = {}
     moved, held = False, None
 
-    def intercept(call, args, kwargs, context):
+    def intercept(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
         nonlocal moved, held
-        root = id(context.module.scope.root)
+        root = _root(context.module)
         if root in passes:
             return visited(call, args, kwargs, context)
         passes[root] = ForwardPass(config, lam, train)
@@ -99,7 +105,12 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         moved, held = moved or bool(ended.observed), held or ended.held
         return outputs
 
-    def visited(call, args, kwargs, context):
+    def visited(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
         module, path = context.module, "/".join(context.module.path)
         inherited = id(module) in running  # a subclass that calls its parent's __call__
         if inherited or context.method_name != "__call__":
@@ -108,7 +119,7 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         def site(name: str, x: jax.Array, spec: QuantSpec | None, gain: jax.Array | None = None) -> jax.Array:
             if spec is None:
                 return x
-            return passes[id(module.scope.root)].quantized(module, name, x, spec, gain)
+            return passes[_root(module)].quantized(module, name, x, spec, gain)
 
         skipped = any(rule.skip and rule.matches(path) for rule in config.rules)
         fused = config.activations if path in config.fused_outputs and not skipped else None
@@ -118,7 +129,7 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
         sites = visit.layers.setdefault(path, config.sites(path))
         promote = module.promote_dtype
 
-        def promote_quantized(inputs, kernel, *rest, **options):
+        def promote_quantized(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
             gain = _gain(module, kernel) if config.folded else None
             kernel = site(KERNEL, kernel, _kernel_spec(module, sites.weights), gain)
             inputs = site(INPUT, inputs, sites.inputs)
@@ -151,6 +162,12 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
             f"QuantConfig.fused_outputs names {sorted(unknown)[0]!r}, and no module of that path was called: "
             "take them from qt.find_fusion(model, variables, input).outputs"
         )
+
+
+def _root(module: nn.Module) -> int:
+    """Identity of the root scope of a module that is being called."""
+    assert module.scope is not None
+    return id(module.scope.root)
 
 
 def _kernel_spec(module: nn.Module, spec: QuantSpec | None) -> QuantSpec | None:
@@ -196,7 +213,7 @@ def attach_statistics(
     0
     """
 
-    def forward(variables):
+    def forward(variables: dict[str, Any]) -> Any:
         with quant_trim(config, 0.0, train=False):
             return model.apply(variables, *inputs, mutable=[COLLECTION], **options)[1]
 

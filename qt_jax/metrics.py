@@ -220,8 +220,7 @@ def classification_metrics(
     (2, 0.5, None, None)
     """
     checked, _ = _labelled(logits, labels)
-    compared = reference is not None
-    ratio = sqnr_db(reference, logits) if compared else math.inf
+    ratio = math.inf if reference is None else sqnr_db(reference, logits)
     return {
         "n": len(checked),
         "top1": top_k(logits, labels),
@@ -229,9 +228,9 @@ def classification_metrics(
         "nll": nll(logits, labels),
         "brier": brier(logits, labels),
         "ece": expected_calibration_error(logits, labels),
-        "logit_mse": logit_mse(reference, logits) if compared else None,
+        "logit_mse": None if reference is None else logit_mse(reference, logits),
         "sqnr_db": ratio if math.isfinite(ratio) else None,
-        "agreement": agreement(reference, logits) if compared else None,
+        "agreement": None if reference is None else agreement(reference, logits),
     }
 
 

@@ -153,9 +153,14 @@ def _order_statistics(sample: jax.Array, positions: set[int]) -> dict[int, jax.A
     if max(low, high) > n // TAIL:
         ordered = _sort(sample)
         return {p: ordered[..., p] for p in positions}
-    smallest = -_largest(-sample, low) if low else None
-    largest = _largest(sample, high) if high else None
-    return {p: smallest[..., p] if 2 * p < n else largest[..., n - 1 - p] for p in positions}
+    found: dict[int, jax.Array] = {}
+    if low:
+        smallest = -_largest(-sample, low)
+        found |= {p: smallest[..., p] for p in positions if 2 * p < n}
+    if high:
+        largest = _largest(sample, high)
+        found |= {p: largest[..., n - 1 - p] for p in positions if 2 * p >= n}
+    return found
 
 
 def _largest(x: jax.Array, count: int) -> jax.Array:

@@ -7,7 +7,6 @@ and so are the kernel as a vendor folds it (`folded`) and bounds that are spread
 """
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ class ReversePruningState(NamedTuple):
       `optax.MaskedNode()` in the place of a leaf that is left alone.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     tau: optax.Params
 
 
@@ -107,12 +106,16 @@ def _gains(params: optax.Params, batch_stats: Mapping[str, Any] | None) -> list[
     return found
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+def _is_int(value: object, least: float) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def _is_fraction(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
+    return (
+        isinstance(value, float | int | np.floating | np.integer)
+        and not isinstance(value, bool)
+        and bool(0 <= value <= 1)
+    )
 
 
 def _check(
@@ -246,6 +249,7 @@ def reverse_pruning(
         due = (state.count >= start) & (state.count % every == 0)
         if stop is not None:
             due &= state.count < stop
+        tree: Any
         thresholds, tree = jax.tree.flatten(state.tau, is_leaf=_is_masked)
         changes, weights = tree.flatten_up_to(updates), tree.flatten_up_to(params)
         kernels = [i for i, tau in enumerate(thresholds) if not _is_masked(tau)]

@@ -36,7 +36,7 @@ class Rule:
     outputs: Site | str = INHERIT
     skip: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             re.compile(self.path)
         except re.error as error:
@@ -98,7 +98,7 @@ class QuantConfig:
     seed: int = 0
     axis_name: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise InvalidInput(f"QuantConfig.momentum must lie in [0, 1), got {self.momentum!r}")
         if self.sample_size < 1:
@@ -117,13 +117,17 @@ class QuantConfig:
             if rule.matches(path):
                 if rule.skip:
                     return Sites(None, None, None, index)
-                given = (
-                    (rule.weights, self.weights),
-                    (rule.inputs, self.activations),
-                    (rule.outputs, self.outputs),
+                return Sites(
+                    _chosen(rule.weights, self.weights),
+                    _chosen(rule.inputs, self.activations),
+                    _chosen(rule.outputs, self.outputs),
+                    index,
                 )
-                return Sites(*(default if site == INHERIT else site for site, default in given), index)
         return Sites(self.weights, self.activations, self.outputs)
+
+
+def _chosen(site: Site | str, default: Site) -> Site:
+    return default if isinstance(site, str) else site
 
 
 def check_rules_used(config: QuantConfig, paths: Iterable[str]) -> None:
@@ -140,10 +144,10 @@ def check_rules_used(config: QuantConfig, paths: Iterable[str]) -> None:
             continue
         shadowed = [path for path in paths if rule.matches(path)]
         if shadowed:
-            first = config.rules[config.sites(shadowed[0]).rule].path
+            earlier = next(other.path for other in config.rules if other.matches(shadowed[0]))
             raise InvalidInput(
-                f"rule {rule.path!r} is never used: an earlier rule, {first!r}, takes {shadowed[0]!r} before "
-                "it. The first match wins: move the more special rule up, or drop it."
+                f"rule {rule.path!r} is never used: an earlier rule, {earlier!r}, takes {shadowed[0]!r} "
+                "before it. The first match wins: move the more special rule up, or drop it."
             )
         near = [path for path in paths if re.search(rule.path, path)]
         near += difflib.get_close_matches(rule.path, paths, n=3, cutoff=0.4)

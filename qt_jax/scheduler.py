@@ -221,9 +221,9 @@ def _executor(scheduler: Scheduler, folder: Path) -> Any:
     if scheduler.launcher == "debug":
         return submitit.DebugExecutor(folder)
     if scheduler.launcher == "local":
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(timeout_min=scheduler.job_minutes, stderr_to_stdout=True)
-        return executor
+        local = submitit.LocalExecutor(folder)
+        local.update_parameters(timeout_min=scheduler.job_minutes, stderr_to_stdout=True)
+        return local
     memory = None if scheduler.job_memory is None else f"{round(1024 * scheduler.job_memory)}MB"
     asked = {
         "partition": scheduler.partition,
@@ -240,7 +240,7 @@ def _executor(scheduler: Scheduler, folder: Path) -> Any:
 def _perform(variables: Mapping[str, str | None], function: Callable[..., Any], *arguments: Any) -> Any:
     """In a job: the call, under these variables; SIGTERM, which submitit ignores, ends it as Ctrl-C does."""
 
-    def end(*_) -> None:
+    def end(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +35,7 @@ from experiments.benchmarks.exporters import (
     random_variables,
     require_torch,
 )
-from experiments.command_line import exit_status
+from experiments.command_line import command
 from experiments.models.resnet50 import ResNet50
 from qt_jax.reporting import records
 from qt_jax.reporting.provenance import provenance
@@ -56,7 +55,11 @@ PACKAGES = ("jax", "flax", "jax2onnx", "onnx", "onnxscript", "onnxruntime", "tor
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compare exported graphs, export times and memory with PyTorch's."""
+    """Compare exported graphs, export times and memory with PyTorch's.
+
+    Example:
+        python -m experiments.benchmarks.export --out export.jsonl
+    """
 
     opset: int = 18
     """Of ai.onnx, for both. Below 18, PyTorch may write 18 all the same; the table shows what it wrote."""
@@ -175,9 +178,8 @@ def run(options: Options, console: Console) -> list[records.Record]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    prog = "python -m experiments.benchmarks.export"
-    return exit_status(lambda: run(tyro.cli(Options, args=arguments, prog=prog), Console()))
+    """Runs the command line; returns the exit status, as `command` does."""
+    return command("experiments.benchmarks.export", Options, run, arguments)
 
 
 if __name__ == "__main__":

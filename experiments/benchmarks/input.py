@@ -45,7 +45,11 @@ PAD = 4
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Time loading, placing, drawing, augmenting and normalising images, beside whole training steps."""
+    """Time loading, placing, drawing, augmenting and normalising images, beside whole training steps.
+
+    Example:
+        python -m experiments.benchmarks.input --batch-size 256
+    """
 
     batch_size: int = 128
     """Images a step."""
@@ -241,7 +245,7 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command line; returns the exit status, as `command` does."""
     return command("experiments.benchmarks.input", Options, run, arguments)
 
 

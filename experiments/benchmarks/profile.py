@@ -64,7 +64,11 @@ LIBRARY = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Profile a training step, plain or with Quant-Trim, by kind of operation."""
+    """Profile a training step, plain or with Quant-Trim, by kind of operation.
+
+    Example:
+        python -m experiments.benchmarks.profile --model vit --batch-size 64 --quant-trim
+    """
 
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS | models.SEGMENTERS) + "}")] = (
         "resnet20"
@@ -184,7 +188,7 @@ def run(options: Options, console: Console) -> records.Record:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command line; returns the exit status, as `command` does."""
     return command("experiments.benchmarks.profile", Options, run, arguments)
 
 

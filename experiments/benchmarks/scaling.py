@@ -72,6 +72,9 @@ class Options:
     """Time training steps with and without Quant-Trim over width, depth, batch, resolution, sample size.
 
     Relaunching goes on where it was stopped.
+
+    Example:
+        python -m experiments.benchmarks.scaling --rounds 5
     """
 
     rounds: int = 10
@@ -210,7 +213,7 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command line; returns the exit status, as `command` does."""
     return command("experiments.benchmarks.scaling", Options, run, arguments)
 
 

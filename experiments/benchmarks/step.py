@@ -52,7 +52,11 @@ from qt_jax.reporting import records
 class Options:
     """Time one training step: plain, with Quant-Trim (without and with reverse pruning), with Qwix and AQT,
     and in PyTorch without and with quantization, where these are installed; for MobileNets with XLA's own
-    grouped convolution too."""
+    grouped convolution too.
+
+    Example:
+        python -m experiments.benchmarks.step --model resnet20 --batch-size 128
+    """
 
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.MODELS | models.SEGMENTERS) + "}")] = (
         "resnet20"
@@ -200,7 +204,7 @@ def run(options: Options, console: Console) -> list[records.Record]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command line; returns the exit status, as `command` does."""
     return command("experiments.benchmarks.step", Options, run, arguments)
 
 

@@ -12,7 +12,7 @@ import jax
 import tyro
 
 import qt_jax as qt
-from experiments import devices
+from experiments import command_line, devices
 from experiments.configs.quantizers import Quantizer, check_points, check_quantizer
 from experiments.data import SEGMENTATION
 from experiments.models import MODELS, SEGMENTERS
@@ -53,6 +53,9 @@ class Config:
     """Train a network with Quant-Trim and its float twin, export both, deploy both at low bits, compare.
 
     Relaunching the same command resumes; finished work is not redone.
+
+    Example:
+        python -m experiments.cifar --preset smoke --dataset digits
     """
 
     sched: Schedule = "quartic"
@@ -278,7 +281,8 @@ PRESETS: dict[str, Config] = {
 def parse(
     arguments: list[str] | None = None,
     presets: Mapping[str, Config] = PRESETS,
-    program: str = "python -m experiments.cifar",
+    module: str = "experiments.cifar",
+    about: str | None = None,
 ) -> Config:
     """The config of a command line: the preset's values, overridden by the flags given.
 
@@ -289,7 +293,7 @@ def parse(
       SystemExit: an unknown flag or choice, or a value out of range (status 2), after tyro has printed what
         it takes instead; `--help` (status 0).
     """
-    first = tyro.cli(_First, args=arguments, return_unknown_args=True, add_help=False)[0]
+    first = command_line.read_flags(_First, arguments, module, return_unknown_args=True, add_help=False)[0]
     if first.distributed is not None:
         devices.connect(first.distributed)
     preset = first.preset
@@ -297,7 +301,7 @@ def parse(
         preset = "cpu" if jax.default_backend() == "cpu" else "gpu"
     if preset not in presets:
         raise qt.InvalidInput(f"--preset {preset!r} is unknown; choose auto or one of {', '.join(presets)}")
-    return tyro.cli(Config, args=arguments, default=presets[preset], prog=program)
+    return command_line.parse(Config, arguments, module, about=about, default=presets[preset])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ Relaunching goes on where it stopped. With --launcher, rows are jobs of a schedu
 
 import dataclasses
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.command_line import exit_status
+from experiments import command_line
 from experiments.configs import methods
 from experiments.configs.presets import preset
 from experiments.paper import rows as study
@@ -24,19 +23,27 @@ from experiments.paper.networks import DESCRIPTION
 from experiments.paper.progress import Display, listing
 from experiments.paper.render import render
 from experiments.paper.row import command, detached_command
-from experiments.paper.rows import Row
+from experiments.paper.rows import DEFAULT_RESULTS, Row
 from experiments.paper.schedule import run_rows
+from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
 from qt_jax.scheduler import HERE, Scheduler, open_queue
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "study.md"
+"""The page of the documentation whose tables are the study's."""
 METHODS = Path(methods.__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train and deploy all methods of a study, and write its tables and figures."""
+    """Train and deploy all methods of a study, and write its tables and figures.
+
+    Relaunching the same command goes on where it stopped.
+
+    Example:
+        python -m experiments.paper --preset smoke --list
+    """
 
     preset: str = "cpu"
     """cpu: small networks, two cores, hours; accelerator: full budgets, for a GPU or TPU; smoke: minutes;
@@ -59,30 +66,33 @@ class Options:
     """Rows at a time; default: one a core where the preset binds rows to cores, else one; in Slurm all."""
     runs: Path = Path("runs")
     """Folder of checkpoints, graphs and logs."""
-    results: Path = study.RESULTS
+    results: Annotated[Path, DEFAULT_RESULTS] = study.RESULTS
     """Folder of records, tables and figures."""
     scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = HERE
     """Who runs the rows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0; 1 if rows have failed; 2 after a message about wrong
-    input; 130 after an interruption."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.paper")
+    """Runs the command line; returns the exit status, as `command` does; 1 if rows have failed."""
+    goes_on = "interrupted; the same command goes on from here"
+    return command_line.command(
+        "experiments.paper",
+        Options,
+        study_of,
+        arguments,
+        failure="rows have failed",
+        interrupted=goes_on,
+        soft_wrap=True,
+    )
+
+
+def study_of(options: Options, console: Console) -> None:
+    """What the options ask for. Raises Failed if rows have failed."""
     jax.config.update("jax_platforms", "cpu")  # of this process, which leaves accelerators to the rows
-    signal.signal(signal.SIGTERM, _interrupt)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    failed: list[Row] = []
-    try:
-        status = exit_status(lambda: failed.extend(run(options, console)))
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here")
-        return 130
-    return status or (1 if failed else 0)
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
+    terminate_like_interrupt()
+    failed = run(options, console)
+    if failed:
+        raise command_line.Failed(f"{len(failed)} rows have failed: their logs lie in {options.runs}")
 
 
 def run(options: Options, console: Console) -> list[Row]:
@@ -104,10 +114,10 @@ def run(options: Options, console: Console) -> list[Row]:
 
 
 def rendered(folder: Path, options: Options, console: Console) -> list[Row]:
-    """Writes tables and figures; into README and the methods' files too, if this repository's own results
-    are rendered; methods state what they take in the preset cpu."""
+    """Writes tables and figures; into the documentation and the methods' files too, if this repository's own
+    results are rendered; methods state what they take in the preset cpu."""
     own = options.results == study.RESULTS
-    files = render(folder, README if own else None, METHODS if own and options.preset == "cpu" else None)
+    files = render(folder, PAGE if own else None, METHODS if own and options.preset == "cpu" else None)
     console.print(f"{folder}: {', '.join(sorted(file.name for file in files))}")
     return []
 

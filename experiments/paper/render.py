@@ -1,6 +1,6 @@
 """Tables and figures of a study from its records alone: the same files, byte for byte, for the same records.
 
-`README.md` has them between comments: `<!-- paper-cpu cifar10-fast8 main -->` ... `<!-- end -->`.
+`docs/results/study.md` has them between comments: `<!-- paper-cpu cifar10-fast8 main -->` ... `<!-- end -->`.
 """
 
 import hashlib
@@ -25,28 +25,28 @@ DIGESTS = "figures.json"
 BLOCK = re.compile(r"(<!-- (paper-[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def render(folder: Path, readme: Path | None = None, methods: Path | None = None) -> list[Path]:
-    """Writes all tables and figures into the folder of results, its blocks into the README, and what methods
-    take and score into their files in a folder.
+def render(folder: Path, page: Path | None = None, methods: Path | None = None) -> list[Path]:
+    """Writes all tables and figures into the folder of results, its blocks into a page, and what methods take
+    and score into their files in a folder.
 
     Figures whose data, program and file are as `figures.json` says are left alone.
 
     Returns the files that were written or found to be right.
 
     Raises:
-      InvalidInput: there are no records, or the README asks for a block that they do not give.
+      InvalidInput: there are no records, or the page asks for a block that they do not give.
     """
     evidence = read(folder)
     if not evidence.cells:
         raise qt.InvalidInput(f"{folder} holds no records of finished rows: run the study first.")
     pictures = figures(evidence)
     texts = pages(evidence, folder.name, list(pictures))
-    front = None if readme is None else filled(readme.read_text(), blocks(evidence, folder.name))
+    front = None if page is None else filled(page.read_text(), blocks(evidence, folder.name))
     for name, text in texts.items():
         write_whole(folder / name, text)
     draw(pictures, folder)
     if front is not None:
-        write_whole(readme, front)
+        write_whole(page, front)
     if methods is not None:
         state(evidence, methods)
     return [folder / name for name in (*texts, *pictures)]
@@ -111,7 +111,7 @@ LAYER_NOTE = (
 
 
 def blocks(evidence: Evidence, study: str) -> dict[str, str]:
-    """Name -> Markdown, for the README: a summary and the gains of every table of every task; the cost."""
+    """Name -> Markdown, for a page: a summary and the gains of every table of every task; the cost."""
     found = {f"{study} cost": tables.cost(evidence), f"{study} legend": tables.LEGEND}
     for task in evidence.tasks:
         found[f"{study} {task} leads"] = tables.leads(evidence, task)
@@ -140,7 +140,7 @@ def filled(text: str, contents: Mapping[str, str]) -> str:
             return match[0]
         if name not in contents:
             known = ", ".join(sorted(contents))
-            raise qt.InvalidInput(f"README asks for a table {name!r} that the records do not give: {known}")
+            raise qt.InvalidInput(f"the page asks for a table {name!r} that the records do not give: {known}")
         return f"{match[1]}\n{contents[name]}\n\n{match[3]}"
 
     return BLOCK.sub(replaced, text)

@@ -14,20 +14,30 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-import tyro
 from rich.console import Console
 
 import qt_jax as qt
+from experiments import command_line
 from experiments.cifar import model_input, vendor_arrays
-from experiments.command_line import exit_status
 from experiments.configs.presets import preset
 from experiments.data import Dataset, load
 from experiments.paper import collect
 from experiments.paper.networks import GRAPH, prepare, trained_in
-from experiments.paper.rows import ATTEMPTS, RESULTS, SEARCH, Row, folder_of, results_of, row_of
+from experiments.paper.rows import (
+    ATTEMPTS,
+    DEFAULT_RESULTS,
+    RESULTS,
+    SEARCH,
+    Row,
+    folder_of,
+    results_of,
+    row_of,
+)
 from qt_jax.backends import cost
 from qt_jax.backends.steps import Limits
+from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.reporting import records
 
 LAYER_IMAGES = 512
@@ -36,7 +46,11 @@ LAYER_IMAGES = 512
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One row of a study."""
+    """One row of a study, from training to its records; `experiments.paper` launches it.
+
+    Example:
+        python -m experiments.paper.row --preset smoke --task digits --method float --seed 0
+    """
 
     preset: str
     """Of the study."""
@@ -50,7 +64,7 @@ class Options:
     """Makes this a trial of the search, at so many times the task's learning rate."""
     runs: Path = Path("runs")
     """Folder of all runs."""
-    results: Path = RESULTS
+    results: Annotated[Path, DEFAULT_RESULTS] = RESULTS
     """Folder of all results."""
     jobs: int = 1
     """Deployments at a time."""
@@ -59,18 +73,16 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.paper.row")
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Runs the command line; returns the exit status, as `command` does."""
+    return command_line.command("experiments.paper.row", Options, run, arguments, soft_wrap=True)
+
+
+def run(options: Options, console: Console) -> None:
+    """The row of the options. SIGTERM ends it as Ctrl-C does: the processes it has started end first."""
+    terminate_like_interrupt()
     if options.parent is not None:
         threading.Thread(target=_end_without, args=(options.parent,), daemon=True).start()
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    return exit_status(lambda: perform(find(options), options.runs, options.results, console, options.jobs))
-
-
-def _interrupt(*_) -> None:
-    """SIGTERM ends a row as Ctrl-C does, so that the processes it has started end first."""
-    raise KeyboardInterrupt
+    perform(find(options), options.runs, options.results, console, options.jobs)
 
 
 def _end_without(parent: int) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 import qt_jax as qt
 from experiments.configs.cifar import Config
 from experiments.configs.method import Method, config_of
@@ -19,6 +21,8 @@ TRAINING, DEPLOYMENT, STRUCTURE = "training.jsonl", "deployment.jsonl", "structu
 SEARCH = "search.jsonl"
 ATTEMPTS, LOG = "attempts.jsonl", "log.txt"
 RESULTS = Path(__file__).parents[1] / "results"
+DEFAULT_RESULTS = tyro.conf.arg(help_behavior_hint="(default: experiments/results of this checkout)")
+"""How `--help` calls that folder, wherever the checkout is."""
 SEARCH_TARGETS = (Target("onnxruntime", "reference", ("int4w-pt-minmax", "int4w-pc-minmax")),)
 """What the search looks at beside FP32, on the validation split."""
 

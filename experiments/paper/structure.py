@@ -12,7 +12,8 @@ import onnx
 from flax.traverse_util import flatten_dict
 
 from experiments.configs.cifar import Config, lambda_schedule
-from experiments.layer_comparison import SCHEMES, compare, quantized
+from experiments.layer_comparison import SCHEMES, quantized
+from qt_jax.diagnosis.layer_sqnr import compare
 from qt_jax.export import graph
 from qt_jax.export.checkpoint import Deployable, load
 from qt_jax.export.integer_weights import channel_axis, weighted_nodes

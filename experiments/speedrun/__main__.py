@@ -41,6 +41,9 @@ class Options:
     """Train CIFAR-10 in seconds, with Quant-Trim and without, deploy at INT8, compare.
 
     What is in the folder is not done again: train on a GPU, deploy elsewhere with the same command.
+
+    Example:
+        python -m experiments.speedrun --seeds 1 --train-limit 5000
     """
 
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -66,7 +69,7 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
+    """Runs the command line; returns the exit status, as `command` does."""
     return command("experiments.speedrun", Options, run, arguments)
 
 

@@ -5,8 +5,11 @@ builds what they need, `worker` and `steps` run them in processes of their own, 
 each, `evaluation` runs a model through all of them.
 """
 
-from qt_jax.backends.evaluation import evaluate
-from qt_jax.backends.protocol import Backend, Compiled, Environment, Refused, Runtime, Scheme
-from qt_jax.backends.registry import BACKENDS
+from qt_jax.errors import extra
+
+with extra("backends"):
+    from qt_jax.backends.evaluation import evaluate
+    from qt_jax.backends.protocol import Backend, Compiled, Environment, Refused, Runtime, Scheme
+    from qt_jax.backends.registry import BACKENDS
 
 __all__ = ["BACKENDS", "Backend", "Compiled", "Environment", "Refused", "Runtime", "Scheme", "evaluate"]

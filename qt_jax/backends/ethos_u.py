@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from qt_jax.backends.litert import MODEL, channels_last, dequantize, quantize
-from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme
+from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme, Session
 
 TOSA = "model.tosa"
 
@@ -102,7 +102,7 @@ class EthosU:
         }
         return Compiled(compiled.stat().st_size, placed(_operators(model), _operators(compiled)), measured)
 
-    def load(self, folder: Path, scheme: Scheme, runtime: Runtime):
+    def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
         import tosa_reference_model
         from ai_edge_litert.interpreter import Interpreter
 
@@ -110,7 +110,7 @@ class EthosU:
         [input_], [output] = interpreter.get_input_details(), interpreter.get_output_details()
         graph = (folder / TOSA).read_bytes()
 
-        def run(image):
+        def run(image: np.ndarray) -> np.ndarray:
             quantized = np.ascontiguousarray(quantize(channels_last(image), input_))
             [logits], status = tosa_reference_model.run(graph, [quantized])
             if status != tosa_reference_model.GraphStatus.TOSA_VALID:
@@ -158,7 +158,7 @@ def estimate(summary: dict[str, str]) -> dict:
 _MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
 
 
-def _lower(model, target):
+def _lower(model: Path, target: Path) -> None:
     """TFLite to the flatbuffer of TOSA that the reference model reads, by way of MLIR."""
     _tool("tosa-converter-for-tflite", str(model), "--bytecode", "-o", "model.mlirbc")
     _tool(
@@ -171,7 +171,7 @@ def _lower(model, target):
     )
 
 
-def _vela(model, folder, accelerator):
+def _vela(model: Path, folder: Path, accelerator: str) -> dict[str, float]:
     """Compile for one accelerator; its estimates."""
     system, memory = ACCELERATORS[accelerator]
     _tool(
@@ -183,7 +183,7 @@ def _vela(model, folder, accelerator):
     return estimate(summary)
 
 
-def _tool(name, *arguments):
+def _tool(name: str, *arguments: str) -> None:
     """Run one of the environment's programs; its last lines are the reason where it fails."""
     program = Path(sys.executable).with_name(name)
     ended = subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -194,14 +194,14 @@ def _tool(name, *arguments):
         raise Refused(f"{name}: {ended.stdout.strip()[-500:] or f'exit status {ended.returncode}'}")
 
 
-def _operators(model):
+def _operators(model: Path) -> Counter[str]:
     """Names of the operators in a TFLite file, by Vela's own reader of the format."""
     from ethosu.vela.tflite.BuiltinOperator import BuiltinOperator
     from ethosu.vela.tflite.Model import Model
 
     names = {code: name for name, code in vars(BuiltinOperator).items() if not name.startswith("_")}
     graph = Model.GetRootAs(model.read_bytes(), 0)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for subgraph in map(graph.Subgraphs, range(graph.SubgraphsLength())):
         for operator in map(subgraph.Operators, range(subgraph.OperatorsLength())):
             code = graph.OperatorCodes(operator.OpcodeIndex())
@@ -212,7 +212,7 @@ def _operators(model):
     return counts
 
 
-def _vela_version():
+def _vela_version() -> str:
     from importlib import metadata
 
     return metadata.version("ethos-u-vela")

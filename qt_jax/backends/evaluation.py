@@ -18,7 +18,7 @@ import onnx
 from qt_jax.backends import cost, ort, steps
 from qt_jax.backends.inputs import fixed_batch, load, prepare
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
-from qt_jax.backends.registry import select
+from qt_jax.backends.registry import BACKENDS, select
 from qt_jax.backends.rows import Job, Row
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting import records
@@ -85,7 +85,7 @@ def evaluate(
 
     Raises:
         InvalidInput: an unknown backend, scheme or runtime, arrays that do not fit, a model that does not
-        run, a scheduler that is not there.
+            run, a scheduler that is not there.
 
     Example:
         >>> import onnx.parser
@@ -100,8 +100,8 @@ def evaluate(
     limits = steps.Limits() if limits is None else limits
     price = cost.PRICE_PER_CPU_HOUR * (os.cpu_count() or 1) if price_per_hour is None else price_per_hour
     _check_settings(limit, simulated_limit, jobs, limits, price)
-    calibration, *test_set = (np.asarray(array) for array in (calibration, *test_set))
-    images, labels = test_set[0][:limit], test_set[1][:limit]
+    calibration = np.asarray(calibration)
+    images, labels = (np.asarray(array)[:limit] for array in test_set)
     model = prepare(load(model), calibration, images, labels)
     if folder is None and scheduler.launcher == "slurm":
         raise InvalidInput("Slurm's jobs need a folder that all hosts share: give one.")
@@ -116,7 +116,7 @@ def evaluate(
 def _check_settings(
     limit: int | None, simulated_limit: int | None, jobs: int, limits: steps.Limits, price: float
 ) -> None:
-    positive = {"limit": limit, "simulated_limit": simulated_limit, "jobs": jobs}
+    positive: dict[str, float | None] = {"limit": limit, "simulated_limit": simulated_limit, "jobs": jobs}
     positive |= {"the time limit": limits.seconds, "the memory limit": limits.gibibytes}
     for name, value in positive.items():
         if value is not None and value <= 0:
@@ -217,18 +217,21 @@ def offered(
     >>> [(b.name, s.name, r.name) for b, s, r in offered("onnxruntime", ["int8-dynamic"], ["optimized"])]
     [('onnxruntime', 'fp32', 'reference'), ('onnxruntime', 'int8-dynamic', 'optimized')]
     """
-    reference = (ort.BACKEND, ort.FP32, ort.REFERENCE)
+    reference = (BACKENDS[ort.BACKEND.name], ort.FP32, ort.REFERENCE)
     rows = [(b, s, r) for b in select(backends) for s in b.schemes for r in b.runtimes]
-    for what, names, place in (("schemes", schemes, 1), ("runtimes", runtimes, 2)):
+    for what, names, name_of in (
+        ("schemes", schemes, lambda row: row[1].name),
+        ("runtimes", runtimes, lambda row: row[2].name),
+    ):
         if names is None:
             continue
-        known = {row[place].name for row in [*rows, reference]}
+        known = {name_of(row) for row in [*rows, reference]}
         unknown = [name for name in names if name not in known]
         if unknown:
             raise InvalidInput(
                 f"No chosen backend offers the {what} {unknown}: choose among {sorted(known)}."
             )
-        rows = [row for row in rows if row[place].name in names]
+        rows = [row for row in rows if name_of(row) in names]
     return [reference, *(row for row in rows if row != reference)]
 
 
@@ -245,7 +248,17 @@ def _home(folder: str | Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _job(home, model, calibration, images, labels, identity, limits, price, retry) -> Job:
+def _job(
+    home: Path,
+    model: onnx.ModelProto,
+    calibration: np.ndarray,
+    images: np.ndarray,
+    labels: np.ndarray,
+    identity: Mapping[str, Any],
+    limits: steps.Limits,
+    price: float,
+    retry: bool,
+) -> Job:
     """The job, with its model and arrays in files named by their content."""
     data = home / "data"
     data.mkdir(exist_ok=True)
@@ -266,7 +279,9 @@ def _job(home, model, calibration, images, labels, identity, limits, price, retr
         os.replace(scratch, path)
     return Job(
         home,
-        **paths,
+        model=paths["model"],
+        calibration=paths["calibration"],
+        images=paths["images"],
         labels=labels,
         hashes=hashes,
         limits=limits,

@@ -38,10 +38,11 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme
+from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme, Session
 
 MODEL, SAVED_MODEL = "model.tflite", "saved_model"
 
@@ -112,11 +113,11 @@ class LiteRT:
             raise Refused(f"onnx2tf made an input of shape {taken} where {expected} was expected")
         return Compiled(len(model), operators(interpreter))
 
-    def load(self, folder: Path, scheme: Scheme, runtime: Runtime):
+    def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
         interpreter = _interpreter(folder / MODEL, runtime.name)
         [input_], [output] = interpreter.get_input_details(), interpreter.get_output_details()
 
-        def run(image):
+        def run(image: np.ndarray) -> np.ndarray:
             interpreter.set_tensor(input_["index"], quantize(channels_last(image), input_))
             interpreter.invoke()
             logits = dequantize(interpreter.get_tensor(output["index"]), output)
@@ -163,7 +164,7 @@ def dequantize(q: np.ndarray, details: dict) -> np.ndarray:
     return np.float32(scale) * (q.astype(np.float32) - np.float32(zero_point))
 
 
-def operators(interpreter) -> dict[str, dict[str, int]]:
+def operators(interpreter: Any) -> dict[str, dict[str, int]]:
     """The operators of a TFLite graph, by whether they compute on integers or in floating point.
 
     Integer are those without any float tensor, and those of float inputs and int8 weights, which quantize
@@ -181,7 +182,7 @@ def operators(interpreter) -> dict[str, dict[str, int]]:
     return {name: dict(kinds) for name, kinds in counts.items()}
 
 
-def _interpreter(model, runtime):
+def _interpreter(model: Path, runtime: str) -> Any:
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     kernels = OpResolverType[_KERNELS[runtime]]
@@ -190,7 +191,7 @@ def _interpreter(model, runtime):
     return interpreter
 
 
-def _saved_model(source, shape, folder):
+def _saved_model(source: Path, shape: tuple[int, ...], folder: Path) -> None:
     """ONNX to a SavedModel of batch 1."""
     import onnx
     import onnx2tf
@@ -216,7 +217,7 @@ def _saved_model(source, shape, folder):
         file.unlink()
 
 
-def _complaint(log):
+def _complaint(log: str) -> str:
     """What onnx2tf printed as its errors, without colours and repeated blanks.
 
     >>> _complaint("fine\\n\\x1b[31mERROR:\\x1b[0m Foo OP  is not implemented\\n")
@@ -227,7 +228,7 @@ def _complaint(log):
     return "onnx2tf: " + ("; ".join(errors)[:500] or "it ended without a message")
 
 
-def _convert(saved_model, calibration, scheme):
+def _convert(saved_model: Path, calibration: np.ndarray, scheme: Scheme) -> bytes:
     """The bytes of the TFLite file that TensorFlow's converter makes for the scheme."""
     import tensorflow as tf
 

@@ -94,7 +94,9 @@ def _join_gelus(graph: onnx.GraphProto) -> None:
     outputs = {value.name for value in graph.output}
     for erf in [node for node in graph.node if node.op_type == "Erf"]:
         scaled = producers.get(erf.input[0])
-        x = scaled and _scaled_by(scaled, np.sqrt(0.5), values)
+        if scaled is None:
+            continue
+        x = _scaled_by(scaled, np.sqrt(0.5), values)
         chain, factors = [erf], []
         while x and len(readers.get(chain[-1].output[0], [])) == 1 and chain[-1].output[0] not in outputs:
             [node] = readers[chain[-1].output[0]]

@@ -35,7 +35,7 @@ Surprises
 
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,7 +83,7 @@ _STATIC = {
     "int16act-pc-sym-minmax-accurate": _Static("sym", "minmax", "accurate", activation_bits=16),
 }
 # Scheme -> arguments of `nncf.compress_weights`.
-_WEIGHT_ONLY = {
+_WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "int8w-pc-sym": {"mode": "INT8_SYM"},
     "int8w-pc-asym": {"mode": "INT8_ASYM"},
     "int4w-matmul-pc-sym": {"mode": "INT4_SYM", "ratio": 1.0, "group_size": -1, "all_layers": True},
@@ -164,7 +164,7 @@ class OpenVINO:
         return session
 
 
-def _read(source: Path):
+def _read(source: Path) -> Any:
     import openvino
 
     try:
@@ -184,7 +184,7 @@ def brief(message: str) -> str:
     return " ".join(told or message.split())[:300]
 
 
-def _quantize(model, calibration: np.ndarray, settings: _Static):
+def _quantize(model: Any, calibration: np.ndarray, settings: _Static) -> Any:
     import nncf
     from nncf.quantization.advanced_parameters import QuantizationParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -215,23 +215,23 @@ def _quantize(model, calibration: np.ndarray, settings: _Static):
     )
 
 
-def _compress(model, mode: str, **settings):
+def _compress(model: Any, mode: str, **settings: Any) -> Any:
     import nncf
 
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode], **settings)
 
 
-def _compile_for_cpu(folder: Path):
+def _compile_for_cpu(folder: Path) -> Any:
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     return openvino.Core().compile_model(folder / MODEL, "CPU", settings)
 
 
-def _operators(runtime_model) -> dict[str, dict[str, int]]:
+def _operators(runtime_model: Any) -> dict[str, dict[str, int]]:
     """Kinds of layers that compute, counted by what they read: the plugin reports the precision of compressed
     weights as that of the layer, although it computes in float."""
-    counts = defaultdict(lambda: {"integer": 0, "float": 0})
+    counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"integer": 0, "float": 0})
     for layer in runtime_model.get_ordered_ops():
         kind = layer.get_rt_info()["layerType"].astype(str)
         if kind not in _MOVES:

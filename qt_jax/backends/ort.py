@@ -27,6 +27,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class OnnxRuntime:
 BACKEND = OnnxRuntime()
 
 
-def _session(path: Path, optimize: bool, optimized_path: str = ""):
+def _session(path: Path, optimize: bool, optimized_path: str = "") -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -146,7 +147,9 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Schem
             "ActivationSymmetric": symmetric,
             "UseQDQContribOps": scheme.activation_bits == 16,
             "CalibStridedMinMax": 1,
-            "TensorQuantOverrides": _narrow(prepared, scheme.per_channel) if "narrow" in scheme.name else {},
+            "TensorQuantOverrides": _narrow(prepared, bool(scheme.per_channel))
+            if "narrow" in scheme.name
+            else {},
             **options,
         },
     )
@@ -176,11 +179,11 @@ def _narrow(source: Path, per_channel: bool) -> dict[str, list[dict]]:
     return overrides
 
 
-def _method(scheme: Scheme):
+def _method(scheme: Scheme) -> tuple[Any, dict[str, Any]]:
     """ONNX Runtime's calibration method, and its options."""
     from onnxruntime.quantization import CalibrationMethod
 
-    name = scheme.calibration.split()[0]
+    name = (scheme.calibration or "").partition(" ")[0]
     if name == "percentile":
         # The default is symmetric: behind a ReLU half of the uint8 grid would stand for nothing.
         symmetric = "s8s8" in scheme.name
@@ -197,7 +200,7 @@ def _input(path: Path) -> tuple[str, int]:
     return graph_input.name, graph_input.type.tensor_type.shape.dim[0].dim_value or 64
 
 
-def _reader(images: np.ndarray, input_name: str, batch: int):
+def _reader(images: np.ndarray, input_name: str, batch: int) -> Any:
     """Feeds calibration images batch by batch.
 
     With `CalibStridedMinMax` 1 the quantizer asks for one batch at a time and reduces it to ranges or
@@ -206,16 +209,16 @@ def _reader(images: np.ndarray, input_name: str, batch: int):
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):
-        def __init__(self):
+        def __init__(self) -> None:
             self.set_range(0, len(self))
 
-        def __len__(self):
+        def __len__(self) -> int:
             return -(-len(images) // batch)
 
-        def set_range(self, start_index, end_index):
+        def set_range(self, start_index: int, end_index: int) -> None:
             self._pending = iter(range(start_index * batch, min(end_index * batch, len(images)), batch))
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             start = next(self._pending, None)
             return None if start is None else {input_name: images[start : start + batch]}
 
@@ -240,7 +243,7 @@ def _quantize_blocks(source: Path, target: Path) -> None:
     onnx.save(quantizer.model.model, target)
 
 
-def _without_gemm(node, graph) -> list:
+def _without_gemm(node: Any, graph: Any) -> list[Any]:
     """`node`, or the MatMul and the Add that a plain Gemm with a constant kernel consists of."""
     from onnx import helper, numpy_helper
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 def code(file: Path) -> tuple[str, ...]:
     """The module in `file` and those of qt_jax that it imports, directly or not, as syntax trees.
 
-    Without comments and docstrings, which change no number.
+    Without comments, docstrings and the types of functions, which change no number.
 
     >>> any("Refused" in module for module in code(PACKAGE / "backends" / "litert_graph.py"))
     True
@@ -30,8 +30,11 @@ def code(file: Path) -> tuple[str, ...]:
 def _bare(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
-            kept = [part for part in body if not _is_text(part)]
-            node.body = kept or [ast.Pass()]
+            body[:] = [part for part in body if not _is_text(part)] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
     return tree
 
 

@@ -161,7 +161,7 @@ class Row:
         calibration = {"n": self.job.calibration_size, "method": scheme.calibration}
         about = provenance(backend.packages) | {"versions": environments.versions(backend)}
         return new_record(
-            **{"checkpoint": self.job.hashes["model"]} | self.job.identity,
+            **{"checkpoint": self.job.hashes["model"], **self.job.identity},
             key=self.key,
             data=_hash(self.job.hashes["images"], self.job.hashes["calibration"], self.job.hashes["labels"]),
             backend=backend.name,

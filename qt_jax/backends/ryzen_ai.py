@@ -45,6 +45,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,9 +84,7 @@ _CONFIGURATIONS = (
 )
 
 
-def _number_format(
-    name: str, weight_bits: int, _activation_bits: int, per_channel: bool | None, _calibration
-) -> str:
+def _number_format(name: str, per_channel: bool | None) -> str:
     if per_channel is None or name.startswith("MXFP"):
         return "float"
     return "block" if per_channel else "integer"
@@ -125,8 +124,15 @@ class RyzenAI:
     )
     packages = ("amd-quark", "onnxruntime", "torch", "onnx", "numpy")
     schemes = tuple(
-        Scheme(name.lower().replace("_", "-"), *description, number_format=_number_format(name, *description))
-        for name, *description in _CONFIGURATIONS
+        Scheme(
+            name.lower().replace("_", "-"),
+            weight_bits,
+            activation_bits,
+            per_channel,
+            calibration,
+            number_format=_number_format(name, per_channel),
+        )
+        for name, weight_bits, activation_bits, per_channel, calibration in _CONFIGURATIONS
     )
     runtimes = (Runtime("onnxruntime", "CPU emulation, graph optimizations off", 100, simulated=True),)
 
@@ -222,11 +228,11 @@ def _computes(operator: str) -> bool:
     )
 
 
-def _reader(name: str, images: np.ndarray):
+def _reader(name: str, images: np.ndarray) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
     class Images(CalibrationDataReader):
-        def __init__(self):
+        def __init__(self) -> None:
             self.rewind()
 
         def __len__(self) -> int:
@@ -235,7 +241,7 @@ def _reader(name: str, images: np.ndarray):
         def rewind(self) -> None:
             self._pending = iter(images)
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(self._pending, None)
             return None if image is None else {name: np.ascontiguousarray(image[None])}
 

@@ -43,6 +43,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -178,7 +179,7 @@ class Sophgo:
             network.forward()
             return np.array(network.outputs[0].data, np.float32).reshape(batch, -1)[: len(images)]
 
-        def session(images: np.ndarray, keep=model) -> np.ndarray:
+        def session(images: np.ndarray, keep: Any = model) -> np.ndarray:
             return np.concatenate([step(images[i : i + batch]) for i in range(0, len(images), batch)])
 
         return session
@@ -188,7 +189,7 @@ def _file(chip: str) -> str:
     return "model.cvimodel" if chip.startswith("cv") else "model.bmodel"
 
 
-def _network(file: str, chip: str):
+def _network(file: str, chip: str) -> tuple[Any, Any]:
     """(what has to stay alive, the network) of a compiled model."""
     if chip.startswith("cv"):
         import pyruntime_cvi
@@ -234,7 +235,7 @@ def _convert(source: Path, calibration: np.ndarray, folder: Path) -> None:
         )  # fmt: skip
 
 
-def read(source: Path):
+def read(source: Path) -> Any:
     """The `onnx.ModelProto` as the environment's onnx knows such: operators not in `_CHANGED_SINCE` mean the
     same in opset 19 as in 20 and 21."""
     import onnx
@@ -250,7 +251,7 @@ def read(source: Path):
     return model
 
 
-def _tool(name: str, work: Path, *arguments) -> None:
+def _tool(name: str, work: Path, *arguments: object) -> None:
     """Run one of tpu-mlir's programs in `work`. What it prints goes to the job's log."""
     script = Path(os.environ["TPUC_ROOT"], "python", "tools", f"{name}.py")
     command = [sys.executable, str(script), *map(str, arguments)]
@@ -283,7 +284,7 @@ def operators(lowered: str) -> dict[str, dict[str, int]]:
 
     Hence the casts at both ends count as float. "GenericCpu" is what the compiler leaves to the host.
     """
-    counts = defaultdict(lambda: {"integer": 0, "float": 0, "host": 0})
+    counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"integer": 0, "float": 0, "host": 0})
     for line in lowered.splitlines():
         found = _SIGNATURE.search(line)
         if found and found[1] not in _MOVES:

@@ -85,7 +85,7 @@ def perform(
         answer = _answer(scratch, job["step"], status, limits)
         (scratch / ANSWER).write_text(json.dumps(answer | {"limits": asdict(limits)}))
         os.replace(scratch, folder)
-        return _read(folder)
+        return _parsed(answer | {"limits": asdict(limits)}, folder)
 
 
 def kept(folder: Path, limits: Limits, retry: bool = False) -> Answer | None:
@@ -103,7 +103,7 @@ def give_up(folder: Path, reason: str, limits: Limits) -> Answer:
         folder.mkdir()
         (folder / LOG).write_text(f"{reason}\n")
         write_whole(folder / ANSWER, json.dumps(answer))
-        return _read(folder)
+        return _parsed(answer, folder)
 
 
 STOPPING = threading.Event()
@@ -128,11 +128,14 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _read(folder: Path) -> Answer | None:
     try:
-        found = json.loads((folder / ANSWER).read_text())
-        keys = ("status", "result", "reason", "seconds", "limits")
-        return Answer(*(found[key] for key in keys), folder)
+        return _parsed(json.loads((folder / ANSWER).read_text()), folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _parsed(found: Mapping[str, Any], folder: Path) -> Answer:
+    keys = ("status", "result", "reason", "seconds", "limits")
+    return Answer(**{key: found[key] for key in keys}, folder=folder)
 
 
 def _starved(found: Answer, limits: Limits) -> bool:

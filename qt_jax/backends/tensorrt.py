@@ -163,7 +163,7 @@ def _insert_pairs(source: Path, target: Path, calibration: np.ndarray) -> None:
     pending = iter(calibration)
 
     class Images(CalibrationDataReader):
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(pending, None)
             return None if image is None else {name: np.ascontiguousarray(image[None])}
 

@@ -15,6 +15,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def main(path: str) -> None:
     step = {"compile": _compile, "run": _run, "time": _time}[job["step"]]
     started = time.perf_counter()
     try:
-        answer = {"result": step(backend, scheme, job)}
+        answer: dict[str, Any] = {"result": step(backend, scheme, job)}
     except MemoryError as error:
         lack = f"out of memory at its limit of {limit / 2**30:g} GiB {error}".rstrip()
         answer = {"error": lack, "refused": False}
@@ -52,13 +53,13 @@ def main(path: str) -> None:
     _write(Path(job["answer"]), json.dumps(answer, allow_nan=False).encode())
 
 
-def _die_with_parent():
+def _die_with_parent() -> None:
     """A harness that is killed must not leave simulators behind (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def load_backend(file: str):
+def load_backend(file: str) -> Any:
     """`BACKEND` of the module at `file`, with the modules beside it and of qt_jax.export importable, but not
     what these packages themselves say, which needs jax."""
     folder = Path(__file__).resolve().parent
@@ -69,13 +70,15 @@ def load_backend(file: str):
         package.__path__ = [str(place)]
         sys.modules[name] = package
     spec = importlib.util.spec_from_file_location(f"qt_jax.backends.{Path(file).stem}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no module of Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module.BACKEND
 
 
-def _compile(backend, scheme, job):
+def _compile(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
     calibration = np.asarray(np.load(job["calibration"], mmap_mode="r"))
     Path(job["compiled"]).mkdir()
     compiled = backend.compile(Path(job["source"]), calibration, scheme, Path(job["compiled"]))
@@ -86,7 +89,7 @@ def _compile(backend, scheme, job):
     }
 
 
-def _run(backend, scheme, job):
+def _run(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
     session, batch, inputs = _session(backend, scheme, job)
     logits, reported = [], time.perf_counter()
     for start in range(0, len(inputs), batch):
@@ -100,15 +103,16 @@ def _run(backend, scheme, job):
     return {"n": len(inputs)}
 
 
-def _time(backend, scheme, job):
+def _time(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of single images, images a second at the larger batch."""
     session, batch, inputs = _session(backend, scheme, job)
     before = _joules()
     single = _clock(session, inputs[:1])
     after = _joules()
+    used = None if before is None or after is None else after - before
     calls = WARM_UP + len(single)
     result = {
-        "energy_mj": None if before is None or after < before else 1e3 * (after - before) / calls,
+        "energy_mj": None if used is None or used < 0 else 1e3 * used / calls,
         "latency_ms_p50": round(1e3 * float(np.percentile(single, 50)), 4),
         "latency_ms_p99": round(1e3 * float(np.percentile(single, 99)), 4),
         "throughput_ips": round(1 / float(np.median(single)), 2),
@@ -121,19 +125,20 @@ def _time(backend, scheme, job):
     return result
 
 
-def _session(backend, scheme, job):
+def _session(backend: Any, scheme: Any, job: dict[str, Any]) -> tuple[Any, int, np.ndarray]:
     [runtime] = [runtime for runtime in backend.runtimes if runtime.name == job["runtime"]]
     batch = 1 if scheme.dynamic else min(runtime.batch, job["most_batch"] or runtime.batch)
     inputs = np.load(job["inputs"], mmap_mode="r")[: job["n"]]
     return backend.load(Path(job["compiled"]), scheme, runtime), batch, inputs
 
 
-def _clock(session, images):
+def _clock(session: Any, images: np.ndarray) -> np.ndarray:
     """Seconds of each call."""
     images = np.ascontiguousarray(images)
     for _ in range(WARM_UP):
         session(images)
-    seconds, ends = [], time.perf_counter() + MOST_SECONDS
+    seconds: list[float] = []
+    ends = time.perf_counter() + MOST_SECONDS
     while len(seconds) < MOST_CALLS and (not seconds or time.perf_counter() < ends):
         started = time.perf_counter()
         session(images)
@@ -141,7 +146,7 @@ def _clock(session, images):
     return np.asarray(seconds)
 
 
-def _joules():
+def _joules() -> float | None:
     """Energy all CPU packages have used so far, by RAPL's counters; None where they cannot be read."""
     try:
         zones = Path("/sys/class/powercap").glob("*-rapl:*")
@@ -152,7 +157,7 @@ def _joules():
     return 1e-6 * sum(readings) if readings else None
 
 
-def _write(path, content):
+def _write(path: Path, content: bytes) -> None:
     scratch = path.with_name(f"{path.name}.partial")
     scratch.write_bytes(content)
     os.replace(scratch, path)

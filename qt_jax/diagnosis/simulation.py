@@ -14,13 +14,14 @@ from onnx import helper
 
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.export import graph
+from qt_jax.export.encodings import Encoding
 from qt_jax.export.integer_weights import folded_kernel, per_tensor
 from qt_jax.export.learned import activation_encoding
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
 from qt_jax.fake_quant import QuantSpec
 
 Bounds = Mapping[str, tuple[float, float]]
-"""Tensor -> least and largest value of its grid."""
+"""Layer -> least and largest value of its input's grid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +54,26 @@ SCHEMES = {
 """What all layers are given: weights' bits, and one scale a tensor (pt) or a channel (pc)."""
 
 
+def kernel_encoding(
+    kernel: np.ndarray, precision: Precision, axis: int, least: np.ndarray | float = 0.0
+) -> Encoding:
+    """The grid of a kernel whose output channels lie along `axis`; its scales are at least `least`.
+
+    >>> kernel_encoding(np.float32([[7.0, 0.4], [3.6, -1.0]]), Precision(4, None), 0).scale
+    (1.0,)
+    """
+    assert precision.weights is not None
+    encoding = folded_kernel(kernel, QuantSpec(precision.weights), axis, least)
+    return encoding if precision.per_channel else per_tensor(encoding)
+
+
 def rounded_kernel(kernel: np.ndarray, precision: Precision, axis: int) -> np.ndarray:
     """The kernel on its grid, float32 in its shape.
 
     >>> rounded_kernel(np.float32([[7.0, 0.4], [3.6, -1.0]]), Precision(4, None), 0).tolist()
     [[7.0, 0.0], [4.0, -1.0]]
     """
-    if precision.weights is None:
-        return kernel
-    encoding = folded_kernel(kernel, QuantSpec(precision.weights), axis)
-    if not precision.per_channel:
-        encoding = per_tensor(encoding)
+    encoding = kernel_encoding(kernel, precision, axis)
     shape = [1] * kernel.ndim
     if encoding.axis is not None:
         shape[axis] = -1
@@ -77,7 +87,7 @@ def simulated(model: onnx.ModelProto, precisions: Mapping[str, Precision], bound
     Args:
       model: a float graph.
       precisions: layer -> its bits.
-      bounds: of each tensor that such a layer reads; a tensor without stays in float.
+      bounds: of those layers' inputs; a layer without reads its input in float.
     """
     layers = layers_of(model)
     values = graph.constants(model)
@@ -93,10 +103,10 @@ def simulated(model: onnx.ModelProto, precisions: Mapping[str, Precision], bound
         if precision.weights is not None:
             inputs[1] = f"{node.name}/rounded kernel"
             new_values[inputs[1]] = rounded_kernel(values[layer.kernel], precision, layer.axis)
-        if precision.inputs is not None and layer.source in bounds:
-            key = layer.source, precision.inputs
+        if precision.inputs is not None and node.name in bounds:
+            key = layer.source, precision.inputs, bounds[node.name]
             if key not in rounded:
-                steps, constants, rounded[key] = _rounding(*key, bounds[layer.source])
+                steps, constants, rounded[key] = _rounding(node.name, *key)
                 nodes += steps
                 new_values |= constants
             inputs[0] = rounded[key]
@@ -105,13 +115,13 @@ def simulated(model: onnx.ModelProto, precisions: Mapping[str, Precision], bound
 
 
 def _rounding(
-    tensor: str, bits: int, bounds: tuple[float, float]
+    layer: str, tensor: str, bits: int, bounds: tuple[float, float]
 ) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray], str]:
     """Clip to the grid's ends, divide by its step, round, multiply: nodes, constants, name of the result."""
     spec = QuantSpec(bits, symmetric=False)
     encoding = activation_encoding(*bounds, spec, "calibrated")
     [scale], [zero_point] = encoding.scale, encoding.zero_point
-    base = f"{tensor}/{bits} bits"
+    base = f"{layer}/input on {bits} bits"
     names = {part: f"{base}/{part}" for part in ("low", "high", "inverse", "scale")}
     ends = ((end - zero_point) * scale for end in (encoding.q_min, encoding.q_max))
     numbers = map(np.float32, (*ends, 1.0 / scale, scale))

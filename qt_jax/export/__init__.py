@@ -7,41 +7,43 @@ only once what it holds has been verified.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import onnx
+from qt_jax.errors import InvalidInput, extra
 
-from qt_jax.errors import InvalidInput
-from qt_jax.export import folding
-from qt_jax.export.activations import fold_activations
-from qt_jax.export.batch import symbolic_batch
-from qt_jax.export.folding import (
-    drop_absent_bias,
-    fold_affine,
-    fold_constants,
-    fold_flatten,
-    fold_shift,
-    known_shapes,
-    written_axes,
-)
-from qt_jax.export.graph import with_shapes
-from qt_jax.export.layout import channels_first
-from qt_jax.export.lowering import lower
-from qt_jax.export.naming import name_by_path
-from qt_jax.export.operators import refuse_unsupported
-from qt_jax.export.opsets import OPSETS, at_opset
-from qt_jax.export.products import einsum_to_matmul, unflatten_dense
-from qt_jax.export.saving import save
-from qt_jax.export.simplify import (
-    drop_expands,
-    drop_identities,
-    fold_index,
-    fold_mean,
-    fold_stack,
-    plain_reshapes,
-    short_slices,
-)
-from qt_jax.export.verify import save_verified, verify
-from qt_jax.export.weights import aside, attached
-from qt_jax.export.windows import explicit_windows, fold_pad, resize_by_scale
+with extra("export"):
+    import onnx
+
+    from qt_jax.export import folding
+    from qt_jax.export.activations import fold_activations
+    from qt_jax.export.batch import symbolic_batch
+    from qt_jax.export.folding import (
+        drop_absent_bias,
+        fold_affine,
+        fold_constants,
+        fold_flatten,
+        fold_shift,
+        known_shapes,
+        written_axes,
+    )
+    from qt_jax.export.graph import with_shapes
+    from qt_jax.export.layout import channels_first
+    from qt_jax.export.lowering import lower
+    from qt_jax.export.naming import name_by_path
+    from qt_jax.export.operators import refuse_unsupported
+    from qt_jax.export.opsets import OPSETS, at_opset
+    from qt_jax.export.products import einsum_to_matmul, unflatten_dense
+    from qt_jax.export.saving import save
+    from qt_jax.export.simplify import (
+        drop_expands,
+        drop_identities,
+        fold_index,
+        fold_mean,
+        fold_stack,
+        plain_reshapes,
+        short_slices,
+    )
+    from qt_jax.export.verify import save_verified, verify
+    from qt_jax.export.weights import aside, attached
+    from qt_jax.export.windows import explicit_windows, fold_pad, resize_by_scale
 
 __all__ = ["save", "save_verified", "to_onnx", "verify"]
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qt_jax.command_line import exit_status, parse, print_rows, text_console
 from qt_jax.errors import InvalidInput
 from qt_jax.export.checkpoint import Deployable, deployable, load
 from qt_jax.export.deploy import deploy
@@ -26,6 +27,11 @@ class Options:
 
     The file gets its name only after it has passed onnx.checker, loaded in onnxruntime and been compared with
     the JAX forward. The network's own code is imported, by the name that the run or --model gives.
+
+    Examples:
+        python -m qt_jax.export runs/cifar10-fast-quartic-0 --out model.onnx
+        python -m qt_jax.export runs/cifar10-fast-quartic-0 --out int8.onnx --qdq int8
+        python -m qt_jax.export CHECKPOINT --model my_package.nets:Net --input-shape 32 32 3 --out net.onnx
     """
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -126,7 +132,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         dynamic_batch=options.dynamic_batch,
     )
     if options.json:
-        print(json.dumps(summary, allow_nan=False))
+        print_rows([summary])
         return summary
     console.print(facts(summary))
     if summary["layers"]:
@@ -193,24 +199,20 @@ def layers(summary: dict[str, Any]) -> Table:
         f"{quantized} of {len(rows)} layers quantized" if measured else f"{quantized} of {len(rows)} ranged"
     )
     if measured:
-        ran = sum(bool(row["integer_kernel"]) for row in rows)
-        table.caption += f", {ran} on integer kernels in onnxruntime on this CPU"
+        integer = sum(bool(row["integer_kernel"]) for row in rows)
+        table.caption += f", {integer} on integer kernels in onnxruntime on this CPU"
     table.caption_justify = "left"
     return table
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a message about wrong input."""
-    options = tyro.cli(Options, args=arguments, prog="python -m qt_jax.export")
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=PIPED_WIDTH)
-    try:
-        run(options, console)
-    except InvalidInput as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command line; returns the exit status, as `command_line.exit_status` does."""
+
+    def whole() -> None:
+        options = parse(Options, arguments, "qt_jax.export")
+        run(options, text_console(width=PIPED_WIDTH, stderr=options.json))
+
+    return exit_status(whole)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,10 @@ def _leaky_relu(node: NodeProto, producers: Producers, values: Values) -> NodePr
     condition, x, scaled = node.input
     test, product = producers.get(condition), producers.get(scaled)
     slope, source = _joined(product, values)
-    positive = test is not None and test.op_type in ("Greater", "GreaterOrEqual") and test.input[0] == x
-    zero = positive and test.input[1] in values and not np.any(values[test.input[1]])
-    if not zero or slope is None or product.op_type != "Mul" or source != x:
+    if test is None or product is None or slope is None or product.op_type != "Mul" or source != x:
+        return None
+    positive = test.op_type in ("Greater", "GreaterOrEqual") and test.input[0] == x
+    if not positive or test.input[1] not in values or np.any(values[test.input[1]]):
         return None
     return helper.make_node("LeakyRelu", [x], node.output, alpha=slope)
 
@@ -184,4 +185,4 @@ def _evaluated(nodes: list[NodeProto], given: dict[str, np.ndarray]) -> np.ndarr
     opset = [helper.make_opsetid("", OPSET)]
     with np.errstate(all="ignore"):
         (result,) = ReferenceEvaluator(helper.make_model(body, opset_imports=opset)).run(None, given)
-    return result
+    return np.asarray(result)

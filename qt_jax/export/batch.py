@@ -1,6 +1,6 @@
 """From the one concrete batch a graph was lowered with to a symbolic one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
@@ -49,11 +49,13 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type in ("Expand", "Reshape") and _holds_batch(values.get(node.input[1]), mark):
             target = values[node.input[1]]
             if node.op_type == "Reshape":
-                node = graph.rewired(node, [node.input[0], _shape(values, _inferred(node, target, mark))])
+                node = graph.rewired(
+                    node, [node.input[0], _shape(values, _inferred(node, target, mark).tolist())]
+                )
             elif shapes[node.input[0]][:1] == (mark,) and len(target) == len(shapes[node.input[0]]):
-                node = graph.rewired(node, [node.input[0], _shape(values, [1, *target[1:]])])
+                node = graph.rewired(node, [node.input[0], _shape(values, [1, *target[1:].tolist()])])
             else:
-                nodes.extend(_expanded(node.input[0], node.output[0], target, values))
+                nodes.extend(_expanded(node.input[0], node.output[0], target.tolist(), values))
                 continue
         broadcasts = node.op_type in BINARY and any(
             shapes[name][:1] == (mark,) for name in node.input if name not in repeated
@@ -74,8 +76,9 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _holds_batch(value: np.ndarray | None, mark: int) -> bool:
     """Whether a constant is a shape that holds the batch."""
-    shape = value is not None and value.dtype == np.int64 and value.ndim == 1
-    return bool(shape and np.any((value > 0) & (value % mark == 0)))
+    if value is None or value.dtype != np.int64 or value.ndim != 1:
+        return False
+    return bool(np.any((value > 0) & (value % mark == 0)))
 
 
 def _repeats(value: np.ndarray, mark: int) -> bool:
@@ -85,7 +88,7 @@ def _repeats(value: np.ndarray, mark: int) -> bool:
     return batched and np.array_equal(value, np.broadcast_to(value[:1], value.shape), equal_nan=floating)
 
 
-def _shape(values: Values, sizes) -> str:
+def _shape(values: Values, sizes: Sequence[int]) -> str:
     name = f"shape#{len(values)}"
     values[name] = np.array(sizes, np.int64)
     return name
@@ -98,7 +101,7 @@ def _inferred(node: NodeProto, target: np.ndarray, mark: int) -> np.ndarray:
     return inferred
 
 
-def _expanded(source: str, output: str, target, values: Values) -> list[NodeProto]:
+def _expanded(source: str, output: str, target: Sequence[int], values: Values) -> list[NodeProto]:
     """`source` repeated to (batch, *target[1:])."""
     sizes = ["batch_size", *([_shape(values, target[1:])] if len(target) > 1 else [])]
     return [

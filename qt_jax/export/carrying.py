@@ -1,6 +1,7 @@
 """How each operator works on the source of a view instead of on the view (see `layout`)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -42,7 +43,7 @@ def carry(node: NodeProto, views: Views) -> list[NodeProto] | None:
 
 
 def _moved(
-    node: NodeProto, view: View, views: Views, extra: list[str] | None = None, **attributes
+    node: NodeProto, view: View, views: Views, extra: list[str] | None = None, **attributes: Any
 ) -> list[NodeProto]:
     """`node` on the sources of its views, with other constant inputs and attributes; outputs become views."""
     sources = [views.views[name].source if name in views.views else name for name in node.input]
@@ -176,9 +177,8 @@ def _matmul(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None
     if rank < 4 or view.permutation != TO_CHANNELS_LAST.get(rank) or kernel is None or kernel.ndim != 2:
         return None
     points = kernel.T.reshape(*kernel.T.shape, *(1,) * (rank - 2))
-    window = {"kernel_shape": [1] * (rank - 2)}
     moved = _moved(node, view, views, [views.constant(node.input[1], points)])[0]
-    return [helper.make_node("Conv", moved.input, moved.output, **window)]
+    return [helper.make_node("Conv", moved.input, moved.output, kernel_shape=[1] * (rank - 2))]
 
 
 HANDLERS: dict[str, Callable[[NodeProto, View, Views], list[NodeProto] | None]] = {

@@ -93,7 +93,7 @@ def deployable(description: Description, base: str | os.PathLike = ".") -> Deplo
     learned = any(map(is_range, flatten_dict(variables.get(COLLECTION, {}))))
     call = dict(description.call)
 
-    def apply_fn(variables, inputs):
+    def apply_fn(variables: Mapping[str, Any], inputs: Any) -> Any:
         return module.apply(variables, inputs, **call)
 
     samples = None

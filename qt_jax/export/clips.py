@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import onnx
+from flax.linen.module import InterceptorContext
 from onnx import NodeProto, helper
 
 from qt_jax.export import graph
@@ -114,7 +115,12 @@ def clipped_forward(
     def forward(variables: Any, *inputs: Any) -> Any:
         calls: Counter[str] = Counter()
 
-        def intercept(call, args, kwargs, context):
+        def intercept(
+            call: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            context: InterceptorContext,
+        ) -> Any:
             path = "/".join(context.module.path)
             reached = isinstance(context.module, LAYERS) and context.method_name == "__call__"
             if not reached or path not in bounds:
@@ -184,7 +190,7 @@ class _Writer:
 
     def _clip(self, name: str, source: str, output: str, low: float, high: float) -> NodeProto:
         ends = f"{name}/min", f"{name}/max"
-        self.values |= dict(zip(ends, (np.float32(low), np.float32(high)), strict=True))
+        self.values |= dict(zip(ends, (np.asarray(end, np.float32) for end in (low, high)), strict=True))
         return helper.make_node("Clip", [source, *ends], [output], name=name)
 
     def _free(self, base: str) -> str:

@@ -13,6 +13,7 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export import save_verified, to_onnx
 from qt_jax.export.checkpoint import Deployable
 from qt_jax.export.clips import Bounds, clipped_forward, insert_clips, learned_clips
+from qt_jax.export.description import Samples
 from qt_jax.export.encodings import Ranges, write_ranges
 from qt_jax.export.layer_report import layer_rows
 from qt_jax.export.modes import MODES, deployed_config
@@ -21,6 +22,7 @@ from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
 from qt_jax.export.ranges import tensor_ranges
 from qt_jax.export.summary import summarize
 from qt_jax.export.views import as_graph
+from qt_jax.rules import QuantConfig
 
 OPSET = 17
 """Of ai.onnx, unless told otherwise and where it has the integers."""
@@ -71,10 +73,8 @@ def deploy(
     """
     out = Path(out)
     opset = _opset(opset, qdq)
-    if qdq is not None:
-        _require_learned(network, qdq)
-    if clips:
-        _require_clippable(network, qdq)
+    learned = None if qdq is None else _learned(network, qdq)
+    clippable = _clippable(network, qdq) if clips else None
     if out.is_dir():
         raise InvalidInput(f"{out} is a folder: name the file to write, such as {out / 'model.onnx'}")
     model = to_onnx(
@@ -87,17 +87,17 @@ def deploy(
         dynamic_batch=dynamic_batch,
     )
     bounds: dict[str, Bounds] = {}
-    if clips:
-        bounds = learned_clips(model, network.variables, network.config)
+    if clippable is not None:
+        bounds = learned_clips(model, network.variables, clippable)
         network = dataclasses.replace(network, apply_fn=clipped_forward(network.apply_fn, model, bounds))
         model = insert_clips(model, bounds)
     options = {"layout": layout, "batch_sizes": (1, 7) if dynamic_batch else (1,)}
     path, ranges = ranges_path(out), None
     try:
-        if qdq is None:
+        if qdq is None or learned is None:
             summary, ranges = _float(network, model, out, per_channel, options)
         else:
-            summary = _quantized(network, model, out, qdq, per_channel, signed, options)
+            summary = _quantized(network, model, out, qdq, *learned, per_channel, signed, options)
         if ranges is None:
             path.unlink(missing_ok=True)  # those of the graph that was there before
         else:
@@ -152,7 +152,8 @@ def _opset(opset: int | None, qdq: str | None) -> int:
     return max(OPSET, first) if opset is None else opset
 
 
-def _require_learned(network: Deployable, qdq: str) -> None:
+def _learned(network: Deployable, qdq: str) -> tuple[QuantConfig, Samples]:
+    """What QDQ takes beside the network itself."""
     if network.config is None:
         raise InvalidInput(
             f"QDQ mode {qdq} needs learned ranges, and these variables hold none: train with qt.quant_trim, "
@@ -163,9 +164,10 @@ def _require_learned(network: Deployable, qdq: str) -> None:
             f"QDQ mode {qdq} needs real inputs, for what the learned ranges do not cover and to measure "
             'parity: give samples, an .npz with the arrays "calibration" and "parity"'
         )
+    return network.config, network.samples
 
 
-def _require_clippable(network: Deployable, qdq: str | None) -> None:
+def _clippable(network: Deployable, qdq: str | None) -> QuantConfig:
     if qdq is not None:
         raise InvalidInput(
             f"QDQ mode {qdq} clips at the ends of its integers: Clip nodes are for FP32 graphs"
@@ -175,6 +177,7 @@ def _require_clippable(network: Deployable, qdq: str | None) -> None:
             "Clip nodes need learned ranges, and these variables hold none: train with qt.quant_trim, or "
             "export without them"
         )
+    return network.config
 
 
 def _inputs(network: Deployable) -> tuple[np.ndarray, str]:
@@ -195,7 +198,8 @@ def _float(
     """Saves the FP32 graph; returns its summary, and its ranges if there are any."""
     ranges, reason = learned_ranges(network, model, per_channel=per_channel, layout=options["layout"])
     summary = save_verified(model, out, network.apply_fn, network.variables, _inputs(network)[0], **options)
-    layers = [] if ranges is None else layer_rows(model, network.config, ranges)
+    config = network.config
+    layers = [] if ranges is None or config is None else layer_rows(model, config, ranges)
     return summary | {"layers": layers, "ranges_reason": reason}, ranges
 
 
@@ -204,16 +208,18 @@ def _quantized(
     model: onnx.ModelProto,
     out: Path,
     mode: str,
+    trained: QuantConfig,
+    samples: Samples,
     per_channel: bool,
     signed: bool,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Saves the QDQ graph; returns its summary. It holds its ranges itself: there is no file of them."""
-    config = deployed_config(network.config, mode)
-    calibration = as_graph(network.samples.calibration, options["layout"])
+    config = deployed_config(trained, mode)
+    calibration = as_graph(samples.calibration, options["layout"])
     ranges = tensor_ranges(model, network.variables, config, calibration, per_channel=per_channel)
     quantized = insert_qdq(model, ranges, signed=signed)
-    inputs = network.samples.parity
+    inputs = samples.parity
 
     fake_quantized = fake_quant_forward(network.apply_fn, config)
     found = parity(quantized, fake_quantized, network.variables, inputs, ranges, layout=options["layout"])

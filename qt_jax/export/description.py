@@ -48,7 +48,7 @@ class Description:
     quantization: QuantConfig | None = None
     samples: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = self.input_shape
         if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
             raise InvalidInput(f"input_shape must hold whole numbers above 0, without the batch; got {shape}")

@@ -16,6 +16,10 @@ from qt_jax.export.saving import staged
 VERSION = 1
 
 
+Source = Literal["learned", "calibrated", "folded kernel"]
+"""What a grid was set by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoding:
     """One tensor's grid, x_hat = scale * (q - zero_point) with q a signed integer.
@@ -46,7 +50,7 @@ class Encoding:
     axis: int | None
     q_min: int
     q_max: int
-    source: Literal["learned", "calibrated", "folded kernel"]
+    source: Source
 
     @property
     def grid(self) -> tuple:
@@ -147,7 +151,9 @@ def _as_json(encoding: Encoding) -> dict[str, Any]:
 
 
 def _from_json(entry: dict[str, Any]) -> Encoding:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
+    }
     values["symmetric"] = values.pop("scheme") == "symmetric"
     values |= {name: values.pop(key) for name, key in _RENAMED.items()}
     return Encoding(**values)

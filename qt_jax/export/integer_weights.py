@@ -6,13 +6,14 @@ integers that round(w / s) had in training, negated where gain_c < 0: only the s
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto
 
 from qt_jax.export import graph
-from qt_jax.export.encodings import Encoding
+from qt_jax.export.encodings import Encoding, Source
 from qt_jax.export.operators import WEIGHTED
 from qt_jax.fake_quant import SCALE_FLOOR, QuantSpec
 
@@ -150,7 +151,7 @@ def folded_kernel(
     return _symmetric(np.maximum(peak / spec.integer_range[1], least), spec, axis, "folded kernel")
 
 
-def _symmetric(scale: np.ndarray, spec: QuantSpec, axis: int, source: str) -> Encoding:
+def _symmetric(scale: np.ndarray, spec: QuantSpec, axis: int, source: Source) -> Encoding:
     q_min, q_max = spec.integer_range
     stored = np.maximum(scale, SCALE_FLOOR).astype(np.float32)
     high = stored.astype(np.float64) * q_max
@@ -174,5 +175,7 @@ def per_tensor(encoding: Encoding) -> Encoding:
     Where a batch norm was folded the channels' scales differ: the integers are no longer the trained ones.
     """
     largest = int(np.argmax(encoding.scale))
-    one = {name: (getattr(encoding, name)[largest],) for name in ("scale", "zero_point", "low", "high")}
+    one: dict[str, Any] = {
+        name: (getattr(encoding, name)[largest],) for name in ("scale", "zero_point", "low", "high")
+    }
     return dataclasses.replace(encoding, axis=None, **one)

@@ -48,8 +48,10 @@ def layer_rows(
         if row["weights"] is None and row["integer_kernel"]:
             reason = f"{reason}; onnxruntime rounds them to INT8 by itself"
         if reason is None and row["integer_kernel"] is False:
-            reason = _why_no_integer_kernel(node.op_type, ranges.tensors[kernel].bits, fed.bits)
-            reason = reason or "its output is read in floating point"
+            reason = "its output is read in floating point"
+            if kernel is not None and fed is not None:
+                found = _why_no_integer_kernel(node.op_type, ranges.tensors[kernel].bits, fed.bits)
+                reason = found or reason
         rows.append(row | {"reason": reason})
     return rows
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import onnx
 from flax.traverse_util import flatten_dict
+from jax.typing import ArrayLike
 from onnx import NodeProto
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.encodings import Encoding
+from qt_jax.export.encodings import Encoding, Source
 from qt_jax.export.integer_weights import (
     channel_axis,
     folded_kernel,
@@ -83,7 +84,7 @@ def learned_encodings(
     return kernels, inputs, quantized
 
 
-def activation_encoding(low: float, high: float, spec: QuantSpec, source: str) -> Encoding:
+def activation_encoding(low: ArrayLike, high: ArrayLike, spec: QuantSpec, source: Source) -> Encoding:
     """The signed encoding of an activation's range; the zero-point of an unsigned grid is shifted.
 
     Raises:
@@ -97,7 +98,7 @@ def activation_encoding(low: float, high: float, spec: QuantSpec, source: str) -
             f"activations on {spec.bits} bits along axis {spec.axis} have no QDQ form: it clips at the ends "
             "of an integer type and has one scale. Deploy on 8 or 16 bits, see qt_jax.export.modes."
         )
-    low, high = np.float32(low), np.float32(high)
+    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
     scale, zero_point = quantization_parameters(low, high, spec)
     shift = 0 if spec.symmetric else 2 ** (spec.bits - 1)
     q_min, q_max = spec.integer_range

@@ -46,11 +46,14 @@ def input_specs(input_shape: Any, batch: int) -> Inputs:
     """
     if not isinstance(input_shape, jax.ShapeDtypeStruct | list | tuple):
         raise InvalidInput(f"input_shape {input_shape!r} must be a tuple of sizes without batch: (32, 32, 3)")
-    single = isinstance(input_shape, jax.ShapeDtypeStruct) or all(
+    if isinstance(input_shape, jax.ShapeDtypeStruct) or all(
         isinstance(size, int | np.integer) for size in input_shape
-    )
+    ):
+        entries: Any = [input_shape]
+    else:
+        entries = input_shape
     specs = []
-    for entry in [input_shape] if single else input_shape:
+    for entry in entries:
         shape, dtype = getattr(entry, "shape", entry), getattr(entry, "dtype", jnp.float32)
         if not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
             raise InvalidInput(f"input_shape {input_shape!r}: sizes must be positive whole numbers, no batch")
@@ -85,7 +88,7 @@ def lower(
       InvalidInput: variables or inputs that `apply_fn` does not take, an output without batch, or an
         operation that jax2onnx does not lower.
     """
-    leaves = flatten_dict(unfreeze(variables))
+    leaves = flatten_dict(unfreeze(dict(variables)))
     sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
     sizes += [size for spec in input_specs(input_shape, 1) for size in spec.shape]
     inputs = input_specs(input_shape, batch or unmistakable(sizes))
@@ -103,7 +106,7 @@ def lower(
         raise InvalidInput(f"the name {common.pop()!r} is given to an input and to an output: change one")
 
     def positional(*arguments: jax.Array) -> list[jax.Array]:
-        data, values = arguments[: len(inputs)], arguments[len(inputs) :]
+        data, values = list(arguments[: len(inputs)]), arguments[len(inputs) :]
         if channels_first:
             data = [jnp.transpose(x, TO_CHANNELS_LAST[4]) if x.ndim == 4 else x for x in data]
         held = unflatten_dict(dict(zip(leaves, values, strict=True)))
@@ -193,7 +196,7 @@ def _is_number(value: Any) -> bool:
 
 def _numbers(jaxpr: Any) -> Iterator[float]:
     """The floating-point literals of a trace, in order, but for those by which a sum is made a mean."""
-    sums = set()
+    sums: set[int] = set()
     for equation in jaxpr.eqns:
         kept = equation.primitive.name in ("broadcast_in_dim", "reshape") and id(equation.invars[0]) in sums
         if equation.primitive.name == "reduce_sum" or kept:

@@ -1,13 +1,17 @@
 """The deployments that QDQ export offers, as changes to the config of training."""
 
 import dataclasses
+from typing import TypeVar
 
 from qt_jax.errors import InvalidInput
 from qt_jax.fake_quant import QuantSpec
-from qt_jax.rules import QuantConfig, Rule
+from qt_jax.rules import QuantConfig, Rule, Site
 
 MODES = {"int8": (8, 8), "int4": (4, 8), "int16-act": (8, 16)}
 """Mode -> bits of weights and of activations."""
+
+
+Chosen = TypeVar("Chosen", Site, Site | str)
 
 
 def deployed_config(config: QuantConfig, mode: str) -> QuantConfig:
@@ -26,7 +30,7 @@ def deployed_config(config: QuantConfig, mode: str) -> QuantConfig:
         raise InvalidInput(f"QDQ mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     weight_bits, activation_bits = MODES[mode]
 
-    def on(bits: int, site: QuantSpec | str | None) -> QuantSpec | str | None:
+    def on(bits: int, site: Chosen) -> Chosen:
         return dataclasses.replace(site, bits=bits) if isinstance(site, QuantSpec) else site
 
     def rule(rule: Rule) -> Rule:

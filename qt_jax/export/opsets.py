@@ -13,6 +13,7 @@ OPSETS = range(13, 22)
 REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"})
 
 Values = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
@@ -56,13 +57,13 @@ def _chain(output: str, *steps: tuple) -> list[NodeProto]:
     return nodes
 
 
-def _hard_swish(node: NodeProto, values: Values, _) -> list[NodeProto]:
+def _hard_swish(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
     """x * max(0, min(1, x / 6 + 1 / 2))."""
     (x,), (y,) = node.input, node.output
     return _chain(y, ("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}), ("Mul", [x, ...]))
 
 
-def _gelu(node: NodeProto, values: Values, _) -> list[NodeProto]:
+def _gelu(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
     """x / 2 * (1 + erf(x / sqrt(2))), or its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415)."""
     (x,), (y,) = node.input, node.output
     one, half = _scalar(values, 1.0), _scalar(values, 0.5)
@@ -80,7 +81,7 @@ def _gelu(node: NodeProto, values: Values, _) -> list[NodeProto]:
     return _chain(y, *inner, ("Add", [..., one]), ("Mul", [x, ...]), ("Mul", [..., half]))
 
 
-def _mish(node: NodeProto, values: Values, _) -> list[NodeProto]:
+def _mish(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
     """x * tanh(softplus(x))."""
     (x,), (y,) = node.input, node.output
     return _chain(y, ("Softplus", [x]), ("Tanh", [...]), ("Mul", [x, ...]))
@@ -133,13 +134,13 @@ def _group_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto
     )
 
 
-def _reduction(node: NodeProto, values: Values, _) -> list[NodeProto]:
+def _reduction(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
     axes = values[node.input[1]].ravel().tolist()
     stated = graph.attributes(node)
     return [helper.make_node(node.op_type, node.input[:1], node.output, axes=axes, **stated)]
 
 
-def _shape(node: NodeProto, values: Values, _) -> list[NodeProto]:
+def _shape(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
     """Shape from `start` to `end`, by a Slice."""
     stated = graph.attributes(node)
     values |= {f"shape#{end}": np.array([stated[end]], np.int64) for end in ("start", "end")}

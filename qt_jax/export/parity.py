@@ -100,7 +100,7 @@ def _forward(
     return [np.concatenate(parts) for parts in zip(*map(jax.tree.leaves, results), strict=True)]
 
 
-def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dict[str, float | int | None]:
+def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dict[str, Any]:
     step = encoding.scale[0]
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     ratio = sqnr_db(expected, found)

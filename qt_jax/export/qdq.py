@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -124,7 +125,10 @@ class _Writer:
             integers = kernel.integers(self.values[node.input[1]])
             inputs[1] = self._constant(node.input[1], integers, kernel.bits, kernel.scale, kernel.axis)
             if learned is not None and node.op_type in BIASED and len(node.input) > 2:
-                inputs[2] = self._bias(node.input[2], np.float32(learned.scale) * np.float32(kernel.scale))
+                inputs[2] = self._bias(
+                    node.input[2],
+                    np.asarray(learned.scale, np.float32) * np.asarray(kernel.scale, np.float32),
+                )
         made = [f"{name}/float" if name in self.outputs else name for name in node.output]
         self.nodes.append(graph.rewired(node, inputs, made))
         for name in self.outputs.intersection(node.output):
@@ -154,7 +158,7 @@ class _Writer:
         zero_point = np.array(encoding.zero_point[0] + shift, types[encoding.bits])
         quantized = f"{base}/QuantizeLinear"
         grid = f"{quantized}/scale", f"{quantized}/zero_point"  # a norm has a "scale" of its own
-        self.values |= dict(zip(grid, (np.float32(encoding.scale[0]), zero_point), strict=True))
+        self.values |= dict(zip(grid, (np.asarray(encoding.scale[0], np.float32), zero_point), strict=True))
         self._node("QuantizeLinear", quantized, [source, *grid], quantized)
         return self._node("DequantizeLinear", f"{base}/DequantizeLinear", [quantized, *grid], output)
 
@@ -173,7 +177,7 @@ class _Writer:
             dtype = np.int32 if bits == 32 else SIGNED[storage_bits(bits)]
             if bits != 32:
                 self._require_opset(bits, name)
-            stored = np.float32(scale[0] if axis is None else scale)
+            stored = np.asarray(scale[0] if axis is None else scale, np.float32)
             dequantized = f"{base}/DequantizeLinear"
             named = f"{base}/quantized", f"{dequantized}/scale", f"{dequantized}/zero_point"
             parts = integers.astype(dtype), stored, np.zeros(stored.shape, dtype)
@@ -189,7 +193,7 @@ class _Writer:
         self.bases.add(base)
         return base
 
-    def _node(self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+    def _node(self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
         return output
 

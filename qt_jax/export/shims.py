@@ -92,11 +92,19 @@ def _pooling() -> Iterator[None]:
         widths = [(0, 0), *((side, side) if isinstance(side, int) else side for side in padding), (0, 0)]
         return jnp.pad(inputs, widths, constant_values=value), "VALID"
 
-    def max_pool(inputs, window_shape, strides=None, padding="VALID"):
+    def max_pool(
+        inputs: jax.Array, window_shape: Any, strides: Any = None, padding: Any = "VALID"
+    ) -> jax.Array:
         inputs, padding = padded(inputs, padding, -jnp.inf)
         return lowered[0](inputs, window_shape=window_shape, strides=strides, padding=padding)
 
-    def avg_pool(inputs, window_shape, strides=None, padding="VALID", count_include_pad=True):
+    def avg_pool(
+        inputs: jax.Array,
+        window_shape: Any,
+        strides: Any = None,
+        padding: Any = "VALID",
+        count_include_pad: bool = True,
+    ) -> jax.Array:
         if not (isinstance(padding, str) or count_include_pad):
             raise InvalidInput(
                 "nn.avg_pool with explicit padding and count_include_pad=False does not export: "
@@ -106,7 +114,9 @@ def _pooling() -> Iterator[None]:
         options = {"strides": strides, "padding": padding, "count_include_pad": count_include_pad}
         return lowered[1](inputs, window_shape=window_shape, **options)
 
-    def pool(inputs, init, reduce_fn, window_shape, strides, padding):
+    def pool(
+        inputs: jax.Array, init: Any, reduce_fn: Any, window_shape: Any, strides: Any, padding: Any
+    ) -> jax.Array:
         inputs, padding = padded(inputs, padding, init)
         return lowered[2](inputs, init, reduce_fn, window_shape, strides, padding)
 
@@ -122,7 +132,9 @@ def _resize() -> Iterator[None]:
     """Let `jax.image.resize` enlarge: antialiasing acts on reductions only."""
     lowered = jax.image.resize
 
-    def resize(image, shape, method, antialias=True, precision=None):
+    def resize(
+        image: jax.Array, shape: Any, method: Any, antialias: bool = True, precision: Any = None
+    ) -> jax.Array:
         name = str(getattr(method, "name", method)).lower()
         shrinks = any(new < old for new, old in zip(shape, image.shape, strict=True))
         if shrinks and antialias and "nearest" not in name:
@@ -153,7 +165,15 @@ def _hashable_padding(padding: Any, rank: int) -> Any:
     return found if isinstance(found, str) else tuple(map(tuple, found))
 
 
-def _unrolled_scan(f, init, xs=None, length=None, reverse=False, unroll=1, **_):
+def _unrolled_scan(
+    f: Callable[..., Any],
+    init: Any,
+    xs: Any = None,
+    length: Any = None,
+    reverse: bool = False,
+    unroll: Any = 1,
+    **_: Any,
+) -> tuple[Any, Any]:
     """`jax.lax.scan` as a Python loop, for a graph without loops."""
     leaves = jax.tree.leaves(xs)
     steps = leaves[0].shape[0] if leaves else length

@@ -144,8 +144,8 @@ def fold_stack(model: onnx.ModelProto) -> onnx.ModelProto:
 
     def taken(node: NodeProto) -> NodeProto:
         stack = stacks.get(node.input[0]) if node.op_type == "Gather" else None
-        index = values.get(node.input[1]) if stack is not None else None
-        if index is None or index.ndim or any(name not in shapes for name in stack.input):
+        index = None if stack is None else values.get(node.input[1])
+        if stack is None or index is None or index.ndim or any(name not in shapes for name in stack.input):
             return node
         rank = len(shapes[stack.output[0]])
         axes = {graph.attributes(each).get("axis", 0) % rank for each in (node, stack)}

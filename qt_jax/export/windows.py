@@ -1,6 +1,7 @@
 """Window attributes written out: compilers disagree on defaults, and some read `kernel_shape` unasked."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from qt_jax.export import graph
 from qt_jax.export.operators import WEIGHTED
 
 WINDOWED = frozenset({"AveragePool", "Conv", "ConvTranspose", "MaxPool"})
-RESIZE = {
+RESIZE: dict[str, dict[str, Any]] = {
     "cubic": {"cubic_coeff_a": -0.5, "exclude_outside": 1},
     "nearest": {"nearest_mode": "round_prefer_ceil"},
 }

@@ -65,11 +65,11 @@ def agreement(first: Record, second: Record) -> float | None:
     """The fraction of images that both decide alike; None if they did not see the same images."""
     if first.get("data") != second.get("data"):
         return None
-    decisions = predictions(first), predictions(second)
-    if decisions[0] is None or decisions[1] is None:
+    one, other = predictions(first), predictions(second)
+    if one is None or other is None:
         return None
-    shared = min(map(len, decisions))
-    return float(np.mean(decisions[0][:shared] == decisions[1][:shared]))
+    shared = min(len(one), len(other))
+    return float(np.mean(one[:shared] == other[:shared]))
 
 
 def standard_error(alike: float, difference: float, n: int) -> float:
@@ -86,8 +86,8 @@ def standard_error(alike: float, difference: float, n: int) -> float:
 
 def cell_agreement(first: Seeds, second: Seeds) -> float | None:
     """Agreement of two cells, the mean over the seeds that both have."""
-    values = [agreement(first[seed], second[seed]) for seed in first if seed in second]
-    values = [value for value in values if value is not None]
+    found = [agreement(first[seed], second[seed]) for seed in first if seed in second]
+    values = [value for value in found if value is not None]
     return spread(values)[0] if values else None
 
 

@@ -1,6 +1,7 @@
 """Deployment records beside accuracy: operators, cycles, latency, energy, cost, provenance."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from qt_jax.reporting.cells import measured
 from qt_jax.reporting.deployment import Column, Deployment, Row, Seeds, arrange
@@ -137,7 +138,7 @@ def provenance(deployment: Deployment) -> str:
     )
 
 
-def _first(seeds: Seeds, key: str) -> object:
+def _first(seeds: Seeds, key: str) -> Any:
     """The value under `key` of the first seed that has one."""
     return next((record[key] for record in seeds.values() if record.get(key)), None)
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from qt_jax.reporting.cells import METRICS, Comparison, compare, measured, spread, title
 from qt_jax.reporting.records import Record
@@ -50,8 +51,7 @@ def summary_figure(
     True
     """
     comparison = compare(records)
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(11, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, 2, height_ratios=(1.35, 0.7, 0.5))
     _accuracy_by_scheme(figure.add_subplot(grid[0, :]), comparison, metric)

@@ -33,8 +33,7 @@ def pooled(seeds: Seeds) -> np.ndarray | None:
     kept = [record["reliability"] for record in seeds.values() if record.get("reliability")]
     if not kept:
         return None
-    bins = np.array(kept, dtype=object)
-    bins = np.where(np.equal(bins, None), 0, bins).astype(np.float64)
+    bins = np.nan_to_num(np.array(kept, dtype=np.float64))  # an empty bin holds None
     counts = bins[..., 0].sum(axis=0)
     sums = (bins[..., :1] * bins[..., 1:]).sum(axis=0)
     return np.column_stack([counts, sums / np.maximum(counts, 1)[:, None]])

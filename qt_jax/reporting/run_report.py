@@ -53,6 +53,7 @@ class Run:
       ranges: of the Quant-Trim network's exported graph.
       pictures: caption -> further picture of the folder.
       diagnosis: Markdown.
+      diagnosis_drawings: picture of `diagnosis` -> its SVG, as `qt_jax.reporting.ink.to_svg` makes it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Run:
     ranges: Ranges | None = None
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     diagnosis: str | None = None
+    diagnosis_drawings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run_page(run: Run) -> str:
@@ -86,7 +88,7 @@ def run_page(run: Run) -> str:
         "Activation ranges": range_section(run.ranges),
         "Vendors": _vendors(run),
         "Calibration": _calibration(run),
-        "Diagnosis": _diagnosis(run.diagnosis),
+        "Diagnosis": _diagnosis(run.diagnosis, run.diagnosis_drawings),
         "Reproduce": _reproduce(run),
     }
     heading = f"Run {run.name}"
@@ -236,7 +238,7 @@ def _calibration(run: Run) -> Section:
     return Section("\n\n".join(parts), drawings)
 
 
-def _diagnosis(markdown: str | None) -> Section | None:
+def _diagnosis(markdown: str | None, drawings: Mapping[str, str]) -> Section | None:
     """`markdown` without its title, its other headings one level further down."""
     if markdown is None:
         return None
@@ -247,7 +249,7 @@ def _diagnosis(markdown: str | None) -> Section | None:
             lines.append(line)
         elif not line.startswith("# "):
             lines.append(f"#{line}")
-    return Section("\n".join(lines).strip(), {})
+    return Section("\n".join(lines).strip(), drawings)
 
 
 def _reproduce(run: Run) -> Section:

@@ -14,6 +14,8 @@ import qt_jax as qt
 from experiments import layer_comparison, layer_sqnr
 from experiments.data import load
 from experiments.models.fast_resnet import FastResNet
+from qt_jax.diagnosis.layer_sqnr import compare
+from qt_jax.diagnosis.layers import layer_outputs
 from qt_jax.export.description import Description, Samples, write_description, write_samples
 from qt_jax.reporting import records
 
@@ -37,9 +39,9 @@ def test_layers_are_compared_behind_their_activation_and_as_they_are_read():
     plain = graph("kept = Relu(first) logits = MatMul(kept, eye)")
     deployed = graph("""kept = Relu(first) kept_DequantizeLinear_Output = Add(kept, noise)
         logits = MatMul(kept_DequantizeLinear_Output, eye)""")
-    assert layer_comparison.layer_outputs(plain) == {"first": "kept", "logits": "logits"}
+    assert layer_outputs(plain) == {"first": "kept", "logits": "logits"}
     images = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
-    reference, logits, ratios = layer_comparison.compare(plain, {"noisy": deployed, "same": plain}, images)
+    reference, logits, ratios = compare(plain, {"noisy": deployed, "same": plain}, images)
     signal = np.maximum(images.astype(np.float64), 0.0)
     expected = pytest.approx(10 * np.log10(np.sum(signal**2) / (200 * 0.25)), abs=1e-4)
     nothing = {"first": None, "logits": None}

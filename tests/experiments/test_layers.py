@@ -48,6 +48,10 @@ def test_command_appends_a_row_for_each_choice(graph, tmp_path, capsys):
     assert quality["none"] is None and quality["all"] < quality["first"]
     assert quality["all but first"] == quality["second"]
     assert "all but first" in capsys.readouterr().out
+    assert layers.main([str(tmp_path), "--json"]) == 0
+    read = capsys.readouterr()
+    assert [json.loads(line) for line in read.out.splitlines()] == records.read(tmp_path / "layers.jsonl")[6:]
+    assert "all but first" in read.err and "\x1b" not in read.err
 
 
 @pytest.mark.parametrize("config", [None, {"dataset": "digits"}])

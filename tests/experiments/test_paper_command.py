@@ -134,9 +134,9 @@ def test_cores_are_dealt_to_pinned_rows_only():
 
 
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paper, "run", lambda *_: paper._interrupt())
-    assert launch(tmp_path) == 130
-    assert "the same command goes on from here" in capsys.readouterr().out
+    monkeypatch.setattr(paper, "run", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert launch(tmp_path) == 143
+    assert "the same command goes on from here" in capsys.readouterr().err
 
 
 def start(folder: Path) -> subprocess.Popen:

@@ -1,21 +1,20 @@
-"""What is committed of the study is what its records give: tables, figures' data, blocks of README."""
+"""What is committed of the study is what its records give: tables, figures' data, blocks of its page."""
 
 import functools
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 
 from experiments.configs import methods
 from experiments.configs.methods import METHODS
+from experiments.paper.__main__ import PAGE
 from experiments.paper.evidence import read
 from experiments.paper.expectation import expectation
 from experiments.paper.figures import figures
 from experiments.paper.render import DIGESTS, blocks, digest, filled, pages
 from experiments.paper.rows import DEPLOYMENT, RESULTS
 
-README = Path(__file__).parents[2] / "README.md"
 STUDIES = sorted(path.parent for path in RESULTS.glob(f"paper-*/{DEPLOYMENT}"))
 
 
@@ -34,13 +33,13 @@ def test_committed_results_are_those_of_the_records(folder):
         name: digest(folder / name) for name in pictures
     }
     assert {path.name for path in folder.glob("*.png")} == pictures.keys()
-    text = README.read_text()
-    assert filled(text, blocks(evidence, folder.name)) == text, "README differs from the records"
+    text = PAGE.read_text()
+    assert filled(text, blocks(evidence, folder.name)) == text, f"{PAGE} differs from the records"
 
 
-def test_blocks_of_the_readme_belong_to_a_study_that_is_there():
-    named = {line.split()[1] for line in README.read_text().splitlines() if line.startswith("<!-- paper-")}
-    assert named <= {folder.name for folder in STUDIES}
+def test_blocks_of_the_page_belong_to_a_study_that_is_there():
+    named = {line.split()[1] for line in PAGE.read_text().splitlines() if line.startswith("<!-- paper-")}
+    assert named and named <= {folder.name for folder in STUDIES}
 
 
 @functools.cache

@@ -219,5 +219,3 @@ def test_a_row_ends_itself_without_its_parent(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
     row_module._end_without(os.getppid() + 1)
     assert sent == [(os.getpid(), signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt):
-        row_module._interrupt()

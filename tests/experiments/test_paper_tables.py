@@ -290,27 +290,27 @@ def test_figures_of_what_is_gone_are_removed(tmp_path):
     assert f"tails-{TASK}" not in (folder / "summary.md").read_text()
 
 
-def test_readme_gets_its_blocks_and_keeps_the_rest(tmp_path, monkeypatch):
+def test_the_page_gets_its_blocks_and_keeps_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(render, "draw", lambda pictures, folder: None)
     folder = written_to(tmp_path / "paper-cpu", made_up())
-    readme = tmp_path / "README.md"
+    page = tmp_path / "study.md"
     text = "before\n<!-- paper-cpu cost -->\nold\n<!-- end -->\n"
     text += "<!-- paper-accelerator cost -->\nx\n<!-- end -->\n"
-    readme.write_text(text + f"<!-- paper-cpu {TASK} schedule gains -->\n<!-- end -->\nafter\n")
-    render.render(folder, readme)
-    once = readme.read_text()
+    page.write_text(text + f"<!-- paper-cpu {TASK} schedule gains -->\n<!-- end -->\nafter\n")
+    render.render(folder, page)
+    once = page.read_text()
     assert "12 rows" in once and "linear ramp" in once and "old" not in once
     assert "<!-- paper-accelerator cost -->\nx\n<!-- end -->" in once
     assert once.startswith("before\n") and once.endswith("after\n")
-    render.render(folder, readme)
-    assert readme.read_text() == once
+    render.render(folder, page)
+    assert page.read_text() == once
 
 
 def test_what_cannot_be_rendered_is_refused(tmp_path):
     with pytest.raises(qt.InvalidInput, match="holds no records of finished rows"):
         render.render(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- paper-cpu nothing -->\n<!-- end -->\n")
+    page = tmp_path / "study.md"
+    page.write_text("<!-- paper-cpu nothing -->\n<!-- end -->\n")
     with pytest.raises(qt.InvalidInput, match="a table 'paper-cpu nothing' that the records do not give"):
-        render.render(written_to(tmp_path / "paper-cpu", made_up((0,))), readme)
-    assert readme.read_text() == "<!-- paper-cpu nothing -->\n<!-- end -->\n"
+        render.render(written_to(tmp_path / "paper-cpu", made_up((0,))), page)
+    assert page.read_text() == "<!-- paper-cpu nothing -->\n<!-- end -->\n"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments import third_party
-from experiments.third_party import Case, Config, measure
+from experiments.third_party import Case, Options, measure
 
 
 class Keyword(nn.Module):
@@ -47,7 +47,7 @@ def test_a_model_that_cannot_be_built_is_a_row_with_the_reason():
 
 def test_missing_sources_say_how_to_get_them(tmp_path):
     with pytest.raises(qt.InvalidInput, match="--help"):
-        third_party.run(Config(tmp_path / "absent"), Console(quiet=True))
+        third_party.run(Options(tmp_path / "absent"), Console(quiet=True))
 
 
 def test_every_case_is_named_once(tmp_path):

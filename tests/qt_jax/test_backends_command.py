@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -10,8 +11,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from qt_jax.backends import BACKENDS, environments
-from qt_jax.backends import __main__ as command
+from qt_jax.backends import BACKENDS, comparison, environments
 from qt_jax.backends.__main__ import main
 from qt_jax.backends.protocol import Environment
 from qt_jax.reporting import records
@@ -60,10 +60,37 @@ def test_list_names_every_backend_and_its_schemes(capsys):
 def test_doctor_says_what_is_missing_and_what_mends_it(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
     monkeypatch.setattr(type(fake), "environment", TOY)
-    assert main(["doctor"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    assert main(["doctor"]) == 1
+    read = capsys.readouterr()
+    printed = " ".join(read.out.split())
     assert "'toy' is not installed: python -m qt_jax.backends install toy" in printed
     assert "ready" in printed  # onnxruntime
+    assert "failed: " in read.err and "fake" in read.err
+    assert main(["doctor", "onnxruntime"]) == 0
+    assert "toy" not in "".join(capsys.readouterr())
+    assert main(["doctor", "no-such"]) == 2
+
+
+def test_json_lines_for_machines(fake, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
+    assert main(["list", "--json"]) == 0
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["backend"] for row in listed] == list(BACKENDS)
+    assert listed[0]["schemes"][0]["weight_bits"] == 32
+    assert main(["doctor", "fake", "litert", "--json"]) == 1
+    fine, lacking = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert fine == {"backend": "fake", "environments": [], "megabytes": 0, "ready": True, "lacks": []}
+    assert not lacking["ready"] and "install litert" in lacking["lacks"][0]
+    assert run(files, "--backends", "fake", "--schemes", "exact", "--json") == 0
+    read = capsys.readouterr()
+    rows = [json.loads(line) for line in read.out.splitlines()]
+    assert rows == records.read(files / "out" / "records.jsonl")
+    assert "2 of 2 rows are new" in read.err and "\x1b" not in read.err
+
+
+def test_no_row_that_ended_well_is_a_failure(fake, files, capsys):
+    assert run(files, "--backends", "fake", "--schemes", "refused") == 1
+    assert "failed: no row ended well" in capsys.readouterr().err
 
 
 def test_install_says_size_and_licence_first_and_does_nothing_twice(fake, tmp_path, monkeypatch, capfd):
@@ -114,9 +141,9 @@ def test_interruption_is_told_in_a_line(fake, files, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "evaluate", interrupt)
+    monkeypatch.setattr(comparison, "evaluate", interrupt)
     assert run(files, "--backends", "fake") == 130
-    assert "the same command goes on from here" in capsys.readouterr().out
+    assert "the same command goes on from here" in capsys.readouterr().err
 
 
 def test_calibration_size_and_limits_are_settings(fake, files):

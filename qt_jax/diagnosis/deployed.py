@@ -1,0 +1,54 @@
+"""A deployment as files for compilers: learned ranges for the float graph, and its QDQ form."""
+
+import numpy as np
+import onnx
+from onnx import version_converter
+
+from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.remedies import Deployment
+from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding
+from qt_jax.export import graph
+from qt_jax.export.encodings import Ranges, model_sha256
+from qt_jax.export.integer_weights import least_scale
+from qt_jax.export.learned import activation_encoding
+from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
+from qt_jax.fake_quant import QuantSpec
+
+
+def restated(deployment: Deployment) -> onnx.ModelProto:
+    """The float graph, at an opset that has integers of all widths asked for."""
+    widths = {
+        storage_bits(bits)
+        for precision in deployment.precisions.values()
+        for bits in (precision.weights, precision.inputs)
+        if bits is not None
+    }
+    opset = max((FIRST_OPSET[width] for width in widths), default=0)
+    if opset <= deployment.model.opset_import[0].version:
+        return deployment.model
+    return version_converter.convert_version(deployment.model, opset)
+
+
+def ranges_of(deployment: Deployment, model: onnx.ModelProto) -> Ranges:
+    """The grids of the deployment's kernels and layers' inputs, for `model`, which is `restated`."""
+    values = graph.constants(model)
+    kernels, inputs, tensors = {}, {}, {}
+    for name, layer in layers_of(model).items():
+        precision = deployment.precisions.get(name, FLOAT)
+        least: np.ndarray | float = 0.0
+        if precision.inputs is not None and name in deployment.bounds:
+            spec = QuantSpec(precision.inputs, symmetric=False)
+            inputs[name] = activation_encoding(*deployment.bounds[name], spec, "calibrated")
+            if layer.bias:
+                least = least_scale(values[layer.bias], inputs[name].scale[0])
+        if precision.weights is not None:
+            kernels[name] = layer.kernel
+            grid = kernel_encoding(values[layer.kernel], precision, layer.axis, least)
+            tensors[layer.kernel] = grid
+    return Ranges(model_sha256(model), model.opset_import[0].version, tensors, inputs, kernels)
+
+
+def quantized(deployment: Deployment) -> onnx.ModelProto:
+    """The deployment in QuantizeLinear and DequantizeLinear at kernels and inputs of layers."""
+    model = restated(deployment)
+    return insert_qdq(model, ranges_of(deployment, model), learned_only=True)

@@ -1,0 +1,208 @@
+"""Findings, remedies, sensitivities, budgets and cut graphs on networks small enough to know the answer."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+import qt_jax as qt
+from qt_jax.diagnosis import deployed, mixed, pasting, prefixes
+from qt_jax.diagnosis.advice import kernel_bytes
+from qt_jax.diagnosis.diagnosis import calibrated, diagnose
+from qt_jax.diagnosis.findings import findings
+from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.measuring import Measurement, Meter, gains
+from qt_jax.diagnosis.remedies import ClipKernel, Deployment, RemoveChannels, SetRange, Use, replaced
+from qt_jax.diagnosis.simulation import FLOAT, Precision, everywhere, logits_of
+from qt_jax.diagnosis.tensors import activations, kernels
+from qt_jax.export import graph
+
+
+def two_layers(seed=0):
+    """features = Relu(input a + b), logits = features c, of 8, 16 and 4 values."""
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 17]>
+        g (float[n, 8] input) => (float[n, 4] logits) {
+            hidden = Gemm(input, a, b)
+            features = Relu(hidden)
+            logits = MatMul(features, c)
+        }""")
+    random = np.random.default_rng(seed)
+    shapes = {"a": (8, 16), "b": (16,), "c": (16, 4)}
+    for name, shape in shapes.items():
+        value = random.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    for node, name in zip(model.graph.node, ("body/dense", "relu", "head"), strict=True):
+        node.name = name
+    return model
+
+
+def images(n=256):
+    return np.random.default_rng(1).normal(size=(n, 8)).astype(np.float32)
+
+
+def deployment(model, precision=None):
+    precisions = everywhere(layers_of(model), precision or Precision(8, 8))
+    return Deployment(model, precisions, calibrated(model, images()))
+
+
+def meter(model, path):
+    reference = logits_of(model, images())
+    return Meter(images(), np.argmax(reference, axis=1), reference, path / "measurements.jsonl")
+
+
+def with_constant(model, name, change):
+    value = graph.constants(model)[name].copy()
+    change(value)
+    return replaced(model, {name: value})
+
+
+def found_in(model, bounds=None):
+    bounds = calibrated(model, images()) if bounds is None else bounds
+    return findings(kernels(model), activations(model, images(), bounds), bounds)
+
+
+def test_a_sound_network_gives_no_finding():
+    assert found_in(two_layers()) == []
+
+
+def test_an_outlier_weight_is_found_and_clipped_to_the_tail():
+    model = with_constant(two_layers(), "c", lambda kernel: kernel.__setitem__((3, 2), 90.0))
+    [finding] = found_in(model)
+    assert (finding.kind, finding.layer) == ("outlier weight", "head")
+    mended = finding.remedy.apply(deployment(model))
+    kernel = graph.constants(mended.model)["c"]
+    assert kernel[3, 2] == np.float32(finding.remedy.threshold) < 5.0
+    assert np.array_equal(np.delete(kernel, 14), np.delete(graph.constants(model)["c"], 14))
+
+
+def test_a_dead_channel_is_removed_and_no_logit_changes():
+    model = with_constant(two_layers(), "b", lambda bias: bias.__setitem__(5, -1e4))
+    model = with_constant(model, "a", lambda kernel: kernel.__setitem__((slice(None), 5), 60.0))
+    [finding] = found_in(model)
+    assert (finding.kind, finding.layer, finding.remedy.channels) == ("dead channel", "body/dense", (5,))
+    mended = finding.remedy.apply(deployment(model))
+    assert not np.any(graph.constants(mended.model)["a"][:, 5])
+    np.testing.assert_array_equal(logits_of(mended.model, images()), logits_of(model, images()))
+
+
+def test_saturation_is_found_and_the_range_widened():
+    model = two_layers()
+    bounds = {**calibrated(model, images()), "head": (0.0, 0.5)}
+    [finding] = found_in(model, bounds)
+    assert (finding.kind, finding.layer) == ("saturating activation", "head")
+    before = Deployment(model, everywhere(layers_of(model), Precision(8, 8)), bounds)
+    low, high = finding.remedy.apply(before).bounds["head"]
+    assert low == 0.0 and high == pytest.approx(calibrated(model, images())["head"][1])
+
+
+def test_a_gain_is_more_than_chance():
+    def of(correct):
+        return Measurement(float(np.mean(correct)), None, np.asarray(correct, bool))
+
+    base = np.zeros(100)
+    few, many = base.copy(), base.copy()
+    few[:4], many[:5] = 1, 1
+    assert not gains(of(base), of(few)) and gains(of(base), of(many))
+    assert not gains(of(many), of(base))
+
+
+@pytest.mark.parametrize(
+    "precision", [Precision(8, 8), Precision(8, 8, True), Precision(4, 8), Precision(8, 16, True), FLOAT]
+)
+def test_the_qdq_graph_computes_what_the_simulation_does(precision):
+    model = two_layers()
+    whole = deployment(model)
+    whole = dataclasses.replace(whole, precisions={**whole.precisions, "head": precision})
+    exported = deployed.quantized(whole)
+    onnx.checker.check_model(exported, full_check=True)
+    expected = logits_of(whole.simulated(), images())
+    error = np.abs(logits_of(exported, images()) - expected)
+    step = 12.0 / 255 * np.abs(graph.constants(model)["c"]).max()  # a tie of the features that tips
+    assert np.mean(error < 1e-2) > 0.9 and error.max() < 2 * step
+    kept = deployed.restated(whole)
+    assert [node.name for node in kept.graph.node] == [node.name for node in model.graph.node]
+
+
+def test_the_diagnosis_of_a_network_resumes(tmp_path, monkeypatch):
+    model = two_layers()
+    told = []
+    first = diagnose(deployment(model, Precision(4, 8)), meter(model, tmp_path), told.append)
+    assert list(first.sensitivities) == ["body/dense", "head"] and "body/dense" in told
+    assert first.floating.top1 == 1.0 and first.floating.sqnr_db is None
+    assert first.mended.top1 >= first.whole.top1
+    monkeypatch.setattr("qt_jax.diagnosis.measuring.logits_of", None)
+    again = diagnose(deployment(model, Precision(4, 8)), meter(model, tmp_path), told.append)
+    assert again.mended.top1 == first.mended.top1
+    assert [trial.advised for trial in again.trials] == [trial.advised for trial in first.trials]
+
+
+def test_a_graph_without_layers_is_refused(tmp_path):
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 17]>
+        g (float[n, 8] input) => (float[n, 8] logits) { logits = Relu(input) }""")
+    with pytest.raises(qt.InvalidInput, match="no convolution or matrix product"):
+        diagnose(Deployment(model, {}, {}), meter(model, tmp_path), print)
+
+
+def test_budgets(tmp_path):
+    model = two_layers()
+    whole, judge = deployment(model), meter(model, tmp_path)
+    ranked = mixed.order(whole, judge, lambda _: None)
+    assert sorted(ranked) == ["body/dense", "head"]
+    assert kernel_bytes(whole) == 8 * 16 + 16 * 4
+    assert kernel_bytes(mixed.within_bytes(whole, ranked, 192)) == 192
+    least = mixed.within_bytes(whole, ranked, 96)
+    assert {precision.weights for precision in least.precisions.values()} == {4}
+    with pytest.raises(qt.InvalidInput, match="96 bytes"):
+        mixed.within_bytes(whole, ranked, 95)
+    loose = mixed.within_drop(whole, ranked, judge, 1.0, 1.0, lambda _: None)
+    assert kernel_bytes(loose) == 96
+    with pytest.raises(qt.InvalidInput, match="allow more"):
+        mixed.within_drop(whole, ranked, judge, 2.0, 0.5, lambda _: None)
+
+
+def test_layers_in_float_keep_it_under_a_budget(tmp_path):
+    whole = deployment(two_layers())
+    whole = dataclasses.replace(whole, precisions={**whole.precisions, "head": FLOAT})
+    assert mixed.lowered(whole, ["head", "body/dense"]).precisions["head"] == FLOAT
+    assert kernel_bytes(whole) == 8 * 16 + 4 * 16 * 4
+
+
+def test_a_graph_is_cut_behind_each_layer():
+    model = two_layers()
+    cut = prefixes.prefix(model, "features")
+    values = logits_of(cut, images())
+    constants = graph.constants(model)
+    np.testing.assert_allclose(values, np.maximum(images() @ constants["a"] + constants["b"], 0.0), atol=1e-5)
+    assert prefixes.producers(model) == {"body/dense": [], "head": ["body/dense"]}
+    assert prefixes.costliest(model, {"body/dense": 20.0, "head": 10.0}) == ["head", "body/dense"]
+    assert prefixes.costliest(model, {"body/dense": 20.0, "head": None}) == ["body/dense"]
+
+
+def test_advice_is_pasted_as_source_that_runs():
+    before = deployment(two_layers())
+    after = before
+    for remedy in (
+        Use("head", Precision(16, 16, per_channel=True)),
+        SetRange("body/dense", -9.0, 9.0),
+        ClipKernel("head", 1.0),
+        RemoveChannels("body/dense", (5,), (0.0,)),
+    ):
+        after = remedy.apply(after)
+    first, second = map(eval_rule, pasting.rules(before, after))
+    assert first == qt.Rule(
+        "body/dense", weights=qt.QuantSpec(8), inputs=qt.QuantSpec(8, symmetric=False, quantile=1.0)
+    )
+    wide = qt.QuantSpec(16, symmetric=False)
+    assert second == qt.Rule("head", weights=qt.QuantSpec(16, axis=-1), inputs=wide)
+    assert pasting.flags(before, after) == "--rules head=16"
+    assert 'nodes_to_exclude=["head"]' in pasting.vendors(before, after)
+    assert "reverse_pruning" in pasting.training(before, after, [ClipKernel("head", 1.0)])
+    spared = Use("head", FLOAT).apply(before)
+    assert pasting.rules(before, spared) == ['qt.Rule("head", skip=True)']
+    assert pasting.vendors(before, before) == pasting.flags(before, before) == ""
+
+
+def eval_rule(text):
+    return eval(text, {"qt": qt})
