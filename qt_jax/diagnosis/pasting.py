@@ -1,6 +1,7 @@
 """Advice as lines to paste: into a training script, a command line, a vendor's tool."""
 
 from collections.abc import Iterable
+from textwrap import indent
 
 from qt_jax.diagnosis.remedies import ClipKernel, Deployment, Remedy
 from qt_jax.diagnosis.simulation import FLOAT, Precision
@@ -19,13 +20,18 @@ def rules(before: Deployment, after: Deployment) -> list[str]:
     return found
 
 
+def listed_rules(before: Deployment, after: Deployment) -> str:
+    """Source text that sets `rules` to all of them."""
+    return "rules=(\n" + "".join(indent(rule, "    ") + ",\n" for rule in rules(before, after)) + "),"
+
+
 def _rule(name: str, precision: Precision, moved: bool) -> str:
     if precision == FLOAT:
         return f'qt.Rule("{name}", skip=True)'
     weights = f"qt.QuantSpec(bits={precision.weights}{', axis=-1' if precision.per_channel else ''})"
     quantile = ", quantile=1.0" if moved else ""
     inputs = f"qt.QuantSpec(bits={precision.inputs}, symmetric=False{quantile})"
-    return f'qt.Rule("{name}", weights={weights}, inputs={inputs})'
+    return f'qt.Rule(\n    "{name}",\n    weights={weights},\n    inputs={inputs},\n)'
 
 
 def training(before: Deployment, after: Deployment, remedies: Iterable[Remedy]) -> str:
@@ -36,9 +42,9 @@ def training(before: Deployment, after: Deployment, remedies: Iterable[Remedy]) 
       remedies: those advised.
     """
     parts = []
-    if listed := rules(before, after):
+    if rules(before, after):
         parts.append(
-            "config = qt.QuantConfig(\n    rules=(\n        " + ",\n        ".join(listed) + ",\n    )\n)"
+            f"config = qt.QuantConfig(\n    {indent(listed_rules(before, after), '    ').strip()}\n)"
         )
     if any(isinstance(remedy, ClipKernel) for remedy in remedies):
         parts.append("optimizer = optax.chain(optimizer, qt.reverse_pruning(quantile=0.95, every=50))")
@@ -63,8 +69,8 @@ def vendors(before: Deployment, after: Deployment) -> str:
         return ""
     listed = ", ".join(f'"{name}"' for name in names)
     return (
-        f"nodes_to_exclude=[{listed}]  # onnxruntime: quantize_static(...)\n"
-        f"ignored_scope=nncf.IgnoredScope(names=[{listed}])  # OpenVINO: nncf.quantize(...)"
+        f"nodes_to_exclude = [{listed}]  # onnxruntime: quantize_static(...)\n"
+        f"ignored_scope = nncf.IgnoredScope(names=[{listed}])  # OpenVINO: nncf.quantize(...)"
     )
 
 

@@ -1,6 +1,7 @@
 """A diagnosis as Markdown: what to do first, then what it rests on."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import indent
 from typing import Any
 
 from qt_jax.diagnosis import pasting
@@ -185,13 +186,13 @@ def budget_section(found: Diagnosis, chosen: Deployment, reached: Measurement, a
     """
     lost = points(reached.top1 - found.floating.top1)
     rows = [[escaped(name), str(precision)] for name, precision in chosen.precisions.items()]
-    listed = ",\n".join(f"    {rule}" for rule in pasting.rules(found.before, chosen))
+    source = "config = qt.QuantConfig(\n" + indent(pasting.listed_rules(found.before, chosen), "    ") + "\n)"
     return "\n\n".join(
         [
             f"Asked: {asked}. Proposed, on top of the advice: {100 * reached.top1:.2f} % ({lost} against "
             f"float), {kernel_bytes(chosen):,} bytes of kernels.",
             markdown_table(["layer", "bits"], rows, words=2),
-            f"```python\nrules = (\n{listed},\n)\n```" if listed else "",
+            f"```python\n{source}\n```" if pasting.rules(found.before, chosen) else "",
         ]
     ).strip()
 

@@ -148,7 +148,7 @@ def _weight_distribution(axes: Axes, weights: Mapping[str, Mapping[str, np.ndarr
     for method in sorted(
         weights, key=lambda name: (list(COLOURS).index(name) if name in COLOURS else 9, name)
     ):
-        normalised[method] = np.concatenate([_over_rms(values) for values in weights[method].values()])
+        normalised[method] = np.concatenate([over_rms(values) for values in weights[method].values()])
     limit = max(np.abs(values).max() for values in normalised.values())
     bins = np.linspace(-limit, limit, 121)
     for index, (method, values) in enumerate(normalised.items()):
@@ -169,10 +169,14 @@ def _weight_distribution(axes: Axes, weights: Mapping[str, Mapping[str, np.ndarr
     axes.legend(frameon=False, loc="upper center")
 
 
-def _over_rms(values: np.ndarray) -> np.ndarray:
-    """`values` as float64 over their root mean square; a dead layer stays zero."""
+def over_rms(values: np.ndarray) -> np.ndarray:
+    """`values` as float64 over their root mean square; a dead layer stays zero.
+
+    >>> over_rms(np.float32([3, -3])).tolist()
+    [1.0, -1.0]
+    """
     values = np.asarray(values, np.float64).ravel()
-    return values / max(np.sqrt(np.mean(values**2)), np.finfo(np.float32).tiny)
+    return values / max(float(np.sqrt(np.mean(values**2))), float(np.finfo(np.float32).tiny))
 
 
 def method_colour(method: str, index: int) -> str:

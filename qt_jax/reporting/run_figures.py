@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from qt_jax.export.encodings import Encoding
 from qt_jax.reporting.cells import title
 from qt_jax.reporting.deployment_figures import draw_diagram
-from qt_jax.reporting.figures import COLOURS, INK, MARKERS, method_colour
+from qt_jax.reporting.figures import COLOURS, INK, MARKERS, method_colour, over_rms
 from qt_jax.reporting.heatmaps import canvas
 from qt_jax.reporting.reliability import Reliability
 
@@ -152,16 +152,6 @@ def draw_reliability(item: Reliability, colour: str) -> Figure:
     axes.set_xlabel("confidence", fontsize=8.5)
     axes.set_ylabel("accuracy", fontsize=8.5)
     return figure
-
-
-def over_rms(values: np.ndarray) -> np.ndarray:
-    """`values` as float64 over their root mean square; a dead layer stays zero.
-
-    >>> over_rms(np.float32([3, -3])).tolist()
-    [1.0, -1.0]
-    """
-    values = np.asarray(values, np.float64).ravel()
-    return values / max(float(np.sqrt(np.mean(values**2))), float(np.finfo(np.float32).tiny))
 
 
 def tail(values: np.ndarray) -> float:

@@ -6,6 +6,8 @@ Accuracy is that of QDQ graphs on onnxruntime's integer kernels, not of the simu
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,12 @@ def found(cifar10, tmp_path_factory):
     return out
 
 
+def ruff_formats(source):
+    """Whether ruff would leave it as it is."""
+    command = [sys.executable, "-m", "ruff", "format", "--line-length", "110", "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True).stdout == source
+
+
 def python_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
@@ -131,14 +139,17 @@ def python_blocks(text):
 def test_the_page_says_what_to_paste_and_it_runs(found):
     text = (found / "diagnosis.md").read_text()
     layers = layers_of(onnx.load(f"{RUN}/model.onnx"))
-    training, *_, budget = python_blocks(text)
-    scope = {"qt": qt}
-    exec(training, scope)
-    assert scope["config"].sites("stem").weights.axis == -1
-    exec(budget, scope)
-    for rule in (*scope["config"].rules, *scope["rules"]):
+    found_rules = []
+    for block in python_blocks(text):
+        if block.startswith("config"):
+            scope = {"qt": qt}
+            exec(block.split("optimizer =")[0], scope)
+            found_rules += scope["config"].rules
+            assert ruff_formats(block)
+    assert {rule.path for rule in found_rules} >= {"stem"}
+    for rule in found_rules:
         assert rule.path in layers and (rule.skip or rule.weights.bits in (4, 8))
-    if names := re.search(r"nodes_to_exclude=(\[.*?\])", text):
+    if names := re.search(r"nodes_to_exclude = (\[.*?\])", text):
         assert set(json.loads(names[1])) <= set(layers)
     if flags := re.search(r"--rules (.*)", text):
         parsed = quant_config(dataclasses.replace(PRESETS["smoke"], rules=tuple(flags[1].split())))

@@ -197,7 +197,7 @@ def test_advice_is_pasted_as_source_that_runs():
     wide = qt.QuantSpec(16, symmetric=False)
     assert second == qt.Rule("head", weights=qt.QuantSpec(16, axis=-1), inputs=wide)
     assert pasting.flags(before, after) == "--rules head=16"
-    assert 'nodes_to_exclude=["head"]' in pasting.vendors(before, after)
+    assert 'nodes_to_exclude = ["head"]' in pasting.vendors(before, after)
     assert "reverse_pruning" in pasting.training(before, after, [ClipKernel("head", 1.0)])
     spared = Use("head", FLOAT).apply(before)
     assert pasting.rules(before, spared) == ['qt.Rule("head", skip=True)']
