@@ -12,7 +12,7 @@ from qt_jax.reporting.figures import COLOURS, INK, OTHER_COLOURS
 from qt_jax.reporting.heatmaps import canvas
 from qt_jax.reporting.run_figures import tail
 
-WIDTH = 5.6
+WIDTH = 4.6
 LINE = 0.26
 """Inches of height of one layer."""
 
@@ -30,7 +30,7 @@ def draw_sensitivity(found: Diagnosis) -> Figure:
     axes.barh(places + 0.19, spared, 0.36, color=AFTER, label="regained, all but this layer rounded")
     axes.axvline(0, color=INK, lw=0.8)
     axes.set_xlabel("points of top-1")
-    _legend(figure, 2)
+    _legend(figure, 1)
     return figure
 
 
