@@ -122,7 +122,10 @@ def run(options: Options, console: Console) -> None:
     if options.apply:
         text += f"\n## Files\n\n{apply(final, folder)}\n"
     write_whole(subject.out / "diagnosis.md", text)
-    console.print(Markdown(diagnosis_page.summary(found, title, further)))
+    console.print(Markdown(diagnosis_page.summary(found, title)))
+    console.print(diagnosis_page.terminal_table(found))
+    for section in further.values():
+        console.print(Markdown(section))
     console.print(f"{subject.out / 'diagnosis.md'}", soft_wrap=True)
     if options.json:
         print_rows(layer_rows(found))

@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from textwrap import indent
 from typing import Any
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
 from qt_jax.diagnosis import pasting
 from qt_jax.diagnosis.advice import kernel_bytes
 from qt_jax.diagnosis.diagnosis import Diagnosis
@@ -130,16 +134,33 @@ LEGEND = (
 
 
 def layer_table(found: Diagnosis) -> str:
-    """A row a layer."""
+    """A row a layer, as Markdown."""
+    header, *rows = _by_layer(found)
+    return markdown_table(header, [[escaped(row[0]), *row[1:]] for row in rows], words=2)
+
+
+def terminal_table(found: Diagnosis) -> Table:
+    """A row a layer for a terminal, without the columns that are seldom remarkable."""
+    table = Table(title="Layers", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    header, *rows = _by_layer(found)
+    shown = [place for place, name in enumerate(header) if name not in ("weights", "dead", "zeros %")]
+    for place in shown:
+        table.add_column(header[place], justify="left" if place < 2 else "right", overflow="fold")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*(Text(row[place]) for place in shown))
+    return table
+
+
+def _by_layer(found: Diagnosis) -> list[list[str]]:
     header = ["layer", "bits", "weights", "max/rms", "dead", "zeros %", "saturated %"]
-    header += ["alone", "all but it", "noise dB", "after dB"]
-    rows = []
+    rows = [[*header, "alone", "all but it", "noise dB", "after dB"]]
     for name, item in found.sensitivities.items():
         kernel, activation = found.kernels[name], found.activations[name]
         saturated = activation.saturated
         rows.append(
             [
-                escaped(name),
+                name,
                 str(found.before.precisions[name]),
                 f"{kernel.size:,}",
                 f"{kernel.largest / kernel.rms:.1f}" if kernel.rms else ABSENT,
@@ -152,7 +173,7 @@ def layer_table(found: Diagnosis) -> str:
                 decibels(found.mended_ratios.get(name)),
             ]
         )
-    return markdown_table(header, rows, words=2)
+    return rows
 
 
 def backend_table(
@@ -197,11 +218,9 @@ def budget_section(found: Diagnosis, chosen: Deployment, reached: Measurement, a
     ).strip()
 
 
-def summary(found: Diagnosis, title: str, further: Mapping[str, str]) -> str:
-    """What a terminal shows: totals, advice, the layers, what else was asked for."""
-    sections = {"What to do": advice_section(found), "Layers": layer_table(found), **further}
-    parts = [f"# {title}", totals(found), *(f"## {name}\n\n{text}" for name, text in sections.items())]
-    return "\n\n".join(parts)
+def summary(found: Diagnosis, title: str) -> str:
+    """The Markdown that a terminal shows before the layers."""
+    return f"# {title}\n\n{totals(found)}\n\n{advice_section(found)}"
 
 
 def points(fraction: float) -> str:
