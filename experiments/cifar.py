@@ -32,7 +32,6 @@ from experiments.masks import SHOWN, decided_masks, masks_figure
 from experiments.report import write_report
 from experiments.summary import metric_of, report
 from experiments.training.loop import train
-from experiments.training.preemption import Interrupted
 from qt_jax.backends import ort
 from qt_jax.export import verify
 from qt_jax.export.checkpoint import load as load_network
@@ -56,14 +55,10 @@ def main(
     """Runs the command line; returns the exit status, as `exit_status` does; 143 or 130 when SIGTERM or
     Ctrl-C has ended training, with all of it saved."""
     console = text_console(soft_wrap=True)
-    try:
-        return exit_status(
-            lambda: run(parse(arguments, presets, module, about), console),
-            "interrupted; the same command goes on from the last checkpoint",
-        )
-    except Interrupted as error:
-        console.print(str(error))
-        return error.status
+    return exit_status(
+        lambda: run(parse(arguments, presets, module, about), console),
+        "interrupted; the same command goes on from the last checkpoint",
+    )
 
 
 def run(config: Config, console: Console) -> None:

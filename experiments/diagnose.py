@@ -67,7 +67,7 @@ class Options:
     calibration: Path | None = None
     """Of a model: .npz with "images", float32 as the model takes them."""
     test: Path | None = None
-    """Of a model: .npz with "images" and integer "labels" to judge by."""
+    """Of a model: .npz with "images" and integer "labels" to judge by, of a validation split at best."""
     backends: tuple[str, ...] = ()
     """Toolchains to ask for the noise behind each layer too, by the names of `qt_jax.backends list`."""
     max_bytes: int | None = None
@@ -118,11 +118,12 @@ def run(options: Options, console: Console) -> None:
         pictures=draw(found, folder),
         further=further,
         source=provenance(["onnxruntime", "onnx", "numpy"]),
+        flags=options.subject.is_dir(),
     )
     if options.apply:
         text += f"\n## Files\n\n{apply(final, folder)}\n"
     write_whole(subject.out / "diagnosis.md", text)
-    console.print(Markdown(diagnosis_page.summary(found, title)))
+    console.print(Markdown(diagnosis_page.summary(found, title, options.subject.is_dir())))
     console.print(diagnosis_page.terminal_table(found))
     for section in further.values():
         console.print(Markdown(section))
@@ -194,7 +195,7 @@ def draw(found: Diagnosis, folder: Path) -> dict[str, str]:
         name: {layer: values[its.kernel].ravel() for layer, its in layers.items()}
         for name, values in (("before", before), ("after", after))
     }
-    noise = {"as deployed": found.ratios, "after the advice": found.mended_ratios}
+    noise = {"simulated": found.ratios, "after the advice": found.mended_ratios}
     pictures: dict[str, tuple[str, Any]] = {
         "sensitivity": ("What each layer costs", partial(figures.draw_sensitivity, found)),
         "noise": ("Noise behind each layer", partial(figures.draw_noise, noise, list(layers))),
@@ -222,7 +223,8 @@ def apply(deployment: Deployment, folder: Path) -> str:
     write_ranges(deployed.ranges_of(deployment, model), folder / "mended.ranges.json")
     save(deployed.quantized(deployment), folder / "mended.qdq.onnx")
     said = {
-        "mended.onnx": "floating point, for any vendor's own quantizer",
+        "mended.onnx": "floating point, for any vendor's own quantizer: kernels are mended in it; bits and "
+        "ranges are not, tell the quantizer those",
         "mended.ranges.json": "the advised grid of each kernel and each layer's input",
         "mended.qdq.onnx": "QuantizeLinear and DequantizeLinear on those grids",
     }

@@ -26,6 +26,8 @@ class Failed(Exception):
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does: the processes it has started end first."""
 
+    status = 143
+
 
 def terminate_like_interrupt() -> None:
     """SIGTERM raises `Terminated` in the main thread from now on."""
@@ -119,7 +121,8 @@ def exit_status(command: Callable[[], object], interrupted: str = "interrupted")
     """Runs `command`; returns the exit status, after a sentence on stderr if it is not 0.
 
     0 done; 1 `Failed`, or the reader of a pipe has gone; 2 wrong input; 130 Ctrl-C; 143 SIGTERM, after
-    `terminate_like_interrupt`. Any other exception is a defect and keeps its traceback.
+    `terminate_like_interrupt`. A KeyboardInterrupt that has a message and a `status` ends with
+    these. Any other exception is a defect and keeps its traceback.
 
     Args:
       command: takes nothing; what it returns is not looked at.
@@ -136,8 +139,8 @@ def exit_status(command: Callable[[], object], interrupted: str = "interrupted")
         console.print(f"failed: {error}", style="bold red")
         return 1
     except KeyboardInterrupt as error:
-        console.print(interrupted)
-        return 143 if isinstance(error, Terminated) else 130
+        console.print(str(error) or interrupted)
+        return getattr(error, "status", 130)
     except BrokenPipeError:  # of `| head`, say; the interpreter would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -47,8 +47,8 @@ OTHER_COMMANDS = {
     "python -m venv .venv && source .venv/bin/activate": None,
     "pip install -r": ROOT,
     "pip install -e .": ROOT / "pyproject.toml",
-    "mkdir -p own && cd own": None,
-    "python ../docs/examples/": ROOT / "tests" / "test_own_model.py",  # which runs them
+    "mkdir -p runs/own && cd runs/own": None,
+    "python ../../docs/examples/": ROOT / "tests" / "test_own_model.py",  # which runs them
     "ruff check . && ruff format --check .": ROOT / "pyproject.toml",
     "pip download --no-deps rapidocr-onnxruntime==1.4.4": ROOT / "experiments" / "text_direction.py",
 }
@@ -141,7 +141,7 @@ def check_other(known, line):
     if known == "pip install -r":
         assert all((where / name).is_file() for name in line.removeprefix(known).split())
     elif known.startswith("python ../"):
-        script = line.split()[1].removeprefix("../")
+        script = line.split()[1].removeprefix("../../")
         assert (ROOT / script).is_file() and Path(script).name in where.read_text()
     elif known.startswith("pip download"):
         assert line in where.read_text()

@@ -1,4 +1,4 @@
-"""Both checkpoints to ONNX and through ONNX Runtime's quantizers; leaves the files of the command line."""
+"""The checkpoints to ONNX and through ONNX Runtime's quantizers; leaves the files of the command line."""
 
 import numpy as np
 import onnx
@@ -12,7 +12,7 @@ calibration, test_images = (x.transpose(0, 3, 1, 2) for x in (images[:256], test
 np.savez("calibration.npz", images=calibration)
 np.savez("test.npz", images=test_images, labels=test_labels)
 
-for name in ("float", "quant_trimmed"):
+for name in ("float", "fine_tuned", "quant_trimmed"):
     with open(f"{name}.msgpack", "rb") as file:
         variables = serialization.msgpack_restore(file.read())
     graph = qt.to_onnx(Net().apply, variables, (8, 8, 1))

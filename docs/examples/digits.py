@@ -1,5 +1,7 @@
 """The network and the data of the examples: plain Flax, which knows nothing of quantization."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +13,28 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.Conv(16, (3, 3), padding=1, use_bias=False, name="stem")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="stem_norm")(x))
+        def normed(x, name):
+            return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)(x))
+
+        conv = partial(nn.Conv, use_bias=False)
+        x = normed(conv(16, (3, 3), padding=1, name="stem")(x), "stem_norm")
         for i, (width, stride) in enumerate(((32, 1), (64, 2), (64, 1))):
             channels = x.shape[-1]
-            x = nn.Conv(channels, (3, 3), stride, 1, feature_group_count=channels, name=f"depth{i}")(x)
-            x = nn.Conv(width, (1, 1), use_bias=False, name=f"point{i}")(x)
-            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name=f"norm{i}")(x))
+            depth = conv(channels, (3, 3), stride, 1, feature_group_count=channels, name=f"depth{i}")
+            x = normed(depth(x), f"depth_norm{i}")
+            x = normed(conv(width, (1, 1), name=f"point{i}")(x), f"point_norm{i}")
         return nn.Dense(10, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
 def data():
-    """Training and test split of scikit-learn's digits: images float32 (n, 8, 8, 1), labels int32 (n,)."""
-    digits = load_digits()
-    images = (digits.images[..., None] / 8 - 1).astype(np.float32)
-    labels = digits.target.astype(np.int32)
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[:1400], order[1400:]
-    return (images[train], labels[train]), (images[test], labels[test])
+    """scikit-learn's digits with noise, so that they are not too easy: each training image four times, each
+    test image five times, every time with other noise. Images float32 (n, 8, 8, 1), labels int32 (n,)."""
+    digits, random = load_digits(), np.random.default_rng(0)
+    order = random.permutation(len(digits.target))
+
+    def split(chosen, times):
+        images = np.repeat(digits.images[chosen, :, :, None] / 8 - 1, times, axis=0)
+        noise = 0.8 * random.standard_normal(images.shape)
+        return (images + noise).astype(np.float32), np.repeat(digits.target[chosen], times).astype(np.int32)
+
+    return split(order[:1400], 4), split(order[1400:], 5)

@@ -1,4 +1,4 @@
-"""The same training with Quant-Trim, from the checkpoint float.msgpack; ends with quant_trimmed.msgpack."""
+"""The same fine-tuning with Quant-Trim; ends with quant_trimmed.msgpack."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,15 @@ import qt_jax as qt
 
 (images, labels), (test_images, test_labels) = data()
 steps, model = 300, Net()
-config = qt.QuantConfig(weights=qt.QuantSpec(bits=8), activations=qt.QuantSpec(bits=8, symmetric=False))
-lam = qt.schedules.warmup_quartic_quadratic(steps)
-pruning = qt.reverse_pruning(quantile=0.95, every=10, start=steps // 5)
+pruning = qt.reverse_pruning(quantile=0.97, every=10, start=steps // 5, folded=True, spread=0.13)
 tx = optax.chain(optax.adam(optax.cosine_decay_schedule(3e-3, steps)), pruning)
 with open("float.msgpack", "rb") as file:
     variables = serialization.msgpack_restore(file.read())
-variables = qt.attach_statistics(model, variables, config, images[:1])
+lam = qt.schedules.warmup_quartic_quadratic(steps)
+activations = qt.QuantSpec(bits=8, symmetric=False, quantile=1.0)
+config = qt.QuantConfig(weights=qt.QuantSpec(bits=8), activations=activations, folded=True)
+fusion = qt.find_fusion(model, variables, images[:1])
+variables = fusion.refresh(qt.attach_statistics(model, variables, config, images[:1]))
 
 
 @jax.jit
@@ -29,8 +31,8 @@ def train_step(variables, opt_state, images, labels, step):
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)), new
 
     grads, new = jax.grad(loss_fn, has_aux=True)(variables["params"])
-    updates, opt_state = tx.update(grads, opt_state, variables["params"])
-    return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state
+    updates, opt_state = tx.update(grads, opt_state, variables["params"], **new)
+    return fusion.refresh({"params": optax.apply_updates(variables["params"], updates), **new}), opt_state
 
 
 opt_state, order = tx.init(variables["params"]), np.random.default_rng(1)

@@ -22,6 +22,7 @@ from qt_jax.command_line import (
     text_console,
 )
 from qt_jax.errors import InvalidInput
+from qt_jax.reporting.cells import METHODS
 
 PIPED_WIDTH = 120
 """Columns of the tables of `list` and `doctor` in a file or a pipe."""
@@ -70,7 +71,7 @@ class Install:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One float ONNX model through every toolchain, scheme and runtime; a report of what each made of it.
+    """Float ONNX models through every toolchain, scheme and runtime; a report of what each made of them.
 
     Relaunching the same command goes on where it stopped. A toolchain that refuses, crashes or is not
     installed is a row that says so.
@@ -80,8 +81,8 @@ class Run:
             --backends onnxruntime openvino
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Float ONNX classifier with one input."""
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Float ONNX classifiers with one input, compared by the names of their files."""
     calibration: Path
     """.npz with "images" (or a single array): float32, as the model takes them."""
     test: Path
@@ -189,15 +190,27 @@ def _named(name: str) -> list[Environment]:
 
 
 def run(command: Run, console: Console) -> None:
-    """One model and the arrays of its files through `evaluate_all`. Raises InvalidInput as that does."""
+    """The models and the arrays of the files through `evaluate_all`. Raises InvalidInput as that does."""
+    names = [_label(path) for path in command.models]
+    if not names or len(set(names)) != len(names):
+        raise InvalidInput(f"Give float ONNX models whose files have names of their own, got {names}.")
     calibration = read_arrays(command.calibration, ("images",))["images"][: command.settings.calibration_size]
     test = read_arrays(command.test, ("images", "labels"))
-    if not command.model.is_file():
-        raise InvalidInput(f"{command.model} is not there: give the path of a float ONNX model.")
-    name = command.model.stem
-    identity = {"run": command.settings.out.resolve().name, "model": name, "method": name}
-    models = [(command.model, identity)]
+    for path in command.models:
+        if not path.is_file():
+            raise InvalidInput(f"{path} is not there: give the path of a float ONNX model.")
+    shared = {"run": command.settings.out.resolve().name}
+    models = [
+        (path, {**shared, "model": label, "method": label})
+        for path in command.models
+        for label in [_label(path)]
+    ]
     evaluate_all(models, calibration, (test["images"], test["labels"]), command.settings, console)
+
+
+def _label(path: Path) -> str:
+    """The file's name without its suffix, unless tables would take that for one of our methods."""
+    return path.name if path.stem in METHODS else path.stem
 
 
 if __name__ == "__main__":

@@ -133,11 +133,23 @@ def evaluate_all(
 
 
 def _comparable(kept: list[Record], rows: list[Record]) -> list[Record]:
-    """`rows`, after what earlier commands found of the same networks on the same data."""
-    subject = {(row["data"], row["checkpoint"]) for row in rows}
+    """`rows`, after what earlier commands found of these networks and of others on the same data.
+
+    Of a network that has changed since, under the same name, the earlier rows are left out.
+    """
+    data = {row["data"] for row in rows}
     asked = {row["key"] for row in rows}
-    earlier = (row for row in kept if (row["data"], row["checkpoint"]) in subject)
+    current = {_named(row): row["checkpoint"] for row in rows}
+    earlier = (
+        row
+        for row in kept
+        if row["data"] in data and current.get(_named(row), row["checkpoint"]) == row["checkpoint"]
+    )
     return [row for row in earlier if row["key"] not in asked] + rows
+
+
+def _named(row: Record) -> tuple[Any, ...]:
+    return row["run"], row["model"], row["method"], row["seed"]
 
 
 def _line(record: Record) -> str:

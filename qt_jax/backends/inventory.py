@@ -15,7 +15,7 @@ def offers() -> list[dict[str, Any]]:
 
     >>> row = offers()[0]
     >>> row["backend"], row["runtimes"][0]["name"]
-    ('onnxruntime', 'optimized')
+    ('onnxruntime', 'reference')
     """
     return [
         {

@@ -53,56 +53,68 @@ def advise(
     """The deployment with all remedies that help, and every trial in order.
 
     First what is wrong with tensors (`findings`), then more bits for the layers that still cost most. A
-    remedy is advised if it makes more images right than chance would, on top of those before it.
+    remedy is advised if it makes more images right than chance would, on top of those before it; of several
+    for one layer the cheapest that is as good as the best but for chance.
     """
     trials: list[Trial] = []
-    now = meter.measure(deployment.simulated(), "all")
     for finding in findings(kernels(deployment.model), activations, deployment.bounds):
-        deployment, now = _tried(finding, deployment, now, meter, trials, tell)
-    for finding in _more_bits(deployment, meter, tell):
-        deployment, now = _tried(finding, deployment, now, meter, trials, tell)
+        deployment = _tried([finding], deployment, meter, trials, tell)
+    for alternatives in _more_bits(deployment, meter, tell):
+        deployment = _tried(alternatives, deployment, meter, trials, tell)
     return deployment, trials
 
 
 def _tried(
-    finding: Finding,
-    deployment: Deployment,
-    now: Measurement,
-    meter: Meter,
-    trials: list[Trial],
-    tell: Tell,
-) -> tuple[Deployment, Measurement]:
-    """Deployment and measurement after a remedy's trial, which is added to `trials`."""
-    tell(f"{finding.layer}: {finding.remedy.text}")
-    candidate = finding.remedy.apply(deployment)
-    result = meter.measure(candidate.simulated(), f"{finding.layer}: {finding.remedy.text}")
-    trials.append(Trial(finding, result, gains(now, result)))
-    return (candidate, result) if trials[-1].advised else (deployment, now)
+    alternatives: list[Finding], deployment: Deployment, meter: Meter, trials: list[Trial], tell: Tell
+) -> Deployment:
+    """The deployment after the trial of remedies for one layer, the cheapest first, which go to `trials`."""
+    now = meter.measure(deployment.simulated(), "all, so far")
+    candidates = [finding.remedy.apply(deployment) for finding in alternatives]
+    results = []
+    for finding, candidate in zip(alternatives, candidates, strict=True):
+        tell(f"{finding.layer}: {finding.remedy.text}")
+        what = f"{finding.layer}: {finding.remedy.text}"
+        results.append(meter.measure(candidate.simulated(), what))
+    best = max(results, key=lambda result: result.top1)
+    good = [gains(now, result) and not gains(result, best) for result in results]
+    chosen = good.index(True) if any(good) else None
+    trials += [
+        Trial(finding, result, place == chosen)
+        for place, (finding, result) in enumerate(zip(alternatives, results, strict=True))
+    ]
+    return deployment if chosen is None else candidates[chosen]
 
 
-def _more_bits(deployment: Deployment, meter: Meter, tell: Tell) -> Iterator[Finding]:
-    """For the layers that cost most images when rounded alone: a scale a channel, then twice the bits, then
-    floating point."""
-    costs = {
-        name: meter.measure(
-            dataclasses.replace(deployment, precisions={name: precision}).simulated(), f"{name} alone"
-        )
-        for name, precision in deployment.precisions.items()
-    }
+def _more_bits(deployment: Deployment, meter: Meter, tell: Tell) -> Iterator[list[Finding]]:
+    """For each of the layers that cost most images when rounded alone: a scale a channel, twice the bits of
+    weights, 16-bit inputs too, floating point."""
     float_top1 = meter.measure(dataclasses.replace(deployment, precisions={}).simulated(), "float").top1
-    for name in sorted(costs, key=lambda name: costs[name].top1)[:MOST_LAYERS]:
-        drop = 100 * (float_top1 - costs[name].top1)
-        if drop <= 0:
+    costs = {}
+    for name, precision in deployment.precisions.items():
+        tell(f"{name} alone")
+        alone = dataclasses.replace(deployment, precisions={name: precision})
+        costs[name] = float_top1 - meter.measure(alone.simulated(), f"{name} alone").top1
+    for name in sorted(costs, key=lambda name: -costs[name])[:MOST_LAYERS]:
+        if costs[name] <= 0:
             return
-        precision = deployment.precisions[name]
-        evidence = f"rounded alone it costs {drop:.2f} points"
-        if not precision.per_channel:
-            one = dataclasses.replace(precision, per_channel=True)
-            yield Finding("sensitive layer", name, evidence, Use(name, one))
-        if precision.weights is not None:
-            more = Precision(2 * precision.weights, 16, per_channel=True)
-            yield Finding("sensitive layer", name, evidence, Use(name, more))
-        yield Finding("sensitive layer", name, evidence, Use(name, FLOAT))
+        evidence = f"rounded alone it costs {100 * costs[name]:.2f} points"
+        yield [
+            Finding("sensitive layer", name, evidence, Use(name, precision))
+            for precision in wider(deployment.precisions[name])
+        ]
+
+
+def wider(precision: Precision) -> list[Precision]:
+    """More precise ones than `precision`, the cheapest first.
+
+    >>> [str(wide) for wide in wider(Precision(4, 8))]
+    ['w4a8 pc', 'w8a8 pc', 'w8a16 pc', 'float']
+    """
+    assert precision.weights is not None
+    channels = dataclasses.replace(precision, per_channel=True)
+    twice = dataclasses.replace(channels, weights=2 * precision.weights)
+    steps = [channels, twice, dataclasses.replace(twice, inputs=16), FLOAT]
+    return [step for step in steps if step != precision]
 
 
 def kernel_bytes(deployment: Deployment) -> int:

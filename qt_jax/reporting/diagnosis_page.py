@@ -18,9 +18,11 @@ from qt_jax.reporting.tables import ABSENT, MINUS
 
 MEASURED = (
     "Top-1 and SQNR of the logits on {n:,} images, in a simulation: kernels on symmetric grids of their "
-    "largest weight, inputs of layers on asymmetric grids of {bounds}, sums and pooling in floating "
-    "point. A remedy is advised if it makes more images right than chance would (McNemar, two standard "
-    "deviations), on top of those before it. SQNR behind a layer: of its output, with all layers rounded, "
+    "largest weight, without the lowest integer ([-7, 7] on 4 bits; onnxruntime's int4w-narrow has that, its "
+    "int4w [-8, 7]), inputs of layers on asymmetric grids of {bounds}, sums and pooling in floating point. A "
+    "remedy is advised if it makes more images right than chance would (McNemar, two standard "
+    "deviations), on top of those before it; of several for one layer the cheapest that is as good as the "
+    "best but for chance. SQNR behind a layer: of its output, with all layers rounded, "
     "on the first {some:,} images."
 )
 
@@ -34,6 +36,7 @@ def page(
     pictures: Mapping[str, str],
     further: Mapping[str, str],
     source: Mapping[str, Any],
+    flags: bool,
 ) -> str:
     """The Markdown of a diagnosis.
 
@@ -45,10 +48,11 @@ def page(
       pictures: file -> caption.
       further: heading -> Markdown of sections behind the layers.
       source: from `qt_jax.reporting.provenance`.
+      flags: whether a command line of `experiments.cifar` can use the advice.
     """
     n = len(found.floating.correct)
     sections = {
-        "What to do": advice_section(found),
+        "What to do": advice_section(found, flags),
         "Layers": layer_table(found) + "\n\n" + LEGEND,
         **further,
         "Pictures": "\n\n".join(f"![{caption}]({name})" for name, caption in pictures.items()),
@@ -72,8 +76,8 @@ def totals(found: Diagnosis) -> str:
     before, after = found.sizes
     rows = [
         ["floating point", *_scores(found.floating, found), ABSENT],
-        ["as deployed", *_scores(found.whole, found), f"{before:,}"],
-        ["after the advice", *_scores(found.mended, found), f"{after:,}"],
+        ["simulated", *_scores(found.whole, found), f"{before:,}"],
+        ["simulated, after the advice", *_scores(found.mended, found), f"{after:,}"],
     ]
     return markdown_table(["", "top-1 %", "against float", "SQNR dB", "bytes of kernels"], rows)
 
@@ -83,7 +87,7 @@ def _scores(item: Measurement, found: Diagnosis) -> list[str]:
     return [f"{100 * item.top1:.2f}", lost, decibels(item.sqnr_db)]
 
 
-def advice_section(found: Diagnosis) -> str:
+def advice_section(found: Diagnosis, flags: bool) -> str:
     """The advised remedies with what each gave, lines to paste, and what was tried in vain."""
     lines: list[str] = []
     before = found.whole
@@ -96,14 +100,20 @@ def advice_section(found: Diagnosis) -> str:
         )
         before = after
     text = "\n".join(lines) or "Nothing that was tried makes more images right than chance would."
-    return "\n\n".join(part for part in (text, _paste(found), _in_vain(found)) if part)
+    return "\n\n".join(part for part in (text, _paste(found, flags), _in_vain(found)) if part)
 
 
-def _paste(found: Diagnosis) -> str:
+def _paste(found: Diagnosis, flags: bool) -> str:
     remedies = [trial.finding.remedy for trial in found.advised]
     blocks = {
-        "In training:": ("python", pasting.training(found.before, found.after, remedies)),
-        "On the command line of `experiments.cifar`:": ("text", pasting.flags(found.before, found.after)),
+        "In training with Quant-Trim, where layers have these paths:": (
+            "python",
+            pasting.training(found.before, found.after, remedies),
+        ),
+        "On the command line of `experiments.cifar`, the weights alone:": (
+            "text",
+            pasting.flags(found.before, found.after) if flags else "",
+        ),
         "In vendors' quantizers, which then leave these layers in floating point:": (
             "python",
             pasting.vendors(found.before, found.after),
@@ -218,9 +228,9 @@ def budget_section(found: Diagnosis, chosen: Deployment, reached: Measurement, a
     ).strip()
 
 
-def summary(found: Diagnosis, title: str) -> str:
+def summary(found: Diagnosis, title: str, flags: bool) -> str:
     """The Markdown that a terminal shows before the layers."""
-    return f"# {title}\n\n{totals(found)}\n\n{advice_section(found)}"
+    return f"# {title}\n\n{totals(found)}\n\n{advice_section(found, flags)}"
 
 
 def points(fraction: float) -> str:

@@ -126,7 +126,7 @@ def test_the_command_ends_with_the_signals_status(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(cifar, "train", interrupted)
     flags = ["--preset", "smoke", "--dataset", "digits", "--out", str(tmp_path / "run")]
     assert cifar.main(flags) == 143
-    assert "step 7, which is saved; the same command goes on" in capsys.readouterr().out
+    assert "step 7, which is saved; the same command goes on" in capsys.readouterr().err
 
 
 def small_disk(folder: Path, size: str) -> None:

@@ -45,7 +45,11 @@ def files(tmp_path):
 
 
 def run(files, *more):
-    paths = (files / "toy-net.onnx", "--calibration", files / "c.npz", "--test", files / "t.npz")
+    return run_of(files, ["toy-net.onnx"], *more)
+
+
+def run_of(files, models, *more):
+    paths = (*(files / name for name in models), "--calibration", files / "c.npz", "--test", files / "t.npz")
     return main(["run", *map(str, paths), "--out", str(files / "out"), *more])
 
 
@@ -135,6 +139,29 @@ def test_run_writes_records_and_a_report_and_nothing_the_second_time(fake, files
     assert run(files, *schemes) == 0
     assert "0 of 3 rows are new" in capsys.readouterr().out
     assert (files / "out" / "report.html").stat().st_mtime_ns == written
+
+
+def test_several_models_are_compared_and_earlier_ones_stay(fake, files):
+    """The second command adds a network; the third has changed one, whose old rows leave the report."""
+    schemes = ("--backends", "fake", "--schemes", "exact")
+    assert run(files, *schemes) == 0
+    other = onnx.ModelProto()
+    other.CopyFrom(MODEL)
+    other.producer_name = "another"
+    onnx.save(other, files / "float.onnx")
+    onnx.save(other, files / "third.onnx")
+    assert run(files, *schemes) == run_of(files, ["float.onnx", "third.onnx"], *schemes) == 0
+    summary = (files / "out" / "summary.md").read_text()
+    assert all(name in summary for name in ("toy-net", "float.onnx", "third"))
+    other.producer_name = "changed"
+    onnx.save(other, files / "third.onnx")
+    assert run_of(files, ["third.onnx"], *schemes) == 0
+    kept = records.read(files / "out" / "records.jsonl")
+    latest = [row for row in kept if row["model"] == "third"][-2:]
+    assert {row["checkpoint"] for row in comparison._comparable(kept, latest) if row["model"] == "third"} == {
+        latest[0]["checkpoint"]
+    }
+    assert run_of(files, ["toy-net.onnx", "toy-net.onnx"], *schemes) == 2
 
 
 def test_interruption_is_told_in_a_line(fake, files, monkeypatch, capsys):
