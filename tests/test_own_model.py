@@ -34,7 +34,9 @@ def in_onnxruntime(graph, *inputs):
 
 
 def test_the_guide_shows_the_difference():
-    plain, ours = ((EXAMPLES / name).read_text().splitlines() for name in ("fine_tuned.py", "quant_trimmed.py"))
+    plain, ours = (
+        (EXAMPLES / name).read_text().splitlines() for name in ("fine_tuned.py", "quant_trimmed.py")
+    )
     difference = list(difflib.unified_diff(plain, ours, "fine_tuned.py", "quant_trimmed.py", "", "", 1, ""))
     [shown] = re.findall(r"```diff\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     assert shown.splitlines() == difference, "put this into the guide:\n" + "\n".join(difference)
@@ -63,7 +65,8 @@ def test_the_examples_run(tmp_path):
     assert accuracy["quant_trimmed", "int4w-pt-minmax"] > accuracy["fine_tuned", "int4w-pt-minmax"] + 2
     data = ("--calibration", "calibration.npz", "--test", "test.npz")
     chosen = ("--backends", "onnxruntime", "--schemes", "int8-pc-minmax", "--runtimes", "reference")
-    python("-m", "qt_jax.backends", "run", "fine_tuned.onnx", "quant_trimmed.onnx", *data, *chosen, "--out", "vendors")
+    models = ("fine_tuned.onnx", "quant_trimmed.onnx")
+    python("-m", "qt_jax.backends", "run", *models, *data, *chosen, "--out", "vendors")
     found = records.read(tmp_path / "vendors" / "records.jsonl")
     assert [(row["model"], row["scheme"], row["status"]) for row in found] == [
         (name, scheme, "ok")
