@@ -18,6 +18,7 @@ import qt_jax as qt
 from experiments.command_line import command, print_rows
 from experiments.diagnosis_subject import Subject, subject_of
 from qt_jax.backends.registry import select
+from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.diagnosis import deployed, mixed, prefixes
 from qt_jax.diagnosis.advice import Tell
 from qt_jax.diagnosis.diagnosis import SQNR_IMAGES, Diagnosis, calibrated, diagnose
@@ -36,6 +37,7 @@ from qt_jax.reporting.provenance import provenance
 from qt_jax.reporting.run_figures import draw_histogram
 
 BACKEND_IMAGES = 64
+APPLY_IMAGES = 16
 GOES_ON = "Interrupted. What is measured is kept: the same command goes on from here."
 
 
@@ -91,11 +93,14 @@ class Options:
 
 
 def run(options: Options, console: Console) -> None:
-    """The diagnosis, its page, and what is asked for beside it."""
+    """The diagnosis and its page, which then gets what is asked for beside it, section by section."""
+    terminate_like_interrupt()
     select(options.backends)
     subject = subject_of(options)
     folder = subject.out / "diagnosis"
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("mended.*"):  # of an earlier diagnosis
+        path.unlink()
     layers = layers_of(subject.model)
     reference = logits_of(subject.model, subject.images)
     meter = Meter(subject.images, subject.labels, reference, folder / "measurements.jsonl")
@@ -103,31 +108,37 @@ def run(options: Options, console: Console) -> None:
     given = Deployment(subject.model, everywhere(layers, SCHEMES[options.scheme]), bounds)
     with _telling(console) as tell:
         found = diagnose(given, meter, tell)
-        further = {}
-        if options.backends:
-            further["Toolchains"] = _toolchains(options, subject, folder, tell)
-        final = found.after
-        if options.max_bytes is not None or options.max_drop is not None:
-            final, further["Mixed precision"] = _budget(options, found, meter, tell)
-    title = f"Diagnosis of {subject.name}, {options.scheme}"
-    text = diagnosis_page.page(
-        found,
-        title,
-        bounds=subject.bounds_source,
-        some=min(SQNR_IMAGES, len(subject.images)),
-        pictures=draw(found, folder),
-        further=further,
-        source=provenance(["onnxruntime", "onnx", "numpy"]),
-        flags=options.subject.is_dir(),
-    )
-    if options.apply:
-        text += f"\n## Files\n\n{apply(final, folder)}\n"
-    write_whole(subject.out / "diagnosis.md", text)
-    console.print(Markdown(diagnosis_page.summary(found, title, options.subject.is_dir())))
+    title, of_run = f"Diagnosis of {subject.name}, {options.scheme}", options.subject.is_dir()
+    sections: dict[str, str] = {}
+    fixed = {
+        "bounds": subject.bounds_source,
+        "some": min(SQNR_IMAGES, len(subject.images)),
+        "pictures": draw(found, folder),
+        "source": provenance(["onnxruntime", "onnx", "numpy"]),
+        "flags": of_run,
+    }
+    path = subject.out / "diagnosis.md"
+    write_whole(path, diagnosis_page.page(found, title, **fixed, further=sections))
+    console.print(Markdown(diagnosis_page.summary(found, title, of_run)))
     console.print(diagnosis_page.terminal_table(found))
-    for section in further.values():
-        console.print(Markdown(section))
-    console.print(f"{subject.out / 'diagnosis.md'}", soft_wrap=True)
+    final = found.after
+
+    def add(name: str, text: str) -> None:
+        sections[name] = text
+        write_whole(path, diagnosis_page.page(found, title, **fixed, further=sections))
+        console.print(Markdown(f"## {name}\n\n{text}"))
+
+    if options.backends:
+        with _telling(console) as tell:
+            text = _toolchains(options, subject, folder, tell)
+        add("Toolchains", text)
+    if options.max_bytes is not None or options.max_drop is not None:
+        with _telling(console) as tell:
+            final, text = _budget(options, found, meter, tell)
+        add("Mixed precision", text)
+    if options.apply:
+        add("Files", apply(final, folder, subject.images[:APPLY_IMAGES]))
+    console.print(str(path), soft_wrap=True)
     if options.json:
         print_rows(layer_rows(found))
 
@@ -216,9 +227,17 @@ def draw(found: Diagnosis, folder: Path) -> dict[str, str]:
     return {f"{folder.name}/{name}.png": caption for name, (caption, _) in pictures.items()}
 
 
-def apply(deployment: Deployment, folder: Path) -> str:
-    """Writes the mended network; a list of the files."""
+def apply(deployment: Deployment, folder: Path, images: np.ndarray) -> str:
+    """Writes the mended network; a list of the files.
+
+    Raises InvalidInput if it cannot be restated at the opset that its bits need, or computes something else
+    there on `images`.
+    """
     model = deployed.restated(deployment)
+    before, after = (logits_of(item, images) for item in (deployment.model, model))
+    if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * float(np.abs(before).max())):
+        opset = model.opset_import[0].version
+        raise qt.InvalidInput(f"ONNX restates this graph wrongly at opset {opset}: export it at that opset.")
     save(model, folder / "mended.onnx")
     write_ranges(deployed.ranges_of(deployment, model), folder / "mended.ranges.json")
     save(deployed.quantized(deployment), folder / "mended.qdq.onnx")

@@ -14,6 +14,7 @@ from experiments.cifar import model_input
 from experiments.data import load
 from experiments.summary import metric_of
 from qt_jax.backends.arrays import read_arrays
+from qt_jax.diagnosis.loading import prepared
 from qt_jax.diagnosis.simulation import Bounds
 from qt_jax.export.deploy import ranges_path
 from qt_jax.export.encodings import model_sha256, read_ranges
@@ -116,10 +117,13 @@ def _subject(
     out: Path,
 ) -> Subject:
     try:
-        model = onnx.load(path)
-    except DecodeError as error:
+        written = onnx.load(path)
+    except (DecodeError, onnx.checker.ValidationError) as error:
         raise qt.InvalidInput(f"{path} is no ONNX graph ({error}).") from error
-    bounds = {} if options.ranges == "minmax" else _learned(path, model)
+    bounds = {} if options.ranges == "minmax" else _learned(path, written)
+    model = prepared(written)
+    for what, arrays in (("calibration", calibration), ("test", images)):
+        _check(model, arrays, what)
     if not bounds and options.ranges == "learned":
         raise qt.InvalidInput(
             f"{ranges_path(path)} is not there, or of another graph: leave --ranges out to calibrate."
@@ -127,6 +131,21 @@ def _subject(
     measured = f"minimum and maximum on {len(calibration)} calibration images"
     source = f"learned ranges, where there are any, else {measured}" if bounds else measured
     return Subject(name, model, bounds, source, calibration, images, labels, options.out or out)
+
+
+def _check(model: onnx.ModelProto, images: np.ndarray, what: str) -> None:
+    """Raises InvalidInput where images are none, not finite, or not of the shape that the graph reads."""
+    dimensions = model.graph.input[0].type.tensor_type.shape.dim
+    wanted = tuple(dimension.dim_value or None for dimension in dimensions)[1:]
+    given = images.shape[1:]
+    fits = len(given) == len(wanted) and all(b in (None, a) for a, b in zip(given, wanted, strict=True))
+    if not len(images) or not fits:
+        raise qt.InvalidInput(
+            f"The {what} images have shape {images.shape}, the graph reads (n, {str(wanted)[1:]}: our own "
+            "exports are channels-first."
+        )
+    if not np.all(np.isfinite(images)):
+        raise qt.InvalidInput(f"The {what} images hold NaN or infinite numbers.")
 
 
 def _learned(path: Path, model: onnx.ModelProto) -> Bounds:

@@ -1,6 +1,7 @@
 """Images and labels in .npz files, as the command lines take them."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise InvalidInput(f"{path} cannot be read as an .npz file: {error}.") from error
     if len(names) == len(found) == 1:
         return {names[0]: next(iter(found.values()))}

@@ -7,6 +7,7 @@ from onnx import version_converter
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding
+from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.encodings import Ranges, model_sha256
 from qt_jax.export.integer_weights import least_scale
@@ -16,7 +17,10 @@ from qt_jax.fake_quant import QuantSpec
 
 
 def restated(deployment: Deployment) -> onnx.ModelProto:
-    """The float graph, at an opset that has integers of all widths asked for."""
+    """The float graph, at an opset that has integers of all widths asked for.
+
+    Raises InvalidInput if ONNX cannot convert it.
+    """
     widths = {
         storage_bits(bits)
         for precision in deployment.precisions.values()
@@ -26,7 +30,13 @@ def restated(deployment: Deployment) -> onnx.ModelProto:
     opset = max((FIRST_OPSET[width] for width in widths), default=0)
     if opset <= deployment.model.opset_import[0].version:
         return deployment.model
-    return version_converter.convert_version(deployment.model, opset)
+    try:
+        return version_converter.convert_version(deployment.model, opset)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"the graph cannot be restated at opset {opset}, which has integers of these widths ({error}): "
+            "export it at that opset"
+        ) from error
 
 
 def ranges_of(deployment: Deployment, model: onnx.ModelProto) -> Ranges:
@@ -41,6 +51,8 @@ def ranges_of(deployment: Deployment, model: onnx.ModelProto) -> Ranges:
             inputs[name] = activation_encoding(*deployment.bounds[name], spec, "calibrated")
             if layer.bias:
                 least = least_scale(values[layer.bias], inputs[name].scale[0])
+                channels = values[layer.kernel].shape[layer.axis]
+                least = least.reshape(-1, channels).max(axis=0)  # groups of a transposed convolution
         if precision.weights is not None:
             kernels[name] = layer.kernel
             grid = kernel_encoding(values[layer.kernel], precision, layer.axis, least)

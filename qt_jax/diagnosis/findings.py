@@ -40,8 +40,7 @@ def findings(
     found = []
     for name, kernel in kernels.items():
         activation = activations[name]
-        dead = activation.constant
-        loud = _loud(kernel, dead)
+        loud = _loud(kernel, activation)
         if len(loud):
             found.append(_dead(name, kernel, activation, loud))
         elif kernel.tail > 0 and kernel.largest > OUTLIER * kernel.tail:
@@ -58,9 +57,18 @@ def findings(
     return found
 
 
-def _loud(kernel: Kernel, dead: np.ndarray) -> np.ndarray:
-    """Those of the dead channels whose weights are larger than a living channel needs."""
-    alive = np.delete(kernel.channel_largest, dead)
+def _loud(kernel: Kernel, activation: Activation) -> np.ndarray:
+    """Those of the dead channels whose weights are larger than a living channel needs.
+
+    They can be removed: a bias keeps what they hand on, or that is 0. None in a grouped transposed
+    convolution, whose kernel does not hold them one by one.
+    """
+    dead = activation.constant
+    if len(kernel.channel_largest) != len(activation.output_low):
+        return dead[:0]
+    if not kernel.biased:
+        dead = dead[activation.output_low[dead] == 0]
+    alive = np.delete(kernel.channel_largest, activation.constant)
     if not len(dead) or not len(alive):
         return dead[:0]
     return dead[kernel.channel_largest[dead] > DEAD_SHARE * alive.max()]

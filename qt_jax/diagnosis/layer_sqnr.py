@@ -67,6 +67,6 @@ def _run(
     model: onnx.ModelProto, tensors: Iterable[str], images: np.ndarray, *, optimize: bool = False
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Logits and those tensors, batch by batch."""
-    [logits] = [entry.name for entry in model.graph.output]
+    logits = model.graph.output[0].name
     for batch in run_tensors(model, [logits, *tensors], named_inputs(model, images), optimize=optimize):
         yield batch[logits], batch

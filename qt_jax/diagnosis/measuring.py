@@ -47,8 +47,9 @@ class Meter:
         metrics = classification_metrics(logits, self.labels, self.reference)
         correct = np.argmax(logits, axis=1) == self.labels
         row = {"key": key, "what": label, "top1": metrics["top1"], "sqnr_db": metrics["sqnr_db"]}
-        records.append(self.kept, row | {"correct": np.packbits(correct).tobytes().hex()})
-        return _decoded(records.read(self.kept)[-1], len(self.labels))
+        row["correct"] = np.packbits(correct).tobytes().hex()
+        records.append(self.kept, row)
+        return _decoded(row, len(self.labels))
 
     def key(self, model: onnx.ModelProto) -> str:
         """SHA-256 of the graph, the images, the labels and the reference."""

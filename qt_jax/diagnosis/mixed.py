@@ -34,13 +34,15 @@ def order(deployment: Deployment, meter: Meter, tell: Tell) -> list[str]:
 
 
 def lowered(deployment: Deployment, names: list[str]) -> Deployment:
-    """The deployment with `LOW` bits for the weights of the layers `names`, `HIGH` for all others that have
-    integers.
+    """The deployment with `LOW` bits for the weights of the layers `names`; the others that have integers get
+    `HIGH`, or keep what is more.
     """
     precisions = {
         name: precision
         if precision == FLOAT
-        else dataclasses.replace(precision, weights=LOW if name in names else HIGH)
+        else dataclasses.replace(
+            precision, weights=LOW if name in names else max(HIGH, precision.weights or 0)
+        )
         for name, precision in deployment.precisions.items()
     }
     return dataclasses.replace(deployment, precisions=precisions)

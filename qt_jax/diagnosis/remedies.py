@@ -76,7 +76,7 @@ class RemoveChannels:
     @property
     def text(self) -> str:
         listed = ", ".join(map(str, self.channels[:8])) + (" ..." if len(self.channels) > 8 else "")
-        return f"set the weights of channel {listed} to zero: no output changes"
+        return f"set the weights of channel {listed} to zero: no output changes on these images"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Kernel:
       tail: the quantile `TAIL` of |w|, that of the weights less the largest where there are few.
       rms: root mean square.
       channel_largest: max|w| of each output channel, float32 `(channels,)`.
+      biased: whether the layer adds a bias held in the graph.
     """
 
     size: int
@@ -33,6 +34,7 @@ class Kernel:
     tail: float
     rms: float
     channel_largest: np.ndarray
+    biased: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,8 @@ def kernels(model: onnx.ModelProto) -> dict[str, Kernel]:
         place = max(min(int(np.ceil(TAIL * kernel.size)), kernel.size - 1) - 1, 0)
         rms = float(np.sqrt(np.mean(np.square(kernel, dtype=np.float64))))
         largest = np.abs(channels(kernel, layer.axis)).max(axis=1)
-        found[name] = Kernel(kernel.size, float(magnitude[-1]), float(magnitude[place]), rms, largest)
+        ends = float(magnitude[-1]), float(magnitude[place])
+        found[name] = Kernel(kernel.size, *ends, rms, largest, bool(layer.bias))
     return found
 
 

@@ -124,7 +124,12 @@ class _Writer:
             kernel = self.ranges.tensors[node.input[1]]
             integers = kernel.integers(self.values[node.input[1]])
             inputs[1] = self._constant(node.input[1], integers, kernel.bits, kernel.scale, kernel.axis)
-            if learned is not None and node.op_type in BIASED and len(node.input) > 2:
+            if (
+                learned is not None
+                and node.op_type in BIASED
+                and node.input[2:]
+                and node.input[2] in self.values
+            ):
                 inputs[2] = self._bias(
                     node.input[2],
                     np.asarray(learned.scale, np.float32) * np.asarray(kernel.scale, np.float32),

@@ -64,12 +64,24 @@ def named_inputs(
 def run_batches(
     session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray], outputs: list[str]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The tensors `outputs` by name, for one batch of the inputs after another."""
+    """The tensors `outputs` by name, for one batch of the inputs after another.
+
+    Where the graph fixes the batch, the last one is filled up with its last example; outputs are cut.
+    """
     first = session.get_inputs()[0].shape[0]
     size = first if isinstance(first, int) else BATCH
     for start in range(0, len(next(iter(inputs.values()))), size):
         batch = {name: array[start : start + size] for name, array in inputs.items()}
-        yield dict(zip(outputs, session.run(outputs, batch), strict=True))
+        n = len(next(iter(batch.values())))
+        if isinstance(first, int) and n < size:
+            batch = {
+                name: np.concatenate([array, array[-1:].repeat(size - n, 0)]) for name, array in batch.items()
+            }
+        found = session.run(outputs, batch)
+        yield {
+            name: array[:n] if np.ndim(array) and len(array) == size else array
+            for name, array in zip(outputs, found, strict=True)
+        }
 
 
 def run_tensors(

@@ -75,7 +75,8 @@ def draw_kernel_tails(before: Mapping[str, np.ndarray], after: Mapping[str, np.n
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(min(map(min, ends)) / 1.3, max(map(max, ends)) * 1.3)
+    shown = [end for side in ends for end in side if end > 0] or [1.0]
+    axes.set_xlim(min(shown) / 1.3, max(shown) * 1.3)
     axes.set_xlabel("largest |w| / root mean square")
     _legend(figure, 2)
     return figure
@@ -112,7 +113,7 @@ def _lines(layers: Sequence[str]) -> tuple[Figure, Axes]:
     """A panel with one line for each layer, the first on top."""
     figure = canvas(WIDTH, LINE * len(layers) + 1.0)
     axes = figure.add_subplot()
-    axes.set_yticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(layers)), [name.replace("$", r"\$") for name in layers])
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="0.9")

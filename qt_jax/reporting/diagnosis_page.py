@@ -1,7 +1,6 @@
 """A diagnosis as Markdown: what to do first, then what it rests on."""
 
 from collections.abc import Mapping, Sequence
-from textwrap import indent
 from typing import Any
 
 from rich import box
@@ -217,13 +216,12 @@ def budget_section(found: Diagnosis, chosen: Deployment, reached: Measurement, a
     """
     lost = points(reached.top1 - found.floating.top1)
     rows = [[escaped(name), str(precision)] for name, precision in chosen.precisions.items()]
-    source = "config = qt.QuantConfig(\n" + indent(pasting.listed_rules(found.before, chosen), "    ") + "\n)"
     return "\n\n".join(
         [
             f"Asked: {asked}. Proposed, on top of the advice: {100 * reached.top1:.2f} % ({lost} against "
             f"float), {kernel_bytes(chosen):,} bytes of kernels.",
             markdown_table(["layer", "bits"], rows, words=2),
-            f"```python\n{source}\n```" if pasting.rules(found.before, chosen) else "",
+            f"```python\n{pasting.config(found.before, chosen)}\n```",
         ]
     ).strip()
 

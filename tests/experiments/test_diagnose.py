@@ -17,7 +17,7 @@ import pytest
 import qt_jax as qt
 from experiments import diagnose
 from experiments.cifar import model_input
-from experiments.configs.cifar import PRESETS, quant_config
+from experiments.configs.cifar import PRESETS, parse, quant_config
 from experiments.data import load
 from experiments.report import write_report
 from qt_jax.diagnosis import deployed
@@ -28,6 +28,7 @@ from qt_jax.export import graph
 from qt_jax.export.encodings import model_sha256, read_ranges, write_ranges
 
 RUN = "experiments/results/cifar10-resnet8"
+SAMPLES = f"{RUN}/samples.npz"
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +152,16 @@ def test_the_page_says_what_to_paste_and_it_runs(found):
         assert rule.path in layers and (rule.skip or rule.weights.bits in (4, 8))
     if names := re.search(r"nodes_to_exclude = (\[.*?\])", text):
         assert set(json.loads(names[1])) <= set(layers)
-    if flags := re.search(r"--rules (.*)", text):
-        parsed = quant_config(dataclasses.replace(PRESETS["smoke"], rules=tuple(flags[1].split())))
+    if given := re.search(r"^(--bits .*)", text, re.MULTILINE):
+        parsed = quant_config(parse(given[1].split(), PRESETS, "experiments.cifar"))
         assert {rule.path for rule in parsed.rules} <= set(layers)
+
+
+def test_a_budget_that_cannot_be_kept_leaves_the_page(found, tmp_path, capsys):
+    flags = ["--scheme", "int8-pt", "--limit", "50", "--max-bytes", "3", "--out", str(tmp_path)]
+    assert diagnose.main([RUN, *flags]) == 2
+    assert "more than the budget of 3" in " ".join(capsys.readouterr().err.split())
+    assert "## What to do" in (tmp_path / "diagnosis.md").read_text()
 
 
 def test_the_budget_is_kept(found, cifar10):
@@ -202,6 +210,7 @@ def test_a_toolchain_tells_the_noise_behind_each_layer(tmp_path, cifar10, capsys
         ([RUN, "--limit", "0"], "--limit 0"),
         ([RUN, "--backends", "abacus"], "Unknown backends ['abacus']"),
         ([f"{RUN}/model.json", "--calibration", "c.npz", "--test", "t.npz"], "t.npz cannot be read"),
+        ([f"{RUN}/model.onnx", "--calibration", SAMPLES, "--test", SAMPLES], "lacks the arrays ['images"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, capsys):

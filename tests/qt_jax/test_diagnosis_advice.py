@@ -13,11 +13,13 @@ from qt_jax.diagnosis.advice import kernel_bytes
 from qt_jax.diagnosis.diagnosis import calibrated, diagnose
 from qt_jax.diagnosis.findings import findings
 from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.loading import prepared
 from qt_jax.diagnosis.measuring import Measurement, Meter, gains
 from qt_jax.diagnosis.remedies import ClipKernel, Deployment, RemoveChannels, SetRange, Use, replaced
 from qt_jax.diagnosis.simulation import FLOAT, Precision, everywhere, logits_of
 from qt_jax.diagnosis.tensors import activations, kernels
 from qt_jax.export import graph
+from qt_jax.reporting import diagnosis_figures
 
 
 def two_layers(seed=0):
@@ -190,19 +192,43 @@ def test_advice_is_pasted_as_source_that_runs():
         RemoveChannels("body/dense", (5,), (0.0,)),
     ):
         after = remedy.apply(after)
-    first, second = map(eval_rule, pasting.rules(before, after))
-    assert first == qt.Rule(
-        "body/dense", weights=qt.QuantSpec(8), inputs=qt.QuantSpec(8, symmetric=False, quantile=1.0)
-    )
-    wide = qt.QuantSpec(16, symmetric=False)
-    assert second == qt.Rule("head", weights=qt.QuantSpec(16, axis=-1), inputs=wide)
-    assert pasting.flags(before, after) == "--rules head=16"
+    scope = {"qt": qt}
+    exec(pasting.config(before, after), scope)
+    assert scope["config"].sites("body/dense").inputs == qt.QuantSpec(8, symmetric=False, quantile=1.0)
+    assert scope["config"].sites("head").weights == qt.QuantSpec(16, axis=-1)
+    assert scope["config"].sites("head").inputs == qt.QuantSpec(16, symmetric=False)
+    assert pasting.flags(before, after) == "--bits 8 --rules head=16"
     assert 'nodes_to_exclude = ["head"]' in pasting.vendors(before, after)
     assert "reverse_pruning" in pasting.training(before, after, [ClipKernel("head", 1.0)])
     spared = Use("head", FLOAT).apply(before)
-    assert pasting.rules(before, spared) == ['qt.Rule("head", skip=True)']
+    assert 'qt.Rule("head", skip=True)' in pasting.config(before, spared)
     assert pasting.vendors(before, before) == pasting.flags(before, before) == ""
 
 
-def eval_rule(text):
-    return eval(text, {"qt": qt})
+def test_the_pasted_config_is_the_whole_deployment():
+    """What most layers have is the default, so that layers without a rule have it too."""
+    before = deployment(two_layers(), Precision(4, 8, per_channel=True))
+    after = Use("head", Precision(8, 16, per_channel=True)).apply(before)
+    scope = {"qt": qt}
+    exec(pasting.config(before, after), scope)
+    wide = qt.QuantSpec(16, symmetric=False)
+    first, head = scope["config"].sites("body/dense"), scope["config"].sites("head")
+    assert (first.weights, first.inputs) == (qt.QuantSpec(4, axis=-1), qt.QuantSpec(8, symmetric=False))
+    assert (head.weights, head.inputs) == (qt.QuantSpec(8, axis=-1), wide)
+    assert pasting.flags(before, after) == "--bits 4 --per-channel --rules head=8"
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b(1)/Conv", "model/conv[0]", "a+b", 'x"y', "back\\slash", "net/$a_{$/fc"]
+)
+def test_pasted_names_match_themselves(name, tmp_path):
+    model = two_layers()
+    model.graph.node[2].name = name
+    before = deployment(prepared(model))
+    scope = {"qt": qt}
+    exec(pasting.config(before, Use(name, Precision(16, 16)).apply(before)), scope)
+    assert scope["config"].sites(name).weights.bits == 16
+    exec(pasting.vendors(before, Use(name, FLOAT).apply(before)).splitlines()[0], scope)
+    assert scope["nodes_to_exclude"] == [name]
+    found = diagnose(before, meter(before.model, tmp_path), lambda _: None)
+    diagnosis_figures.draw_sensitivity(found).savefig(tmp_path / "figure.png")
