@@ -205,13 +205,18 @@ def attach_statistics(
       *inputs, **options: what `model.apply` takes after the variables (shapes matter, values do not).
 
     Raises:
-      InvalidInput: as `quant_trim`, or statistics of the model itself are missing.
+      InvalidInput: as `quant_trim`, statistics of the model itself are missing, or it is no Linen module.
 
     >>> model, x = nn.Dense(2), jnp.ones((1, 3))
     >>> attached = attach_statistics(model, model.init(jax.random.key(0), x), QuantConfig(), x)
     >>> int(attached["batch_stats"]["quant_kernel"]["count"])
     0
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"{type(model).__name__} is no Linen module: qt_jax takes flax.linen modules, which get their "
+            "variables in apply. An NNX module is none."
+        )
 
     def forward(variables: dict[str, Any]) -> Any:
         with quant_trim(config, 0.0, train=False):

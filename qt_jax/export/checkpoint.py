@@ -177,6 +177,11 @@ def find(path: Path) -> Path:
         return items[0]
     if steps:
         return find(max(steps, key=lambda step: int(step.name)))
+    if path.is_file():
+        raise InvalidInput(
+            f"{path} is a file, not a checkpoint of orbax, which is a folder: read it in Python, with the "
+            "library that wrote it, and export with qt_jax.to_onnx(model.apply, variables, input_shape)"
+        )
     raise InvalidInput(
         f"{path} is no checkpoint of orbax and holds none"
         + ("" if path.is_dir() else " (there is no such folder)")

@@ -387,6 +387,7 @@ def test_description_keeps_every_field(tmp_path):
             "nowhere is no checkpoint of orbax and holds none (there is no such folder)",
         ),
         ({"checkpoint": "."}, "run is no checkpoint of orbax and holds none: name"),
+        ({"checkpoint": "model.json"}, "model.json is a file, not a checkpoint of orbax"),
         ({"collections": {"params": "ema"}}, "has no parameters under 'ema'; it holds "),
         ({"samples": "gone.npz"}, "gone.npz holds no samples (FileNotFoundError"),
         ({"samples": "model.json"}, "model.json holds no samples"),

@@ -338,3 +338,8 @@ def test_a_layer_that_cannot_be_reached_is_named_and_can_be_skipped():
         qt.attach_statistics(Normalized(), variables, CONFIG, x)
     config = qt.QuantConfig(rules=(qt.Rule("Dense_0", skip=True),))
     assert set(qt.attach_statistics(Normalized(), variables, config, x)["batch_stats"]) == {"head"}
+
+
+def test_a_model_that_is_not_linen_is_refused():
+    with pytest.raises(qt.InvalidInput, match="is no Linen module"):
+        qt.attach_statistics(lambda x: x, {"params": {}}, qt.QuantConfig(), jnp.ones((1, 3)))
