@@ -16,7 +16,7 @@ def test_it_is_short():
 def test_the_test_command_is_the_one_that_ci_looks_for():
     lines = (ROOT / "README.md").read_text().splitlines()
     first = next(line for line in lines if line.startswith("python -m pytest"))
-    assert first == "python -m pytest -n 2 --dist loadfile --cov=qt_jax --cov-fail-under=90"
+    assert first == "python -m pytest -n2 --dist=loadfile --cov=qt_jax --cov-fail-under=90"
 
 
 @pytest.mark.parametrize(
