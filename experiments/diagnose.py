@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 import qt_jax as qt
 from experiments.command_line import command, print_rows
 from experiments.diagnosis_subject import Subject, subject_of
+from qt_jax.backends.protocol import Backend
 from qt_jax.backends.registry import select
 from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.diagnosis import deployed, mixed, prefixes
@@ -25,7 +26,7 @@ from qt_jax.diagnosis.diagnosis import SQNR_IMAGES, Diagnosis, calibrated, diagn
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.measuring import Meter
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.simulation import SCHEMES, everywhere, logits_of
+from qt_jax.diagnosis.simulation import SCHEMES, Precision, everywhere, logits_of
 from qt_jax.export import graph
 from qt_jax.export.encodings import write_ranges
 from qt_jax.export.saving import save
@@ -95,7 +96,7 @@ class Options:
 def run(options: Options, console: Console) -> None:
     """The diagnosis and its page, which then gets what is asked for beside it, section by section."""
     terminate_like_interrupt()
-    select(options.backends)
+    backends = select(options.backends)
     subject = subject_of(options)
     folder = subject.out / "diagnosis"
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,9 +129,9 @@ def run(options: Options, console: Console) -> None:
         write_whole(path, diagnosis_page.page(found, title, **fixed, further=sections))
         console.print(Markdown(f"## {name}\n\n{text}"))
 
-    if options.backends:
+    if backends:
         with _telling(console) as tell:
-            text = _toolchains(options, subject, folder, tell)
+            text = _toolchains(backends, SCHEMES[options.scheme], subject, folder, tell)
         add("Toolchains", text)
     if options.max_bytes is not None or options.max_drop is not None:
         with _telling(console) as tell:
@@ -152,12 +153,14 @@ def _telling(console: Console) -> Iterator[Tell]:
         yield lambda text: progress.update(task, description=text, advance=1)
 
 
-def _toolchains(options: Options, subject: Subject, folder: Path, tell: Tell) -> str:
+def _toolchains(
+    backends: Sequence[Backend], precision: Precision, subject: Subject, folder: Path, tell: Tell
+) -> str:
     """The noise behind each layer on the toolchains asked for."""
     ratios: dict[str, dict[str, float | None]] = {}
     notes = []
-    for backend in select(options.backends):
-        scheme = prefixes.matching(backend, SCHEMES[options.scheme])
+    for backend in backends:
+        scheme = prefixes.matching(backend, precision)
         if scheme is None:
             notes.append(f"{backend.name} has no scheme with such weights.")
             continue
@@ -233,14 +236,14 @@ def apply(deployment: Deployment, folder: Path, images: np.ndarray) -> str:
     Raises InvalidInput if it cannot be restated at the opset that its bits need, or computes something else
     there on `images`.
     """
-    model = deployed.restated(deployment)
-    before, after = (logits_of(item, images) for item in (deployment.model, model))
+    mended = deployed.restated(deployment)
+    before, after = (logits_of(item.model, images) for item in (deployment, mended))
     if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * float(np.abs(before).max())):
-        opset = model.opset_import[0].version
+        opset = mended.model.opset_import[0].version
         raise qt.InvalidInput(f"ONNX restates this graph wrongly at opset {opset}: export it at that opset.")
-    save(model, folder / "mended.onnx")
-    write_ranges(deployed.ranges_of(deployment, model), folder / "mended.ranges.json")
-    save(deployed.quantized(deployment), folder / "mended.qdq.onnx")
+    save(mended.model, folder / "mended.onnx")
+    write_ranges(deployed.ranges_of(mended), folder / "mended.ranges.json")
+    save(deployed.quantized(mended), folder / "mended.qdq.onnx")
     said = {
         "mended.onnx": "floating point, for any vendor's own quantizer: kernels are mended in it; bits and "
         "ranges are not, tell the quantizer those",

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from qt_jax.diagnosis.findings import Finding, findings
-from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.layers import kernel_sizes
 from qt_jax.diagnosis.measuring import Measurement, Meter, gains
 from qt_jax.diagnosis.remedies import Deployment, Use
 from qt_jax.diagnosis.simulation import FLOAT, Precision
@@ -119,9 +119,5 @@ def wider(precision: Precision) -> list[Precision]:
 
 def kernel_bytes(deployment: Deployment) -> int:
     """Bytes of all kernels on their bits, 4 each for those in floating point; without scales and biases."""
-    sizes = {name: kernel.size for name, kernel in kernels(deployment.model).items()}
-    bits = {
-        name: 32 if (width := deployment.precisions.get(name, FLOAT).weights) is None else width
-        for name in layers_of(deployment.model)
-    }
-    return sum(sizes[name] * bits[name] for name in sizes) // 8
+    widths = {name: precision.weights for name, precision in deployment.precisions.items()}
+    return sum(size * (widths.get(name) or 32) for name, size in kernel_sizes(deployment.model).items()) // 8

@@ -1,5 +1,7 @@
 """A deployment as files for compilers: learned ranges for the float graph, and its QDQ form."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 from onnx import version_converter
@@ -16,8 +18,8 @@ from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
 from qt_jax.fake_quant import QuantSpec
 
 
-def restated(deployment: Deployment) -> onnx.ModelProto:
-    """The float graph, at an opset that has integers of all widths asked for.
+def restated(deployment: Deployment) -> Deployment:
+    """The deployment with its float graph at an opset that has integers of all widths asked for.
 
     Raises InvalidInput if ONNX cannot convert it.
     """
@@ -29,18 +31,20 @@ def restated(deployment: Deployment) -> onnx.ModelProto:
     }
     opset = max((FIRST_OPSET[width] for width in widths), default=0)
     if opset <= deployment.model.opset_import[0].version:
-        return deployment.model
+        return deployment
     try:
-        return version_converter.convert_version(deployment.model, opset)
+        model = version_converter.convert_version(deployment.model, opset)
     except RuntimeError as error:
         raise InvalidInput(
             f"the graph cannot be restated at opset {opset}, which has integers of these widths ({error}): "
             "export it at that opset"
         ) from error
+    return dataclasses.replace(deployment, model=model)
 
 
-def ranges_of(deployment: Deployment, model: onnx.ModelProto) -> Ranges:
-    """The grids of the deployment's kernels and layers' inputs, for `model`, which is `restated`."""
+def ranges_of(deployment: Deployment) -> Ranges:
+    """The grids of the deployment's kernels and layers' inputs, for its graph."""
+    model = deployment.model
     values = graph.constants(model)
     kernels, inputs, tensors = {}, {}, {}
     for name, layer in layers_of(model).items():
@@ -62,5 +66,5 @@ def ranges_of(deployment: Deployment, model: onnx.ModelProto) -> Ranges:
 
 def quantized(deployment: Deployment) -> onnx.ModelProto:
     """The deployment in QuantizeLinear and DequantizeLinear at kernels and inputs of layers."""
-    model = restated(deployment)
-    return insert_qdq(model, ranges_of(deployment, model), learned_only=True)
+    whole = restated(deployment)
+    return insert_qdq(whole.model, ranges_of(whole), learned_only=True)

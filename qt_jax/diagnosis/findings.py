@@ -19,7 +19,8 @@ DEAD_SHARE = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """`kind` is "outlier weight", "dead channel" or "saturating activation"; `evidence` what was seen."""
+    """`kind` is "outlier weight", "dead channel", "saturating activation" or "sensitive layer"; `evidence` is
+    what was seen."""
 
     kind: str
     layer: str

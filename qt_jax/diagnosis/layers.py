@@ -1,6 +1,7 @@
 """The layers of a graph: its convolutions and matrix products with a kernel held in the graph."""
 
 import dataclasses
+import math
 
 import numpy as np
 import onnx
@@ -64,6 +65,12 @@ def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
             name = readers[name][0].output[0]
         found[node.name] = name
     return found
+
+
+def kernel_sizes(model: onnx.ModelProto) -> dict[str, int]:
+    """Layer -> number of weights in its kernel."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    return {name: sizes[node.input[1]] for name, node in weighted_nodes(model).items()}
 
 
 def channels(kernel: np.ndarray, axis: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Accuracy and fidelity of graphs on one set of images; what was measured once is read back."""
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 
@@ -53,10 +54,15 @@ class Meter:
 
     def key(self, model: onnx.ModelProto) -> str:
         """SHA-256 of the graph, the images, the labels and the reference."""
-        digest = hashlib.sha256(model.SerializeToString(deterministic=True))
+        return hashlib.sha256(model.SerializeToString(deterministic=True) + self._data).hexdigest()
+
+    @functools.cached_property
+    def _data(self) -> bytes:
+        """SHA-256 of the arrays, which do not change between measurements."""
+        digest = hashlib.sha256()
         for array in (self.images, self.labels, self.reference):
             digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return digest.digest()
 
 
 def _decoded(row: records.Record, n: int) -> Measurement:

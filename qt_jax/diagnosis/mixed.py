@@ -3,10 +3,10 @@
 import dataclasses
 
 from qt_jax.diagnosis.advice import Tell, kernel_bytes
+from qt_jax.diagnosis.layers import kernel_sizes
 from qt_jax.diagnosis.measuring import Meter
 from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import FLOAT
-from qt_jax.diagnosis.tensors import kernels
 from qt_jax.errors import InvalidInput
 
 LOW, HIGH = 4, 8
@@ -18,7 +18,7 @@ def order(deployment: Deployment, meter: Meter, tell: Tell) -> list[str]:
 
     Noise powers of layers rounded one at a time, 10^(-SQNR / 10), are taken to add up in the logits.
     """
-    sizes = {name: kernel.size for name, kernel in kernels(deployment.model).items()}
+    sizes = kernel_sizes(deployment.model)
     costs = {}
     for name, precision in deployment.precisions.items():
         if precision == FLOAT:

@@ -118,9 +118,4 @@ class Use:
 
 def replaced(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
     """A copy of `model` in which the constants named in `values` have those."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        if tensor.name in values:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values[tensor.name], tensor.name))
-    return copy
+    return graph.rebuild(model, model.graph.node, {**graph.constants(model), **values})

@@ -123,7 +123,7 @@ def test_the_qdq_graph_computes_what_the_simulation_does(precision):
     error = np.abs(logits_of(exported, images()) - expected)
     step = 12.0 / 255 * np.abs(graph.constants(model)["c"]).max()  # a tie of the features that tips
     assert np.mean(error < 1e-2) > 0.9 and error.max() < 2 * step
-    kept = deployed.restated(whole)
+    kept = deployed.restated(whole).model
     assert [node.name for node in kept.graph.node] == [node.name for node in model.graph.node]
 
 
