@@ -43,21 +43,37 @@ def pinned(python: str) -> dict[str, Requirement]:
     }
 
 
-def stated() -> list[Requirement]:
-    """Every requirement of the package, but the extras that name other extras."""
+def stated(python: str) -> list[Requirement]:
+    """Every requirement of the package on one version of Python, but the extras that name other extras."""
     lines = [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
-    return [it for it in map(Requirement, lines) if it.name != PROJECT["name"]]
+    environment = {"python_version": python}
+    return [
+        it
+        for it in map(Requirement, lines)
+        if it.name != PROJECT["name"] and (it.marker is None or it.marker.evaluate(environment))
+    ]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_requirements_allow_what_is_tested(python):
     known = pinned(python)
-    for requirement in stated():
+    for requirement in stated(python):
         line = known[canonicalize_name(requirement.name)]
         [pin, *rest] = line.specifier
         exact = pin.operator == "==" and not rest
         allowed = requirement.specifier.contains(pin.version) if exact else None
         assert allowed or requirement.specifier == line.specifier, f"{requirement} does not suit {line}"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_jax_and_flax_come_in_the_pair_that_is_tested(python):
+    """flax 0.12.8 cannot import flax.nnx beside jax 0.11, and jax2onnx needs it: no install may mix the pairs."""
+    pairs = {version: (pinned(version)["jax"], pinned(version)["flax"]) for version in PYTHONS}
+    asked = {it.name: it.specifier for it in stated(python)}
+    for jax, flax in pairs.values():
+        allowed = [asked[it.name].contains([*it.specifier][0].version) for it in (jax, flax)]
+        same = [str(it.specifier) for it in (jax, flax)] == [str(it.specifier) for it in pairs[python]]
+        assert allowed == [same, same]
 
 
 def test_extras_name_extras_that_exist():
