@@ -67,11 +67,11 @@ def test_requirements_allow_what_is_tested(python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_jax_and_flax_come_in_the_pair_that_is_tested(python):
-    """flax 0.12.8 cannot import flax.nnx beside jax 0.11, and jax2onnx needs it: no install may mix the pairs."""
+    """No install may mix the pairs: flax 0.12.8 cannot import flax.nnx, which jax2onnx needs, on jax 0.11."""
     pairs = {version: (pinned(version)["jax"], pinned(version)["flax"]) for version in PYTHONS}
     asked = {it.name: it.specifier for it in stated(python)}
     for jax, flax in pairs.values():
-        allowed = [asked[it.name].contains([*it.specifier][0].version) for it in (jax, flax)]
+        allowed = [asked[it.name].contains(next(iter(it.specifier)).version) for it in (jax, flax)]
         same = [str(it.specifier) for it in (jax, flax)] == [str(it.specifier) for it in pairs[python]]
         assert allowed == [same, same]
 
