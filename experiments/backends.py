@@ -6,21 +6,18 @@ set, the same for all, and writes records.jsonl and the report to --out.
 """
 
 import dataclasses
-import hashlib
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import model_input, training_provenance
-from experiments.command_line import exit_status, parse, text_console
-from experiments.configs.networks import QUANT_TRIM, graphs_of
 from experiments.data import load
+from experiments.runs import model_input, networks, read_config_json
 from qt_jax.backends.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
+from qt_jax.command_line import exit_status, parse, text_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ def run(options: Options, console: Console) -> None:
     """Every network of every run, then the report."""
     if not options.runs:
         raise qt.InvalidInput("No run is named: give the folders of finished experiments.cifar.")
-    configs = {folder: run_config(folder) for folder in options.runs}
+    configs = {folder: read_config_json(folder) for folder in options.runs}
     names = sorted({config["dataset"] for config in configs.values()})
     if len(names) != 1:
         raise qt.InvalidInput(f"The runs use several data sets ({', '.join(names)}): compare one at a time.")
@@ -75,40 +72,6 @@ def run(options: Options, console: Console) -> None:
         options.settings,
         console,
     )
-
-
-def run_config(folder: Path) -> dict[str, Any]:
-    """What config.json of a run says. Raises InvalidInput if it is no run's folder."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise qt.InvalidInput(
-            f"{folder} is no folder of a finished `python -m experiments.cifar`: {error}."
-        ) from error
-
-
-def networks(folder: Path, config: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """The ONNX files of a run, each with what its records are to say of it.
-
-    Raises InvalidInput if there is none.
-    """
-    graphs = graphs_of(config.get("quantizer", QUANT_TRIM))  # which older runs do not say
-    found = [(method, folder / name) for method, name in graphs.items() if (folder / name).exists()]
-    if not found:
-        raise qt.InvalidInput(f"{folder} holds none of {', '.join(graphs.values())}: finish the run.")
-    shared = {"run": folder.name, "task": config["dataset"], "model": config["model"], "seed": config["seed"]}
-    return [
-        (
-            path,
-            {
-                **shared,
-                "method": method,
-                "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "training": training_provenance(folder, method),
-            },
-        )
-        for method, path in found
-    ]
 
 
 if __name__ == "__main__":

@@ -15,26 +15,23 @@ from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import qt_jax as qt
-from experiments.command_line import command, print_rows
 from experiments.diagnosis_subject import Subject, subject_of
 from qt_jax.backends.protocol import Backend
 from qt_jax.backends.registry import select
-from qt_jax.command_line import terminate_like_interrupt
-from qt_jax.diagnosis import deployed, mixed, prefixes
-from qt_jax.diagnosis.advice import Tell
+from qt_jax.command_line import command, print_rows, terminate_like_interrupt
+from qt_jax.diagnosis import deployed, mixed_precision, page, toolchains
+from qt_jax.diagnosis import figures as figures
+from qt_jax.diagnosis.advice import Meter, Tell
 from qt_jax.diagnosis.diagnosis import SQNR_IMAGES, Diagnosis, calibrated, diagnose
 from qt_jax.diagnosis.layers import layers_of
-from qt_jax.diagnosis.measuring import Meter
 from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import SCHEMES, Precision, everywhere, logits_of
 from qt_jax.export import graph
 from qt_jax.export.encodings import write_ranges
-from qt_jax.export.saving import save
-from qt_jax.reporting import diagnosis_figures as figures
-from qt_jax.reporting import diagnosis_page, heatmaps
-from qt_jax.reporting.files import write_whole
-from qt_jax.reporting.ink import to_svg
-from qt_jax.reporting.provenance import provenance
+from qt_jax.export.graph import save
+from qt_jax.files import write_whole
+from qt_jax.provenance import provenance
+from qt_jax.reporting.figures import save_figure, to_svg
 from qt_jax.reporting.run_figures import draw_histogram
 
 BACKEND_IMAGES = 64
@@ -119,14 +116,14 @@ def run(options: Options, console: Console) -> None:
         "flags": of_run,
     }
     path = subject.out / "diagnosis.md"
-    write_whole(path, diagnosis_page.page(found, title, **fixed, further=sections))
-    console.print(Markdown(diagnosis_page.summary(found, title, of_run)))
-    console.print(diagnosis_page.terminal_table(found))
+    write_whole(path, page.page(found, title, **fixed, further=sections))
+    console.print(Markdown(page.summary(found, title, of_run)))
+    console.print(page.terminal_table(found))
     final = found.after
 
     def add(name: str, text: str) -> None:
         sections[name] = text
-        write_whole(path, diagnosis_page.page(found, title, **fixed, further=sections))
+        write_whole(path, page.page(found, title, **fixed, further=sections))
         console.print(Markdown(f"## {name}\n\n{text}"))
 
     if backends:
@@ -160,11 +157,11 @@ def _toolchains(
     ratios: dict[str, dict[str, float | None]] = {}
     notes = []
     for backend in backends:
-        scheme = prefixes.matching(backend, precision)
+        scheme = toolchains.matching(backend, precision)
         if scheme is None:
             notes.append(f"{backend.name} has no scheme with such weights.")
             continue
-        rows = prefixes.by_backend(
+        rows = toolchains.by_backend(
             subject.model,
             subject.calibration,
             subject.images[:BACKEND_IMAGES],
@@ -181,24 +178,24 @@ def _toolchains(
             for row in rows
             if row["status"] != "ok"
         ]
-    costs = {name: prefixes.costliest(subject.model, values) for name, values in ratios.items()}
-    listed = "\n".join(f"- {diagnosis_page.escaped(note)}" for note in notes)
-    table = diagnosis_page.backend_table(ratios, costs) if ratios else ""
+    costs = {name: toolchains.costliest(subject.model, values) for name, values in ratios.items()}
+    listed = "\n".join(f"- {page.escaped(note)}" for note in notes)
+    table = page.backend_table(ratios, costs) if ratios else ""
     return "\n\n".join(part for part in (table, listed) if part)
 
 
 def _budget(options: Options, found: Diagnosis, meter: Meter, tell: Tell) -> tuple[Deployment, str]:
     """The network of mixed precision that the budget allows, and its section."""
-    ranked = mixed.order(found.after, meter, tell)
+    ranked = mixed_precision.order(found.after, meter, tell)
     if options.max_bytes is not None:
-        chosen = mixed.within_bytes(found.after, ranked, options.max_bytes)
+        chosen = mixed_precision.within_bytes(found.after, ranked, options.max_bytes)
         asked = f"at most {options.max_bytes:,} bytes of kernels"
     else:
         most = options.max_drop / 100
-        chosen = mixed.within_drop(found.after, ranked, meter, found.floating.top1, most, tell)
+        chosen = mixed_precision.within_drop(found.after, ranked, meter, found.floating.top1, most, tell)
         asked = f"at most {options.max_drop:g} points lost"
     reached = meter.measure(chosen.simulated(), "mixed precision")
-    return chosen, diagnosis_page.budget_section(found, chosen, reached, asked)
+    return chosen, page.budget_section(found, chosen, reached, asked)
 
 
 def draw(found: Diagnosis, folder: Path) -> dict[str, str]:
@@ -225,7 +222,7 @@ def draw(found: Diagnosis, folder: Path) -> dict[str, str]:
             caption = f"Weights of {layer} over their root mean square, before and after"
             pictures[f"weights-{index}"] = (caption, partial(draw_histogram, weights))
     for name, (_, make) in pictures.items():
-        heatmaps.save(make(), folder / f"{name}.png")
+        save_figure(make(), folder / f"{name}.png")
         write_whole(folder / f"{name}.svg", to_svg(make, f"diagnosis-{name}") or "")
     return {f"{folder.name}/{name}.png": caption for name, (caption, _) in pictures.items()}
 

@@ -9,13 +9,12 @@ import onnx
 from google.protobuf.message import DecodeError
 
 import qt_jax as qt
-from experiments.backends import networks, run_config
-from experiments.cifar import model_input
 from experiments.data import load
-from experiments.summary import metric_of
-from qt_jax.backends.arrays import read_arrays
+from experiments.run_summary import metric_of
+from experiments.runs import model_input, networks, read_config_json
+from qt_jax.backends.inputs import read_arrays
+from qt_jax.diagnosis.layers import Bounds
 from qt_jax.diagnosis.loading import prepared
-from qt_jax.diagnosis.simulation import Bounds
 from qt_jax.export.deploy import ranges_path
 from qt_jax.export.encodings import model_sha256, read_ranges
 
@@ -58,7 +57,7 @@ def _of_run(options: "Options") -> Subject:
     if options.calibration or options.test:
         raise qt.InvalidInput("--calibration and --test go with a MODEL.onnx: a run brings its own data.")
     folder = options.subject
-    config = run_config(folder)
+    config = read_config_json(folder)
     if metric_of(config["dataset"])[0] != "top1":
         raise qt.InvalidInput(
             f"{folder} segments ({config['dataset']}): diagnose judges classifiers. `python -m "

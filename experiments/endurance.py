@@ -25,9 +25,9 @@ from rich.console import Console
 from tqdm import tqdm
 
 import qt_jax as qt
-from experiments.command_line import Failed, command
-from qt_jax.export.checkpoint import restore
-from qt_jax.reporting import records
+from qt_jax import records
+from qt_jax.command_line import Failed, command
+from qt_jax.export.network import restore
 
 METHOD = "quant-trim"
 RUN = ("--preset", "smoke", "--dataset", "digits", "--no-compare", "--test-limit", "50", "--seed", "3")

@@ -20,22 +20,20 @@ import tyro
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.cifar import model_input
-from experiments.command_line import command
-from experiments.configs.networks import graphs_of
 from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
-from experiments.layer_comparison import SCHEMES, quantized
+from experiments.runs import graphs_of, model_input
+from qt_jax import records
 from qt_jax.backends import ort
-from qt_jax.diagnosis.layer_sqnr import compare
+from qt_jax.command_line import command
+from qt_jax.diagnosis.simulation import compare
+from qt_jax.diagnosis.toolchains import LAYER_SCHEMES, quantized
 from qt_jax.export import to_onnx
-from qt_jax.export.checkpoint import Deployable, create_module
-from qt_jax.export.checkpoint import load as load_network
 from qt_jax.export.clips import clipped_forward, insert_clips, learned_clips
-from qt_jax.export.description import read_description
-from qt_jax.reporting import records
-from qt_jax.reporting.files import write_whole
-from qt_jax.reporting.provenance import provenance
+from qt_jax.export.network import Deployable, create_module, read_description
+from qt_jax.export.network import load as load_network
+from qt_jax.files import write_whole
+from qt_jax.provenance import provenance
 from qt_jax.reporting.tables import markdown_line
 
 PLAIN, CLIPS, NORMS, BOTH = "plain", "clips", "batch norm", "clips + batch norm"
@@ -97,10 +95,10 @@ def measure(
     offers = {offer.name: offer for offer in ort.BACKEND.schemes}
     rows = []
     for variant, graph in graphs.items():
-        deployed = {name: quantized(graph, calibration, scheme) for name, scheme in SCHEMES.items()}
+        deployed = {name: quantized(graph, calibration, scheme) for name, scheme in LAYER_SCHEMES.items()}
         reference, logits, ratios = compare(graph, deployed, images)
         found = {"fp32": qt.metrics.classification_metrics(reference, labels)}
-        for scheme in SCHEMES:
+        for scheme in LAYER_SCHEMES:
             found[scheme] = qt.metrics.classification_metrics(logits[scheme], labels, reference)
             found[scheme] |= {"layers_sqnr_db": ratios[scheme]}
         for scheme, metrics in found.items():

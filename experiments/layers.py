@@ -22,13 +22,12 @@ from rich.progress import track
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.cifar import model_input
-from experiments.command_line import command, print_rows
-from experiments.configs.networks import QUANT_TRIM, graphs_of
 from experiments.data import Dataset, load
+from experiments.runs import QUANT_TRIM, graphs_of, model_input
+from qt_jax import records
+from qt_jax.command_line import command, print_rows
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
-from qt_jax.reporting import records
-from qt_jax.reporting.provenance import provenance
+from qt_jax.provenance import provenance
 
 GRID = qt.QuantSpec(bits=4, narrow_range=False, quantile=1.0)
 

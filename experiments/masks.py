@@ -14,14 +14,14 @@ from matplotlib.patches import Patch
 import qt_jax as qt
 from qt_jax.backends import ort
 from qt_jax.backends.rows import LOGITS
-from qt_jax.export.saving import staged
-from qt_jax.reporting.cells import title
+from qt_jax.files import staged
+from qt_jax.reporting.pivot import title
 
 DIGEST = "networks"
 """In the file of masks: of which networks they are."""
 SHOWN = 6
 """Images: the first of the test set."""
-SCHEMES = {"fp32": "FP32", "int4w-pt-minmax": "INT4 weights"}
+MASK_SCHEMES = {"fp32": "FP32", "int4w-pt-minmax": "INT4 weights"}
 """Of onnxruntime, and what a reader is told."""
 COLOURS = (
     *("#f0f0f0", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"),
@@ -56,7 +56,7 @@ def decided_masks(
                     calibration,
                     test_set,
                     backends=[ort.BACKEND.name],
-                    schemes=list(SCHEMES),
+                    schemes=list(MASK_SCHEMES),
                     runtimes=[ort.REFERENCE.name],
                     folder=folder,
                 )
@@ -102,7 +102,7 @@ def masks_figure(
     columns = {"image": images, "truth": truth}
     for key, masks in decided.items():
         method, _, scheme = key.partition("/")
-        columns[f"{title(method)}\n{SCHEMES[scheme]}"] = masks
+        columns[f"{title(method)}\n{MASK_SCHEMES[scheme]}"] = masks
     figure = Figure(figsize=(1.7 * len(columns), 1.85 * len(images) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(images), len(columns), squeeze=False)

@@ -23,16 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.command_line import command
+from qt_jax import records
+from qt_jax.command_line import command
 from qt_jax.export import to_onnx
-from qt_jax.export.checkpoint import Deployable, load
-from qt_jax.export.modes import deployed_config
-from qt_jax.export.parity import fake_quant_forward, integer_kernels, parity
+from qt_jax.export.deploy import deployed_config
+from qt_jax.export.network import Deployable, load
 from qt_jax.export.qdq import insert_qdq
 from qt_jax.export.ranges import tensor_ranges
+from qt_jax.export.verification import fake_quant_forward, integer_kernels, parity
 from qt_jax.metrics import agreement, sqnr_db
-from qt_jax.reporting import records
-from qt_jax.reporting.provenance import provenance
+from qt_jax.provenance import provenance
 
 GRAPHS = {
     "learned sites, 16 bits": ("int16-act", True),

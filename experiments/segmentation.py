@@ -8,7 +8,7 @@ masks.png shows a few images as the networks see them. The default data set is c
 import sys
 
 from experiments import cifar
-from experiments.configs.segmentation import PRESETS
+from experiments.configs.training import SEGMENTATION_PRESETS
 
 ABOUT = """Train a network that gives each pixel a class, with Quant-Trim and without; export both, compare.
 
@@ -21,7 +21,7 @@ Example:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, as `experiments.cifar` does."""
-    return cifar.main(arguments, PRESETS, "experiments.segmentation", ABOUT)
+    return cifar.main(arguments, SEGMENTATION_PRESETS, "experiments.segmentation", ABOUT)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.command_line import command
+from qt_jax.command_line import command
 
 MEMBER = "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx"
 HEIGHT, WIDTH = 48, 192

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.command_line import command
-from qt_jax.export import to_onnx, verify
-from qt_jax.reporting import records
-from qt_jax.reporting.provenance import provenance
+from qt_jax import records
+from qt_jax.command_line import command
+from qt_jax.export import to_onnx, verification
+from qt_jax.provenance import provenance
 
 BATCHES = (1, 3)
 FOLDERS = re.compile(r"/\S*/(?=\w+\.py)")
@@ -159,7 +159,7 @@ def measure(case: Case, opset: int) -> dict[str, Any]:
     try:
         graph = to_onnx(forward, variables, jax.ShapeDtypeStruct(case.shape, case.dtype), opset=opset)
         row |= {"seconds": time.perf_counter() - start, "nodes": len(graph.graph.node)}
-        return row | verify(graph, forward, variables, x, batch_sizes=BATCHES)
+        return row | verification(graph, forward, variables, x, batch_sizes=BATCHES)
     except qt.InvalidInput as error:
         return row | {"status": "refused", "reason": FOLDERS.sub("", str(error))}
 

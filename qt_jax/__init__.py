@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from qt_jax import metrics, schedules
 from qt_jax.batch_norm import reestimate as reestimate_batch_norm
-from qt_jax.coverage import coverage
+from qt_jax.config import INHERIT, QuantConfig, Rule
 from qt_jax.errors import InvalidInput
-from qt_jax.fake_quant import QuantSpec, blend, dequantize, fake_quant, quantization_parameters, quantize
 from qt_jax.fusion import Fusion, find_fusion
-from qt_jax.interceptor import attach_statistics, quant_trim
-from qt_jax.quantiles import observe, quantiles, subsample
-from qt_jax.reverse_pruning import reverse_pruning
-from qt_jax.rules import INHERIT, QuantConfig, Rule
+from qt_jax.grid import QuantSpec, blend, dequantize, fake_quant, quantization_parameters, quantize
+from qt_jax.layer_coverage import coverage
+from qt_jax.pruning import reverse_pruning
+from qt_jax.ranges import observe, quantiles, subsample
+from qt_jax.trim import attach_statistics, quant_trim
 
 if TYPE_CHECKING:
     from qt_jax.backends import evaluate

@@ -15,7 +15,7 @@ from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
-from qt_jax.sites import COLLECTION
+from qt_jax.interception import COLLECTION
 
 Path = tuple[str, ...]
 MEAN, VARIANCE = "mean", "var"

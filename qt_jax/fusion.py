@@ -22,8 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from qt_jax.errors import InvalidInput
-from qt_jax.interceptor import LAYERS
-from qt_jax.sites import COLLECTION, GAIN
+from qt_jax.interception import COLLECTION, GAIN, LAYERS
 
 TRANSPARENT = frozenset({"name", "convert_element_type", "copy", "optimization_barrier"})
 """Primitives that hand a tensor on as it is."""

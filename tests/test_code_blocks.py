@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from experiments.configs.cifar import PRESETS, Config
-from experiments.configs.segmentation import PRESETS as SEGMENTATION_PRESETS
+from experiments.configs.training import PRESETS, SEGMENTATION_PRESETS, Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

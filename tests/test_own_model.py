@@ -17,7 +17,7 @@ import pytest
 from flax.training import train_state
 
 import qt_jax as qt
-from qt_jax.reporting import records
+from qt_jax import records
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qt_jax as qt
-from qt_jax.fake_quant import along_axis, fake_quant
-from qt_jax.interceptor import LAYERS
-from qt_jax.quantiles import Range
-from qt_jax.sites import COLLECTION, INPUT, KERNEL
+from qt_jax.grid import along_axis, fake_quant
+from qt_jax.interception import COLLECTION, INPUT, KERNEL, LAYERS
+from qt_jax.ranges import Range
 
 Ends = tuple[jax.Array, jax.Array]
 """(low, high): float32, scalars or `(channels,)`."""

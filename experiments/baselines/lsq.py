@@ -21,9 +21,9 @@ import numpy as np
 
 import qt_jax as qt
 from experiments.baselines.learned_ranges import Ends, LearnedRange, Quantizer, other_axes
-from qt_jax.fake_quant import SCALE_FLOOR, along_axis, quantization_parameters
-from qt_jax.quantiles import Range
-from qt_jax.sites import INPUT, KERNEL
+from qt_jax.grid import SCALE_FLOOR, along_axis, quantization_parameters
+from qt_jax.interception import INPUT, KERNEL
+from qt_jax.ranges import Range
 
 
 def step_range(step: jax.Array, signed: jax.Array | bool, spec: qt.QuantSpec) -> Ends:

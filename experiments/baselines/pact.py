@@ -22,9 +22,9 @@ import numpy as np
 
 import qt_jax as qt
 from experiments.baselines.learned_ranges import Ends, LearnedRange, Quantizer, other_axes
-from qt_jax.fake_quant import SCALE_FLOOR
-from qt_jax.quantiles import Range, observe, update_range
-from qt_jax.sites import INPUT, KERNEL
+from qt_jax.grid import SCALE_FLOOR
+from qt_jax.interception import INPUT, KERNEL
+from qt_jax.ranges import Range, observe, update_range
 
 ALPHA = "pact_input"
 """Name of alpha beside the kernel."""

@@ -3,7 +3,7 @@
 The same networks with the same weights, once in Linen and once in PyTorch as its users write them, are
 exported at the same opset with a dynamic batch: nodes, operators, and the largest difference between the two
 graphs' outputs in onnxruntime. For the largest network also the time from variables to file, where ours is
-verified against JAX and PyTorch's is not, and the peak of memory; see `experiments.benchmarks.export_cost`.
+verified against JAX and PyTorch's is not, and the peak of memory; see `experiments.benchmarks.exporters`.
 
 The default opset is 18: PyTorch's exporter writes no older one itself, and its conversion to 17 fails on the
 convolutional networks.
@@ -25,20 +25,20 @@ from rich.table import Table
 
 import qt_jax as qt
 from experiments import models
-from experiments.benchmarks.export_cost import cost
 from experiments.benchmarks.exporters import (
     OURS,
     TORCH,
     Network,
+    cost,
     exporter,
     random_images,
     random_variables,
     require_torch,
 )
-from experiments.command_line import command
-from experiments.models.resnet50 import ResNet50
-from qt_jax.reporting import records
-from qt_jax.reporting.provenance import provenance
+from experiments.models.resnet import ResNet50
+from qt_jax import records
+from qt_jax.command_line import command
+from qt_jax.provenance import provenance
 
 NETWORKS = {
     "resnet20": Network(models.create("resnet20", 10), 32),

@@ -25,16 +25,14 @@ from rich.table import Table
 import qt_jax as qt
 from experiments import data, devices, models
 from experiments.benchmarks import timing
-from experiments.benchmarks.figure import finish
-from experiments.benchmarks.timing import WARM_UP, Variant
+from experiments.benchmarks.timing import WARM_UP, Variant, finish
 from experiments.benchmarks.variants import CLASSES, compiled_step
-from experiments.command_line import command
-from experiments.configs.cifar import Config, float_twin
+from experiments.configs.training import Config, float_twin
 from experiments.data.store import cache_dir
 from experiments.training.step import FLIPPABLE, Split, drawn, epoch_order, normalize
-from qt_jax.reporting import records
-from qt_jax.reporting.figures import COLOURS, OTHER_COLOURS
-from qt_jax.reporting.heatmaps import canvas
+from qt_jax import records
+from qt_jax.command_line import command
+from qt_jax.reporting.figures import COLOURS, OTHER_COLOURS, canvas
 
 DEVICE, HOST = "on the device", "numpy on the host"
 NETWORKS = ("fast", "resnet20")

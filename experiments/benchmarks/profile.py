@@ -27,9 +27,9 @@ from experiments.benchmarks import timing
 from experiments.benchmarks.step import Options as StepOptions
 from experiments.benchmarks.step import trained
 from experiments.benchmarks.variants import CLASSES, compiled_step, random_split
-from experiments.command_line import command
-from experiments.configs.cifar import float_twin
-from qt_jax.reporting import records
+from experiments.configs.training import float_twin
+from qt_jax import records
+from qt_jax.command_line import command
 
 CONVOLUTION, WEIGHT_GRADIENT = (
     "convolution, forward or gradient of the input",

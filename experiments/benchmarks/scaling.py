@@ -7,16 +7,20 @@ why there are two): the ratio of their medians, of the memory XLA plans for, and
 
 Statistics are of a sub-sample of constant size, so that their share falls as tensors grow; rounding and
 clipping are elementwise, convolutions are not.
+
+The figure of `experiments.benchmarks.scaling`: a column for each size that is varied, a row for a cost.
 """
 
 import dataclasses
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.axes import Axes
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -24,22 +28,81 @@ from rich.table import Table
 
 import qt_jax as qt
 from experiments.benchmarks import timing
-from experiments.benchmarks.quant_trimmed import QuantTrimmed
-from experiments.benchmarks.scaling_figure import scaling_figure
-from experiments.benchmarks.timing import Variant
-from experiments.benchmarks.unfused import Unfused
+from experiments.benchmarks.timing import Variant, finish
 from experiments.benchmarks.variants import (
     CLASSES,
     FP32,
     QUANT_TRIM,
     UNFUSED,
+    QuantTrimmed,
+    Unfused,
     compiled_step,
     random_split,
 )
-from experiments.command_line import command
-from experiments.configs.cifar import Config, float_twin, lambda_schedule, quant_config
+from experiments.configs.training import Config, float_twin, lambda_schedule, quant_config
 from experiments.models.resnet import ResNet
-from qt_jax.reporting import records
+from qt_jax import records
+from qt_jax.command_line import command
+from qt_jax.records import Record
+from qt_jax.reporting.figures import COLOURS, INK, canvas
+
+NAMES = {
+    "width": "width (channels)",
+    "depth": "depth (layers)",
+    "batch_size": "batch (images)",
+    "resolution": "resolution (pixels)",
+    "sample_size": "sub-sample (elements)",
+}
+
+
+def scaling_figure(axes: Mapping[str, Sequence[Record]], base: Mapping[str, int], path: Path) -> None:
+    """Writes a PNG: ratio of step times, ratio of memory, seconds to compile.
+
+    Args:
+      axes: name of the size that is varied -> records in its order.
+      base: the sizes from which each is varied; a vertical line marks them.
+      path: replaced if there.
+    """
+    figure = canvas(15, 8.5)
+    grid = figure.subplots(3, len(axes), sharex="col", sharey="row", squeeze=False)
+    for column, (name, rows) in zip(grid.T, axes.items(), strict=True):
+        sizes = [row[name] for row in rows]
+        _times(column[0], sizes, rows)
+        column[1].plot(sizes, [row["peak_ratio"] for row in rows], "o-", color=COLOURS["quant-trim"])
+        _compilation(column[2], sizes, rows)
+        for panel in column:
+            panel.axvline(base[name], color="0.85", zorder=0)
+        column[2].set_xscale("log", base=2)
+        column[2].set_xticks(sizes, [str(size) for size in sizes])
+        column[2].minorticks_off()
+        column[2].set_xlabel(NAMES[name])
+    for panel in grid[:2].flat:
+        panel.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    grid[0, 0].set_ylabel("step time\nQuant-Trim / faster FP32")
+    grid[1, 0].set_ylabel("peak memory\nQuant-Trim / FP32")
+    grid[2, 0].set_ylabel("compilation (s)")
+    grid[2, 0].set_ylim(bottom=0)
+    grid[2, 0].legend(frameon=False, loc="upper left")
+    device = axes[next(iter(axes))][0]["accelerator"] or "CPU"
+    figure.suptitle(
+        f"Cost of Quant-Trim W8A8 over FP32, {device}: medians over rounds, bars from quartile to quartile"
+    )
+    finish(figure, path)
+
+
+def _times(panel: Axes, sizes: Sequence[int], rows: Sequence[Record]) -> None:
+    middle, low, high = ([row[f"ratio_to_faster_{end}"] for row in rows] for end in ("paired", "p25", "p75"))
+    panel.vlines(sizes, low, high, color=COLOURS["quant-trim"], alpha=0.35, linewidth=5)
+    panel.plot(sizes, middle, "o-", color=COLOURS["quant-trim"])
+
+
+def _compilation(panel: Axes, sizes: Sequence[int], rows: Sequence[Record]) -> None:
+    for key, label, colour, style in (
+        ("compile_seconds", "Quant-Trim", COLOURS["quant-trim"], "o-"),
+        ("fp32_compile_seconds", "FP32", COLOURS["float"], "s--"),
+    ):
+        panel.plot(sizes, [row[key] for row in rows], style, color=colour, label=label)
+
 
 WARM_UP = 2
 """Rounds that are not counted; every step is compiled before."""
@@ -57,6 +120,7 @@ class Point(NamedTuple):
 
 
 BASE = Point()
+
 AXES: dict[str, tuple[int, ...]] = {
     "width": (8, 16, 32, 64),
     "depth": (8, 14, 20, 32),

@@ -10,11 +10,11 @@ Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its
 over the whole tensor, weights with a scale per output channel, activations with one per image taken anew
 in every step (no statistics are kept), the forward convolutions in int8 with int32 sums, the backward ones in
 float32 with the straight-through estimator. It does not see depthwise convolutions where, on CPUs in float32,
-`experiments.models.convolution` computes them as products. For AQT see `experiments.benchmarks.aqt_qat`, for
+`experiments.models.convolution` computes them as products. For AQT see `experiments.benchmarks.variants`, for
 PyTorch, plain and with its own fake quantization, `experiments.benchmarks.torch_step`.
 
 There are two FP32 baselines, because XLA's CPU backend compiles the plain step badly; see
-`experiments.benchmarks.unfused`. Quant-Trim's honest cost is its ratio to the faster of the two.
+`experiments.benchmarks.variants`. Quant-Trim's honest cost is its ratio to the faster of the two.
 """
 
 import dataclasses
@@ -33,19 +33,10 @@ import qt_jax as qt
 from experiments import models
 from experiments.benchmarks import timing
 from experiments.benchmarks.timing import WARM_UP, Variant, measure
-from experiments.benchmarks.variants import (
-    FP32,
-    PEERS,
-    PRUNED,
-    PULL,
-    UNFUSED,
-    build,
-    in_float,
-    per_channel,
-)
-from experiments.command_line import command
-from experiments.configs.cifar import Config
-from qt_jax.reporting import records
+from experiments.benchmarks.variants import FP32, PEERS, PRUNED, PULL, UNFUSED, build, in_float, per_channel
+from experiments.configs.training import Config
+from qt_jax import records
+from qt_jax.command_line import command
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,19 +1,26 @@
-"""Compiled steps taken in turn and timed; what every benchmark of steps shares."""
+"""Compiled steps taken in turn and timed; what every benchmark of steps shares.
+
+The look of the benchmarks' figures.
+"""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from experiments.devices import accelerator
-from qt_jax.reporting.provenance import provenance
+from qt_jax.provenance import provenance
+from qt_jax.reporting.figures import save_figure
 
 WARM_UP = 3
 """Rounds that are not counted; the first one compiles what is not compiled yet."""
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "aqtp", "torch")
 
 
@@ -92,3 +99,12 @@ def peak_bytes(compiled: Any) -> int:
 def source() -> dict[str, Any]:
     """The provenance of a record, with the accelerator if JAX is on one."""
     return provenance(PACKAGES) | {"accelerator": accelerator()}
+
+
+def finish(figure: Figure, path: Path) -> None:
+    """Opens the panels, rules light lines behind what they show, and writes the PNG; replaced if there."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+    save_figure(figure, path)

@@ -14,11 +14,10 @@ from flax.traverse_util import flatten_dict
 from torch import nn
 
 import qt_jax as qt
-from experiments.models.mobilenet_v2 import MobileNetV2
-from experiments.models.resnet import ResNet
-from experiments.models.resnet50 import ResNet50
-from experiments.models.unet import UNet
-from experiments.models.vit import ViT
+from experiments.models.mobilenet import MobileNetV2
+from experiments.models.resnet import ResNet, ResNet50
+from experiments.models.segmenters import UNet
+from experiments.models.transformers import ViT
 
 CHANNELS = 3
 

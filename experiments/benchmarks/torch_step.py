@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import qt_jax as qt
 from experiments.benchmarks.torch_models import twin
-from experiments.configs.cifar import Config
+from experiments.configs.training import Config
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 

@@ -1,34 +1,170 @@
-"""The ways to train that `experiments.benchmarks.step` compares, each built from the trainer's own parts."""
+"""The ways to train that `experiments.benchmarks.step` compares, each built from the trainer's own parts.
+
+The same model with other arithmetic in its layers, through the fields that Linen has for it.
+
+The same plain network with one unlucky fusion of XLA's CPU backend broken: the stricter FP32 baseline.
+
+The weight gradient of a convolution reads its input transposed. XLA:CPU fuses whatever produced that input
+into the transpose, and so computes the residual chain of up to four blocks again, inside a slow loop: on
+ResNet-20 that is a quarter of the plain step. Anything that stands between the two breaks the chain, fake
+quantization too, so against the plain step alone Quant-Trim would look faster than no quantization at all.
+Here a division by one, which XLA cannot see to be one, does it. Logits and gradients stay the same.
+
+Quant-Trim inside a model, for quantization configs that the trainer has no flag for.
+
+AQT's quantized training (`aqtp`) in a Linen model, with the parameters of the plain one.
+
+Forward: 8 bits for kernels and inputs, symmetric absmax taken anew in every step, a scale per output channel
+of the kernel and one per example (for dense layers per row) of the input. Dense layers multiply int8 with
+int32 sums; AQT's convolution rounds to the same integers and multiplies them in the compute type.
+Backward: float, by the operands as they were before rounding, which is what `config_v4` does without bits for
+dlhs and drhs. (Its default is 8 bits for dlhs, with stochastic rounding; AQT has no such thing for
+convolutions.)
+
+AQT's convolution, as of aqtp 0.9.0, is made for inference: differentiated as it stands, its rounding has
+gradient zero, for kernel and input alike, and AQT's own example of a convolutional network leaves its
+convolutions in float. The backward of convolutions is therefore ours, by the rule of AQT's dense layers.
+`nn.ConvTranspose` and `nn.Einsum` stay in float. Depthwise convolutions are JAX's own grouped ones, not the
+products that `experiments.models.convolution` puts in their place on CPUs.
+"""
 
 import dataclasses
 import time
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qt_jax as qt
 from experiments import models
 from experiments.baselines.qwix_qat import qwix_model
-from experiments.benchmarks.aqt_qat import aqt_model
-from experiments.benchmarks.injected import Injected
 from experiments.benchmarks.timing import Variant, peak_bytes
-from experiments.benchmarks.unfused import Unfused
-from experiments.configs.cifar import Config, float_twin, lambda_schedule
+from experiments.configs.training import Config, float_twin, lambda_schedule
 from experiments.training.state import TrainState, create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_train_step
 from qt_jax.errors import InvalidInput
 
+
+class Injected(nn.Module):
+    """`model` with these functions in every layer that takes them; its code and parameters stay as they are.
+
+    Reaches `nn.Conv`, and `nn.Dense` and `nn.DenseGeneral` with the projections of attention; not
+    `nn.ConvTranspose` and `nn.Einsum`, which take none.
+    """
+
+    model: nn.Module
+    conv_general_dilated: Callable
+    """In place of what a convolution has."""
+    dot_general: Callable | None = None
+    """In place of what a dense layer has; None leaves it."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        def inject(call, args, kwargs, context):
+            module = context.module
+            if context.method_name == "__call__":
+                if isinstance(module, nn.Conv):
+                    object.__setattr__(module, "conv_general_dilated", self.conv_general_dilated)
+                elif self.dot_general is not None and isinstance(module, nn.Dense | nn.DenseGeneral):
+                    object.__setattr__(module, "dot_general", self.dot_general)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(inject):
+            return self.model(images, train=train)
+
+
+class Unfused(nn.Module):
+    """`model`, with the input of every convolution divided by a runtime 1."""
+
+    model: nn.Module
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        one = jnp.maximum(images[0, 0, 0, 0] * 0.0, 1.0)
+
+        def divide(call, args, kwargs, context):
+            if isinstance(context.module, nn.Conv) and context.method_name == "__call__":
+                args = (args[0] / one.astype(args[0].dtype), *args[1:])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(divide):
+            return self.model(images, train=train)
+
+
+class QuantTrimmed(nn.Module):
+    """`model` that enters `qt.quant_trim` by itself, so that a trainer who knows nothing of it trains it so.
+
+    The step, on which lambda depends, is counted beside the ranges in `batch_stats`.
+    """
+
+    model: nn.Module
+    specs: qt.QuantConfig
+    lam: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        step = self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
+        with qt.quant_trim(self.specs, self.lam(step.value), train=train):
+            logits = self.model(images, train=train)
+        if train and not self.is_initializing():
+            step.value += 1
+        return logits
+
+
+BITS, SPATIAL = 8, 2
+"""Of the forward; axes of height and width."""
+
+
+def aqt_model(model: nn.Module) -> Injected:
+    """`model` under AQT, with the parameters of the plain one below "model".
+
+    Raises:
+      ImportError: AQT is not installed, or not for this jax.
+    """
+    from aqt.jax.v2 import aqt_conv_general, config
+
+    convolution = aqt_conv_general.make_conv_general_dilated(
+        aqt_conv_general.conv_general_dilated_make(SPATIAL, BITS, BITS)
+    )
+    dense = config.set_context(
+        config.config_v4(fwd_bits=BITS, dlhs_bits=None, drhs_bits=None), key=None, train_step=None
+    )
+
+    def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *window: Any, **options: Any) -> jax.Array:
+        @jax.custom_vjp
+        def product(lhs, rhs):
+            return convolution(lhs, rhs, *window, **options)
+
+        def backward(operands, gradient):
+            def plain(lhs, rhs):
+                return jax.lax.conv_general_dilated(lhs, rhs, *window, **options)
+
+            return jax.vjp(plain, *operands)[1](gradient)
+
+        product.defvjp(lambda lhs, rhs: (product(lhs, rhs), (lhs, rhs)), backward)
+        return product(lhs, rhs)
+
+    return Injected(model, conv_general_dilated, dense)
+
+
 IMAGE_SHAPE, MASK_SHAPE, CLASSES = (32, 32, 3), (64, 64, 3), 10
 """Of classification, of segmentation, of both."""
+
 FP32, UNFUSED, GROUPED = "fp32", "fp32, unfused inputs", "fp32, XLA's grouped convolution"
+
 QUANT_TRIM, PRUNED = "quant-trim", "quant-trim + reverse pruning"
+
 PULL = "quant-trim, a step that prunes"
+
 QWIX, AQT = "qwix", "aqt"
+
 TORCH, TORCH_QAT = "fp32, PyTorch", "PyTorch QAT W8A8"
 """Names of the variants; those in float begin with "fp32", also where they compute in bfloat16."""
+
 PEERS = ("qwix", "aqt", "torch")
 """Packages of peers."""
 

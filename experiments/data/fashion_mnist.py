@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.dataset import PublishedSet
-from experiments.data.download import first_available, from_url
-from experiments.data.store import Arrays, CorruptData, as_arrays, cached, check_digest, notice
+from experiments.data.store import (
+    Arrays,
+    CorruptData,
+    as_arrays,
+    cached,
+    check_digest,
+    first_available,
+    from_url,
+    notice,
+)
 from qt_jax.errors import InvalidInput
 
 MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"

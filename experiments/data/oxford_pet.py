@@ -10,8 +10,17 @@ import numpy as np
 from PIL import Image
 
 from experiments.data.dataset import PublishedSet
-from experiments.data.download import first_available, from_url
-from experiments.data.store import Arrays, CorruptData, as_arrays, cache_dir, cached, check_file, find_local
+from experiments.data.store import (
+    Arrays,
+    CorruptData,
+    as_arrays,
+    cache_dir,
+    cached,
+    check_file,
+    find_local,
+    first_available,
+    from_url,
+)
 
 
 @dataclass(frozen=True)

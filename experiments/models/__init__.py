@@ -6,16 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from experiments.models.aspp import ASPP
 from experiments.models.convnext import ConvNeXt
-from experiments.models.fast_resnet import FastResNet
-from experiments.models.mixer import Mixer
-from experiments.models.mobilenet_v2 import MobileNetV2, Stage
-from experiments.models.mobilenet_v3 import MobileNetV3
+from experiments.models.mobilenet import MobileNetV2, MobileNetV3, Stage
 from experiments.models.recurrent import RowReader
-from experiments.models.resnet import ResNet
-from experiments.models.unet import UNet
-from experiments.models.vit import ViT
+from experiments.models.resnet import FastResNet, ResNet
+from experiments.models.segmenters import ASPP, UNet
+from experiments.models.transformers import Mixer, ViT
 
 TINY = (Stage(1, 8, 1, 2), Stage(4, 16, 2, 1), Stage(4, 24, 2, 2), Stage(4, 32, 2, 2))
 """Blocks of the MobileNetV2 that trains on one core in minutes."""

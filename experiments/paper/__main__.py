@@ -14,20 +14,17 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments import command_line
 from experiments.configs import methods
-from experiments.configs.presets import preset
+from experiments.configs.study import preset
 from experiments.paper import rows as study
-from experiments.paper.launchers import hand_over
 from experiments.paper.networks import DESCRIPTION
 from experiments.paper.progress import Display, listing
 from experiments.paper.render import render
-from experiments.paper.row import command, detached_command
-from experiments.paper.rows import DEFAULT_RESULTS, Row
-from experiments.paper.schedule import run_rows
+from experiments.paper.rows import DEFAULT_RESULTS, StudyRow
+from experiments.paper.schedule import command, detached_command, hand_over, run_rows
+from qt_jax import command_line, records
 from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import records
 from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "study.md"
@@ -95,7 +92,7 @@ def study_of(options: Options, console: Console) -> None:
         raise command_line.Failed(f"{len(failed)} rows have failed: their logs lie in {options.runs}")
 
 
-def run(options: Options, console: Console) -> list[Row]:
+def run(options: Options, console: Console) -> list[StudyRow]:
     """What the options ask for; returns the rows that failed."""
     chosen = preset(options.preset)
     folder = study.results_of(chosen, options.results)
@@ -113,7 +110,7 @@ def run(options: Options, console: Console) -> list[Row]:
     return failed
 
 
-def rendered(folder: Path, options: Options, console: Console) -> list[Row]:
+def rendered(folder: Path, options: Options, console: Console) -> list[StudyRow]:
     """Writes tables and figures; into the documentation and the methods' files too, if this repository's own
     results are rendered; methods state what they take in the preset cpu."""
     own = options.results == study.RESULTS
@@ -122,7 +119,7 @@ def rendered(folder: Path, options: Options, console: Console) -> list[Row]:
     return []
 
 
-def perform(rows: list[Row], options: Options, console: Console) -> list[Row]:
+def perform(rows: list[StudyRow], options: Options, console: Console) -> list[StudyRow]:
     """Runs the rows that are not done; returns those that failed."""
     chosen = rows[0].preset
     folder = study.results_of(chosen, options.results)
@@ -162,7 +159,7 @@ def perform(rows: list[Row], options: Options, console: Console) -> list[Row]:
     return list(progress.failed)
 
 
-def unfinished(rows: list[Row], done: set[Row], runs: Path) -> list[Row]:
+def unfinished(rows: list[StudyRow], done: set[StudyRow], runs: Path) -> list[StudyRow]:
     """The rows to run: those not done, and those whose networks they need and which are not on this disk."""
     sources = {row.source for row in rows if row not in done and row.source is not None}
     lost = {row for row in sources if not (study.folder_of(row, runs) / DESCRIPTION).exists()}

@@ -1,6 +1,8 @@
 """From a finished row's folder to the records of the study, without what is bulky.
 
 A row's records take the place of those it had before; a file is replaced whole, under a lock.
+
+What a study is at: a live display, plain lines where nobody watches, and the table of `--list`.
 """
 
 import contextlib
@@ -15,22 +17,25 @@ from typing import Any
 import numpy as np
 
 from experiments.paper.evidence import score
-from experiments.paper.rows import ATTEMPTS, DEPLOYMENT, SEARCH, STRUCTURE, TRAINING, Row, changed
+from experiments.paper.rows import ATTEMPTS, DEPLOYMENT, SEARCH, STRUCTURE, TRAINING, StudyRow, changed
 from experiments.paper.structure import network_structure, schedule_points
-from qt_jax.reporting import provenance, records
-from qt_jax.reporting.files import write_whole
-from qt_jax.reporting.records import Record
+from qt_jax import provenance, records
+from qt_jax.files import write_whole
+from qt_jax.records import Record
 
 BULKY = ("predictions", "operators", "limits", "log", "command", "cpu", "key", "stands_for", "run")
 """Keys of a deployment record that no table or figure of the study reads."""
+
 LOCK = ".lock"
+
 KEYS = ("task", "method", "seed")
+
 DIGITS = 6
 """Significant digits kept of the confidences and accuracies of reliability bins."""
 
 
 def collect(
-    row: Row, folder: Path, trained: Path, found: Sequence[Record], images: np.ndarray, results: Path
+    row: StudyRow, folder: Path, trained: Path, found: Sequence[Record], images: np.ndarray, results: Path
 ) -> None:
     """Writes what a finished row has shown into the folder of results.
 
@@ -60,7 +65,7 @@ def collect(
     replace(results / TRAINING, [about | training(row, metrics, seconds)], KEYS)
 
 
-def training(row: Row, metrics: Sequence[Mapping[str, Any]], seconds: float) -> Record:
+def training(row: StudyRow, metrics: Sequence[Mapping[str, Any]], seconds: float) -> Record:
     """What training.jsonl says of a row beside whose it is."""
     last = metrics[-1]
     base, own = dataclasses.asdict(row.task.base), dataclasses.asdict(row.config)
@@ -86,7 +91,7 @@ def training(row: Row, metrics: Sequence[Mapping[str, Any]], seconds: float) -> 
     }
 
 
-def trial(row: Row, found: Sequence[Record], seconds: float) -> Record:
+def trial(row: StudyRow, found: Sequence[Record], seconds: float) -> Record:
     """What search.jsonl says of a trial: accuracies on the validation split, and their mean."""
     top1 = {record["scheme"]: score(record) for record in found}
     shown = {name: top1[name] for name in ("fp32", "int4w-pt-minmax", "int4w-pc-minmax")}
@@ -135,3 +140,18 @@ def replace(path: Path, new: Sequence[Record], keys: Sequence[str]) -> None:
         kept = [record for record in records.read(path) if tuple(record[key] for key in keys) not in mine]
         lines = [json.dumps(record, allow_nan=False) for record in (*kept, *new)]
         write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def held(folder: Path) -> bool:
+    """Whether a process works in the folder, see `collect.locked`."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

@@ -1,6 +1,8 @@
 """The study's figures: what each shows, as plain data from records, and how it is drawn.
 
 Data first: a figure whose data have not changed need not be drawn again to know that it is right.
+
+How the study's figures are drawn: plain data in, one PNG out, the same bytes for the same data.
 """
 
 import hashlib
@@ -10,27 +12,251 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter
+
 from experiments.configs.methods import METHODS
-from experiments.layer_comparison import SCHEMES
-from experiments.paper import drawing
 from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, reference_score, score
-from experiments.paper.layer_tables import layer_sqnr
-from qt_jax.reporting.deployment import REFERENCE, precision
-from qt_jax.reporting.reliability import pooled
+from experiments.paper.structure import BINS
+from experiments.paper.tables import layer_sqnr
+from qt_jax.diagnosis.toolchains import LAYER_SCHEMES
+from qt_jax.reporting.figures import COLOURS, INK, OTHER_COLOURS, canvas, save_figure
+from qt_jax.reporting.pivot import REFERENCE, precision
+from qt_jax.reporting.statistics import expected_calibration_error, pooled
+
+FigureData = dict[str, Any]
+
+KNOWN = {
+    "float + PTQ": COLOURS["float"],
+    "Quant-Trim (published)": COLOURS["quant-trim"],
+    "Quant-Trim, recommended": OTHER_COLOURS[0],
+}
+
+OTHERS = (*OTHER_COLOURS[1:], "#8C564B", "#999999", "#7F3C8D", INK)
+"""Of all other methods, by their place."""
+
+TICKS = (0, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+"""Of drops, in points."""
+
+MARKERS = "osD^vP*Xh<>p"
+
+
+def draw_drops(data: FigureData, path: Path) -> None:
+    """A panel for INT8 and one for INT4, a line a deployment, a mark a method."""
+    panels = data["panels"]
+    heights = [len(rows) for rows in panels.values()]
+    figure = canvas(9.5, 2.0 + 0.36 * sum(heights))
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for area, (kind, rows) in zip(axes, panels.items(), strict=True):
+        for index, method in enumerate(data["methods"]):
+            shift = 0.7 * ((index + 0.5) / len(data["methods"]) - 0.5)
+            places = [place for place, row in enumerate(rows) if method in row["marks"]]
+            marks = [rows[place]["marks"][method] for place in places]
+            if not marks:
+                continue
+            area.errorbar(
+                [mean for mean, _, _ in marks],
+                [place + shift for place in places],
+                xerr=[[mean - low for mean, low, _ in marks], [high - mean for mean, _, high in marks]],
+                fmt=MARKERS[index % len(MARKERS)],
+                color=_colour(method, index),
+                markersize=4.5,
+                linewidth=0.9,
+                label=method,
+            )
+        area.set_yticks(range(len(rows)), [row["place"] for row in rows])
+        area.set_ylim(len(rows) - 0.5, -0.5)
+        area.axvline(0, color=INK, linewidth=0.8)
+        area.set_xscale("symlog", linthresh=1.0)
+        area.xaxis.set_major_locator(
+            FixedLocator(sorted({sign * tick for tick in TICKS for sign in (1, -1)}))
+        )
+        area.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+        area.set_title(f"{kind}: points lost against the own FP32", loc="left", fontsize=10)
+        for edge in np.arange(len(rows) - 1) + 0.5:
+            area.axhline(edge, color="0.92", linewidth=0.8, zorder=0)
+        _plain(area)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+    _finish(figure, f"{data['task']}: accuracy drop by backend, mean and extremes over seeds", path)
+
+
+def draw_reliability(data: FigureData, path: Path) -> None:
+    """A line of diagrams a method: FP32, INT8 and INT4, accuracy by confidence."""
+    lines = data["lines"]
+    kinds = list(dict.fromkeys(kind for bins in lines.values() for kind in bins))
+    figure = canvas(2.9 * len(kinds) + 0.4, 2.7 * len(lines) + 0.6)
+    grid = figure.subplots(len(lines), len(kinds), squeeze=False)
+    for row, (index, (method, found)) in zip(grid, enumerate(lines.items()), strict=True):
+        for area, kind in zip(row, kinds, strict=True):
+            if kind not in found:
+                area.set_visible(False)
+                continue
+            bins = np.asarray(found[kind])
+            counts, _, accuracy = bins.T
+            edges = np.linspace(0, 1, len(bins) + 1)
+            area.bar(edges[:-1], counts / max(counts.sum(), 1), edges[1], align="edge", color="0.78")
+            full = counts > 0
+            area.hlines(
+                accuracy[full], edges[:-1][full], edges[1:][full], color=_colour(method, index), linewidth=2.5
+            )
+            area.plot((0, 1), (0, 1), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            area.set_xlim(0, 1)
+            area.set_ylim(0, 1.02)
+            ece = 100 * expected_calibration_error(bins)
+            area.set_title(f"{method}, {kind}: ECE {ece:.1f} %", loc="left", fontsize=8)
+            _plain(area)
+        row[0].set_ylabel("accuracy", fontsize=9)
+    for area in grid[-1]:
+        area.set_xlabel("confidence", fontsize=9)
+    _finish(figure, f"{data['task']}: reliability, all deployments and seeds together", path)
+
+
+def draw_tails(data: FigureData, path: Path) -> None:
+    """Histograms of raw and folded weights; the largest weight and the median channel's scale by layer."""
+    methods = data["methods"]
+    figure = canvas(11, 8)
+    axes = figure.subplots(2, 2)
+    most = max(max(np.flatnonzero(h)) for found in methods.values() for h in found["histograms"].values())
+    for index, (method, found) in enumerate(methods.items()):
+        colour = _colour(method, index)
+        for area, kind in zip(axes[0], ("raw", "folded"), strict=True):
+            counts = np.asarray(found["histograms"][kind], np.float64)
+            edges = [*BINS, BINS[-1] + (BINS[1] - BINS[0])]
+            area.stairs(counts, edges, color=colour, linewidth=1.4, label=method)
+        places = np.arange(len(found["layers"]))
+        for area, key in zip(axes[1], ("largest", "median_channel"), strict=True):
+            area.plot(places, found[key], MARKERS[index], color=colour, markersize=5, label=method)
+    for area, kind in zip(axes[0], ("raw", "folded"), strict=True):
+        area.set_yscale("log")
+        area.set_xlim(0, BINS[most] + 0.5)
+        area.set_xlabel("|w| / root mean square of its layer")
+        area.set_ylabel("number of weights")
+        area.set_title(f"{kind} kernels", loc="left", fontsize=10)
+    draw_layers = next(iter(methods.values()))["layers"]
+    for area, title in zip(
+        axes[1],
+        ("largest |w| / root mean square, folded", "scale of the median channel / of the tensor, folded"),
+        strict=True,
+    ):
+        _name_layers(area, draw_layers)
+        area.set_ylim(bottom=0)
+        area.set_title(title, loc="left", fontsize=10)
+    for area in axes.flat:
+        _plain(area)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _finish(figure, f"{data['task']}: weight tails and scales, before and after", path)
+
+
+def draw_ranges(data: FigureData, path: Path) -> None:
+    """A panel a method: of each layer's input the span, 0.1 to 99.9 % quantiles, and the learned range."""
+    methods = data["methods"]
+    figure = canvas(max(8.0, 0.4 * len(next(iter(methods.values()))["layers"]) + 2), 2.5 * len(methods) + 1.4)
+    axes = figure.subplots(len(methods), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for index, (area, (method, found)) in enumerate(zip(axes, methods.items(), strict=True)):
+        colour = _colour(method, index)
+        observed = np.asarray(found["observed"])
+        places = np.arange(len(observed))
+        area.vlines(
+            places, observed[:, 0], observed[:, 3], color="0.75", linewidth=3, label="least to largest"
+        )
+        area.vlines(
+            places, observed[:, 1], observed[:, 2], color=colour, linewidth=6, label="0.1 % to 99.9 %"
+        )
+        for place, learned in enumerate(found["learned"]):
+            if learned is not None:
+                label = "learned range" if place == 0 else None
+                area.hlines(learned, place - 0.35, place + 0.35, color=INK, linewidth=1.2, label=label)
+        area.set_title(method, loc="left", fontsize=10)
+        area.set_ylabel("input")
+        area.legend(frameon=False, fontsize=7, loc="upper right", ncols=3)
+        _plain(area)
+    _name_layers(axes[-1], next(iter(methods.values()))["layers"])
+    _finish(figure, f"{data['task']}: activation ranges by layer", path)
+
+
+def draw_layers(data: FigureData, path: Path) -> None:
+    """A panel a scheme, a mark a method and layer: the SQNR of what the layer hands on."""
+    panels = data["panels"]
+    names = list(dict.fromkeys(n for lines in panels.values() for mine in lines.values() for n in mine))
+    figure = canvas(max(8.0, 0.4 * len(names) + 2), 2.4 * len(panels) + 1.6)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for area, (scheme, lines) in zip(axes, panels.items(), strict=True):
+        for index, (method, mine) in enumerate(lines.items()):
+            places = [names.index(name) for name in mine]
+            colour = _colour(method, index)
+            area.plot(places, list(mine.values()), MARKERS[index], color=colour, markersize=5, label=method)
+        area.set_title(scheme, loc="left", fontsize=10)
+        area.set_ylabel("dB")
+        area.grid(axis="x", color="0.92")
+        _plain(area)
+    _name_layers(axes[-1], names)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+    _finish(figure, f"{data['task']}: SQNR of every layer's output, onnxruntime, mean over seeds", path)
+
+
+def draw_curriculum(data: FigureData, path: Path) -> None:
+    """Lambda over training, a line a schedule; tau of reverse pruning over training, a line a layer."""
+    tau = data["tau"]
+    figure = canvas(10, 3.4 + 2.8 * len(tau))
+    axes = figure.subplots(1 + len(tau), 1, squeeze=False)[:, 0]
+    for index, (method, found) in enumerate(data["lambda"].items()):
+        style = ("-", "--", ":", "-.")[index // len(OTHERS) % 4]
+        colour = _colour(method, index)
+        axes[0].plot(found["epoch"], found["lambda"], style, color=colour, label=method)
+    axes[0].set_ylabel("λ")
+    axes[0].set_xlabel("epoch")
+    axes[0].legend(frameon=False, fontsize=8)
+    for area, (method, found) in zip(axes[1:], tau.items(), strict=True):
+        for index, (layer, values) in enumerate(found["layers"].items()):
+            shade = str(0.15 + 0.65 * index / max(1, len(found["layers"]) - 1))
+            known = [(e, v) for e, v in zip(found["epoch"], values, strict=True) if v is not None]
+            area.plot(*zip(*known, strict=True), "o-", color=shade, markersize=3, linewidth=1)
+            area.annotate(layer, known[-1], (4, 0), textcoords="offset points", fontsize=6, va="center")
+        area.set_yscale("log")
+        area.set_ylabel("τ")
+        area.set_xlabel("epoch")
+        area.set_title(method, loc="left", fontsize=10)
+    for area in axes:
+        _plain(area)
+    _finish(figure, f"{data['task']}: λ and τ over training", path)
+
+
+def _colour(method: str, index: int) -> str:
+    return KNOWN.get(method, OTHERS[index % len(OTHERS)])
+
+
+def _name_layers(axes: Axes, layers: list[str]) -> None:
+    axes.set_xticks(range(len(draw_layers)), draw_layers, rotation=90, fontsize=6.5)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _finish(figure: Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    save_figure(figure, path)
+
 
 COMPARED = (FLOAT, PUBLISHED, RECOMMENDED)
 """The methods whose networks are looked into."""
+
 RENEWED = ("folded", "clips", "batch-norm")
 """What is done to the published recipe alone, one thing at a time, for the SQNR of layers."""
 
-Data = dict[str, Any]
+FigureData2 = dict[str, Any]
 
 
 class Drawable(NamedTuple):
     """The data of one figure, and what draws them into a PNG."""
 
-    data: Data
-    draw: Callable[[Data, Path], None]
+    data: FigureData2
+    draw: Callable[[FigureData2, Path], None]
 
     @property
     def digest(self) -> str:
@@ -41,12 +267,12 @@ class Drawable(NamedTuple):
 def figures(evidence: Evidence) -> dict[str, Drawable]:
     """File name -> figure, those only that the records have something for."""
     kinds = {
-        "drops": (drops, drawing.drops),
-        "reliability": (reliability, drawing.reliability),
-        "tails": (tails, drawing.tails),
-        "ranges": (ranges, drawing.ranges),
-        "layers": (layers, drawing.layers),
-        "curriculum": (curriculum, drawing.curriculum),
+        "drops": (drops, draw_drops),
+        "reliability": (reliability, draw_reliability),
+        "tails": (tails, draw_tails),
+        "ranges": (ranges, draw_ranges),
+        "layers": (layers, draw_layers),
+        "curriculum": (curriculum, draw_curriculum),
     }
     found = {}
     for task in evidence.tasks:
@@ -57,10 +283,10 @@ def figures(evidence: Evidence) -> dict[str, Drawable]:
     return found
 
 
-def drops(evidence: Evidence, task: str) -> Data | None:
+def drops(evidence: Evidence, task: str) -> FigureData2 | None:
     """Points lost against the own float network on the same images, by INT8 and INT4 place and method."""
     methods = evidence.methods(task)
-    panels: dict[str, list[Data]] = {"INT8": [], "INT4": []}
+    panels: dict[str, list[FigureData2]] = {"INT8": [], "INT4": []}
     for place in evidence.places(task, methods):
         marks, kinds = {}, set()
         for method in methods:
@@ -77,7 +303,7 @@ def drops(evidence: Evidence, task: str) -> Data | None:
     return {"task": task, "methods": titles, "panels": panels} if panels else None
 
 
-def reliability(evidence: Evidence, task: str) -> Data | None:
+def reliability(evidence: Evidence, task: str) -> FigureData2 | None:
     """Bins of confidence for FP32 and for the INT8 and INT4 deployments, images of all seeds together."""
     lines = {}
     for method in [name for name in COMPARED if name in evidence.methods(task)]:
@@ -94,7 +320,7 @@ def reliability(evidence: Evidence, task: str) -> Data | None:
     return {"task": task, "lines": lines} if lines else None
 
 
-def tails(evidence: Evidence, task: str) -> Data | None:
+def tails(evidence: Evidence, task: str) -> FigureData2 | None:
     """Weights over their layer's root mean square, all seeds together; largest, channel scales by layer."""
     found = {}
     for method, records in _structures(evidence, task):
@@ -111,7 +337,7 @@ def tails(evidence: Evidence, task: str) -> Data | None:
     return {"task": task, "methods": found} if found else None
 
 
-def ranges(evidence: Evidence, task: str) -> Data | None:
+def ranges(evidence: Evidence, task: str) -> FigureData2 | None:
     """The inputs of every layer over calibration images, and the ranges learned for them; the first seed."""
     found = {}
     for method, records in _structures(evidence, task):
@@ -124,10 +350,10 @@ def ranges(evidence: Evidence, task: str) -> Data | None:
     return {"task": task, "methods": found} if found else None
 
 
-def layers(evidence: Evidence, task: str) -> Data | None:
+def layers(evidence: Evidence, task: str) -> FigureData2 | None:
     """SQNR of every layer's output in onnxruntime's schemes, means over seeds, by method."""
     panels = {}
-    for scheme in SCHEMES:
+    for scheme in LAYER_SCHEMES:
         lines = {}
         for method, mine in layer_sqnr(evidence, task, scheme).items():
             if method in COMPARED + RENEWED and mine:
@@ -137,10 +363,10 @@ def layers(evidence: Evidence, task: str) -> Data | None:
     return {"task": task, "panels": panels} if panels else None
 
 
-def curriculum(evidence: Evidence, task: str) -> Data | None:
+def curriculum(evidence: Evidence, task: str) -> FigureData2 | None:
     """Lambda of every method whose schedule no other method before it has; tau by layer, the first seed's."""
-    lambdas: dict[str, Data] = {}
-    tau: dict[str, Data] = {}
+    lambdas: dict[str, FigureData2] = {}
+    tau: dict[str, FigureData2] = {}
     seen = []
     for record in evidence.structure:
         if record["task"] != task or any(record["method"] == method for method, _ in seen):
@@ -167,11 +393,11 @@ def _structures(evidence: Evidence, task: str) -> list[tuple[str, list]]:
     return [(method, records) for method, records in mine.items() if records]
 
 
-def _layers(record: Data) -> list[str]:
+def _layers(record: FigureData2) -> list[str]:
     return [layer["layer"] for layer in record["layers"]]
 
 
-def _over_seeds(records: Sequence[Data], of: Callable[[Data], float]) -> list[float]:
+def _over_seeds(records: Sequence[FigureData2], of: Callable[[FigureData2], float]) -> list[float]:
     """The mean over seeds of a number of each layer."""
     values = [[of(layer) for layer in record["layers"]] for record in records]
     return [sum(column) / len(column) for column in zip(*values, strict=True)]

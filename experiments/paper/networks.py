@@ -10,13 +10,13 @@ from rich.console import Console
 
 from experiments import models
 from experiments.data import Dataset
-from experiments.description import describe
-from experiments.paper.rows import Row, folder_of
+from experiments.paper.rows import StudyRow, folder_of
+from experiments.pipeline import describe
 from experiments.training.finishing import reestimated
 from experiments.training.loop import train
-from qt_jax.export.checkpoint import load, restore
 from qt_jax.export.deploy import deploy
-from qt_jax.sites import COLLECTION
+from qt_jax.export.network import load, restore
+from qt_jax.interception import COLLECTION
 
 GRAPH, DESCRIPTION = "model.onnx", "model.json"
 CHECKPOINTS, REESTIMATED = "checkpoints", "reestimated"
@@ -24,12 +24,12 @@ REESTIMATION = 10_000
 """Training images with which batch norm is estimated again."""
 
 
-def trained_in(row: Row, runs: Path) -> Path:
+def trained_in(row: StudyRow, runs: Path) -> Path:
     """The folder in which the network of a row was trained: its own, or that of the row it deploys anew."""
     return folder_of(row.source if row.method.network else row, runs)
 
 
-def prepare(row: Row, runs: Path, dataset: Dataset, console: Console) -> None:
+def prepare(row: StudyRow, runs: Path, dataset: Dataset, console: Console) -> None:
     """Leaves the row's description and its verified graph in its folder; what is there is not done again.
 
     Raises:
@@ -57,7 +57,7 @@ def prepare(row: Row, runs: Path, dataset: Dataset, console: Console) -> None:
         )
 
 
-def _reestimated(row: Row, checkpoint: Path, place: Path, dataset: Dataset) -> Path:
+def _reestimated(row: StudyRow, checkpoint: Path, place: Path, dataset: Dataset) -> Path:
     """A checkpoint like another, with its batch norm measured on the float graph."""
     if place.exists():
         return place

@@ -1,7 +1,5 @@
 """What a study is at: a live display, plain lines where nobody watches, and the table of `--list`."""
 
-import fcntl
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from experiments.paper.collect import LOCK
-from experiments.paper.rows import ATTEMPTS, SEARCH, TRAINING, Row, done, folder_of, key_of, log_of
+from experiments.paper.collect import held
+from experiments.paper.rows import ATTEMPTS, SEARCH, TRAINING, StudyRow, done, folder_of, key_of, log_of
 from experiments.paper.schedule import Progress, last_words, time_left
-from qt_jax.reporting import records
+from qt_jax import records
 
 STATES = ("done", "running", "failed", "begun", "pending")
 
@@ -25,11 +23,13 @@ STATES = ("done", "running", "failed", "begun", "pending")
 class Display:
     """Shows a run of rows: a live view on a terminal, else a line for each row that ends."""
 
-    def __init__(self, rows: Sequence[Row], ready: set[Row], slots: int, runs: Path, results: Path, console):
+    def __init__(
+        self, rows: Sequence[StudyRow], ready: set[StudyRow], slots: int, runs: Path, results: Path, console
+    ):
         self.rows, self.ready, self.slots, self.runs = list(rows), ready, slots, runs
         self.console: Console = console
         self.known = {row: s for row, s in durations(rows, results).items() if row in ready}
-        self.told: set[Row] = set()
+        self.told: set[StudyRow] = set()
         self.live = Live(console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "Display":
@@ -73,7 +73,7 @@ class Display:
         return Group(head, body)
 
 
-def listing(rows: Sequence[Row], runs: Path, results: Path) -> Table:
+def listing(rows: Sequence[StudyRow], runs: Path, results: Path) -> Table:
     """A rich table, a line a task and method: the state of each seed; in its caption the hours spent."""
     complete = done(rows, results)
     states = {row: "done" if row in complete else state(row, runs) for row in rows}
@@ -96,7 +96,7 @@ def listing(rows: Sequence[Row], runs: Path, results: Path) -> Table:
     return table
 
 
-def state(row: Row, runs: Path) -> str:
+def state(row: StudyRow, runs: Path) -> str:
     """What has become of a row that is not done: running, failed, begun (and interrupted), pending."""
     folder = folder_of(row, runs)
     if not folder.exists():
@@ -107,7 +107,7 @@ def state(row: Row, runs: Path) -> str:
     return "failed" if attempts and attempts[-1]["error"] else "begun"
 
 
-def durations(rows: Sequence[Row], results: Path) -> dict[Row, float]:
+def durations(rows: Sequence[StudyRow], results: Path) -> dict[StudyRow, float]:
     """Seconds that each row has taken, as its record says."""
     found = {key_of(record): record["seconds"] for record in records.read(results / TRAINING)}
     found |= {(*key_of(r), r["factor"]): r["seconds"] for r in records.read(results / SEARCH)}
@@ -134,18 +134,3 @@ def duration(seconds: float) -> str:
 
 def _rest(left: float | None) -> str:
     return "time left unknown" if left is None else f"{duration(left)} left"
-
-
-def held(folder: Path) -> bool:
-    """Whether a process works in the folder, see `collect.locked`."""
-    try:
-        handle = os.open(folder / LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

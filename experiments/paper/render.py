@@ -1,27 +1,71 @@
 """Tables and figures of a study from its records alone: the same files, byte for byte, for the same records.
 
 `docs/results/study.md` has them between comments: `<!-- paper-cpu cifar10-fast8 main -->` ... `<!-- end -->`.
+
+What the file of a method says that it takes and scores, from records.
 """
 
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 import qt_jax as qt
-from experiments.configs.method import BASELINES
-from experiments.layer_comparison import SCHEMES
-from experiments.paper import drawing, layer_tables, place_tables, tables
-from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, read
-from experiments.paper.expectation import state
+from experiments.configs.methods import BASELINES, METHODS
+from experiments.paper import tables
+from experiments.paper.evidence import (
+    FLOAT,
+    GROUPS,
+    PUBLISHED,
+    RECOMMENDED,
+    Evidence,
+    common_places,
+    interval,
+    mean_over,
+    read,
+    written,
+)
 from experiments.paper.figures import Drawable, figures
-from qt_jax.reporting.files import write_whole
+from qt_jax.diagnosis.toolchains import LAYER_SCHEMES
+from qt_jax.files import write_whole
+
+STATED = re.compile(r'Expected time and score:.*?"""', re.DOTALL)
+
+WIDTH = 110
+
+
+def expectation(evidence: Evidence, method: str) -> str:
+    """Minutes of one core and accuracy in %, means over seeds, on the first task that has the method."""
+    task = next((task for task in evidence.tasks if method in evidence.cells[task]), None)
+    if task is None:
+        return "Expected time and score: not run yet."
+    seconds = [r["seconds"] for r in evidence.training if (r["task"], r["method"]) == (task, method)]
+    scores = []
+    for group in GROUPS:
+        if places := common_places(evidence, task, [method], group):
+            found = interval(mean_over(evidence, task, method, places, "accuracy").values())
+            scores.append(f"{group} {written(found and found._replace(half=None), 100, 1)}")
+    minutes = round(sum(seconds) / 60 / len(seconds))
+    time = "1 minute" if minutes == 1 else f"{minutes} minutes"
+    return f"Expected time and score: {time} of one core; on {task}, in %: {', '.join(scores)}."
+
+
+def state(evidence: Evidence, folder: Path) -> None:
+    """Writes it into the docstrings of the methods' files in a folder."""
+    for method in METHODS:
+        file = folder / f"{method.replace('-', '_')}.py"
+        stated = textwrap.fill(expectation(evidence, method), WIDTH) + '\n"""'
+        write_whole(file, STATED.sub(lambda _, text=stated: text, file.read_text(), count=1))
+
 
 OVER = {BASELINES: FLOAT, "points": RECOMMENDED}
 """What the methods of a table are paired with; the published recipe, where nothing is said."""
+
 DIGESTS = "figures.json"
 """For each figure the SHA-256 of its data, of the program that draws it and of its file."""
+
 BLOCK = re.compile(r"(<!-- (paper-[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -61,7 +105,7 @@ def draw(pictures: Mapping[str, Drawable], folder: Path) -> None:
         file = folder / name
         present = {
             "data": picture.digest,
-            "program": digest(Path(drawing.__file__)),
+            "program": digest(Path(figures.__file__)),
             "file": digest(file) if file.exists() else None,
         }
         if before.get(name) != present:
@@ -87,7 +131,7 @@ def pages(evidence: Evidence, study: str, pictures: list[str]) -> dict[str, str]
         "layers.md": _page(f"{study}: SQNR by layer", _layers(evidence)),
         "training.md": _page(f"{study}: training", [tables.training(evidence), *_search(evidence)]),
     }
-    edge = {task: place_tables.edge(evidence, task) for task in evidence.tasks}
+    edge = {task: tables.edge(evidence, task) for task in evidence.tasks}
     if any(edge.values()):
         parts = [f"## {task}\n\n{table}" for task, table in edge.items() if table]
         found["edge.md"] = _page(f"{study}: speed, energy and cost", [EDGE_NOTE, *parts])
@@ -104,6 +148,7 @@ EDGE_NOTE = (
     "Latency at batch 1, on a machine that computed another row at the same time: compare within a column. "
     "Energy is a model (Horowitz, ISSCC 2014)."
 )
+
 LAYER_NOTE = (
     "SQNR in dB of each layer's output, behind the activation that is fused with it, in onnxruntime's "
     "deployment against the float graph, on validation images; means over the seeds that all methods have."
@@ -149,8 +194,8 @@ def filled(text: str, contents: Mapping[str, str]) -> str:
 def _accuracy(evidence: Evidence) -> list[str]:
     parts = [tables.LEGEND]
     for task in evidence.tasks:
-        parts += [f"## {task}", "Accuracy in %.", place_tables.by_place(evidence, task, "accuracy", 100, 2)]
-        parts += ["Points over float training, paired by seed.", place_tables.gain_by_place(evidence, task)]
+        parts += [f"## {task}", "Accuracy in %.", tables.by_place(evidence, task, "accuracy", 100, 2)]
+        parts += ["Points over float training, paired by seed.", tables.gain_by_place(evidence, task)]
     return parts
 
 
@@ -160,7 +205,7 @@ def _quality(evidence: Evidence) -> list[str]:
         parts.append(f"## {task}")
         for key, (title, scale, digits) in tables.QUALITY.items():
             parts += [f"### {task}: {title}", tables.quality(evidence, task, key)]
-            parts.append(place_tables.by_place(evidence, task, key, scale, digits))
+            parts.append(tables.by_place(evidence, task, key, scale, digits))
     return parts
 
 
@@ -177,8 +222,8 @@ def _ablations(evidence: Evidence) -> list[str]:
 def _layers(evidence: Evidence) -> list[str]:
     parts = [LAYER_NOTE]
     for task in evidence.tasks:
-        for scheme in SCHEMES:
-            parts += [f"## {task}: {scheme}", layer_tables.by_layer(evidence, task, scheme)]
+        for scheme in LAYER_SCHEMES:
+            parts += [f"## {task}: {scheme}", tables.by_layer(evidence, task, scheme)]
     return parts
 
 

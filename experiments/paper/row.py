@@ -19,9 +19,7 @@ from typing import Annotated
 from rich.console import Console
 
 import qt_jax as qt
-from experiments import command_line
-from experiments.cifar import model_input, vendor_arrays
-from experiments.configs.presets import preset
+from experiments.configs.study import preset
 from experiments.data import Dataset, load
 from experiments.paper import collect
 from experiments.paper.networks import GRAPH, prepare, trained_in
@@ -30,15 +28,16 @@ from experiments.paper.rows import (
     DEFAULT_RESULTS,
     RESULTS,
     SEARCH,
-    Row,
+    StudyRow,
     folder_of,
     results_of,
     row_of,
 )
+from experiments.runs import model_input, vendor_arrays
+from qt_jax import command_line, records
 from qt_jax.backends import cost
 from qt_jax.backends.steps import Limits
 from qt_jax.command_line import terminate_like_interrupt
-from qt_jax.reporting import records
 
 LAYER_IMAGES = 512
 """Validation images on which the outputs of layers are compared."""
@@ -91,7 +90,7 @@ def _end_without(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def find(options: Options) -> Row:
+def find(options: Options) -> StudyRow:
     """The row of a command line. Raises InvalidInput for an unknown preset, task or method."""
     chosen = preset(options.preset)
     tasks = {task.name: task for task in chosen.tasks}
@@ -105,22 +104,7 @@ def find(options: Options) -> Row:
     return row_of(chosen, tasks[options.task], options.method, options.seed, found, options.factor)
 
 
-def command(row: Row, runs: Path, results: Path, jobs: int) -> list[str]:
-    """The command line that performs a row as a child of this process, without which it ends itself."""
-    return [*detached_command(row, runs, results, jobs), "--parent", str(os.getpid())]
-
-
-def detached_command(row: Row, runs: Path, results: Path, jobs: int) -> list[str]:
-    """The command line that performs a row wherever a scheduler puts it."""
-    flags = {"preset": row.preset.name, "task": row.task.name, "method": row.name, "seed": row.seed}
-    flags |= {"runs": runs, "results": results, "jobs": jobs}
-    if row.searching:
-        flags["factor"] = row.factor
-    pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "experiments.paper.row", *pairs]
-
-
-def perform(row: Row, runs: Path, results: Path, console: Console, jobs: int = 1) -> None:
+def perform(row: StudyRow, runs: Path, results: Path, console: Console, jobs: int = 1) -> None:
     """All stages of one row; its records are in the results at the end.
 
     Raises:
@@ -154,7 +138,9 @@ def _timed(path: Path) -> Iterator[None]:
         records.append(path, {"seconds": seconds, "error": failure})
 
 
-def _evaluate(row: Row, folder: Path, dataset: Dataset, console: Console, jobs: int) -> list[records.Record]:
+def _evaluate(
+    row: StudyRow, folder: Path, dataset: Dataset, console: Console, jobs: int
+) -> list[records.Record]:
     """The records of the row's network, FP32 in onnxruntime first; each is made once."""
     config = row.config
     if row.searching:

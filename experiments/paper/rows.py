@@ -11,11 +11,10 @@ from typing import Any
 import tyro
 
 import qt_jax as qt
-from experiments.configs.cifar import Config
-from experiments.configs.method import Method, config_of
-from experiments.configs.methods import METHODS
-from experiments.configs.preset import Preset, Target, Task
-from qt_jax.reporting import records
+from experiments.configs.methods import METHODS, Method, config_of
+from experiments.configs.study import Preset, Target, Task
+from experiments.configs.training import Config
+from qt_jax import records
 
 TRAINING, DEPLOYMENT, STRUCTURE = "training.jsonl", "deployment.jsonl", "structure.jsonl"
 SEARCH = "search.jsonl"
@@ -28,7 +27,7 @@ SEARCH_TARGETS = (Target("onnxruntime", "reference", ("int4w-pt-minmax", "int4w-
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One network to be trained and deployed.
 
     Attributes:
@@ -47,7 +46,7 @@ class Row:
     config: Config
     factor: float
     chosen: str | None = None
-    source: "Row | None" = None
+    source: "StudyRow | None" = None
     searching: bool = False
 
     @property
@@ -83,12 +82,12 @@ def changed(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(differ, default=str))
 
 
-def folder_of(row: Row, runs: Path) -> Path:
+def folder_of(row: StudyRow, runs: Path) -> Path:
     """Where a row works; another config is another folder."""
     return runs / f"paper-{row.preset.name}" / row.task.name / f"{row.name}-{row.seed}-{row.digest[:8]}"
 
 
-def log_of(row: Row, runs: Path) -> Path:
+def log_of(row: StudyRow, runs: Path) -> Path:
     """What a row has printed."""
     return folder_of(row, runs) / LOG
 
@@ -98,7 +97,7 @@ def results_of(preset: Preset, results: Path = RESULTS) -> Path:
     return results / f"paper-{preset.name}"
 
 
-def study(preset: Preset, found: Sequence[records.Record] = ()) -> list[Row]:
+def study(preset: Preset, found: Sequence[records.Record] = ()) -> list[StudyRow]:
     """All rows of a preset, seeds outermost, so that results are balanced while it runs.
 
     Args:
@@ -112,7 +111,7 @@ def study(preset: Preset, found: Sequence[records.Record] = ()) -> list[Row]:
     ]
 
 
-def trials(preset: Preset) -> list[Row]:
+def trials(preset: Preset) -> list[StudyRow]:
     """All rows of the search: every method that has a rate of its own, at every factor."""
     return [
         row_of(preset, task, name, preset.search_seed, trial=factor)
@@ -130,7 +129,7 @@ def row_of(
     seed: int,
     found: Sequence[records.Record] = (),
     trial: float | None = None,
-) -> Row:
+) -> StudyRow:
     """One row, at the learning rate that the search has found, at that of a trial, or at the task's own.
 
     Raises InvalidInput as `config_of` does.
@@ -143,7 +142,7 @@ def row_of(
     source = None
     if method.needs is not None:
         source = row_of(preset, task, method.needs, seed, found, None if trial is None else 1.0)
-    return Row(preset, task, name, seed, config, factor, origin, source, trial is not None)
+    return StudyRow(preset, task, name, seed, config, factor, origin, source, trial is not None)
 
 
 def best(preset: Preset, task: Task, name: str, found: Sequence[records.Record]) -> records.Record | None:
@@ -160,11 +159,11 @@ def best(preset: Preset, task: Task, name: str, found: Sequence[records.Record])
 
 
 def select(
-    rows: Sequence[Row],
+    rows: Sequence[StudyRow],
     tables: Sequence[str] = (),
     tasks: Sequence[str] = (),
     methods: Sequence[str] = (),
-) -> list[Row]:
+) -> list[StudyRow]:
     """Rows of these tables, tasks and methods, in their order, with the rows they need first.
 
     Raises:
@@ -189,7 +188,7 @@ def select(
     return [row for row in rows if row in wanted]
 
 
-def done(rows: Sequence[Row], folder: Path) -> set[Row]:
+def done(rows: Sequence[StudyRow], folder: Path) -> set[StudyRow]:
     """The rows whose records in a folder of results are complete and of their present config."""
     trained = {key_of(record): record["digest"] for record in records.read(folder / TRAINING)}
     searched = {(*key_of(r), r["factor"]): r["digest"] for r in records.read(folder / SEARCH)}
@@ -213,12 +212,12 @@ def key_of(record: Mapping[str, Any]) -> tuple[str, str, int]:
     return record["task"], record["method"], record["seed"]
 
 
-def expected(row: Row) -> set[tuple[str, str, str]]:
+def expected(row: StudyRow) -> set[tuple[str, str, str]]:
     """Backend, scheme and runtime of every record that a finished row has."""
     wanted = {(t.backend, scheme, t.runtime) for t in row.targets for scheme in t.schemes}
     return wanted | {("onnxruntime", "fp32", "reference")}
 
 
-def forget(row: Row, runs: Path) -> None:
+def forget(row: StudyRow, runs: Path) -> None:
     """Removes what a row has left behind in its folder."""
     shutil.rmtree(folder_of(row, runs), ignore_errors=True)

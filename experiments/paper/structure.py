@@ -11,15 +11,15 @@ import numpy as np
 import onnx
 from flax.traverse_util import flatten_dict
 
-from experiments.configs.cifar import Config, lambda_schedule
-from experiments.layer_comparison import SCHEMES, quantized
-from qt_jax.diagnosis.layer_sqnr import compare
+from experiments.configs.training import Config, lambda_schedule
+from qt_jax.diagnosis.simulation import compare
+from qt_jax.diagnosis.toolchains import LAYER_SCHEMES, quantized
 from qt_jax.export import graph
-from qt_jax.export.checkpoint import Deployable, load
-from qt_jax.export.integer_weights import channel_axis, weighted_nodes
+from qt_jax.export.kernels import channel_axis, weighted_nodes
+from qt_jax.export.layout import as_graph
+from qt_jax.export.network import Deployable, load
 from qt_jax.export.sessions import named_inputs, run_tensors
-from qt_jax.export.views import as_graph
-from qt_jax.sites import COLLECTION, INPUT
+from qt_jax.interception import COLLECTION, INPUT
 
 BINS = np.arange(0.0, 15.5, 0.25)
 """Edges of the histograms of |w| over the root mean square of its layer; the last bin has all beyond."""
@@ -35,7 +35,7 @@ def structure(network: Deployable, model: onnx.ModelProto, images: np.ndarray) -
     """Weights and activations of an exported network, layer by layer.
 
     Args:
-      network: from `qt_jax.export.checkpoint.load`, with samples.
+      network: from `qt_jax.export.network.load`, with samples.
       model: its FP32 graph.
       images: as the graph takes them, held out from training and test.
 
@@ -52,7 +52,7 @@ def structure(network: Deployable, model: onnx.ModelProto, images: np.ndarray) -
     nodes = weighted_nodes(model)
     calibration = as_graph(network.samples.calibration, "nchw")
     observed = _observed(model, calibration[:OBSERVED], sorted({node.input[0] for node in nodes.values()}))
-    deployed = {name: quantized(model, calibration, scheme) for name, scheme in SCHEMES.items()}
+    deployed = {name: quantized(model, calibration, scheme) for name, scheme in LAYER_SCHEMES.items()}
     _, _, sqnr = compare(model, deployed, images)
     layers = []
     histograms = {"raw": np.zeros(len(BINS), np.int64), "folded": np.zeros(len(BINS), np.int64)}
@@ -70,7 +70,7 @@ def structure(network: Deployable, model: onnx.ModelProto, images: np.ndarray) -
                 **{kind: kernel_tails(kernel) for kind, kernel in kernels.items()},
                 "input": observed[node.input[0]],
                 "learned": None if None in learned else [float(end) for end in learned],
-                "sqnr_db": {name: _decibels(sqnr[name].get(node.name)) for name in SCHEMES},
+                "sqnr_db": {name: _decibels(sqnr[name].get(node.name)) for name in LAYER_SCHEMES},
             }
         )
     return {"layers": layers, "histograms": {kind: h.tolist() for kind, h in histograms.items()}}

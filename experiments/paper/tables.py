@@ -1,23 +1,30 @@
-"""The study's tables as Markdown, from its records alone."""
+"""The study's tables as Markdown, from its records alone.
+
+Tables with a row for every place of deployment: backend, scheme and runtime.
+
+Tables with a row for every layer: the SQNR of its output in a deployment.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.configs.method import BASELINES
-from experiments.configs.methods import METHODS
+from experiments.configs.methods import BASELINES, METHODS
 from experiments.paper.evidence import (
     FLOAT,
     GROUPS,
+    PUBLISHED,
     RECOMMENDED,
+    Estimate,
     Evidence,
     Seeds,
     common_places,
+    interval,
     mean_over,
+    paired,
     worst_over,
+    written,
 )
-from experiments.paper.statistics import Estimate, interval, paired, written
-from qt_jax.reporting.deployment import REFERENCE
-from qt_jax.reporting.deployment_tables import escaped, markdown_table
-from qt_jax.reporting.tables import ABSENT
+from qt_jax.reporting.pivot import REFERENCE, Row
+from qt_jax.reporting.tables import ABSENT, escaped, markdown_table
 
 QUALITY = {
     "ece": ("ECE, in %", 100, 2),
@@ -27,7 +34,9 @@ QUALITY = {
     "sqnr_db": ("SQNR of the logits against FP32, in dB", 1, 1),
 }
 """Metrics beside accuracy: their titles, their scale and digits."""
+
 WORST = {"worst INT8": ("INT8 pt", "INT8 pc"), "worst INT4": ("INT4 pt", "INT4 pc")}
+
 LEGEND = (
     "Mean ± half the 95 % t-interval over seeds. pt, pc: one weight scale a tensor, a channel. INT8: 8-bit "
     "weights and activations; INT4: 4-bit weights. A group is the mean over all its deployments (backend and "
@@ -35,6 +44,7 @@ LEGEND = (
     "worst for the method, found anew for each seed. Simulators run on fewer images: their accuracy is the "
     "network's FP32 accuracy less what they lose on theirs."
 )
+
 Column = Callable[[str], Seeds]
 
 
@@ -233,3 +243,126 @@ def _commit(record: Mapping) -> str:
     """A commit, short, with what it says of changed files."""
     name, dash, dirty = str(record["commit"]).partition("-")
     return name[:12] + dash + dirty
+
+
+EDGE = {
+    "latency_ms_p50": ("latency p50, ms", 1, 3),
+    "throughput_ips": ("images/s", 1, 0),
+    "energy_mj": ("energy, mJ (model)", 1, 4),
+    "cost": ("cost, USD for 1M images", 1, 4),
+    "model_bytes": ("size, kB", 1e-3, 0),
+}
+
+
+def by_place(evidence: Evidence, task: str, key: str, scale: float, digits: int) -> str:
+    """A metric at every place, methods of the main table side by side; how it ended where there is none."""
+    methods = evidence.methods(task)
+    rows = []
+    for place in evidence.places(task, methods):
+        cells = []
+        for method in methods:
+            found = evidence.metric(task, method, place, key)
+            ended = {r["status"] for r in evidence.seeds(task, method, place).values()} - {"ok"}
+            cells.append(
+                written(interval(found.values()), scale, digits)
+                if found
+                else ", ".join(sorted(ended)) or ABSENT
+            )
+        rows.append([*map(escaped, place), _images(evidence, task, methods, place), *cells])
+    header = ["backend", "scheme", "runtime", "n", *(METHODS[method].title for method in methods)]
+    return markdown_table(header, rows, words=3)
+
+
+def gain_by_place(evidence: Evidence, task: str) -> str:
+    """Points of accuracy over float training at every place, paired by seed."""
+    methods = [method for method in evidence.methods(task) if method != FLOAT]
+    rows = [
+        [
+            *map(escaped, place),
+            *(
+                written(
+                    paired(evidence.accuracy(task, m, place), evidence.accuracy(task, FLOAT, place)),
+                    100,
+                    signed=True,
+                )
+                for m in methods
+            ),
+        ]
+        for place in evidence.places(task, evidence.methods(task))
+    ]
+    return markdown_table(
+        ["backend", "scheme", "runtime", *(METHODS[m].title for m in methods)], rows, words=3
+    )
+
+
+def edge(evidence: Evidence, task: str) -> str | None:
+    """Speed, energy, cost and size at every place that has any; the latency of three methods.
+
+    None where no place has.
+    """
+    methods = [m for m in (FLOAT, PUBLISHED, RECOMMENDED) if m in evidence.methods(task)]
+    rows = []
+    for place in evidence.places(task, methods):
+        cells = []
+        for key, (_, scale, digits) in EDGE.items():
+            shown = methods if key == "latency_ms_p50" else methods[-1:]
+            for method in shown:
+                found = evidence.metric(task, method, place, key)
+                cells.append(written(interval(found.values()), scale, digits))
+        if any(cell != ABSENT for cell in cells[: len(methods)]):
+            rows.append([*map(escaped, place), *cells])
+    if not rows:
+        return None
+    header = ["backend", "scheme", "runtime"]
+    for key, (title, _, _) in EDGE.items():
+        header += [f"{title}, {METHODS[m].title}" for m in methods] if key == "latency_ms_p50" else [title]
+    return markdown_table(header, rows, words=3)
+
+
+def _images(evidence: Evidence, task: str, methods: Sequence[str], place: Row) -> str:
+    found = {r["n"] for m in methods for r in evidence.seeds(task, m, place).values() if r.get("n")}
+    return ", ".join(map(str, sorted(found))) or ABSENT
+
+
+TABLES = ("points", "export")
+"""Of methods that are compared layer by layer, beside float training: quantization points and exports."""
+
+
+def layer_sqnr(evidence: Evidence, task: str, scheme: str) -> dict[str, dict[str, list[float]]]:
+    """Method -> layer -> SQNR in dB of its output, one for each seed; layers without one are left out.
+
+    Only seeds that all of these methods have: means over different seeds are no comparison.
+
+    Args:
+      scheme: of onnxruntime, one of those that structure.jsonl has.
+    """
+    rows = [r for r in evidence.structure if r["task"] == task and _compared(r["method"])]
+    seeds: dict[str, set[int]] = {}
+    for record in rows:
+        seeds.setdefault(record["method"], set()).add(record["seed"])
+    common = set.intersection(*seeds.values()) if seeds else set()
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in rows:
+        mine = found.setdefault(record["method"], {})
+        for layer in record["layers"]:
+            if record["seed"] in common and layer["sqnr_db"][scheme] is not None:
+                mine.setdefault(layer["layer"], []).append(layer["sqnr_db"][scheme])
+    return found
+
+
+def _compared(method: str) -> bool:
+    return method == FLOAT or bool(set(TABLES) & set(METHODS[method].tables))
+
+
+def by_layer(evidence: Evidence, task: str, scheme: str) -> str:
+    """A table of `layer_sqnr`: a row a layer, a column a method; means over seeds, and of all layers last."""
+    found = layer_sqnr(evidence, task, scheme)
+    layers = list(dict.fromkeys(layer for mine in found.values() for layer in mine))
+    rows = [[escaped(layer), *(_mean(mine.get(layer, [])) for mine in found.values())] for layer in layers]
+    every = ([x for seeds in mine.values() for x in seeds] for mine in found.values())
+    rows.append(["**mean of layers**", *map(_mean, every)])
+    return markdown_table(["layer", *(METHODS[method].title for method in found)], rows)
+
+
+def _mean(decibels: list[float]) -> str:
+    return f"{sum(decibels) / len(decibels):.1f}" if decibels else ABSENT

@@ -22,15 +22,14 @@ from rich.progress import track
 from rich.table import Table
 
 import qt_jax as qt
-from experiments.command_line import command
 from experiments.data import Dataset, load
 from experiments.data.store import write_npz
 from experiments.devices import accelerator
-from experiments.speedrun.deployment import SCHEMES, deployed
-from experiments.speedrun.program import VIEWS, make_evaluation, make_training
-from experiments.speedrun.recipe import Recipe
-from qt_jax.reporting import records
-from qt_jax.reporting.provenance import provenance
+from experiments.speedrun.deployment import SPEEDRUN_SCHEMES, deployed
+from experiments.speedrun.program import VIEWS, Recipe, make_evaluation, make_training
+from qt_jax import records
+from qt_jax.command_line import command
+from qt_jax.provenance import provenance
 from qt_jax.reporting.tables import with_spread
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "onnxruntime", "onnx", "jax2onnx")
@@ -186,7 +185,7 @@ def deploy_seeds(
     kept = ("benchmark", "task", "model", "method", "seed", "recipe", "split", "train_limit")
     for seed in sorted(trained):
         known = {row["scheme"] for row in rows if row["seed"] == seed}
-        missing = [scheme for scheme in SCHEMES if scheme not in known]
+        missing = [scheme for scheme in SPEEDRUN_SCHEMES if scheme not in known]
         file = variables_path(path, method, seed)
         if missing and not file.exists():
             console.print(f"{file} is not there: seed {seed} of {method} is not deployed", style="yellow")

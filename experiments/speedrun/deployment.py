@@ -13,12 +13,11 @@ import numpy as np
 import qt_jax as qt
 from experiments.data import Dataset
 from experiments.data.augment import normalize
-from experiments.speedrun.program import VIEWS, weighted_views
-from experiments.speedrun.recipe import Recipe
+from experiments.speedrun.program import VIEWS, Recipe, weighted_views
 from qt_jax.backends import ort
 from qt_jax.export import save_verified
 
-SCHEMES = ("fp32", "int8-pt-minmax", "int8-pc-minmax")
+SPEEDRUN_SCHEMES = ("fp32", "int8-pt-minmax", "int8-pc-minmax")
 """Of ONNX Runtime: float, and its static quantization, a weight scale per tensor or per channel."""
 CALIBRATION = 512
 """Training images with which ONNX Runtime takes its ranges."""
@@ -29,7 +28,7 @@ costs this network 1.7 points; Gelu it leaves in float."""
 
 
 def deployed(
-    recipe: Recipe, variables: Any, dataset: Dataset, names: Sequence[str] = SCHEMES
+    recipe: Recipe, variables: Any, dataset: Dataset, names: Sequence[str] = SPEEDRUN_SCHEMES
 ) -> Iterator[dict[str, Any]]:
     """The graph's accuracy on the test images under each named scheme: scheme, top1, top1_six_views, n.
 

@@ -20,7 +20,7 @@ from experiments import devices
 from experiments.training.logs import warn
 from experiments.training.state import TrainState
 from experiments.training.step import Totals
-from qt_jax.reporting import provenance
+from qt_jax import provenance
 
 ARRAYS, INTEGRITY = "default", "integrity"
 """Items of a checkpoint."""

@@ -1,4 +1,7 @@
-"""A diverged run, looked into: the step it was, the layer, the ranges, what to go back to."""
+"""A diverged run, looked into: the step it was, the layer, the ranges, what to go back to.
+
+A diverged run goes back to its last checkpoint, or ends with a report of what went wrong.
+"""
 
 import json
 import math
@@ -10,18 +13,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 import qt_jax as qt
-from experiments.configs.cifar import Config
-from experiments.training import quantizers
+from experiments import devices
+from experiments.configs.training import Config
+from experiments.data.augment import normalize
+from experiments.training import checkpoints, quantizers
+from experiments.training.logs import warn
+from experiments.training.program import Program
 from experiments.training.state import TrainState
-from experiments.training.step import Totals
-from qt_jax.interceptor import is_range
-from qt_jax.reporting.files import write_whole
+from experiments.training.step import Totals, drawn
+from qt_jax.files import write_whole
+from qt_jax.interception import is_range
 
 LARGEST_LOSS = 1e3
 """A mean loss above this, many times that of guessing, is taken for divergence, like one not finite."""
+
 REPORT = "divergence.json"
 
 
@@ -178,3 +187,66 @@ def told(report: Mapping[str, Any], directory: Path) -> str:
 
 def _shown(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
+
+
+def beginning(program: Program, manager: ocp.CheckpointManager) -> tuple[TrainState, Totals]:
+    """State and sums of the newest checkpoint that is whole, or those before the first step.
+
+    Raises InvalidInput as `checkpoints.restore_latest` does.
+    """
+    found = checkpoints.restore_latest(manager, program.template, program.mesh)
+    return found or (program.first(), devices.replicate(Totals.zero(), program.mesh))
+
+
+def gone_back(
+    program: Program, manager: ocp.CheckpointManager, error: Diverged, scale: float, directory: Path
+) -> tuple[TrainState, Totals]:
+    """Where a diverged run begins anew, with half the learning rate that it had; the report is written.
+
+    Args:
+      scale: factor of the learning rate with which it went wrong.
+
+    Raises:
+      InvalidInput: no retries are left; says what was found out.
+    """
+    state, totals = beginning(program, manager)
+    state = state.replace(rate_scale=devices.replicate(np.float32(scale), program.mesh))
+    report = examined(program, state, error) | {"checkpoint": manager.latest_step()}
+    message = told(report, directory)
+    if scale <= 0.5**program.config.retries:
+        raise qt.InvalidInput(
+            f"{message}Lower --learning-rate or use a gentler --sched in another --out, or let --retries 3 "
+            "go back to the last checkpoint and on at half the rate."
+        )
+    warn(f"{message}Going back, and on at {scale / 2:g} of the learning rate.")
+    return state.replace(rate_scale=devices.replicate(np.float32(scale / 2), program.mesh)), totals
+
+
+def examined(program: Program, state: TrainState, error: Diverged) -> dict[str, Any]:
+    """The report on the first bad step after `state`; the steps up to it are repeated."""
+    config = program.config
+
+    def order(step: int) -> jax.Array:
+        return program.order(step // program.steps_per_epoch)
+
+    def advance(state: TrainState) -> tuple[TrainState, Totals]:
+        copy, totals = devices.replicate(devices.on_host((state, Totals.zero())), program.mesh)
+        return program.run(copy, totals, program.split, order(int(state.step)), np.int32(1))
+
+    bad = first_bad_step(state, error.step, advance)
+    step = int(bad.step)
+    draw = jax.jit(
+        lambda split, order, step: drawn(config, split, order, step),
+        out_shardings=devices.replicated(program.mesh),
+    )
+    images, labels = devices.on_host(draw(program.split, order(step), np.int32(step)))
+    batch = normalize(jnp.asarray(images), program.dataset.mean, program.dataset.std)
+    lam = float(program.lam(step))
+    return {
+        "step": step,
+        "epoch": step // program.steps_per_epoch + 1,
+        "seen_by_step": error.step,
+        "lambda": lam,
+        "learning_rate": float(program.rate(step)) * float(bad.rate_scale),
+        **examine(config, program.model, devices.on_host(bad), batch, labels, lam),
+    }

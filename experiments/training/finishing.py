@@ -10,12 +10,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qt_jax as qt
 from experiments import models
-from experiments.configs.cifar import Config, quant_config
+from experiments.configs.training import Config, quant_config
 from experiments.data import Dataset
 from experiments.data.augment import normalize
 from experiments.training import quantizers
 from experiments.training.state import TrainState
-from qt_jax.sites import COLLECTION, KERNEL
+from qt_jax.interception import COLLECTION, KERNEL
 
 BATCH = 500
 """Images at once."""

@@ -1,28 +1,86 @@
-"""One training run, from the latest checkpoint to the last step, through interruption and divergence."""
+"""One training run, from the latest checkpoint to the last step, through interruption and divergence.
+
+A run that is told to end saves what it has first: SIGTERM of a scheduler, Ctrl-C of its user.
+"""
 
 import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from experiments import devices
-from experiments.configs.cifar import Config
+from experiments.configs.training import Config
 from experiments.data import Dataset
-from experiments.training import checkpoints, divergence, preemption, recovery
+from experiments.training import checkpoints, divergence
 from experiments.training.divergence import Diverged
-from experiments.training.drift import drift
 from experiments.training.finishing import finished
-from experiments.training.logs import TrainingLog, progress_bar, warn
+from experiments.training.logs import TrainingLog, drift, progress_bar, warn
 from experiments.training.program import Program, build, validation
 from experiments.training.state import TrainState, thresholds
 from experiments.training.step import Totals
-from qt_jax.reporting import provenance
+from qt_jax import provenance
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training has ended before its last step, with a checkpoint; `status` is the exit status to end with."""
+
+    def __init__(self, step: int, signum: int):
+        super().__init__(f"interrupted at step {step}, which is saved; the same command goes on from there")
+        self.status = 128 + signum
+
+
+@contextmanager
+def watched() -> Iterator[Callable[[int], int | None]]:
+    """Inside, the first of `SIGNALS` is noted, and a second one ends the process at once.
+
+    Yields:
+      `step -> signal`, to be asked after every step: the signal that has come, or None. Of several processes
+      one that is told to end is enough: all hear of it at the same step (JAX's own notice of preemption).
+    """
+    come: list[int] = []
+    if jax.process_count() > 1:
+        asked: set[int] = set()
+
+        def reached(step: int) -> int | None:
+            if step not in asked and multihost_utils.reached_preemption_sync_point(step):
+                come.append(signal.SIGTERM)
+            asked.add(step)
+            return come[0] if come else None
+
+        yield reached
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: None
+        return
+    before = {name: signal.getsignal(name) for name in SIGNALS}
+
+    def note(signum, _frame):
+        come.append(signum)
+        restore()
+
+    def restore():
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    for name in SIGNALS:
+        signal.signal(name, note)
+    try:
+        yield lambda step: come[0] if come else None
+    finally:
+        restore()
+
 
 LOG_EVERY = 20
 """Steps between two looks at the loss."""
@@ -53,7 +111,7 @@ def train(
     program = build(config, model, dataset, devices.data_mesh(on))
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoints.open_checkpoints(directory / "checkpoints" / method))
-        state, totals = recovery.beginning(program, manager)
+        state, totals = divergence.beginning(program, manager)
         done = int(state.step)
         if done >= program.total:
             return devices.on_host(state.deployed)
@@ -62,14 +120,14 @@ def train(
             log = stack.enter_context(contextlib.closing(TrainingLog(directory, method, done)))
         bar = progress_bar(method, program.total, done, config.batch_size, shown=log is not None)
         stack.enter_context(bar)
-        stopping = stack.enter_context(preemption.watched())
+        stopping = stack.enter_context(watched())
         validate = validation(program)
         while (first := int(state.step)) < program.total:
             started, scale = time.perf_counter(), float(state.rate_scale)
             try:
                 state, totals = _run_epoch(program, state, totals, bar, stopping)
             except Diverged as error:
-                state, totals = recovery.gone_back(program, manager, error, scale, directory)
+                state, totals = divergence.gone_back(program, manager, error, scale, directory)
                 bar.update(int(state.step) * config.batch_size - bar.n)
                 continue
             step = int(state.step)
@@ -86,7 +144,7 @@ def train(
                         warn(message)
             checkpoints.save(manager, state, totals)
             if step < program.total and (signal := stopping(step)):
-                raise preemption.Interrupted(step, signal)
+                raise Interrupted(step, signal)
     return devices.on_host(state.deployed)
 
 

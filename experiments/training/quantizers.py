@@ -13,7 +13,7 @@ from experiments.baselines import learned_ranges
 from experiments.baselines.lsq import LSQ
 from experiments.baselines.pact import ALPHA, PACT
 from experiments.baselines.qwix_qat import qwix_model
-from experiments.configs.cifar import Config, quant_config
+from experiments.configs.training import Config, quant_config
 
 LEARNED: dict[str, learned_ranges.Quantizer] = {"lsq": LSQ, "pact": PACT}
 """The quantizers whose ranges are parameters."""

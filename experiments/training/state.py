@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import qt_jax as qt
-from experiments.configs.cifar import Config
+from experiments.configs.training import Config
 from experiments.training import quantizers
 
 

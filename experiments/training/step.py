@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments.configs.cifar import Config
+from experiments.configs.training import Config
 from experiments.data.augment import normalize, random_crop_flip
 from experiments.devices import constrained, replicated, split_rows
 from experiments.training import quantizers

@@ -9,20 +9,13 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from qt_jax.backends import environments, inventory, registry
-from qt_jax.backends.arrays import read_arrays
+from qt_jax.backends import environments, registry
 from qt_jax.backends.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
+from qt_jax.backends.inputs import read_arrays
 from qt_jax.backends.protocol import Environment
-from qt_jax.command_line import (
-    Failed,
-    exit_status,
-    print_rows,
-    read_flags,
-    statuses,
-    text_console,
-)
+from qt_jax.command_line import Failed, exit_status, print_rows, read_flags, statuses, text_console
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting.cells import METHODS
+from qt_jax.reporting.pivot import METHOD_TITLES
 
 PIPED_WIDTH = 120
 """Columns of the tables of `list` and `doctor` in a file or a pipe."""
@@ -125,11 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show_list(command: List, console: Console) -> None:
     """All backends with their schemes and runtimes."""
-    rows = inventory.offers()
+    rows = registry.offers()
     if command.json:
         print_rows(rows)
     else:
-        console.print(inventory.offers_table(rows))
+        console.print(registry.offers_table(rows))
 
 
 def show_doctor(command: Doctor, console: Console) -> None:
@@ -139,11 +132,11 @@ def show_doctor(command: Doctor, console: Console) -> None:
       InvalidInput: an unknown name.
       Failed: something is missing.
     """
-    rows = inventory.conditions("all" if "all" in command.names else command.names)
+    rows = registry.conditions("all" if "all" in command.names else command.names)
     if command.json:
         print_rows(rows)
     else:
-        console.print(inventory.conditions_table(rows))
+        console.print(registry.conditions_table(rows))
         console.print(f"Environments lie in {environments.root()} (QT_JAX_ENVIRONMENTS).")
     lacking = [row["backend"] for row in rows if not row["ready"]]
     if lacking:
@@ -210,7 +203,7 @@ def run(command: Run, console: Console) -> None:
 
 def _label(path: Path) -> str:
     """The file's name without its suffix, unless tables would take that for one of our methods."""
-    return path.name if path.stem in METHODS else path.stem
+    return path.name if path.stem in METHOD_TITLES else path.stem
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qt_jax import records
 from qt_jax.backends.evaluation import RECORDS, evaluate, offered
 from qt_jax.backends.steps import MOST_GIBIBYTES, Limits
 from qt_jax.command_line import Failed, print_rows, terminate_like_interrupt
-from qt_jax.reporting import records
-from qt_jax.reporting.files import write_whole
-from qt_jax.reporting.records import Record
+from qt_jax.files import write_whole
+from qt_jax.records import Record
 from qt_jax.scheduler import HERE, Scheduler
 
 GOES_ON = "Interrupted. What is finished is kept: the same command goes on from here."
@@ -92,8 +92,8 @@ def evaluate_all(
       InvalidInput: as `evaluate` does.
       Failed: no row ended well, the references in FP32 aside.
     """
-    from qt_jax.reporting.deployment_tables import deployment_table
     from qt_jax.reporting.report import write_report
+    from qt_jax.reporting.tables import deployment_table
 
     terminate_like_interrupt()
     rows: list[Record] = []

@@ -23,8 +23,7 @@ import onnx
 
 from qt_jax.backends.protocol import Scheme
 from qt_jax.export import graph
-from qt_jax.export.operators import WEIGHTED
-from qt_jax.export.summary import multiply_accumulates
+from qt_jax.export.operators import WEIGHTED, multiply_accumulates
 
 PICOJOULE = 1e-9
 """Millijoules in one picojoule."""

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import platformdirs
 
+from qt_jax import provenance
 from qt_jax.backends.protocol import Backend, Environment
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import provenance
-from qt_jax.reporting.files import write_whole
+from qt_jax.files import write_whole
 
 MARKER = "installed.json"
 INSTALL = "python -m qt_jax.backends install"

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import onnx
 
+from qt_jax import records
 from qt_jax.backends import cost, ort, steps
 from qt_jax.backends.inputs import fixed_batch, load, prepare
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
-from qt_jax.backends.rows import Job, Row
+from qt_jax.backends.rows import Evaluation, Job
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import records
-from qt_jax.reporting.records import Record
+from qt_jax.records import Record
 from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 RECORDS = "records.jsonl"
@@ -51,7 +51,7 @@ def evaluate(
     """Accuracy, fidelity and speed of a float network under every backend, scheme and runtime.
 
     The network is a classifier, or a segmenter: then `top1` is the pixel accuracy, `miou` is filled, all
-    other metrics are over pixels (see `qt_jax.dense_metrics`), and a record holds no `predictions`.
+    other metrics are over pixels (see `qt_jax.metrics`), and a record holds no `predictions`.
 
     FP32 in ONNX Runtime comes first and always: it is the reference of `logit_mse`, `sqnr_db`, `agreement`
     and `reference_top1`. Every other row compiles, runs and is timed in processes of their own: one that is
@@ -80,7 +80,7 @@ def evaluate(
         scheduler: who does compiles and runs of simulators, `jobs` at a time; all else is done here.
         on_record: called with each record that is new, as soon as it is complete.
 
-    Returns records (see `qt_jax.reporting.records`), the reference first, then by backend, scheme and
+    Returns records (see `qt_jax.records`), the reference first, then by backend, scheme and
     runtime.
 
     Raises:
@@ -109,7 +109,7 @@ def evaluate(
         job = _job(home, model, calibration, images, labels, identity, limits, price, retry)
         job = replace(job, queue=queue)
         few = len(images) if simulated_limit is None else min(simulated_limit, len(images))
-        rows = [Row(job, b, s, r, few if r.simulated else len(images)) for b, s, r in chosen]
+        rows = [Evaluation(job, b, s, r, few if r.simulated else len(images)) for b, s, r in chosen]
         return _finish(job, rows, jobs, on_record)
 
 
@@ -125,7 +125,9 @@ def _check_settings(
         raise InvalidInput(f"The price of an hour cannot be {price}: give 0 or more.")
 
 
-def _finish(job: Job, rows: list[Row], jobs: int, on_record: Callable[[Record], None] | None) -> list[Record]:
+def _finish(
+    job: Job, rows: list[Evaluation], jobs: int, on_record: Callable[[Record], None] | None
+) -> list[Record]:
     """The records of all rows: those found, then those made now, in parallel but for the clock."""
     steps.STOPPING.clear()
     path = job.folder / RECORDS
@@ -133,7 +135,7 @@ def _finish(job: Job, rows: list[Row], jobs: int, on_record: Callable[[Record], 
     if None in found:
         raise InvalidInput(f"{path} was written by another command: choose another folder for this one.")
 
-    def known(row: Row) -> bool:
+    def known(row: Evaluation) -> bool:
         record = found.get(row.key)
         if record is None or (job.retry and record["status"] != "ok"):
             return False
@@ -141,7 +143,7 @@ def _finish(job: Job, rows: list[Row], jobs: int, on_record: Callable[[Record], 
             return False
         return record["status"] != "unavailable" or record["reason"] == row.missing()
 
-    def keep(row: Row, reference: np.ndarray | None) -> None:
+    def keep(row: Evaluation, reference: np.ndarray | None) -> None:
         record = row.record(reference)
         records.append(path, record)
         found[row.key] = record
@@ -167,7 +169,7 @@ def _finish(job: Job, rows: list[Row], jobs: int, on_record: Callable[[Record], 
     return [found[row.key] for row in rows]
 
 
-def _in_parallel(rows: Sequence[Row], jobs: int) -> Iterator[Row]:
+def _in_parallel(rows: Sequence[Evaluation], jobs: int) -> Iterator[Evaluation]:
     """Rows once they have run, in their order. An interruption ends all workers first."""
     with ThreadPoolExecutor(jobs) as pool:
         running = [(row, pool.submit(row.run)) for row in rows]
@@ -181,7 +183,7 @@ def _in_parallel(rows: Sequence[Row], jobs: int) -> Iterator[Row]:
             raise
 
 
-def _reference(row: Row) -> np.ndarray:
+def _reference(row: Evaluation) -> np.ndarray:
     """Float logits. Raises InvalidInput where they are nothing to compare with."""
     answer = row.run()
     if answer.status != "ok":

@@ -1,6 +1,11 @@
-"""One row: a scheme of a backend on one of its runtimes, from the float graph to a record."""
+"""One row: a scheme of a backend on one of its runtimes, from the float graph to a record.
 
+The program of a backend: what, beside its input, decides what it compiles.
+"""
+
+import ast
 import base64
+import functools
 import hashlib
 import json
 import shutil
@@ -14,18 +19,67 @@ from typing import Any
 
 import numpy as np
 
-from qt_jax.backends import cost, environments, handed, steps
-from qt_jax.backends.program import code
+from qt_jax.backends import cost, environments, steps
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, environments_of, file_of, scheme_of
-from qt_jax.dense_metrics import dense_metrics
-from qt_jax.metrics import classification_metrics, reliability
-from qt_jax.reporting.provenance import cpu, provenance
-from qt_jax.reporting.records import Record, new_record
+from qt_jax.metrics import classification_metrics, dense_metrics, reliability
+from qt_jax.provenance import cpu, provenance
+from qt_jax.records import Record, new_record
 from qt_jax.scheduler import Queue
 
+PACKAGE = Path(__file__).parents[1]
+
+
+@functools.cache
+def code(file: Path) -> tuple[str, ...]:
+    """The module in `file` and those of qt_jax that it imports, directly or not, as syntax trees.
+
+    Without comments, docstrings and the types of functions, which change no number.
+
+    >>> any("Refused" in module for module in code(PACKAGE / "backends" / "litert_graph.py"))
+    True
+    """
+    found: dict[Path, str] = {}
+    ahead = [file.resolve()]
+    while ahead:
+        path = ahead.pop()
+        if path not in found:
+            tree = _bare(ast.parse(path.read_text()))
+            found[path] = ast.dump(tree)
+            ahead += [other for node in ast.walk(tree) for other in _imported(node)]
+    return tuple(found[path] for path in sorted(found))
+
+
+def _bare(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            body[:] = [part for part in body if not _is_text(part)] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _imported(node: ast.AST) -> list[Path]:
+    """The files of qt_jax that `from ... import ...` reads; of a package none but the modules it names."""
+    first, *parts = (getattr(node, "module", None) or "").split(".")
+    if not isinstance(node, ast.ImportFrom) or first != PACKAGE.name:
+        return []
+    place = PACKAGE.joinpath(*parts)
+    candidates = [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
+    return [path for path in candidates if path.is_file()]
+
+
 REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
+
 LOGITS = "logits.npy"
+
 UNTIMED = "no product runs like this runtime, so that it is not timed"
 
 
@@ -65,12 +119,12 @@ class Job:
         if self.queue is None:
             return steps.perform(folder, backend.environment, step, self.limits, again)
         with self.turns.setdefault(folder if anywhere else None, Lock()):
-            how = partial(handed.perform, self.queue) if anywhere else steps.perform
+            how = partial(steps.submit, self.queue) if anywhere else steps.perform
             return how(folder, backend.environment, step, self.limits, again)
 
 
 @dataclass(frozen=True)
-class Row:
+class Evaluation:
     """A scheme of a backend on one runtime, over the first `n` test images of a job."""
 
     job: Job = field(repr=False)

@@ -4,8 +4,15 @@ A step lives in a folder named by the hash of everything that decides its outcom
 folder beside it, which gets the step's name only when its `answer.json` is complete: a kill at any moment
 leaves no half step behind that could be taken for a whole one. A lock file beside it makes everybody else
 who wants the same step, in this process or in another, wait for the first.
+
+Steps of vendor jobs handed to a scheduler: every compile, and the runs of simulators.
+
+What depends on the machine, the runs and timings of what is timed, stays with the process that asks, so that
+records are those of a run on one machine. Whether a toolchain is there is asked on that machine, too. The
+folder of the steps must be one that all hosts share; a step's lock keeps others from it on all of them.
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -23,10 +30,13 @@ import psutil
 
 from qt_jax.backends import environments
 from qt_jax.backends.protocol import Environment
-from qt_jax.reporting.files import write_whole
+from qt_jax.files import write_whole
+from qt_jax.scheduler import JobFailed, Queue, wait
 
 WORKER = Path(__file__).with_name("worker.py")
+
 ANSWER, REPLY, LOG = "answer.json", "reply.json", "log.txt"
+
 MOST_GIBIBYTES = round(min(12.0, 0.8 * psutil.virtual_memory().total / 2**30), 1)
 
 
@@ -108,6 +118,7 @@ def give_up(folder: Path, reason: str, limits: Limits) -> Answer:
 
 STOPPING = threading.Event()
 """Set by `stop_all`; whoever starts steps clears it first."""
+
 _LIVE: set[subprocess.Popen] = set()
 
 
@@ -232,3 +243,29 @@ def _last_words(scratch: Path) -> str:
         return ""
     spoken = [line.strip() for line in lines if line.strip()]
     return f"; its last words: {spoken[-1][:300]}" if spoken else ""
+
+
+def submit(
+    queue: Queue,
+    folder: Path,
+    environment: Environment | None,
+    job: Mapping[str, Any],
+    limits: Limits,
+    retry: bool = False,
+) -> Answer:
+    """As `steps.perform`, in a job of the queue; one that ends without an answer has crashed.
+
+    Raises Stopped, after cancelling the job, once `steps.stop_all` was called; InvalidInput if the scheduler
+    refuses it.
+    """
+    found = kept(folder, limits, retry)
+    if found is not None:
+        return found
+    submitted = queue.submit(perform, folder.absolute(), environment, dict(job), limits, retry)
+    try:
+        answer = wait(queue, submitted, STOPPING)
+    except JobFailed as error:
+        return give_up(folder, f"{job['step']}: {' '.join(str(error).split())}", limits)
+    if answer is None:
+        raise Stopped
+    return dataclasses.replace(answer, folder=folder)

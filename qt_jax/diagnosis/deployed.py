@@ -12,10 +12,10 @@ from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.encodings import Ranges, model_sha256
-from qt_jax.export.integer_weights import least_scale
-from qt_jax.export.learned import activation_encoding
+from qt_jax.export.kernels import least_scale
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
-from qt_jax.fake_quant import QuantSpec
+from qt_jax.export.ranges import activation_encoding
+from qt_jax.grid import QuantSpec
 
 
 def restated(deployment: Deployment) -> Deployment:

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from qt_jax.diagnosis.advice import Sensitivity, Tell, Trial, advise, kernel_bytes, sensitivities
-from qt_jax.diagnosis.layer_sqnr import Ratios, compare
-from qt_jax.diagnosis.measuring import Measurement, Meter
+from qt_jax.diagnosis.advice import (
+    Measurement,
+    Meter,
+    Sensitivity,
+    Tell,
+    Trial,
+    advise,
+    kernel_bytes,
+    sensitivities,
+)
+from qt_jax.diagnosis.layers import Activation, Bounds, Kernel, activations, kernels, minmax
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.simulation import Bounds
-from qt_jax.diagnosis.tensors import Activation, Kernel, activations, kernels, minmax
+from qt_jax.diagnosis.simulation import Ratios, compare
 from qt_jax.errors import InvalidInput
 
 SQNR_IMAGES = 512

@@ -8,10 +8,11 @@ from onnx import NodeProto, inliner, numpy_helper, version_converter
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.integer_weights import channel_axis
+from qt_jax.export.kernels import channel_axis
 from qt_jax.export.operators import WEIGHTED
 
 LEAST_OPSET = 13
+
 STANDARD = ("", "ai.onnx")
 
 

@@ -14,7 +14,6 @@ with extra("export"):
 
     from qt_jax.export import folding
     from qt_jax.export.activations import fold_activations
-    from qt_jax.export.batch import symbolic_batch
     from qt_jax.export.folding import (
         drop_absent_bias,
         fold_affine,
@@ -24,26 +23,25 @@ with extra("export"):
         known_shapes,
         written_axes,
     )
-    from qt_jax.export.graph import with_shapes
+    from qt_jax.export.graph import aside, attached, save, with_shapes
     from qt_jax.export.layout import channels_first
-    from qt_jax.export.lowering import lower
+    from qt_jax.export.lowering import lower, symbolic_batch
     from qt_jax.export.naming import name_by_path
     from qt_jax.export.operators import refuse_unsupported
     from qt_jax.export.opsets import OPSETS, at_opset
-    from qt_jax.export.products import einsum_to_matmul, unflatten_dense
-    from qt_jax.export.saving import save
-    from qt_jax.export.simplify import (
+    from qt_jax.export.padding import explicit_windows, fold_pad, resize_by_scale
+    from qt_jax.export.rewrites import (
         drop_expands,
         drop_identities,
+        einsum_to_matmul,
         fold_index,
         fold_mean,
         fold_stack,
         plain_reshapes,
         short_slices,
+        unflatten_dense,
     )
-    from qt_jax.export.verify import save_verified, verify
-    from qt_jax.export.weights import aside, attached
-    from qt_jax.export.windows import explicit_windows, fold_pad, resize_by_scale
+    from qt_jax.export.verification import save_verified, verify
 
 __all__ = ["save", "save_verified", "to_onnx", "verify"]
 

@@ -13,9 +13,8 @@ from rich.table import Table
 
 from qt_jax.command_line import exit_status, parse, print_rows, text_console
 from qt_jax.errors import InvalidInput
-from qt_jax.export.checkpoint import Deployable, deployable, load
 from qt_jax.export.deploy import deploy
-from qt_jax.export.description import Description, config_from_json
+from qt_jax.export.network import Deployable, Description, config_from_json, deployable, load
 
 PIPED_WIDTH = 160
 """Columns of what is printed to a file or a pipe."""

@@ -17,12 +17,12 @@ import onnx
 from flax.linen.module import InterceptorContext
 from onnx import NodeProto, helper
 
+from qt_jax.config import QuantConfig
 from qt_jax.export import graph
-from qt_jax.export.integer_weights import weighted_nodes
-from qt_jax.export.learned import learned_encodings
-from qt_jax.export.placement import tensor_readers
-from qt_jax.interceptor import LAYERS
-from qt_jax.rules import QuantConfig
+from qt_jax.export.kernels import weighted_nodes
+from qt_jax.export.qdq import tensor_readers
+from qt_jax.export.ranges import learned_encodings
+from qt_jax.interception import LAYERS
 
 Bounds = tuple[float, float]
 

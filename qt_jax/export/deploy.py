@@ -1,28 +1,150 @@
-"""From a trained network to a verified file: the FP32 graph with its ranges, or a QDQ graph."""
+"""From a trained network to a verified file: the FP32 graph with its ranges, or a QDQ graph.
+
+The deployments that QDQ export offers, as changes to the config of training.
+
+What a graph has on integers and what it has not, layer by layer, with the reason.
+"""
 
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import onnx
 
+from qt_jax.config import QuantConfig, Rule, Site
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save_verified, to_onnx
-from qt_jax.export.checkpoint import Deployable
 from qt_jax.export.clips import Bounds, clipped_forward, insert_clips, learned_clips
-from qt_jax.export.description import Samples
-from qt_jax.export.encodings import Ranges, write_ranges
-from qt_jax.export.layer_report import layer_rows
-from qt_jax.export.modes import MODES, deployed_config
-from qt_jax.export.parity import fake_quant_forward, integer_kernels, parity
+from qt_jax.export.encodings import Encoding, Ranges, write_ranges
+from qt_jax.export.kernels import weighted_nodes
+from qt_jax.export.layout import as_graph
+from qt_jax.export.network import Deployable, Samples
+from qt_jax.export.operators import summarize
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
 from qt_jax.export.ranges import tensor_ranges
-from qt_jax.export.summary import summarize
-from qt_jax.export.views import as_graph
-from qt_jax.rules import QuantConfig
+from qt_jax.export.verification import fake_quant_forward, integer_kernels, parity
+from qt_jax.grid import QuantSpec
+
+MODES = {"int8": (8, 8), "int4": (4, 8), "int16-act": (8, 16)}
+"""Mode -> bits of weights and of activations."""
+
+Chosen = TypeVar("Chosen", Site, Site | str)
+
+
+def deployed_config(config: QuantConfig, mode: str) -> QuantConfig:
+    """`config` with every spec on the bits of `mode`; what is in floating point stays so.
+
+    The learned ranges do not depend on bits: only the grids laid over them change. `quant_trim` with this
+    config is the JAX forward that the graph of the mode stands for.
+
+    Raises:
+      InvalidInput: an unknown mode.
+
+    >>> deployed_config(QuantConfig(rules=(Rule("head", skip=True),)), "int4").weights.bits
+    4
+    """
+    if mode not in MODES:
+        raise InvalidInput(f"QDQ mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    weight_bits, activation_bits = MODES[mode]
+
+    def on(bits: int, site: Chosen) -> Chosen:
+        return dataclasses.replace(site, bits=bits) if isinstance(site, QuantSpec) else site
+
+    def rule(rule: Rule) -> Rule:
+        return dataclasses.replace(
+            rule,
+            weights=on(weight_bits, rule.weights),
+            inputs=on(activation_bits, rule.inputs),
+            outputs=on(activation_bits, rule.outputs),
+        )
+
+    return dataclasses.replace(
+        config,
+        weights=on(weight_bits, config.weights),
+        activations=on(activation_bits, config.activations),
+        outputs=on(activation_bits, config.outputs),
+        rules=tuple(map(rule, config.rules)),
+    )
+
+
+def layer_rows(
+    model: onnx.ModelProto,
+    config: QuantConfig,
+    ranges: Ranges,
+    kernels: Mapping[str, bool] | None = None,
+) -> list[dict[str, Any]]:
+    """What is quantized and what is not, one row for each convolution and matrix product.
+
+    Args:
+      model: the FP32 graph.
+      config: that `ranges` was made with.
+      ranges: from `tensor_ranges`.
+      kernels: from `integer_kernels`, for a QDQ graph.
+
+    Returns:
+      `layer`, `operator`; `weights` and `input`, the grid in words or None for floating point;
+      `integer_kernel`, whether onnxruntime computes on integers (None if not asked); `reason`, why
+      something is in floating point, where it is known.
+    """
+    weighted = weighted_nodes(model)
+    names = list(weighted) if kernels is None else list(kernels)
+    makers = {node.name: node for node in model.graph.node}
+    rows = []
+    for name in names:
+        node = makers[name]
+        kernel, fed = ranges.kernels.get(name), ranges.inputs.get(name)
+        row = {
+            "layer": name,
+            "operator": node.op_type,
+            "weights": None if kernel is None else _grid(ranges.tensors[kernel]),
+            "input": None if fed is None else _grid(fed),
+            "integer_kernel": None if kernels is None else kernels[name],
+        }
+        reason = _why_float(row, node.input[1].rpartition("/")[0], name in weighted, config)
+        if row["weights"] is None and row["integer_kernel"]:
+            reason = f"{reason}; onnxruntime rounds them to INT8 by itself"
+        if reason is None and row["integer_kernel"] is False:
+            reason = "its output is read in floating point"
+            if kernel is not None and fed is not None:
+                found = _why_no_integer_kernel(node.op_type, ranges.tensors[kernel].bits, fed.bits)
+                reason = found or reason
+        rows.append(row | {"reason": reason})
+    return rows
+
+
+def _grid(encoding: Encoding) -> str:
+    kind = "symmetric" if encoding.symmetric else "asymmetric"
+    return f"int{encoding.bits} {kind} per-{'tensor' if encoding.axis is None else 'channel'}"
+
+
+def _why_float(row: Mapping[str, Any], path: str, weighted: bool, config: QuantConfig) -> str | None:
+    """Why the layer at `path` has a site in floating point, None if it has none."""
+    if row["weights"] is not None and row["input"] is not None:
+        return None
+    if not weighted:
+        return "a product of two activations, of which Quant-Trim learns no range"
+    sites = config.sites(path)
+    site, wanted = ("weights", sites.weights) if row["weights"] is None else ("input", sites.inputs)
+    if wanted is not None:
+        return "no statistics: quant_trim does not reach it"
+    if sites.rule is not None:
+        return f"{site} in floating point by rule {config.rules[sites.rule].path!r}"
+    return f"{site} in floating point by the config's default"
+
+
+def _why_no_integer_kernel(operator: str, weight_bits: int, activation_bits: int) -> str | None:
+    if operator == "ConvTranspose":
+        return "no integer kernel for ConvTranspose"
+    if storage_bits(weight_bits) != 8:
+        return f"no integer kernel for INT{storage_bits(weight_bits)} weights"
+    if storage_bits(activation_bits) != 8:
+        return f"no integer kernel for INT{storage_bits(activation_bits)} activations"
+    return None
+
 
 OPSET = 17
 """Of ai.onnx, unless told otherwise and where it has the integers."""
@@ -49,9 +171,9 @@ def deploy(
     An FP32 graph of a network with learned ranges has them in `<out less .onnx>.ranges.json` beside it.
 
     Args:
-      network: from `qt_jax.export.checkpoint.load`.
+      network: from `qt_jax.export.network.load`.
       out: the ONNX file; one that is there is replaced at the end.
-      qdq: None for FP32, else a mode of `qt_jax.export.modes`.
+      qdq: None for FP32, else a mode of `qt_jax.export.deploy`.
       clips: learned activation ranges in the FP32 graph as Clip nodes, see `qt_jax.export.clips`; parity is
         then that with the JAX forward clipped in the same places.
       opset: None for 17, or for 21 where the mode needs it.

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export.saving import staged
+from qt_jax.files import staged
 
 VERSION = 1
 
@@ -27,7 +27,7 @@ class Encoding:
     Attributes:
       scale: float32 values, one, or one for each channel.
       zero_point: as many integers. An unsigned grid of b bits is shifted by -2^(b-1): the integers of
-        `qt_jax.fake_quant` in [0, 255] are [-128, 127] here.
+        `qt_jax.grid` in [0, 255] are [-128, 127] here.
       low, high: the range that set the scale, as many values each.
       bits: width of the integers.
       symmetric: zero-point 0.

@@ -9,8 +9,8 @@ from onnx import NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qt_jax.export import graph
-from qt_jax.export.products import is_absent
-from qt_jax.export.views import TO_CHANNELS_LAST
+from qt_jax.export.layout import TO_CHANNELS_LAST
+from qt_jax.export.rewrites import is_absent
 
 FEATURE_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
 """Axis of a kernel's output features."""

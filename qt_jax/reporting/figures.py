@@ -1,22 +1,42 @@
-"""One picture of a run: accuracy by scheme, the curriculum, and what became of the weights."""
+"""One picture of a run: accuracy by scheme, the curriculum, and what became of the weights.
 
-from collections.abc import Mapping, Sequence
+Figures as SVG for the HTML report, in the colours of the page: dark ink on paper, light ink in the dark.
+
+Every grey and every series colour that the figures of this package use becomes a CSS variable of
+`qt_jax.reporting.page`. Text stays text, in the font of the page.
+
+Two heat maps of deployments: accuracy drop by row and network, and agreement of every two rows.
+
+Both colour a percentage by the same fixed steps, each about twice the last, so that 0.1 and 0.5 are as easy
+to tell apart as 10 and 50, and two reports can be laid side by side.
+"""
+
+import io
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from qt_jax.reporting.cells import METRICS, Comparison, compare, measured, spread, title
-from qt_jax.reporting.records import Record
+from qt_jax.records import Record
+from qt_jax.reporting.pivot import METRICS, Comparison, compare, measured, spread, title
+
+DPI = 110
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 COLOURS = {"quant-trim": "#0072B2", "float": "#D55E00"}
+
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
 MARKERS = {"quant-trim": "o", "float": "s"}
+
 INK = "#333333"
 
 
@@ -41,7 +61,7 @@ def summary_figure(
             "top1".
         metric: "top1" or "miou".
 
-    Raises InvalidInput as `qt_jax.reporting.cells.compare` does.
+    Raises InvalidInput as `qt_jax.reporting.pivot.compare` does.
 
     >>> import os, tempfile
     >>> record = {"backend": "b", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.5}
@@ -182,3 +202,75 @@ def over_rms(values: np.ndarray) -> np.ndarray:
 def method_colour(method: str, index: int) -> str:
     """The colour of a known method in every figure, else the one at `index` of the others."""
     return COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])
+
+
+SERIES = dict(
+    zip(
+        (*COLOURS.values(), *OTHER_COLOURS),
+        ("blue", "orange", "green", "pink", "amber", "sky"),
+        strict=True,
+    )
+)
+"""Colour of a figure -> variable of the page."""
+
+GREYS = {"#e6e6e6": "line", "#cccccc": "line", "#bfbfbf": "bar", "#ededed": "head", "#f2f2f2": "head"}
+
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+    "font.size": 9,
+    "svg.fonttype": "none",
+}
+
+
+def to_svg(draw: Callable[[], Figure | None], name: str) -> str | None:
+    """What `draw` draws, as an `<svg>` element; None if it draws nothing.
+
+    Args:
+      draw: makes a new figure; it is called with the page's style set.
+      name: makes the ids of this drawing differ from those of others on the page.
+
+    >>> svg = to_svg(lambda: Figure(figsize=(2, 1)), "empty")
+    >>> svg.startswith("<svg"), "--width: 144" in svg
+    (True, True)
+    """
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = draw()
+        if figure is None:
+            return None
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    return _on_page(text.getvalue())
+
+
+def _on_page(svg: str) -> str:
+    """The bare element: no prologue, no metadata, no ids that nothing refers to, colours as variables."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="[a-zA-Z]\w*_\d+"', "", svg)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    width = re.search(r'width="([\d.]+)pt"', svg)
+    assert width is not None, "matplotlib states the width of an SVG"
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = svg.replace("<svg", f'<svg style="--width: {float(width[1]):.0f}"', 1)
+    svg = re.sub(r"(font: [^';\"]*?)'DejaVu Sans'[^;\"]*", r"\1system-ui, sans-serif", svg)
+    for colour, variable in GREYS.items() | {(c.lower(), v) for c, v in SERIES.items()}:
+        svg = svg.replace(colour, f"var(--{variable})")
+    svg = svg.replace(INK, "currentColor")
+    # White in front of a coloured cell stays white; white lines and boxes are the paper.
+    svg = re.sub(r"<(?!text)[^>]*#ffffff[^>]*>", lambda tag: tag[0].replace("#ffffff", "var(--paper)"), svg)
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, with constrained layout and margins."""
+    figure = Figure((width, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes the PNG whole or not at all."""
+    scratch = path.with_name(f"{path.name}.partial")
+    figure.savefig(scratch, format="png")
+    os.replace(scratch, path)
+    return path

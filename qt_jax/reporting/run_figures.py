@@ -10,11 +10,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from qt_jax.export.encodings import Encoding
-from qt_jax.reporting.cells import title
 from qt_jax.reporting.deployment_figures import draw_diagram
-from qt_jax.reporting.figures import COLOURS, INK, MARKERS, method_colour, over_rms
-from qt_jax.reporting.heatmaps import canvas
-from qt_jax.reporting.reliability import Reliability
+from qt_jax.reporting.figures import COLOURS, INK, MARKERS, canvas, method_colour, over_rms
+from qt_jax.reporting.pivot import title
+from qt_jax.reporting.statistics import Reliability
 
 CURVE = (4.2, 2.5)
 LAYER = (2.15, 1.4)

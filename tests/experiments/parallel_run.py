@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from experiments import devices
-from experiments.configs.cifar import PRESETS
+from experiments.configs.training import PRESETS
 from experiments.data import load
 from experiments.models.resnet import ResNet
-from experiments.training import loop, preemption
+from experiments.training import loop
 from experiments.training.divergence import are_finite
 from experiments.training.step import Split
 
@@ -63,7 +63,7 @@ def main(folder: str, name: str, count: str, where: str = "alone", stop: str = "
     on = jax.devices()[: int(count)]
     try:
         loop.train(CONFIG, ResNet((1,), width=4), dataset, Path(folder), METHOD, on)
-    except preemption.Interrupted as error:
+    except loop.Interrupted as error:
         print(error)
         return
     assert are_finite(seen["state"])

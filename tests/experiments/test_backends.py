@@ -9,7 +9,7 @@ import pytest
 
 from experiments import backends
 from experiments.data import load
-from qt_jax.reporting import records
+from qt_jax import records
 
 GRAPH = """<ir_version: 8, opset_import: ["" : 17]>
     net (float[batch, 1, 8, 8] input) => (float[batch, 10] logits) {{

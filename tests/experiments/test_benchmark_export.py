@@ -12,14 +12,13 @@ from onnx import helper
 from rich.console import Console
 
 import qt_jax as qt
-from experiments.benchmarks import export, export_cost, exporters
+from experiments.benchmarks import export, exporters
 from experiments.benchmarks.exporters import OURS, TORCH, Network
-from experiments.models.mobilenet_v2 import MobileNetV2, Stage
-from experiments.models.resnet import ResNet
-from experiments.models.resnet50 import ResNet50
-from experiments.models.unet import UNet
-from experiments.models.vit import ViT
-from qt_jax.reporting import records
+from experiments.models.mobilenet import MobileNetV2, Stage
+from experiments.models.resnet import ResNet, ResNet50
+from experiments.models.segmenters import UNet
+from experiments.models.transformers import ViT
+from qt_jax import records
 
 TINY = {
     "resnet": ResNet((1, 1), 4),
@@ -117,11 +116,11 @@ def scripted(monkeypatch):
         np.ones(2**22)
         return next(laps)
 
-    monkeypatch.setattr(export_cost, "exporter", lambda *_: export_once)
+    monkeypatch.setattr(exporters, "exporter", lambda *_: export_once)
 
 
 def test_the_first_export_is_cold_and_the_median_of_the_others_warm(scripted):
-    measured = export_cost.seconds(OURS, NET, 18, 3)
+    measured = exporters.seconds(OURS, NET, 18, 3)
     assert measured.pop("start_s") > 0.0
     assert measured == {
         "cold_s": 6.0,
@@ -133,7 +132,7 @@ def test_the_first_export_is_cold_and_the_median_of_the_others_warm(scripted):
 
 
 def test_the_peak_is_of_the_export_alone(scripted):
-    measured = export_cost.memory(OURS, NET, 18)
+    measured = exporters.memory(OURS, NET, 18)
     leaves = jax.tree.leaves(exporters.random_variables(NET)["params"])
     assert measured["parameter_bytes"] == 4 * sum(leaf.size for leaf in leaves)
     if measured["peak_bytes"] is None:
@@ -143,8 +142,8 @@ def test_the_peak_is_of_the_export_alone(scripted):
 
 
 def test_without_linux_the_peak_is_not_known(scripted, monkeypatch):
-    monkeypatch.setattr(export_cost.Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError))
-    measured = export_cost.memory(OURS, NET, 18)
+    monkeypatch.setattr(exporters.Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError))
+    measured = exporters.memory(OURS, NET, 18)
     assert measured["peak_bytes"] is None and measured["peak_ratio"] is None
 
 
@@ -155,10 +154,10 @@ def test_time_and_memory_have_a_process_each(monkeypatch):
         processes.append((workers, context.get_start_method()))
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr(export_cost, "ProcessPoolExecutor", fresh)
-    monkeypatch.setattr(export_cost, "seconds", lambda *arguments: {"seconds": arguments})
-    monkeypatch.setattr(export_cost, "memory", lambda *arguments: {"memory": arguments})
-    measured = export_cost.cost(TORCH, NET, 18, 3)
+    monkeypatch.setattr(exporters, "ProcessPoolExecutor", fresh)
+    monkeypatch.setattr(exporters, "seconds", lambda *arguments: {"seconds": arguments})
+    monkeypatch.setattr(exporters, "memory", lambda *arguments: {"memory": arguments})
+    measured = exporters.cost(TORCH, NET, 18, 3)
     assert measured == {"seconds": (TORCH, NET, 18, 3), "memory": (TORCH, NET, 18)}
     assert processes == [(1, "spawn")] * 2
 

@@ -6,9 +6,9 @@ import pytest
 from experiments import models
 from experiments.benchmarks import input as input_benchmark
 from experiments.benchmarks.input import DEVICE, HOST, RANDOM
-from experiments.configs.cifar import Config
+from experiments.configs.training import Config
 from experiments.training.step import Split
-from qt_jax.reporting import records
+from qt_jax import records
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
 LABELS = np.arange(8, dtype=np.int32)

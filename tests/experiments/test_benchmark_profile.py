@@ -7,7 +7,7 @@ import pytest
 from experiments import models
 from experiments.benchmarks import profile
 from experiments.models.resnet import ResNet
-from qt_jax.reporting import records
+from qt_jax import records
 
 CONVOLUTION = "convolution(%p, %q), window={size=%s pad=1_1x1_1}, dim_labels=b01f_01io->b01f"
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import scaling, timing
-from experiments.benchmarks.quant_trimmed import QuantTrimmed
-from experiments.benchmarks.variants import QUANT_TRIM, compiled_step, random_split
-from experiments.configs.cifar import Config, float_twin, lambda_schedule, quant_config
+from experiments.benchmarks.variants import QUANT_TRIM, QuantTrimmed, compiled_step, random_split
+from experiments.configs.training import Config, float_twin, lambda_schedule, quant_config
 from experiments.models.resnet import ResNet
-from qt_jax.reporting import records
+from qt_jax import records
 
 CONFIG = Config(model="tiny", batch_size=4, reverse_pruning=None, sched="linear", warmup=0.0)
 

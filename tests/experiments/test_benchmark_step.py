@@ -13,10 +13,8 @@ from rich.progress import Progress
 
 from experiments import models
 from experiments.benchmarks import step, timing, variants
-from experiments.benchmarks.aqt_qat import aqt_model
-from experiments.benchmarks.injected import Injected
-from experiments.benchmarks.unfused import Unfused
-from qt_jax.reporting import records
+from experiments.benchmarks.variants import Injected, Unfused, aqt_model
+from qt_jax import records
 
 
 class Tiny(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import qt_jax as qt
 from experiments import models
 from experiments.benchmarks import variants
-from experiments.configs.cifar import Config
+from experiments.configs.training import Config
 
 torch = pytest.importorskip("torch")
 from experiments.benchmarks import torch_step  # noqa: E402

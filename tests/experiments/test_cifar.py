@@ -13,14 +13,14 @@ import onnx
 import pytest
 from rich.console import Console
 
-from experiments import cifar, models
-from experiments.configs import networks
-from experiments.configs.cifar import FREE_TO_CHANGE, parse
+from experiments import cifar, models, runs
+from experiments.configs.training import FREE_TO_CHANGE, parse
 from experiments.models.resnet import ResNet
+from experiments.pipeline import RUN_SCHEMES, run
 from experiments.training import loop
+from qt_jax import records
 from qt_jax.backends import steps
 from qt_jax.export import __main__ as cli
-from qt_jax.reporting import records
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
 
@@ -29,8 +29,8 @@ FLAGS = (
     *("--batch-size", "64", "--epochs", "2", "--reverse-pruning-every", "2"),
     *("--calibration-size", "16", "--test-limit", "100"),
 )
-METHODS = (networks.QUANT_TRIM, networks.FLOAT)
-SCHEMES = list(cifar.SCHEMES)
+METHODS = (runs.QUANT_TRIM, runs.FLOAT)
+SCHEMES = list(RUN_SCHEMES)
 PRODUCTS = {
     *("config.json", "metrics.jsonl", "records.jsonl", "checkpoints", "tensorboard"),
     *("model.onnx", "model.json", "model.ranges.json", "twin.onnx", "twin.json", "samples.npz"),
@@ -100,7 +100,7 @@ def test_folder_holds_every_product_and_nothing_else(finished):
     assert {path.name for path in (finished.folder / "checkpoints").iterdir()} == set(METHODS)
     config = json.loads((finished.folder / "config.json").read_text())
     assert (config["model"], config["sched"], config["epochs"]) == ("tiny", "quartic", 2)
-    for name in networks.ONNX_NAMES.values():
+    for name in runs.ONNX_NAMES.values():
         onnx.checker.check_model(onnx.load(finished.folder / name), full_check=True)
     assert (finished.folder / "summary.png").read_bytes().startswith(b"\x89PNG")
 
@@ -118,7 +118,7 @@ def test_one_record_a_network_and_scheme(finished):
     assert [(row["method"], row["scheme"]) for row in rows] == [(m, s) for m in METHODS for s in SCHEMES]
     for row in rows:
         assert (row["status"], row["n"], row["task"], row["seed"]) == ("ok", 100, "digits", 0), row["reason"]
-        assert row["checkpoint"] == sha256(finished.folder / networks.ONNX_NAMES[row["method"]])
+        assert row["checkpoint"] == sha256(finished.folder / runs.ONNX_NAMES[row["method"]])
         assert row["calibration"] is None or row["calibration"]["n"] == 16
     assert {row["sched"] for row in rows} == {"quartic", "none"}
 
@@ -277,9 +277,9 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "methods"),
     [
-        (["--sched", "none", "--reverse-pruning", "None"], [networks.FLOAT]),
-        (["--no-compare"], [networks.QUANT_TRIM]),
-        ([], [networks.QUANT_TRIM, networks.FLOAT]),
+        (["--sched", "none", "--reverse-pruning", "None"], [runs.FLOAT]),
+        (["--no-compare"], [runs.QUANT_TRIM]),
+        ([], [runs.QUANT_TRIM, runs.FLOAT]),
     ],
 )
 def test_networks_that_a_command_trains(flags, methods, tmp_path, monkeypatch):
@@ -292,11 +292,9 @@ def test_networks_that_a_command_trains(flags, methods, tmp_path, monkeypatch):
     for stage in ("export", "evaluate", "report", "write_report"):
         monkeypatch.setattr(cifar, stage, lambda *args: None)
     monkeypatch.setattr(cifar, "train", stop)
-    cifar.run(parse([*FLAGS, "--out", str(tmp_path / "run"), *flags]), Console(file=io.StringIO()))
+    run(parse([*FLAGS, "--out", str(tmp_path / "run"), *flags]), Console(file=io.StringIO()))
     assert [method for method, *_ in seen] == methods
-    assert all(
-        (sched, pruning) == ("none", None) for method, sched, pruning in seen if method == networks.FLOAT
-    )
+    assert all((sched, pruning) == ("none", None) for method, sched, pruning in seen if method == runs.FLOAT)
 
 
 def test_failed_scheme_is_shown_without_an_accuracy(copy, monkeypatch, capsys):

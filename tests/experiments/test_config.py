@@ -8,8 +8,8 @@ import jax
 import pytest
 
 import qt_jax as qt
-from experiments.configs import cifar
-from experiments.configs.cifar import FREE_TO_CHANGE, PRESETS, RANGES, Config, parse
+from experiments.configs import training
+from experiments.configs.training import FREE_TO_CHANGE, PRESETS, RANGES, Config, parse
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
@@ -29,7 +29,7 @@ def test_help_lists_every_field_with_its_text(capsys, monkeypatch):
         assert f"--{name.replace('_', '-')}" in text, name
     assert text.count("(default:") == len(FIELDS)
     assert "python -m experiments.cifar" in text
-    for name in cifar.MODELS:
+    for name in training.MODELS:
         assert name in text
 
 
@@ -115,13 +115,13 @@ def test_schedules_by_name():
         "none": lambda count: 0.0,
     }
     for name, schedule in expected.items():
-        mine = cifar.lambda_schedule(Config(sched=name), total)
+        mine = training.lambda_schedule(Config(sched=name), total)
         for count in (0, 33, 60, 77, 100):
             assert float(mine(count)) == float(schedule(count)), name
 
 
 def test_quantization_follows_the_flags():
-    config = cifar.quant_config(
+    config = training.quant_config(
         Config(bits=4, activation_bits=6, per_channel=True, weight_quantile=0.99, range_momentum=0.9)
     )
     assert (config.weights.bits, config.weights.axis, config.weights.quantile) == (4, -1, 0.99)
@@ -131,10 +131,10 @@ def test_quantization_follows_the_flags():
 
 def test_float_twin_differs_in_the_method_alone():
     config = Config(seed=3, epochs=5)
-    twin = cifar.float_twin(config)
+    twin = training.float_twin(config)
     assert (twin.sched, twin.reverse_pruning) == ("none", None)
     assert dataclasses.replace(twin, sched=config.sched, reverse_pruning=config.reverse_pruning) == config
-    assert cifar.float_twin(twin) == twin
+    assert training.float_twin(twin) == twin
 
 
 def test_default_folder_names_the_run():
@@ -145,7 +145,7 @@ def test_default_folder_names_the_run():
 
 def test_rules_are_spelt_path_equals_bits_or_skip():
     config = parse(["--rules", "head=4", "stage1/.*=skip", "--per-channel"])
-    rules = cifar.quant_config(config).rules
+    rules = training.quant_config(config).rules
     assert rules[0] == qt.Rule("head", weights=qt.QuantSpec(4, axis=-1))
     assert rules[1] == qt.Rule("stage1/.*", skip=True)
 
@@ -160,21 +160,21 @@ def test_rules_that_make_no_sense_are_refused(text, capsys):
 
 def test_schedule_fractions_reach_the_schedule():
     for sched in ("quartic", "quartic-only", "linear", "cosine", "step"):
-        lam = cifar.lambda_schedule(Config(sched=sched, warmup=0.5, ramp_end=0.9), 100)
+        lam = training.lambda_schedule(Config(sched=sched, warmup=0.5, ramp_end=0.9), 100)
         assert float(lam(49)) == 0.0 and float(lam(91)) == 1.0
-    assert float(cifar.lambda_schedule(Config(sched="constant"), 100)(0)) == 1.0
-    assert float(cifar.lambda_schedule(Config(sched="none"), 100)(100)) == 0.0
+    assert float(training.lambda_schedule(Config(sched="constant"), 100)(0)) == 1.0
+    assert float(training.lambda_schedule(Config(sched="none"), 100)(100)) == 0.0
 
 
 DEPLOYED = {"folded": True, "vendor_grids": True, "reverse_pruning_folded": True, "fused_outputs": True}
 
 
 def test_deployment_aware_points_reach_quant_trim_and_the_float_twin_drops_them():
-    config = cifar.Config(**DEPLOYED, bits=4)
-    weights = cifar.quant_config(config).weights
+    config = training.Config(**DEPLOYED, bits=4)
+    weights = training.quant_config(config).weights
     assert (weights.bits, weights.axis, weights.quantile, weights.grids) == (4, -1, 1.0, "vendors")
-    assert cifar.quant_config(config).folded
-    twin = cifar.float_twin(config)
+    assert training.quant_config(config).folded
+    twin = training.float_twin(config)
     assert not any(getattr(twin, name) for name in DEPLOYED)
 
 
@@ -193,4 +193,4 @@ def test_deployment_aware_points_reach_quant_trim_and_the_float_twin_drops_them(
 )
 def test_points_without_what_they_need_are_refused(settings, complaint):
     with pytest.raises(qt.InvalidInput, match=complaint):
-        cifar.Config(**settings)
+        training.Config(**settings)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data import load
-from experiments.data.checks import checked
+from experiments.data.dataset import checked
 from qt_jax.errors import InvalidInput
 
 DIGITS = load("digits")

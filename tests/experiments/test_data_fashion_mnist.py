@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.data import fashion_mnist, load, store
-from experiments.data.download import Unavailable
+from experiments.data.store import Unavailable
 from qt_jax.errors import InvalidInput
 
 RNG = np.random.default_rng(0)

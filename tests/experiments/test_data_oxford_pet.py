@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments.data import load, oxford_pet
-from experiments.data.download import Unavailable
-from experiments.data.store import CorruptData
+from experiments.data.store import CorruptData, Unavailable
 from qt_jax.errors import InvalidInput
 
 RNG = np.random.default_rng(0)

@@ -16,10 +16,10 @@ import pytest
 
 import qt_jax as qt
 from experiments import diagnose
-from experiments.cifar import model_input
-from experiments.configs.cifar import PRESETS, parse, quant_config
+from experiments.configs.training import PRESETS, parse, quant_config
 from experiments.data import load
-from experiments.report import write_report
+from experiments.run_summary import write_report
+from experiments.runs import model_input
 from qt_jax.diagnosis import deployed
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment, replaced
@@ -178,7 +178,7 @@ def test_what_is_measured_is_not_measured_again(found, monkeypatch):
     def fail(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("qt_jax.diagnosis.measuring.logits_of", fail)
+    monkeypatch.setattr("qt_jax.diagnosis.advice.logits_of", fail)
     before = (found / "diagnosis.md").read_text()
     flags = ["--scheme", "int4w-pt", "--limit", "1000", "--max-drop", "1", "--apply"]
     assert diagnose.main([RUN, *flags, "--out", str(found)]) == 0

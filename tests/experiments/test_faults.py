@@ -18,13 +18,13 @@ import pytest
 
 import qt_jax as qt
 from experiments import cifar
-from experiments.configs.cifar import PRESETS, Config
+from experiments.configs.training import PRESETS, Config
 from experiments.data import Dataset, load
 from experiments.models.resnet import ResNet
-from experiments.training import checkpoints, loop, preemption, program
-from experiments.training.drift import drift
-from qt_jax.export.checkpoint import restore
-from qt_jax.reporting import records
+from experiments.training import checkpoints, loop, program
+from experiments.training.logs import drift
+from qt_jax import records
+from qt_jax.export.network import restore
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
 
@@ -110,7 +110,7 @@ def test_a_signal_saves_the_step_it_came_in(whole, tmp_path, monkeypatch, name, 
         if call == EPOCHS * STEPS_PER_EPOCH:
             run(tmp_path)
         else:
-            with pytest.raises(preemption.Interrupted, match=f"at step {call}, which is saved") as caught:
+            with pytest.raises(loop.Interrupted, match=f"at step {call}, which is saved") as caught:
                 run(tmp_path)
             assert caught.value.status == 128 + number
     assert signal.getsignal(number) is before
@@ -121,7 +121,7 @@ def test_a_signal_saves_the_step_it_came_in(whole, tmp_path, monkeypatch, name, 
 
 def test_the_command_ends_with_the_signals_status(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
-        raise preemption.Interrupted(7, signal.SIGTERM)
+        raise loop.Interrupted(7, signal.SIGTERM)
 
     monkeypatch.setattr(cifar, "train", interrupted)
     flags = ["--preset", "smoke", "--dataset", "digits", "--out", str(tmp_path / "run")]

@@ -10,11 +10,11 @@ from flax.traverse_util import flatten_dict
 
 import qt_jax as qt
 from experiments import models
-from experiments.configs.cifar import Config, quant_config
+from experiments.configs.training import Config, quant_config
 from experiments.data.dataset import Dataset
 from experiments.training import finishing, quantizers
 from experiments.training.state import create_state, optimizer
-from qt_jax.sites import GAIN
+from qt_jax.interception import GAIN
 
 SHAPE = (8, 8, 3)
 CONFIG = Config(

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import endurance
-from qt_jax.reporting import records
+from qt_jax import records
 
 
 @pytest.mark.slow

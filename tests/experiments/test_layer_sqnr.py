@@ -11,13 +11,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import qt_jax as qt
-from experiments import layer_comparison, layer_sqnr
+from experiments import layer_sqnr
 from experiments.data import load
-from experiments.models.fast_resnet import FastResNet
-from qt_jax.diagnosis.layer_sqnr import compare
+from experiments.models.resnet import FastResNet
+from qt_jax import records
+from qt_jax.diagnosis import toolchains
 from qt_jax.diagnosis.layers import layer_outputs
-from qt_jax.export.description import Description, Samples, write_description, write_samples
-from qt_jax.reporting import records
+from qt_jax.diagnosis.simulation import compare
+from qt_jax.export.network import Description, Samples, write_description, write_samples
 
 VARIANTS = ["plain", "batch norm", "clips", "clips + batch norm"]
 
@@ -65,7 +66,7 @@ def run(tmp_path):
         checkpointer.save(tmp_path / "checkpoint", variables)
     write_samples(Samples(images, images), tmp_path / "samples.npz")
     description = Description(
-        model="experiments.models.fast_resnet:FastResNet",
+        model="experiments.models.resnet:FastResNet",
         arguments={"width": 2},
         call={"train": False},
         input_shape=images.shape[1:],
@@ -80,7 +81,7 @@ def run(tmp_path):
 
 
 def test_command_measures_every_variant_on_the_validation_split(run, capsys, monkeypatch):
-    one = {"int4w-pt-minmax": layer_comparison.SCHEMES["int4w-pt-minmax"]}
+    one = {"int4w-pt-minmax": toolchains.LAYER_SCHEMES["int4w-pt-minmax"]}
     monkeypatch.setattr(layer_sqnr, "SCHEMES", one)
     assert layer_sqnr.main([str(run), "--images", "200"]) == 0
     rows = records.read(run / "layer_sqnr.jsonl")

@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 from experiments import layers
-from qt_jax.reporting import records
+from qt_jax import records
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from onnx.reference import ReferenceEvaluator
 import qt_jax as qt
 from experiments.baselines.learned_ranges import fake_quant_learned
 from experiments.baselines.lsq import LSQ, step_range
-from qt_jax.fake_quant import quantization_parameters
-from qt_jax.quantiles import empty_range
-from qt_jax.sites import INPUT, KERNEL
+from qt_jax.grid import quantization_parameters
+from qt_jax.interception import INPUT, KERNEL
+from qt_jax.ranges import empty_range
 
 CONFIG = qt.QuantConfig()
 WEIGHTS = qt.QuantSpec(4, narrow_range=False)

@@ -8,14 +8,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import models
-from experiments.models.aspp import ASPP
 from experiments.models.convnext import ConvNeXt
-from experiments.models.mixer import Mixer
-from experiments.models.mobilenet_v2 import MobileNetV2, Stage
-from experiments.models.mobilenet_v3 import Block, MobileNetV3, SqueezeExcite
+from experiments.models.mobilenet import Block, MobileNetV2, MobileNetV3, SqueezeExcite, Stage
 from experiments.models.recurrent import RowReader
-from experiments.models.unet import UNet
-from experiments.models.vit import ViT
+from experiments.models.segmenters import ASPP, UNet
+from experiments.models.transformers import Mixer, ViT
 
 CLASSES = 5
 TINY_BLOCKS = (Block(3, 4, 4, True, nn.relu, 2), Block(5, 8, 4, True, nn.hard_swish, 1))

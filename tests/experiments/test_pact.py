@@ -8,8 +8,8 @@ import pytest
 import qt_jax as qt
 from experiments.baselines.learned_ranges import fake_quant_learned
 from experiments.baselines.pact import PACT
-from qt_jax.quantiles import empty_range
-from qt_jax.sites import INPUT, KERNEL
+from qt_jax.interception import INPUT, KERNEL
+from qt_jax.ranges import empty_range
 
 CONFIG = qt.QuantConfig(momentum=0.5)
 SPEC = qt.QuantSpec(4, symmetric=False, quantile=1.0)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import qt_jax as qt
-from experiments.configs.presets import preset
+from experiments.configs.study import preset
 from experiments.paper import __main__ as paper
 from experiments.paper import rows
 from experiments.paper.networks import DESCRIPTION
 from experiments.paper.rows import expected, folder_of, study
-from qt_jax.reporting import records
+from qt_jax import records
 
 SMOKE = preset("smoke")
 ROWS = study(SMOKE)

@@ -11,10 +11,9 @@ import pytest
 import qt_jax as qt
 from experiments import paper
 from experiments.configs import methods
-from experiments.configs.cifar import Config
-from experiments.configs.method import Method, config_of
-from experiments.configs.methods import METHODS, ORDER
-from experiments.configs.presets import NAMES, preset
+from experiments.configs.methods import METHODS, ORDER, Method, config_of
+from experiments.configs.study import NAMES, preset
+from experiments.configs.training import Config
 from experiments.paper.rows import folder_of, study, trials
 from qt_jax.backends.evaluation import offered
 

@@ -15,15 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiments.configs.presets import preset
+from experiments.configs.study import preset
 from experiments.paper import __main__ as paper
 from experiments.paper import collect, rows
-from experiments.paper.launchers import hand_over
-from experiments.paper.progress import held
-from experiments.paper.row import command, detached_command
-from experiments.paper.rows import Row, expected, study
+from experiments.paper.collect import held
+from experiments.paper.rows import StudyRow, expected, study
+from experiments.paper.schedule import command, detached_command, hand_over
+from qt_jax import records
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import records
 from qt_jax.scheduler import Scheduler, open_queue
 
 SMOKE = preset("smoke")
@@ -52,7 +51,7 @@ def signals_stay():
     signal.signal(signal.SIGTERM, before)
 
 
-def hand(launcher: str, chosen: list[Row], programs: dict[Row, str], folder: Path, **changes):
+def hand(launcher: str, chosen: list[StudyRow], programs: dict[StudyRow, str], folder: Path, **changes):
     """Runs a program for each row, which finds the folder in `sys.argv[1]`; what was said goes in `said`."""
     with open_queue(Scheduler(launcher), folder / "jobs") as queue:
         arguments = {

@@ -10,9 +10,8 @@ from experiments.configs import methods
 from experiments.configs.methods import METHODS
 from experiments.paper.__main__ import PAGE
 from experiments.paper.evidence import read
-from experiments.paper.expectation import expectation
 from experiments.paper.figures import figures
-from experiments.paper.render import DIGESTS, blocks, digest, filled, pages
+from experiments.paper.render import DIGESTS, blocks, digest, expectation, filled, pages
 from experiments.paper.rows import DEPLOYMENT, RESULTS
 
 STUDIES = sorted(path.parent for path in RESULTS.glob(f"paper-*/{DEPLOYMENT}"))

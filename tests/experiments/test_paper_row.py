@@ -13,18 +13,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
-from experiments.configs.cifar import lambda_schedule
-from experiments.configs.preset import Target
-from experiments.configs.presets import preset
+from experiments.configs.study import Target, preset
+from experiments.configs.training import lambda_schedule
 from experiments.paper import networks, rows
 from experiments.paper import row as row_module
 from experiments.paper.networks import GRAPH
 from experiments.paper.progress import durations, listing, state
-from experiments.paper.row import Options, command, find, main, perform
+from experiments.paper.row import Options, find, main, perform
 from experiments.paper.rows import folder_of, row_of
+from experiments.paper.schedule import command
 from experiments.paper.structure import BINS, kernel_tails
-from qt_jax.export.checkpoint import load
-from qt_jax.reporting import records
+from qt_jax import records
+from qt_jax.export.network import load
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
 

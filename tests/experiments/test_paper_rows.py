@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 import qt_jax as qt
-from experiments.configs.cifar import Config
-from experiments.configs.presets import preset
+from experiments.configs.study import preset
+from experiments.configs.training import Config
 from experiments.paper import rows
 from experiments.paper.collect import replace
 from experiments.paper.rows import changed, done, expected, folder_of, row_of, select, study, trials

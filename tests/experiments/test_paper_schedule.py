@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiments.configs.presets import preset
-from experiments.paper.rows import Row, study
+from experiments.configs.study import preset
+from experiments.paper.rows import StudyRow, study
 from experiments.paper.schedule import Progress, Running, run_rows, time_left
 
 SMOKE = preset("smoke")
@@ -19,7 +19,7 @@ FLOAT, QUANT_TRIM, FINE_TUNED, CLIPS = (
 )
 
 
-def run(rows, programs: dict[Row, str], folder: Path, slots=(None,), watch=lambda progress: None):
+def run(rows, programs: dict[StudyRow, str], folder: Path, slots=(None,), watch=lambda progress: None):
     """Runs a program for each row, which finds the folder in `sys.argv[1]`."""
     return run_rows(
         rows,

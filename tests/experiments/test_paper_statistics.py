@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.paper.statistics import Estimate, interval, paired, written
+from experiments.paper.evidence import Estimate, interval, paired, written
 
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 

@@ -10,14 +10,21 @@ import pytest
 
 import qt_jax as qt
 from experiments.configs.methods import METHODS
-from experiments.paper import figures, layer_tables, place_tables, render, tables
+from experiments.paper import figures, render, tables
 from experiments.paper.__main__ import METHODS as METHODS_FOLDER
-from experiments.paper.evidence import REFERENCE, arrange, common_places, mean_over, read, worst_over
-from experiments.paper.expectation import state
+from experiments.paper.evidence import (
+    REFERENCE,
+    arrange,
+    common_places,
+    interval,
+    mean_over,
+    read,
+    worst_over,
+)
+from experiments.paper.render import state
 from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINING
-from experiments.paper.statistics import interval
 from experiments.paper.structure import BINS
-from qt_jax.reporting.deployment import Row
+from qt_jax.reporting.pivot import Row
 
 TASK = "cifar10-fast8"
 PT, PC = Row("onnxruntime", "int4w-pt-minmax", "reference"), Row("sophgo", "bm1688-w4int8", "cmodel")
@@ -138,16 +145,16 @@ def test_the_recommended_recipe_over_each_and_losses_against_own_fp32_by_hand():
 
 
 def test_layers_by_hand():
-    table = layer_tables.by_layer(evidence(), TASK, "int4w-pt-minmax")
+    table = tables.by_layer(evidence(), TASK, "int4w-pt-minmax")
     assert cells(table, "stem") == ["11.0", "11.0", "11.0"]  # of float, published, recommended; not of linear
     assert cells(table, "**mean of layers**") == ["13.0", "13.0", "13.0"]
-    assert len(layer_tables.by_layer(evidence(), TASK, "int8-pt-minmax").splitlines()) == 3
+    assert len(tables.by_layer(evidence(), TASK, "int8-pt-minmax").splitlines()) == 3
 
 
 def test_layers_are_compared_over_the_seeds_that_all_methods_have():
     files = made_up()
     files[STRUCTURE] = [r for r in files[STRUCTURE] if (r["method"], r["seed"]) != ("recommended", 2)]
-    table = layer_tables.by_layer(evidence(files), TASK, "int4w-pt-minmax")
+    table = tables.by_layer(evidence(files), TASK, "int4w-pt-minmax")
     assert cells(table, "stem") == ["10.5", "10.5", "10.5"]
 
 
@@ -197,7 +204,7 @@ def test_groups_hold_places_that_all_methods_have():
     assert common_places(found, TASK, ["quant-trim"], "INT4 pc") == [PC]
     assert common_places(found, TASK, names, "INT4 pt") == [PT]
     assert "INT4 pc" not in tables.summary(found, TASK)
-    assert "crashed" not in place_tables.by_place(found, TASK, "ece", 100, 2)
+    assert "crashed" not in tables.by_place(found, TASK, "ece", 100, 2)
 
 
 def test_a_place_where_nothing_ran_says_why():
@@ -205,7 +212,7 @@ def test_a_place_where_nothing_ran_says_why():
     for record in files[DEPLOYMENT]:
         if (record["method"], record["scheme"]) == ("float", PC.scheme):
             record |= {"status": "refused", "top1": None, "reference_top1": None}
-    assert "| refused |" in place_tables.by_place(evidence(files), TASK, "accuracy", 100, 2)
+    assert "| refused |" in tables.by_place(evidence(files), TASK, "accuracy", 100, 2)
 
 
 def test_mean_and_worst_over_places():
@@ -227,7 +234,7 @@ def test_segmentation_is_judged_by_its_overlap():
 def test_quality_edge_training_and_search_tables():
     found = evidence()
     assert cells(tables.quality(found, TASK, "sqnr_db"), "float + PTQ")[1] == "10.0 ± 0.0"
-    assert place_tables.edge(found, TASK).count("\n") == 2  # header, rule, the one place with a clock
+    assert tables.edge(found, TASK).count("\n") == 2  # header, rule, the one place with a clock
     assert "not searched" in tables.training(found) and "sched none" in tables.training(found)
     assert "| 80.00 | 70.00 | – | 50.00 |" in tables.search(found)
     assert "12 rows and 1 trials of the search, 1.2 hours" in tables.cost(found)

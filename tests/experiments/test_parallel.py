@@ -21,7 +21,7 @@ from experiments.data import load
 from experiments.models.resnet import ResNet
 from experiments.training import program
 from experiments.training.step import Totals
-from qt_jax.reporting import records
+from qt_jax import records
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 SPEC = importlib.util.spec_from_file_location("parallel_run", SCRIPT)

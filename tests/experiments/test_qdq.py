@@ -8,8 +8,7 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments import qdq
-from qt_jax.export.checkpoint import Deployable
-from qt_jax.export.description import Samples
+from qt_jax.export.network import Deployable, Samples
 
 
 class Net(nn.Module):

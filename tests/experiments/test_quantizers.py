@@ -16,18 +16,18 @@ import qt_jax as qt
 from experiments import models
 from experiments.baselines import learned_ranges
 from experiments.baselines.lsq import LSQ
-from experiments.configs.cifar import PRESETS, Config, float_twin, lambda_schedule, quant_config
+from experiments.configs.training import PRESETS, Config, float_twin, lambda_schedule, quant_config
 from experiments.data import load
-from experiments.description import describe
+from experiments.pipeline import describe
 from experiments.training import loop, quantizers
-from experiments.training.fine_tuning import fine_tuned
+from experiments.training.program import fine_tuned
 from experiments.training.state import create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
-from qt_jax.export.checkpoint import load as load_network
 from qt_jax.export.clips import learned_clips
 from qt_jax.export.deploy import deploy
 from qt_jax.export.encodings import read_ranges
-from qt_jax.fake_quant import quantization_parameters
+from qt_jax.export.network import load as load_network
+from qt_jax.grid import quantization_parameters
 
 pytestmark = [
     pytest.mark.usefixtures("shared_compilations"),

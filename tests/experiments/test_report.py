@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import qt_jax as qt
-from experiments.report import FOLDED, RAW, main, read_run, write_report
+from experiments.report import main
+from experiments.run_summary import FOLDED, RAW, read_run, write_report
 
 RUN = Path(__file__).parents[2] / "experiments" / "results" / "cifar10-resnet8"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import write_report
+from experiments.run_summary import write_report
 
 RUN = Path(__file__).parents[2] / "experiments" / "results" / "cifar10-resnet8"
 SPEC = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 import qt_jax as qt
-from experiments.configs import run_folder
-from experiments.configs.cifar import FREE_TO_CHANGE, Config
+from experiments import runs
+from experiments.configs.training import FREE_TO_CHANGE, Config
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 
 def claim(config: Config) -> None:
-    run_folder.claim(config.directory, config, FREE_TO_CHANGE)
+    runs.claim(config.directory, config, FREE_TO_CHANGE)
 
 
 @pytest.fixture

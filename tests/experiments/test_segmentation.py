@@ -10,18 +10,15 @@ import numpy as np
 import onnx
 import pytest
 
-from experiments import cifar, data, masks, models, segmentation
-from experiments.configs import networks
-from experiments.configs.cifar import Config, lambda_schedule, parse
-from experiments.configs.segmentation import PRESETS
+from experiments import cifar, data, masks, models, runs, segmentation
+from experiments.configs.training import SEGMENTATION_PRESETS, Config, lambda_schedule, parse
 from experiments.data import SEGMENTATION, load
 from experiments.data.dataset import PublishedSet
-from experiments.models.unet import UNet
+from experiments.models.segmenters import UNet
 from experiments.training.state import create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
-from qt_jax import metrics
+from qt_jax import metrics, records
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import records
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
 
@@ -30,7 +27,7 @@ FLAGS = (
     *("--preset", "smoke", "--model", "tiny", "--batch-size", "16", "--reverse-pruning-every", "2"),
     *("--train-limit", "48", "--calibration-size", "8", "--test-limit", "12"),
 )
-METHODS = (networks.QUANT_TRIM, networks.FLOAT)
+METHODS = (runs.QUANT_TRIM, runs.FLOAT)
 LEVELS = 3
 
 
@@ -80,7 +77,7 @@ def test_validation_is_logged_in_both_ways(finished):
     rows = records.read(finished / "metrics.jsonl")
     assert [row["compilations"] for row in rows] == [1] * 4
     for row in rows:
-        for name in ("fp32", "fake_quant") if row["method"] == networks.QUANT_TRIM else ("fp32",):
+        for name in ("fp32", "fake_quant") if row["method"] == runs.QUANT_TRIM else ("fp32",):
             assert 0.0 < row[f"validation_miou_{name}"] <= row[f"validation_{name}"] <= 1.0
         assert 0.0 < row["accuracy"] <= 1.0
     assert rows[1]["accuracy"] > 0.4  # the classes are levels of brightness: two epochs suffice to begin
@@ -100,7 +97,7 @@ def test_masks_are_those_of_the_records(finished):
     assert len(str(decided.pop("networks"))) == 64
     assert list(decided) == [f"{method}/{scheme}" for method in METHODS for scheme in SCHEMES]
     assert all(masks.shape == (6, 16, 16) and masks.dtype == np.uint8 for masks in decided.values())
-    dataset, config = load("composed"), parse([*FLAGS, "--out", str(finished)], PRESETS)
+    dataset, config = load("composed"), parse([*FLAGS, "--out", str(finished)], SEGMENTATION_PRESETS)
     model = models.create("tiny", LEVELS)
     predict = make_predict(config, model, dataset.mean, dataset.std, quantized=False)
     network = cifar.load_network(finished / "twin.json")
@@ -169,10 +166,10 @@ def test_prediction_of_large_images_is_padded_and_cut(shape):
     np.testing.assert_array_equal(predict(variables, images).argmax(-1), images[..., 0] // 100)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SEGMENTATION_PRESETS)
 def test_presets_are_of_segmentation(preset):
-    config = parse(["--preset", preset], PRESETS)
-    assert config == PRESETS[preset] and config.preset == preset
+    config = parse(["--preset", preset], SEGMENTATION_PRESETS)
+    assert config == SEGMENTATION_PRESETS[preset] and config.preset == preset
     assert config.dataset in SEGMENTATION and config.model in models.SEGMENTERS
     assert config.directory.name.startswith("composed-unet")
 

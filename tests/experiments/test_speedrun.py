@@ -12,9 +12,8 @@ import pytest
 import qt_jax as qt
 from experiments.data import load
 from experiments.models.speed_net import identity_first, max_pool, whitening_kernel
-from experiments.speedrun.program import VIEWS, _pulled, make_training, weighted_views
-from experiments.speedrun.recipe import Recipe
-from qt_jax.reporting import records
+from experiments.speedrun.program import VIEWS, Recipe, _pulled, make_training, weighted_views
+from qt_jax import records
 
 command = importlib.import_module("experiments.speedrun.__main__")
 

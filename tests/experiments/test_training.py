@@ -18,15 +18,15 @@ import pytest
 from rich.console import Console
 
 import qt_jax as qt
-from experiments import cifar, devices, models
-from experiments.configs.cifar import PRESETS, Config, lambda_schedule
+from experiments import devices, models
+from experiments.configs.training import PRESETS, Config, lambda_schedule
 from experiments.data import load
-from experiments.description import describe
 from experiments.models.resnet import ResNet
+from experiments.pipeline import describe, export
 from experiments.training import checkpoints, loop, program
 from experiments.training.logs import TrainingLog
 from experiments.training.state import create_state, learning_rate_schedule, optimizer
-from qt_jax.reporting import records
+from qt_jax import records
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
 
@@ -200,7 +200,7 @@ def test_averaged_parameters_are_exported_and_a_terminal_sees_the_bar(tmp_path, 
     path = tmp_path / "model.onnx"
     monkeypatch.setitem(models.MODELS, config.model, partial(ResNet, (1,), 4))
     describe(config, DIGITS, f"checkpoints/{METHOD}", path.with_suffix(".json"))
-    cifar.export(path, Console(file=io.StringIO()))
+    export(path, Console(file=io.StringIO()))
     weights = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer}
     kernel = variables["params"]["head"]["kernel"]
     assert any(np.array_equal(weights["head/kernel"], k) for k in (kernel, kernel.T))

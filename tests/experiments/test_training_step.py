@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs.cifar import PRESETS, Config, lambda_schedule
+from experiments.configs.training import PRESETS, Config, lambda_schedule
 from experiments.models.resnet import ResNet
 from experiments.training.state import create_state, learning_rate_schedule, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_train_step

@@ -9,7 +9,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 
-from qt_jax.backends import environments, evaluate, litert, litert_graph
+from qt_jax.backends import environments, evaluate, litert
 from qt_jax.backends.litert import BACKEND, channels_last, dequantize, operators, quantize
 from qt_jax.backends.protocol import KINDS, Refused
 
@@ -109,27 +109,27 @@ def test_operators_are_told_apart_by_what_they_compute_on():
 def test_nodes_get_names_that_tensorflow_takes():
     model = pooled("Relu")
     model.graph.node[0].name, model.graph.node[1].name = "Softmax@0", "stem/conv.1"
-    assert [node.name for node in litert_graph.fixed(model, (1, 3, 9, 8)).graph.node][:2] == [
+    assert [node.name for node in litert.fixed(model, (1, 3, 9, 8)).graph.node][:2] == [
         "Softmax_0",
         "stem/conv.1",
     ]
 
 
 def test_the_batch_is_fixed_and_a_second_input_refused():
-    model = litert_graph.fixed(pooled("Relu"), (1, 3, 9, 8))
+    model = litert.fixed(pooled("Relu"), (1, 3, 9, 8))
     [value] = model.graph.input
     assert [dimension.dim_value for dimension in value.type.tensor_type.shape.dim] == [1, 3, 9, 8]
     assert run(model, IMAGES[:1]).shape == (1, 4)
     model.graph.input.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, [1]))
     with pytest.raises(Refused, match="other"):
-        litert_graph.fixed(model, (1, 3, 9, 8))
+        litert.fixed(model, (1, 3, 9, 8))
 
 
 @pytest.mark.parametrize(("activation", "rewritten"), [("Relu", True), ("Sigmoid", True), ("Tanh", False)])
 def test_zeros_pad_a_pooling_only_where_nothing_is_negative(activation, rewritten):
     model = pooled(activation)
     before = run(model, IMAGES)
-    litert_graph.pad_with_zeros(model.graph)
+    litert.pad_with_zeros(model.graph)
     onnx.checker.check_model(model)
     assert ("Pad" in [node.op_type for node in model.graph.node]) == rewritten
     np.testing.assert_array_equal(run(model, IMAGES), before)
@@ -147,7 +147,7 @@ GELUS = {
 def test_a_gelu_made_of_erf_becomes_one_node(form, scale):
     model = erf(f"scaled = {scale}", "curve = Erf(scaled)", "shifted = Add(curve, one)", *GELUS[form])
     before = run(model, IMAGES[:1])
-    model = litert_graph.whole_gelus(model)
+    model = litert.whole_gelus(model)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node][-1] == "Gelu"
     assert "Erf" not in [node.op_type for node in model.graph.node]
@@ -164,7 +164,7 @@ def test_a_gelu_made_of_erf_becomes_one_node(form, scale):
 )
 def test_what_is_no_gelu_stays(tail):
     model = erf("scaled = Div(x, root)", "curve = Erf(scaled)", *tail)
-    assert litert_graph.whole_gelus(model) is model
+    assert litert.whole_gelus(model) is model
 
 
 def test_around_a_gelu_an_older_graph_is_made_one_of_opset_20():
@@ -173,7 +173,7 @@ def test_around_a_gelu_an_older_graph_is_made_one_of_opset_20():
     last = ("product = Mul(x, shifted)", "y = Mul(product, half)", "mean = ReduceMean<axes = [2]>(y)")
     model = erf(*gelu, *last, "logits = Sub(y, mean)")
     before = run(model, IMAGES[:1])
-    newer = litert_graph.prepared(model, IMAGES[:1].shape)
+    newer = litert.prepared(model, IMAGES[:1].shape)
     onnx.checker.check_model(newer, full_check=True)
     assert [node.op_type for node in newer.graph.node] == ["Neg", "Gelu", "ReduceMean", "Sub"]
     np.testing.assert_allclose(run(newer, IMAGES[:1]), before, rtol=0, atol=1e-6)
@@ -202,7 +202,7 @@ def test_a_class_token_of_an_open_batch_is_a_constant_of_one_image():
         }""")
     images = IMAGES[:1, 0, :6, :4]
     before = run(model, images)
-    lean = litert_graph.prepared(model, (1, 6, 4))
+    lean = litert.prepared(model, (1, 6, 4))
     assert [node.op_type for node in lean.graph.node] == ["Concat"]
     onnx.checker.check_model(lean)
     np.testing.assert_array_equal(run(lean, images), before)

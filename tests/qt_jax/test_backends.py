@@ -14,14 +14,14 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 
+from qt_jax import records
 from qt_jax.backends import BACKENDS, environments, evaluate, steps
 from qt_jax.backends.evaluation import offered
 from qt_jax.backends.protocol import KINDS
 from qt_jax.backends.registry import select
 from qt_jax.backends.steps import Limits
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import records
-from qt_jax.reporting.records import FIELDS, STATUSES
+from qt_jax.records import FIELDS, STATUSES
 
 MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
     net (float[batch, 6] input) => (float[batch, 4] logits) <float[1] axes_unused = {0}> {

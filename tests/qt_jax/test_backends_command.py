@@ -11,10 +11,10 @@ import onnx
 import onnx.parser
 import pytest
 
+from qt_jax import records
 from qt_jax.backends import BACKENDS, comparison, environments
 from qt_jax.backends.__main__ import main
 from qt_jax.backends.protocol import Environment
-from qt_jax.reporting import records
 
 MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
     net (float[batch, 6] input) => (float[batch, 4] logits) {

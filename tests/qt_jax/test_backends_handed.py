@@ -11,10 +11,10 @@ import psutil
 import pytest
 from submitit.core.core import Job as SubmititJob
 
-from qt_jax.backends import BACKENDS, evaluate, handed, steps
+from qt_jax import records
+from qt_jax.backends import BACKENDS, evaluate, steps
 from qt_jax.backends.steps import Limits
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import records
 from qt_jax.scheduler import Scheduler, open_queue
 
 MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
@@ -70,7 +70,7 @@ def test_what_is_timed_is_not_handed_over_and_nothing_is_twice(fake, tmp_path, m
         given.append((Path(job["backend_file"]).stem, job["step"], job.get("runtime")))
         return steps.perform(folder, environment, job, *more)
 
-    monkeypatch.setattr(handed, "perform", note)
+    monkeypatch.setattr(steps, "perform", note)
     chosen = {"backends": ["onnxruntime", "fake"], "schemes": ["exact", "int8-pt-minmax"]}
     run(tmp_path, runtimes=["optimized", "simulator"], scheduler=Scheduler("local"), **chosen)
     runs = {entry for entry in given if entry[1] != "compile"}
@@ -97,14 +97,14 @@ def test_a_job_that_dies_is_a_crashed_step_which_is_retried_only_when_asked(tmp_
     monkeypatch.setattr(SubmititJob, "_results_timeout_s", 1)
     folder, limits = tmp_path / "work" / "step", Limits(10.0, 1.0)
     with open_queue(Scheduler("local"), tmp_path / "jobs") as queue:
-        answer = handed.perform(queue, folder, None, {"step": "compile", "odd": object}, limits)
+        answer = steps.submit(queue, folder, None, {"step": "compile", "odd": object}, limits)
         assert answer.status == "crashed"
         assert "compile: local job" in answer.reason and "not JSON serializable" in answer.reason
         assert answer.reason in (folder / steps.LOG).read_text()
         jobs = len(queue.jobs)
-        assert handed.perform(queue, folder, None, {"step": "compile"}, limits) == answer
+        assert steps.submit(queue, folder, None, {"step": "compile"}, limits) == answer
         assert len(queue.jobs) == jobs
-        handed.perform(queue, folder, None, {"step": "compile", "odd": object}, limits, retry=True)
+        steps.submit(queue, folder, None, {"step": "compile", "odd": object}, limits, retry=True)
         assert len(queue.jobs) == jobs + 1
 
 
@@ -114,7 +114,7 @@ def test_stopping_cancels_the_job(fake, tmp_path):
     try:
         with open_queue(Scheduler("local"), tmp_path / "jobs") as queue:
             with pytest.raises(steps.Stopped):
-                handed.perform(queue, folder, None, {"step": "compile"}, Limits(10.0, 1.0))
+                steps.submit(queue, folder, None, {"step": "compile"}, Limits(10.0, 1.0))
             assert all(job.done() for job in queue.jobs)
     finally:
         steps.STOPPING.clear()

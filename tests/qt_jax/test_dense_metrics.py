@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 
-from qt_jax import dense_metrics as dense
 from qt_jax import metrics
+from qt_jax import metrics as dense
 from qt_jax.errors import InvalidInput
 
 RNG = np.random.default_rng(0)

@@ -8,18 +8,22 @@ import onnx.parser
 import pytest
 
 import qt_jax as qt
-from qt_jax.diagnosis import deployed, mixed, pasting, prefixes
-from qt_jax.diagnosis.advice import kernel_bytes
+from qt_jax.diagnosis import deployed, figures, mixed_precision, snippets, toolchains
+from qt_jax.diagnosis.advice import Measurement, Meter, gains, kernel_bytes
 from qt_jax.diagnosis.diagnosis import calibrated, diagnose
-from qt_jax.diagnosis.findings import findings
-from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.layers import activations, kernels, layers_of
 from qt_jax.diagnosis.loading import prepared
-from qt_jax.diagnosis.measuring import Measurement, Meter, gains
-from qt_jax.diagnosis.remedies import ClipKernel, Deployment, RemoveChannels, SetRange, Use, replaced
+from qt_jax.diagnosis.remedies import (
+    ClipKernel,
+    Deployment,
+    RemoveChannels,
+    SetRange,
+    Use,
+    findings,
+    replaced,
+)
 from qt_jax.diagnosis.simulation import FLOAT, Precision, everywhere, logits_of
-from qt_jax.diagnosis.tensors import activations, kernels
 from qt_jax.export import graph
-from qt_jax.reporting import diagnosis_figures
 
 
 def two_layers(seed=0):
@@ -134,7 +138,7 @@ def test_the_diagnosis_of_a_network_resumes(tmp_path, monkeypatch):
     assert list(first.sensitivities) == ["body/dense", "head"] and "body/dense" in told
     assert first.floating.top1 == 1.0 and first.floating.sqnr_db is None
     assert first.mended.top1 >= first.whole.top1
-    monkeypatch.setattr("qt_jax.diagnosis.measuring.logits_of", None)
+    monkeypatch.setattr("qt_jax.diagnosis.advice.logits_of", None)
     again = diagnose(deployment(model, Precision(4, 8)), meter(model, tmp_path), told.append)
     assert again.mended.top1 == first.mended.top1
     assert [trial.advised for trial in again.trials] == [trial.advised for trial in first.trials]
@@ -150,36 +154,36 @@ def test_a_graph_without_layers_is_refused(tmp_path):
 def test_budgets(tmp_path):
     model = two_layers()
     whole, judge = deployment(model), meter(model, tmp_path)
-    ranked = mixed.order(whole, judge, lambda _: None)
+    ranked = mixed_precision.order(whole, judge, lambda _: None)
     assert sorted(ranked) == ["body/dense", "head"]
     assert kernel_bytes(whole) == 8 * 16 + 16 * 4
-    assert kernel_bytes(mixed.within_bytes(whole, ranked, 192)) == 192
-    least = mixed.within_bytes(whole, ranked, 96)
+    assert kernel_bytes(mixed_precision.within_bytes(whole, ranked, 192)) == 192
+    least = mixed_precision.within_bytes(whole, ranked, 96)
     assert {precision.weights for precision in least.precisions.values()} == {4}
     with pytest.raises(qt.InvalidInput, match="96 bytes"):
-        mixed.within_bytes(whole, ranked, 95)
-    loose = mixed.within_drop(whole, ranked, judge, 1.0, 1.0, lambda _: None)
+        mixed_precision.within_bytes(whole, ranked, 95)
+    loose = mixed_precision.within_drop(whole, ranked, judge, 1.0, 1.0, lambda _: None)
     assert kernel_bytes(loose) == 96
     with pytest.raises(qt.InvalidInput, match="allow more"):
-        mixed.within_drop(whole, ranked, judge, 2.0, 0.5, lambda _: None)
+        mixed_precision.within_drop(whole, ranked, judge, 2.0, 0.5, lambda _: None)
 
 
 def test_layers_in_float_keep_it_under_a_budget(tmp_path):
     whole = deployment(two_layers())
     whole = dataclasses.replace(whole, precisions={**whole.precisions, "head": FLOAT})
-    assert mixed.lowered(whole, ["head", "body/dense"]).precisions["head"] == FLOAT
+    assert mixed_precision.lowered(whole, ["head", "body/dense"]).precisions["head"] == FLOAT
     assert kernel_bytes(whole) == 8 * 16 + 4 * 16 * 4
 
 
 def test_a_graph_is_cut_behind_each_layer():
     model = two_layers()
-    cut = prefixes.prefix(model, "features")
+    cut = toolchains.prefix(model, "features")
     values = logits_of(cut, images())
     constants = graph.constants(model)
     np.testing.assert_allclose(values, np.maximum(images() @ constants["a"] + constants["b"], 0.0), atol=1e-5)
-    assert prefixes.producers(model) == {"body/dense": [], "head": ["body/dense"]}
-    assert prefixes.costliest(model, {"body/dense": 20.0, "head": 10.0}) == ["head", "body/dense"]
-    assert prefixes.costliest(model, {"body/dense": 20.0, "head": None}) == ["body/dense"]
+    assert toolchains.producers(model) == {"body/dense": [], "head": ["body/dense"]}
+    assert toolchains.costliest(model, {"body/dense": 20.0, "head": 10.0}) == ["head", "body/dense"]
+    assert toolchains.costliest(model, {"body/dense": 20.0, "head": None}) == ["body/dense"]
 
 
 def test_advice_is_pasted_as_source_that_runs():
@@ -193,16 +197,16 @@ def test_advice_is_pasted_as_source_that_runs():
     ):
         after = remedy.apply(after)
     scope = {"qt": qt}
-    exec(pasting.config(before, after), scope)
+    exec(snippets.config(before, after), scope)
     assert scope["config"].sites("body/dense").inputs == qt.QuantSpec(8, symmetric=False, quantile=1.0)
     assert scope["config"].sites("head").weights == qt.QuantSpec(16, axis=-1)
     assert scope["config"].sites("head").inputs == qt.QuantSpec(16, symmetric=False)
-    assert pasting.flags(before, after) == "--bits 8 --rules head=16"
-    assert 'nodes_to_exclude = ["head"]' in pasting.vendors(before, after)
-    assert "reverse_pruning" in pasting.training(before, after, [ClipKernel("head", 1.0)])
+    assert snippets.flags(before, after) == "--bits 8 --rules head=16"
+    assert 'nodes_to_exclude = ["head"]' in snippets.vendors(before, after)
+    assert "reverse_pruning" in snippets.training(before, after, [ClipKernel("head", 1.0)])
     spared = Use("head", FLOAT).apply(before)
-    assert 'qt.Rule("head", skip=True)' in pasting.config(before, spared)
-    assert pasting.vendors(before, before) == pasting.flags(before, before) == ""
+    assert 'qt.Rule("head", skip=True)' in snippets.config(before, spared)
+    assert snippets.vendors(before, before) == snippets.flags(before, before) == ""
 
 
 def test_the_pasted_config_is_the_whole_deployment():
@@ -210,12 +214,12 @@ def test_the_pasted_config_is_the_whole_deployment():
     before = deployment(two_layers(), Precision(4, 8, per_channel=True))
     after = Use("head", Precision(8, 16, per_channel=True)).apply(before)
     scope = {"qt": qt}
-    exec(pasting.config(before, after), scope)
+    exec(snippets.config(before, after), scope)
     wide = qt.QuantSpec(16, symmetric=False)
     first, head = scope["config"].sites("body/dense"), scope["config"].sites("head")
     assert (first.weights, first.inputs) == (qt.QuantSpec(4, axis=-1), qt.QuantSpec(8, symmetric=False))
     assert (head.weights, head.inputs) == (qt.QuantSpec(8, axis=-1), wide)
-    assert pasting.flags(before, after) == "--bits 4 --per-channel --rules head=8"
+    assert snippets.flags(before, after) == "--bits 4 --per-channel --rules head=8"
 
 
 @pytest.mark.parametrize(
@@ -226,9 +230,9 @@ def test_pasted_names_match_themselves(name, tmp_path):
     model.graph.node[2].name = name
     before = deployment(prepared(model))
     scope = {"qt": qt}
-    exec(pasting.config(before, Use(name, Precision(16, 16)).apply(before)), scope)
+    exec(snippets.config(before, Use(name, Precision(16, 16)).apply(before)), scope)
     assert scope["config"].sites(name).weights.bits == 16
-    exec(pasting.vendors(before, Use(name, FLOAT).apply(before)).splitlines()[0], scope)
+    exec(snippets.vendors(before, Use(name, FLOAT).apply(before)).splitlines()[0], scope)
     assert scope["nodes_to_exclude"] == [name]
     found = diagnose(before, meter(before.model, tmp_path), lambda _: None)
-    diagnosis_figures.draw_sensitivity(found).savefig(tmp_path / "figure.png")
+    figures.draw_sensitivity(found).savefig(tmp_path / "figure.png")

@@ -7,10 +7,10 @@ import pytest
 
 import qt_jax as qt
 from qt_jax.diagnosis import deployed
+from qt_jax.diagnosis.advice import Meter
 from qt_jax.diagnosis.diagnosis import calibrated, diagnose
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.loading import prepared
-from qt_jax.diagnosis.measuring import Meter
 from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import Precision, everywhere, logits_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import to_onnx
-from qt_jax.export.batch import MARKS, unmistakable
+from qt_jax.export.lowering import MARKS, unmistakable
 
 SHAPE = (5, 6)
 

@@ -20,16 +20,16 @@ import pytest
 
 import qt_jax as qt
 from qt_jax.export.__main__ import main
-from qt_jax.export.checkpoint import load
 from qt_jax.export.deploy import deploy
-from qt_jax.export.description import (
+from qt_jax.export.encodings import read_ranges
+from qt_jax.export.network import (
     Description,
     Samples,
+    load,
     read_description,
     write_description,
     write_samples,
 )
-from qt_jax.export.encodings import read_ranges
 
 MODULE = "nets_of_the_export_test"
 SOURCE = """

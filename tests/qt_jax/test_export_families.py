@@ -8,17 +8,12 @@ import jax
 import pytest
 
 from experiments.models import MODELS, SEGMENTERS
-from experiments.models.aspp import ASPP
 from experiments.models.convnext import ConvNeXt
-from experiments.models.fast_resnet import FastResNet
-from experiments.models.mixer import Mixer
-from experiments.models.mobilenet_v2 import MobileNetV2, Stage
-from experiments.models.mobilenet_v3 import Block, MobileNetV3
+from experiments.models.mobilenet import Block, MobileNetV2, MobileNetV3, Stage
 from experiments.models.recurrent import RowReader
-from experiments.models.resnet import ResNet
-from experiments.models.resnet50 import ResNet50
-from experiments.models.unet import UNet
-from experiments.models.vit import ViT
+from experiments.models.resnet import FastResNet, ResNet, ResNet50
+from experiments.models.segmenters import ASPP, UNet
+from experiments.models.transformers import Mixer, ViT
 
 SHAPE = (8, 8, 3)
 OPSETS = (13, 15, 17, 19, 21)

@@ -9,8 +9,8 @@ import pytest
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import to_onnx
+from qt_jax.export.jax2onnx_patches import MAX_UNROLLED, jax2onnx_corrected
 from qt_jax.export.lowering import lower
-from qt_jax.export.shims import MAX_UNROLLED, jax2onnx_corrected
 
 TOKENS = jax.ShapeDtypeStruct((5,), jnp.int32)
 

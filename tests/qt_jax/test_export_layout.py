@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qt_jax.export import folding, graph, simplify
+from qt_jax.export import folding, graph, rewrites
 from qt_jax.export.layout import TO_CHANNELS_FIRST, TO_CHANNELS_LAST, channels_first
 
 RNG = np.random.default_rng(0)
@@ -135,17 +135,17 @@ def test_flatten_for_two_layers_and_for_more_than_layers(export_body):
 
 SMALL = {
     "one entry of an axis": (
-        simplify.fold_index,
+        rewrites.fold_index,
         [("Slice", "input one two axis", "x", {}), ("Reshape", "x rows", "output", {})],
         ["Gather"],
     ),
     "two entries": (
-        simplify.fold_index,
+        rewrites.fold_index,
         [("Slice", "input one three axis", "x", {}), ("Reshape", "x wide", "output", {})],
         ["Slice", "Reshape"],
     ),
     "an entry of a stack": (
-        simplify.fold_stack,
+        rewrites.fold_stack,
         [
             ("Slice", "input one two axis", "a", {}),
             ("Neg", "a", "b", {}),
@@ -155,7 +155,7 @@ SMALL = {
         ["Slice", "Neg", "Reshape"],
     ),
     "an axis put back": (
-        simplify.plain_reshapes,
+        rewrites.plain_reshapes,
         [
             ("ReduceMax", "input one", "x", {"keepdims": 0}),
             ("Unsqueeze", "x one", "y", {}),
@@ -164,7 +164,7 @@ SMALL = {
         ["ReduceMax", "Flatten"],
     ),
     "reshapes in a row": (
-        simplify.plain_reshapes,
+        rewrites.plain_reshapes,
         [
             ("Squeeze", "input none", "x", {}),
             ("Reshape", "x all", "y", {}),
@@ -173,12 +173,12 @@ SMALL = {
         ["Reshape"],
     ),
     "an expand before an addition": (
-        simplify.drop_expands,
+        rewrites.drop_expands,
         [("Expand", "row full", "x", {}), ("Add", "input x", "y", {}), ("Flatten", "y", "output", {})],
         ["Add", "Flatten"],
     ),
     "an expand that widens": (
-        simplify.drop_expands,
+        rewrites.drop_expands,
         [
             ("Slice", "input one two axis", "s", {}),
             ("Expand", "s full", "x", {}),
@@ -188,7 +188,7 @@ SMALL = {
         ["Slice", "Expand", "Add", "Flatten"],
     ),
     "a slice of every axis": (
-        simplify.short_slices,
+        rewrites.short_slices,
         [("Slice", "input starts ends axes", "y", {}), ("Flatten", "y", "output", {})],
         ["Slice", "Flatten"],
     ),

@@ -12,10 +12,10 @@ import pytest
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
 from qt_jax.export import to_onnx
-from qt_jax.export.modes import deployed_config
-from qt_jax.export.parity import integer_kernels, parity
+from qt_jax.export.deploy import deployed_config
 from qt_jax.export.qdq import insert_qdq
 from qt_jax.export.ranges import tensor_ranges
+from qt_jax.export.verification import integer_kernels, parity
 
 CONFIG = qt.QuantConfig()
 IMAGES = np.random.default_rng(0).normal(size=(48, 8, 8, 3)).astype(np.float32)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import folding, graph, simplify
+from qt_jax.export import folding, graph, rewrites
 from qt_jax.export.activations import fold_activations
 from qt_jax.export.naming import name_by_path
-from qt_jax.export.windows import explicit_windows
+from qt_jax.export.padding import explicit_windows
 
 RNG = np.random.default_rng(0)
 
@@ -90,7 +90,7 @@ def test_identities_vanish_also_before_the_output(last, build, check_equal):
         (last, "d", "output", {}),
     ]
     model = build(nodes, {}, [2, 4])
-    folded = simplify.drop_identities(model)
+    folded = rewrites.drop_identities(model)
     assert operators(folded) == ["Relu", "Neg"]
     check_equal(model, folded, normal(2, 4))
 
@@ -241,7 +241,7 @@ def test_sum_over_count_is_a_mean(divisor, expected, build, check_equal):
     constants = {"axes": np.array([1, 2]), "count": np.float32(divisor)}
     nodes = [("ReduceSum", "input axes", "x", {"keepdims": 0}), ("Div", "x count", "output", {})]
     model = build(nodes, constants, ["batch", 5, 6, 4], opset=18)
-    folded = simplify.fold_mean(model)
+    folded = rewrites.fold_mean(model)
     assert operators(folded) == expected
     check_equal(model, folded, normal(2, 5, 6, 4))
 
@@ -257,7 +257,7 @@ def test_sum_over_count_is_a_mean(divisor, expected, build, check_equal):
 def test_other_divisions_stay(nodes, build):
     constants = {"axes": np.array([1]), "count": np.float32(6), "vector": np.full(6, 6, np.float32)}
     model = build(nodes, constants, [3, 6])
-    assert operators(simplify.fold_mean(model)) == operators(model)
+    assert operators(rewrites.fold_mean(model)) == operators(model)
 
 
 @given(

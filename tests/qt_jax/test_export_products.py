@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export.products import einsum_to_matmul
+from qt_jax.export.rewrites import einsum_to_matmul
 
 RNG = np.random.default_rng(0)
 

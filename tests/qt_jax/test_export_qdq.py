@@ -10,14 +10,13 @@ from onnx.reference import ReferenceEvaluator
 
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
+from qt_jax.export.deploy import MODES, deployed_config
 from qt_jax.export.encodings import Ranges, model_sha256
-from qt_jax.export.integer_weights import folded_kernel, per_tensor
-from qt_jax.export.learned import activation_encoding
-from qt_jax.export.modes import MODES, deployed_config
-from qt_jax.export.parity import integer_kernels
-from qt_jax.export.placement import quantized_tensors
-from qt_jax.export.qdq import insert_qdq
+from qt_jax.export.kernels import folded_kernel, per_tensor
+from qt_jax.export.qdq import insert_qdq, quantized_tensors
+from qt_jax.export.ranges import activation_encoding
 from qt_jax.export.sessions import open_session
+from qt_jax.export.verification import integer_kernels
 
 ASYMMETRIC = qt.QuantSpec(8, symmetric=False)
 X = np.random.default_rng(0).uniform(-1, 2, (2, 3, 6, 6)).astype(np.float32)

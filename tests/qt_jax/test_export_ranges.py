@@ -16,7 +16,7 @@ import qt_jax as qt
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save, to_onnx
 from qt_jax.export.encodings import read_ranges, write_ranges
-from qt_jax.export.integer_weights import BIAS_LIMIT, channel_axis, output_gains
+from qt_jax.export.kernels import BIAS_LIMIT, channel_axis, output_gains
 from qt_jax.export.ranges import check_complete, float_activations, tensor_ranges
 
 CONFIG = qt.QuantConfig()

@@ -8,7 +8,7 @@ import pytest
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.windows import explicit_windows, fold_pad
+from qt_jax.export.padding import explicit_windows, fold_pad
 
 RNG = np.random.default_rng(0)
 POOL = {"kernel_shape": [3, 3], "pads": [0] * 4, "strides": [2, 2]}

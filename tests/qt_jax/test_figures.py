@@ -5,8 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from qt_jax.records import new_record
 from qt_jax.reporting.figures import COLOURS, summary_figure
-from qt_jax.reporting.records import new_record
 
 STEPS = np.arange(100)
 LAMBDAS = np.clip((STEPS - 20) / 60, 0, 1) ** 2

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 import qt_jax as qt
 from qt_jax.export.ranges import tensor_ranges
-from qt_jax.sites import GAIN
+from qt_jax.interception import GAIN
 
 IMAGES = (2, 8, 8, 3)
 

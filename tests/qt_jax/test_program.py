@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qt_jax.backends import program
+from qt_jax.backends import rows
 
 BACKEND = "from qt_jax.backends.helper import double\nBACKEND = double(1)\n"
 HELPER = '"""A text."""\nfrom qt_jax.export import passes\n\ndef double(x):\n    return passes.fold(x)\n'
@@ -21,13 +21,13 @@ def package(tmp_path, monkeypatch):
     (root / "backends" / "vendor.py").write_text(BACKEND)
     (root / "backends" / "helper.py").write_text(HELPER)
     (root / "export" / "passes.py").write_text(PASSES)
-    monkeypatch.setattr(program, "PACKAGE", root)
+    monkeypatch.setattr(rows, "PACKAGE", root)
     return root
 
 
 def compiled_by(package: Path) -> tuple[str, ...]:
-    program.code.cache_clear()
-    return program.code(package / "backends" / "vendor.py")
+    rows.code.cache_clear()
+    return rows.code(package / "backends" / "vendor.py")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qt_jax as qt
-from qt_jax.quantiles import empty_range, update_range
+from qt_jax.ranges import empty_range, update_range
 
 SHAPES = [
     (128, 32, 32, 16), (128, 32, 32, 32), (128, 16, 16, 64), (128, 8, 8, 256), (32, 64, 64, 24),

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from qt_jax import provenance
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting import provenance
-from qt_jax.reporting.records import FIELDS, append, new_record, read
+from qt_jax.records import FIELDS, append, new_record, read
 
 
 def test_round_trip_in_order(tmp_path):

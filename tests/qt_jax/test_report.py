@@ -13,15 +13,19 @@ from PIL import Image
 from rich.console import Console
 
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting.agreement import agreement, agreement_matrix, disagreeing_pairs, standard_error
-from qt_jax.reporting.deployment import REFERENCE, Column, Row, arrange, comparable, drops, group
-from qt_jax.reporting.deployment_costs import operator_table
-from qt_jax.reporting.deployment_tables import deployment_table, escaped
-from qt_jax.reporting.headline import contests, head_to_head, headline
+from qt_jax.records import new_record
+from qt_jax.reporting.costs import operator_table
 from qt_jax.reporting.page import to_html
-from qt_jax.reporting.records import new_record
-from qt_jax.reporting.reliability import representative
-from qt_jax.reporting.report import write_report
+from qt_jax.reporting.pivot import REFERENCE, Column, Row, arrange, comparable, drops, group
+from qt_jax.reporting.report import contests, head_to_head, headline, write_report
+from qt_jax.reporting.statistics import (
+    agreement,
+    agreement_matrix,
+    disagreeing_pairs,
+    representative,
+    standard_error,
+)
+from qt_jax.reporting.tables import deployment_table, escaped
 
 QUANT_TRIM, TWIN = Column("t", "m", "quant-trim"), Column("t", "m", "float")
 LABELS = np.random.default_rng(0).integers(0, 10, 1000)

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qt_jax.errors import InvalidInput
-from qt_jax.reverse_pruning import ReversePruningState, reverse_pruning
+from qt_jax.pruning import ReversePruningState, reverse_pruning
 
 MASKED = optax.MaskedNode()
 

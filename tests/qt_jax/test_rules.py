@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import qt_jax as qt
-from qt_jax.rules import check_rules_used
+from qt_jax.config import check_rules_used
 
 PATHS = ["stem", "stage1/conv1", "stage1/conv2", "stage2/conv1", "head"]
 

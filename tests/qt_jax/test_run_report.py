@@ -4,12 +4,18 @@ import numpy as np
 import pytest
 
 from qt_jax.export.encodings import Encoding, Ranges
-from qt_jax.reporting.ink import to_svg
+from qt_jax.records import new_record
+from qt_jax.reporting.figures import to_svg
 from qt_jax.reporting.page import to_html
-from qt_jax.reporting.records import new_record
 from qt_jax.reporting.run_figures import Series, draw_curves
-from qt_jax.reporting.run_layers import MOST_PANELS, range_section, training_section, weight_section
-from qt_jax.reporting.run_report import Run, run_page
+from qt_jax.reporting.run_report import (
+    MOST_PANELS,
+    Run,
+    range_section,
+    run_page,
+    training_section,
+    weight_section,
+)
 
 LAYERS = ("stem", "block_1/conv")
 

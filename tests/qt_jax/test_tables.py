@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from qt_jax.errors import InvalidInput
-from qt_jax.reporting.cells import compare, spread
-from qt_jax.reporting.records import new_record
+from qt_jax.records import new_record
+from qt_jax.reporting.pivot import compare, spread
 from qt_jax.reporting.tables import accuracy_table, to_markdown
 
 

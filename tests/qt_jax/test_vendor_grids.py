@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qt_jax as qt
-from qt_jax.vendor_grids import fake_quant_on_drawn_grid, grid_key
+from qt_jax.grid import fake_quant_on_drawn_grid, grid_key
 
 SPEC = qt.QuantSpec(4, axis=-1, quantile=1.0, grids="vendors")
 

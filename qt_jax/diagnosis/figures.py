@@ -1,0 +1,126 @@
+"""The pictures of a diagnosis: a line a layer, in the order of the network."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from qt_jax.diagnosis.diagnosis import Diagnosis
+from qt_jax.reporting.figures import COLOURS, INK, OTHER_COLOURS, canvas
+from qt_jax.reporting.run_figures import tail
+
+WIDTH = 4.6
+
+LINE = 0.26
+"""Inches of height of one layer."""
+
+BEFORE, AFTER = COLOURS["float"], COLOURS["quant-trim"]
+
+
+def draw_sensitivity(found: Diagnosis) -> Figure:
+    """Points of top-1 that a layer costs when rounded alone, and that leaving it in float gives back."""
+    figure, axes = _lines(list(found.sensitivities))
+    pairs = found.sensitivities.values()
+    alone = [100 * (found.floating.top1 - item.alone.top1) for item in pairs]
+    spared = [100 * (item.all_but.top1 - found.whole.top1) for item in pairs]
+    places = np.arange(len(alone))
+    axes.barh(places - 0.19, alone, 0.36, color=BEFORE, label="lost, this layer alone rounded")
+    axes.barh(places + 0.19, spared, 0.36, color=AFTER, label="regained, all but this layer rounded")
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_xlabel("points of top-1")
+    _legend(figure, 1)
+    return figure
+
+
+def draw_noise(ratios: Mapping[str, Mapping[str, float | None]], layers: Sequence[str]) -> Figure:
+    """SQNR behind each layer in dB, a line for each deployment; a layer without noise has no mark.
+
+    Args:
+      ratios: deployment -> layer -> dB.
+      layers: in the order of the network.
+    """
+    figure, axes = _lines(layers)
+    colours = (BEFORE, AFTER, *OTHER_COLOURS, *("0.5",) * len(ratios))
+    for mark, colour, (name, values) in zip("os^vDPX*" * len(ratios), colours, ratios.items(), strict=False):
+        known = {layer: ratio for layer in layers if (ratio := values.get(layer)) is not None}
+        axes.plot(
+            list(known.values()),
+            [layers.index(layer) for layer in known],
+            f"{mark}-",
+            color=colour,
+            ms=5,
+            lw=1.0,
+            label=name,
+        )
+    axes.set_xlabel("SQNR of the layer's output (dB)")
+    _legend(figure, 2)
+    return figure
+
+
+def draw_kernel_tails(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> Figure:
+    """Each layer's largest weight over the root mean square of all, on a logarithmic axis.
+
+    Args:
+      before, after: layer -> weights `(size,)`, in the same order.
+    """
+    figure, axes = _lines(list(before))
+    places = range(len(before))
+    ends = [[tail(values) for values in side.values()] for side in (before, after)]
+    axes.hlines(places, ends[0], ends[1], color="0.75", lw=1.5)
+    axes.plot(ends[0], places, "o", mfc="none", mec=BEFORE, mew=1.5, ms=8, label="before")
+    axes.plot(ends[1], places, "s", color=AFTER, ms=4, label="after the advice")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    shown = [end for side in ends for end in side if end > 0] or [1.0]
+    axes.set_xlim(min(shown) / 1.3, max(shown) * 1.3)
+    axes.set_xlabel("largest |w| / root mean square")
+    _legend(figure, 2)
+    return figure
+
+
+def draw_input_ranges(found: Diagnosis) -> Figure:
+    """The values that each layer reads, and the ends of its grid before and after, as shares of the largest.
+
+    Each layer is scaled by the largest magnitude of the three, so that narrow ones can be seen beside wide.
+    """
+    layers = [name for name in found.activations if name in found.before.bounds]
+    figure, axes = _lines(layers)
+    spans = {
+        "values on these images": [
+            (found.activations[name].low, found.activations[name].high) for name in layers
+        ],
+        "grid before": [found.before.bounds[name] for name in layers],
+        "grid after": [found.after.bounds[name] for name in layers],
+    }
+    most = [max(abs(end) for span in spans.values() for end in span[i]) or 1.0 for i in range(len(layers))]
+    places = np.arange(len(layers))
+    styles = ((0.0, 0.62, "0.8"), (-0.15, 0.2, BEFORE), (0.15, 0.2, AFTER))
+    for (name, ends), (shift, height, colour) in zip(spans.items(), styles, strict=True):
+        low, high = (np.array(side) / most for side in zip(*ends, strict=True))
+        axes.barh(places + shift, high - low, height, low, color=colour, label=name)
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_xlim(-1.04, 1.04)
+    axes.set_xlabel("value / largest magnitude")
+    _legend(figure, 3)
+    return figure
+
+
+def _lines(layers: Sequence[str]) -> tuple[Figure, Axes]:
+    """A panel with one line for each layer, the first on top."""
+    figure = canvas(WIDTH, LINE * len(layers) + 1.0)
+    axes = figure.add_subplot()
+    axes.set_yticks(range(len(layers)), [name.replace("$", r"\$") for name in layers])
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    return figure, axes
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)

@@ -1,0 +1,331 @@
+"""Matrix products in the form compilers know: Gemm on rows, MatMul on sequences and in attention.
+
+jax2onnx writes every dense layer as a Gemm between two Reshapes, and attention as Einsum.
+
+Nodes that do nothing, and small groups of nodes that one operator says better.
+"""
+
+import math
+
+import numpy as np
+import onnx
+from onnx import NodeProto, helper
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export import graph
+from qt_jax.export.operators import BINARY
+
+IDENTITIES = frozenset({"Dropout", "Identity"})
+
+SAME_SHAPE = frozenset({"Expand", "Reshape", "Slice", "Tile"})
+"""Operators that, given a shape that the tensor has already, return it as it is."""
+
+
+def drop_identities(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` without nodes that return their input.
+
+    Identity, Dropout outside training, a Cast to the type or a Reshape, Expand or Slice to the shape that is
+    there already.
+    """
+    shapes, types = graph.shapes(model), graph.element_types(model)
+    outputs = {output.name for output in model.graph.output}
+    renamed: dict[str, str] = {}
+
+    def current(name: str) -> str:
+        while name in renamed:
+            name = renamed[name]
+        return name
+
+    def does_nothing(node: NodeProto) -> bool:
+        source, result = (shapes.get(name) for name in (node.input[0], node.output[0]))
+        if node.op_type in SAME_SHAPE:
+            backwards = node.op_type == "Slice" and len(node.input) > 4 and _reverses(node, values)
+            return source is not None and source == result and not backwards
+        if node.op_type in ("Cast", "CastLike"):
+            wanted = graph.attributes(node).get("to") or types.get(node.input[-1])
+            return wanted == types.get(node.input[0])
+        return node.op_type in IDENTITIES
+
+    values = graph.constants(model)
+    boundary = outputs | {entry.name for entry in model.graph.input} | values.keys()
+    kept = []
+    for node in model.graph.node:
+        if not node.input or not does_nothing(node):
+            kept.append(node)
+        elif node.output[0] not in outputs:
+            renamed[node.output[0]] = current(node.input[0])
+        elif current(node.input[0]) not in boundary:
+            renamed[current(node.input[0])] = node.output[0]
+        else:
+            kept.append(helper.make_node("Identity", node.input[:1], node.output))
+    nodes = [graph.rewired(node, map(current, node.input), map(current, node.output)) for node in kept]
+    return graph.rebuild(model, nodes, values)
+
+
+def _reverses(node: NodeProto, values: dict[str, np.ndarray]) -> bool:
+    return bool(np.any(values.get(node.input[4], np.array(-1)) < 0))
+
+
+def drop_expands(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` without Expands that broadcasting makes superfluous, and ReduceSumSquare written out."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+    expanded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Expand"}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type in BINARY:
+            if expanded.keys() & set(node.input):
+                others = [expanded.get(other, other) for other in node.input]
+                if np.broadcast_shapes(*(shapes[other] for other in others)) == shapes[node.output[0]]:
+                    node = graph.rewired(node, others)
+        elif node.op_type == "ReduceSumSquare":
+            square = f"{node.output[0]}/square"
+            nodes.append(helper.make_node("Mul", [node.input[0]] * 2, [square]))
+            node = helper.make_node(
+                "ReduceSum", [square, *node.input[1:]], node.output, **graph.attributes(node)
+            )
+        nodes.append(node)
+    return graph.rebuild(model, nodes, values)
+
+
+def plain_reshapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with Squeeze and Unsqueeze made Reshape, Reshapes of Reshapes made one, and a reduction whose
+    axes are put back by a Reshape made one that keeps them."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+    producers: dict[str, NodeProto] = {}
+    read = graph.uses(model)
+    for node in model.graph.node:
+        if node.op_type in ("Squeeze", "Unsqueeze") and node.output[0] in shapes:
+            node = _to_shape(node.input[0], node.output[0], values, shapes)
+        before = producers.get(node.input[0]) if node.op_type == "Reshape" else None
+        if before is not None and before.op_type == "Reshape":
+            node = _to_shape(before.input[0], node.output[0], values, shapes)
+            before = producers.get(node.input[0])
+        if before is not None and before.op_type.startswith("Reduce") and read[before.output[0]] == 1:
+            node = _kept_axes(before, node, values, shapes) or node
+        producers[node.output[0]] = node
+    unique = {id(node): node for node in producers.values()}
+    return graph.rebuild(model, unique.values(), values)
+
+
+def _to_shape(source: str, output: str, values: dict, shapes: dict) -> NodeProto:
+    values[f"{output}#shape"] = np.array(shapes[output], np.int64)
+    return helper.make_node("Reshape", [source, f"{output}#shape"], [output])
+
+
+def _kept_axes(reduction: NodeProto, reshape: NodeProto, values: dict, shapes: dict) -> NodeProto | None:
+    source, result = shapes[reduction.input[0]], shapes[reshape.output[0]]
+    axes = {axis % len(source) for axis in values[reduction.input[1]].ravel().tolist()}
+    kept = tuple(1 if axis in axes else size for axis, size in enumerate(source))
+    if kept != result:
+        return None
+    stated = graph.attributes(reduction) | {"keepdims": 1}
+    return helper.make_node(reduction.op_type, reduction.input, reshape.output, **stated)
+
+
+def fold_index(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with `x[:, i]`, a Slice of one and a Reshape without its axis, made Gather."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+
+    def gather(reshape: NodeProto, before: NodeProto) -> NodeProto | None:
+        if before.op_type != "Slice":
+            return None
+        whole, part, result = (
+            shapes[name] for name in (before.input[0], before.output[0], reshape.output[0])
+        )
+        cut = [axis for axis, size in enumerate(part) if size != whole[axis]]
+        if len(cut) != 1 or part[cut[0]] != 1 or (*part[: cut[0]], *part[cut[0] + 1 :]) != result:
+            return None
+        starts, _, axes = (values[name].tolist() for name in before.input[1:4])
+        start = starts[[axis % len(whole) for axis in axes].index(cut[0])] % whole[cut[0]]
+        values[f"{reshape.output[0]}#index"] = np.array(start, np.int64)
+        index = [before.input[0], f"{reshape.output[0]}#index"]
+        return helper.make_node("Gather", index, reshape.output, axis=cut[0])
+
+    return graph.fuse(model, values, frozenset({"Reshape"}), gather)
+
+
+def fold_stack(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with one entry of a stack, such as a recurrent cell's last state, read from where it is."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+    stacks = {node.output[0]: node for node in model.graph.node if node.op_type == "Concat"}
+
+    def taken(node: NodeProto) -> NodeProto:
+        stack = stacks.get(node.input[0]) if node.op_type == "Gather" else None
+        index = None if stack is None else values.get(node.input[1])
+        if stack is None or index is None or index.ndim or any(name not in shapes for name in stack.input):
+            return node
+        rank = len(shapes[stack.output[0]])
+        axes = {graph.attributes(each).get("axis", 0) % rank for each in (node, stack)}
+        if len(axes) > 1 or any(shapes[name][min(axes)] != 1 for name in stack.input):
+            return node
+        return _to_shape(stack.input[index.item()], node.output[0], values, shapes)
+
+    return graph.rebuild(model, [taken(node) for node in model.graph.node], values)
+
+
+def short_slices(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with Slices that name only the axes they cut."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+
+    def shortened(node: NodeProto) -> NodeProto:
+        if node.op_type != "Slice" or len(node.input) < 4 or not values.keys() >= {*node.input[1:]}:
+            return node
+        table = [values[name].ravel() for name in node.input[1:]]
+        steps = table[3] if len(table) > 3 else np.ones_like(table[2])
+        whole, part = shapes[node.input[0]], shapes[node.output[0]]
+        cut = [i for i, axis in enumerate(table[2]) if whole[axis] != part[axis] or steps[i] < 0]
+        if not cut or len(cut) == len(steps):
+            return node
+        names = [f"{node.output[0]}#{i}" for i in range(4)]
+        values.update(zip(names, (column[cut] for column in (*table[:3], steps)), strict=True))
+        return graph.rewired(node, [node.input[0], *names])
+
+    return graph.rebuild(model, [shortened(node) for node in model.graph.node], values)
+
+
+def fold_mean(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with a sum divided by the number of its terms, as in `x.mean()`, made ReduceMean."""
+    values = graph.constants(model)
+    shapes = graph.shapes(model)
+
+    def mean(division: NodeProto, before: NodeProto) -> NodeProto | None:
+        if before.op_type != "ReduceSum" or before.input[0] not in shapes:
+            return None
+        axes, divisor = (values.get(node.input[-1]) for node in (before, division))
+        if axes is None or divisor is None or divisor.size != 1:
+            return None
+        terms = math.prod(shapes[before.input[0]][axis] for axis in axes.ravel())
+        if terms == 0 or divisor.item() != terms:
+            return None
+        return helper.make_node("ReduceMean", before.input, division.output, **graph.attributes(before))
+
+    return graph.fuse(model, values, frozenset({"Div"}), mean)
+
+
+ELLIPSIS = "0123456789"
+"""Labels for the axes that "..." stands for."""
+
+
+def unflatten_dense(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with Reshape to rows, Gemm, Reshape back made MatMul and Add on the tensor as it was.
+
+    The leading axes that the first Reshape merged are kept; where it merged contracted axes (the output
+    projection of attention), a Reshape of those remains. On rows that were never merged Gemm stays.
+    """
+    values, shapes = graph.constants(model), graph.shapes(model)
+    reshapes = {node.output[0]: node for node in model.graph.node if node.op_type == "Reshape"}
+    back = {node.input[0]: shapes.get(node.output[0], ()) for node in reshapes.values()}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        flattened = reshapes.get(node.input[0]) if node.op_type == "Gemm" else None
+        if flattened is None or node.input[1] not in values:
+            nodes.append(node)
+        else:
+            nodes.extend(_product(node, flattened.input[0], back, values, shapes))
+    return graph.rebuild(model, nodes, values)
+
+
+def _product(
+    gemm: NodeProto,
+    source: str,
+    back: dict[str, tuple[int, ...]],
+    values: dict[str, np.ndarray],
+    shapes: dict[str, tuple[int, ...]],
+) -> list[NodeProto]:
+    rows, width = shapes[gemm.input[0]]
+    leading = _leading_axes(shapes[source], rows, back.get(gemm.output[0], ()))
+    if len(leading) < 2 or graph.attributes(gemm).get("transB"):
+        return [gemm]
+    output, kernel = gemm.output[0], gemm.input[1]
+    nodes = []
+    if shapes[source] != (*leading, width):
+        merged = f"{output}/merged"
+        values[f"{merged}/shape"] = np.array((*leading, width), np.int64)
+        nodes.append(helper.make_node("Reshape", [source, f"{merged}/shape"], [merged]))
+        source = merged
+    product = f"{output}/product"
+    nodes.append(helper.make_node("MatMul", [source, kernel], [product]))
+    bias = gemm.input[2] if len(gemm.input) > 2 else ""
+    if bias and not is_absent(bias, values):
+        nodes.append(helper.make_node("Add", [product, bias], [f"{output}/biased"]))
+        product = f"{output}/biased"
+    values[f"{output}/rows"] = np.array(shapes[output], np.int64)
+    return [*nodes, helper.make_node("Reshape", [product, f"{output}/rows"], [output])]
+
+
+def is_absent(bias: str, values: dict[str, np.ndarray]) -> bool:
+    """Whether a bias is the zeros that jax2onnx puts where a layer has none."""
+    return bias in values and not graph.flax_path(bias) and not np.any(values[bias])
+
+
+def _leading_axes(shape: tuple[int, ...], rows: int, back: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes of `shape` that were merged to `rows` and are split again in the shape `back`."""
+    splits = [shape[:axis] for axis in range(1, len(shape)) if math.prod(shape[:axis]) == rows]
+    return max((split for split in splits if back[: len(split)] == split), key=len, default=())
+
+
+def einsum_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with each Einsum of two tensors made MatMul, with the Transposes that it implies.
+
+    Raises:
+      InvalidInput: an equation that is no matrix product between single axes.
+    """
+    values, shapes = graph.constants(model), graph.shapes(model)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        nodes.extend(_matmul(node, values, shapes) if node.op_type == "Einsum" else [node])
+    return graph.rebuild(model, nodes, values)
+
+
+def _matmul(
+    einsum: NodeProto, values: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
+) -> list[NodeProto]:
+    """Left as (batch, rows, contracted), right as (batch, contracted, columns), the product as is wanted."""
+    equation = graph.attributes(einsum)["equation"].decode().replace(" ", "")
+    terms, wanted = equation.split("->")
+    operands = terms.split(",")
+    if len(operands) != 2:
+        raise _no_product(einsum, equation)
+    free = max(
+        len(shapes[name]) - len(term.replace("...", ""))
+        for name, term in zip(einsum.input, operands, strict=True)
+    )
+    left, right, wanted = (term.replace("...", ELLIPSIS[:free]) for term in (*operands, wanted))
+    contracted = [label for label in left if label in right and label not in wanted]
+    batch = [label for label in wanted if label in left and label in right]
+    rows = [label for label in left if label not in right]
+    columns = [label for label in right if label not in left]
+    kernel = not batch and einsum.input[1] in values and len(columns) == 1
+    if len(contracted) != 1 or len(columns) != 1 or (len(rows) != 1 and not kernel):
+        raise _no_product(einsum, equation)
+    output = einsum.output[0]
+    product = [*batch, *rows, *columns]
+    if sorted(product) != sorted(wanted) or len(set(left)) < len(left) or len(set(right)) < len(right):
+        raise _no_product(einsum, equation)
+    nodes = []
+    sources = []
+    for name, labels, order in (
+        (einsum.input[0], left, [*batch, *rows, *contracted]),
+        (einsum.input[1], right, [*batch, *contracted, *columns]),
+    ):
+        permutation = [labels.index(label) for label in order]
+        if permutation == sorted(permutation):
+            sources.append(name)
+        else:
+            sources.append(f"{output}/operand{len(sources)}")
+            nodes.append(helper.make_node("Transpose", [name], [sources[-1]], perm=permutation))
+    if list(wanted) == product:
+        return [*nodes, helper.make_node("MatMul", sources, [output])]
+    back = [product.index(label) for label in wanted]
+    return [
+        *nodes,
+        helper.make_node("MatMul", sources, [f"{output}/product"]),
+        helper.make_node("Transpose", [f"{output}/product"], [output], perm=back),
+    ]
+
+
+def _no_product(einsum: NodeProto, equation: str) -> InvalidInput:
+    return InvalidInput(
+        f'einsum "{equation}" of {list(einsum.input)} is no matrix product between single axes: write it '
+        "with jnp.matmul and reshape, or with nn.Dense or nn.DenseGeneral"
+    )

@@ -1,0 +1,338 @@
+"""How closely a QDQ graph in onnxruntime follows the JAX fake-quant forward, and what runs on integers.
+
+Checks that an exported graph is standard and computes what the JAX forward computes.
+"""
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import onnx
+import onnxruntime
+from flax.traverse_util import flatten_dict
+from onnx import shape_inference
+
+from qt_jax.config import QuantConfig
+from qt_jax.errors import InvalidInput
+from qt_jax.export.encodings import Encoding, Ranges
+from qt_jax.export.graph import without_weights
+from qt_jax.export.layout import as_graph
+from qt_jax.export.operators import WEIGHTED, summarize
+from qt_jax.export.sessions import named_inputs, open_session, run_batches
+from qt_jax.files import staged
+from qt_jax.metrics import agreement, sqnr_db
+from qt_jax.trim import quant_trim
+
+NUMBERED = re.compile(r"_\d+$")
+
+ROUNDING = 1e-6
+"""Of the largest output: what float32, of seven digits, leaves open however right both sides are."""
+
+
+def verify(
+    model: onnx.ModelProto,
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    inputs: Any,
+    *,
+    batch_sizes: Sequence[int] = (1, 7),
+    tolerance: float = 1e-4,
+    layout: Literal["nchw", "nhwc"] = "nchw",
+) -> dict[str, Any]:
+    """Check the graph's form, and its outputs in onnxruntime (CPU) against the JAX forward.
+
+    Form: ai.onnx operators alone, every node named and every weight named by its Flax path, onnx.checker's
+    full check. Numbers: for each batch size the largest absolute difference of any output on the first
+    inputs given. JAX computes the largest batch, in full float32 whatever the platform's default precision.
+
+    Args:
+      model: from `to_onnx`.
+      apply_fn: as given to `to_onnx`.
+      variables: as given to `to_onnx`.
+      inputs: what `apply_fn` takes, images float32 `(n, height, width, channels)` normalised as for the
+        model, n at least the largest batch size; a sequence of arrays where the model has several inputs.
+        Real images: random ones reach other activations.
+      batch_sizes: each is run once.
+      tolerance: absolute, in units of the output. Of an output beyond 100, where float32 itself cannot keep
+        1e-4, a millionth of its largest value is allowed instead, if that is more.
+      layout: as given to `to_onnx`.
+
+    Returns:
+      What `summary.summarize` says, and `max_difference` (batch size -> largest difference).
+
+    Raises:
+      InvalidInput: naming the first check that failed.
+    """
+    _check_form(model, variables, model.SerializeToString())
+    differences = _differences(model, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+    return summarize(model) | {"max_difference": differences}
+
+
+def save_verified(
+    model: onnx.ModelProto,
+    path: str | os.PathLike,
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    inputs: Any,
+    *,
+    batch_sizes: Sequence[int] = (1, 7),
+    tolerance: float = 1e-4,
+    layout: Literal["nchw", "nhwc"] = "nchw",
+) -> dict[str, Any]:
+    """Write `model`, `verify` it with onnxruntime reading the file, and only then give the file its name.
+
+    Arguments, result and errors are those of `verify`. On an error nothing at `path` has changed.
+    """
+    with staged(path) as temporary:
+        serialized = model.SerializeToString()
+        temporary.write_bytes(serialized)
+        _check_form(model, variables, serialized)
+        size = len(serialized)
+        del serialized
+        differences = _differences(temporary, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+    return summarize(model, size) | {"max_difference": differences}
+
+
+def _check_form(model: onnx.ModelProto, variables: Mapping[str, Any], serialized: bytes) -> None:
+    """Domains, names, onnx.checker on the bytes, and strict shape inference, which reads no weight."""
+    _check_domains(model)
+    _check_names(model, variables)
+    try:
+        onnx.checker.check_model(serialized)
+        onnx.checker.check_model(without_weights(model), full_check=True)
+    except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
+        raise _failure("onnx.checker", str(error)) from error
+
+
+def _failure(check: str, finding: str) -> InvalidInput:
+    return InvalidInput(f"ONNX verification failed, {check}: {finding}")
+
+
+def _check_domains(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise _failure("domain", f'node "{node.name}" is {node.domain}.{node.op_type}, not ai.onnx')
+    domains = {entry.domain for entry in model.opset_import} - {"", "ai.onnx"}
+    if domains or model.functions:
+        raise _failure("domain", f"the model imports {sorted(domains)} or defines functions of its own")
+
+
+def _check_names(model: onnx.ModelProto, variables: Mapping[str, Any]) -> None:
+    """Every node has a name of its own; every weight is called after the leaf of `params` it comes from."""
+    names = [node.name for node in model.graph.node]
+    if not all(names) or len(set(names)) < len(names):
+        raise _failure("names", "a node has no name, or two nodes have the same")
+    leaves = flatten_dict(variables.get("params", {}), sep="/").keys()
+    constant = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        weight = node.input[1] if node.op_type in WEIGHTED else ""
+        candidates = (weight, NUMBERED.sub("", weight))
+        own = weight.startswith(f"{node.name}/")  # a constant of the model's code
+        if weight in constant and not own and not any(_stems(name, leaves) for name in candidates):
+            raise _failure("names", f'the weight "{weight}" of node "{node.name}" is no leaf of the params')
+
+
+def _stems(name: str, leaves: Iterable[str]) -> bool:
+    """Whether `name` is a leaf, or joins leaves of that name in the modules below."""
+    module, _, leaf = name.rpartition("/")
+    below = f"{module}/" if module else ""
+    return name in leaves or any(path.startswith(below) and path.endswith(f"/{leaf}") for path in leaves)
+
+
+def _differences(
+    stored: onnx.ModelProto | Path,
+    apply_fn: Callable,
+    variables: Mapping[str, Any],
+    given: Any,
+    batch_sizes: Sequence[int],
+    layout: str,
+    tolerance: float,
+) -> dict[int, float]:
+    """Largest absolute difference of any output by batch size, each within the tolerance.
+
+    JAX computes the largest batch, once.
+    """
+    inputs = [np.asarray(x) for x in (given if isinstance(given, list | tuple) else [given])]
+    largest = max(batch_sizes)
+    if min(map(len, inputs)) < largest:
+        given = min(map(len, inputs))
+        raise InvalidInput(f"verification at batch sizes {tuple(batch_sizes)} got {given} inputs only")
+    inputs = [x[:largest] for x in inputs]
+    with jax.default_matmul_precision("highest"):
+        forward = jax.jit(apply_fn, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
+        outputs = jax.tree.leaves(forward(variables, *inputs))
+    expected, fed = ([as_graph(x, layout) for x in tensors] for tensors in (outputs, inputs))
+    session = _session(stored)
+    if len(session.get_outputs()) != len(expected):
+        raise _failure("parity", f"{len(session.get_outputs())} outputs, the JAX forward has {len(expected)}")
+    differences = {}
+    for size in batch_sizes:
+        found = _run(session, [x[:size] for x in fed])
+        for output, wanted in zip(found, expected, strict=True):
+            if output.shape != wanted[:size].shape:
+                shapes = f"{output.shape}, the JAX forward's {wanted[:size].shape}"
+                raise _failure("parity", f"an output's shape at batch size {size} is {shapes}")
+        pairs = [(output, wanted[:size]) for output, wanted in zip(found, expected, strict=True)]
+        largest_of = [_difference(*pair) for pair in pairs]
+        differences[size] = float(np.max(largest_of))  # NaN, if any is
+        for difference, (_, wanted) in zip(largest_of, pairs, strict=True):
+            allowed = max(tolerance, ROUNDING * _magnitude(wanted))
+            if not difference <= allowed:
+                raise _failure(
+                    "parity",
+                    f"the outputs differ from the JAX forward by {difference:.3g} at batch size {size}, "
+                    f"tolerance {allowed:.3g}. Was the model exported from these variables, for inference?",
+                )
+    return differences
+
+
+def _difference(output: np.ndarray, wanted: np.ndarray) -> float:
+    with np.errstate(invalid="ignore"):
+        return float(np.max(np.where(output == wanted, 0.0, np.abs(output - wanted))))
+
+
+def _magnitude(wanted: np.ndarray) -> float:
+    return float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
+
+
+def _session(stored: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
+    source = stored if isinstance(stored, Path) else stored.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise _failure("onnxruntime", f"the model does not load: {error}") from error
+
+
+def _run(session: onnxruntime.InferenceSession, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """The outputs by onnxruntime on the CPU."""
+    names = [entry.name for entry in session.get_inputs()]
+    try:
+        return session.run(None, dict(zip(names, inputs, strict=True)))
+    except Exception as error:
+        raise _failure("onnxruntime", f"batch size {len(inputs[0])}: {error}") from error
+
+
+INTEGER_KERNELS = frozenset({"MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"})
+
+
+def fake_quant_forward(apply_fn: Callable[..., Any], config: QuantConfig) -> Callable[..., Any]:
+    """`apply_fn` at lambda = 1 with its ranges frozen: what a QDQ graph stands for."""
+
+    def forward(variables: Any, *inputs: Any) -> Any:
+        with quant_trim(config, 1.0, train=False):
+            return apply_fn(variables, *inputs)
+
+    return forward
+
+
+def parity(
+    qdq_model: onnx.ModelProto,
+    apply_fake_quant: Callable[..., Any],
+    variables: Mapping[str, Any],
+    inputs: np.ndarray | Sequence[np.ndarray],
+    ranges: Ranges,
+    *,
+    layout: str = "nchw",
+) -> dict[str, dict[str, float | int | None]]:
+    """The QDQ graph in onnxruntime, optimised, against the JAX forward at lambda = 1 in full float32.
+
+    Args:
+      qdq_model: from `insert_qdq`.
+      apply_fake_quant: `(variables, *inputs) -> array or tuple of arrays`, from `fake_quant_forward` with the
+        config that `ranges` was made with.
+      variables: as given to `tensor_ranges`.
+      inputs: `(n, ...)` as JAX takes them (images NHWC), one array for each graph input. Real ones.
+      ranges: gives the steps in which an output is counted.
+      layout: of the graph's tensors of rank 4, as given to `to_onnx`.
+
+    Returns:
+      For each graph output by name: `n`; `top1_agreement`, the fraction of rows of `(n, classes)` outputs
+      with the same class, and `margins`, JAX's lead of the first class over the second in steps of the
+      output's grid (`median`, and `largest_lost` among rows of another class), None for other shapes;
+      `equal_integers`, the fraction of numbers on the same
+      integer of the output's grid; `largest_difference`, in steps of that grid; `sqnr_db` of the graph's
+      output against JAX's, None where they are equal.
+
+    Raises:
+      InvalidInput: the outputs differ in number or shape from those of JAX.
+    """
+    several = inputs if isinstance(inputs, Sequence) else [inputs]
+    arrays = [np.asarray(array) for array in several]
+    names = [entry.name for entry in qdq_model.graph.input]
+    placed = [as_graph(array, layout) for array in arrays]
+    feeds = named_inputs(qdq_model, dict(zip(names, placed, strict=False)))
+    outputs = [entry.name for entry in qdq_model.graph.output]
+    session = open_session(qdq_model, optimize=True)
+    parts = list(run_batches(session, feeds, outputs))
+    found = [np.concatenate([part[name] for part in parts]) for name in outputs]
+    expected = _forward(apply_fake_quant, variables, arrays, [len(part[outputs[0]]) for part in parts])
+    expected = [as_graph(array, layout) for array in expected]
+    if [array.shape for array in expected] != [array.shape for array in found]:
+        shapes = [array.shape for array in found], [array.shape for array in expected]
+        raise InvalidInput(f"the graph's outputs have shapes {shapes[0]}, those of JAX {shapes[1]}")
+    return {
+        name: _compare(ours, theirs, ranges.tensors[name])
+        for name, ours, theirs in zip(outputs, expected, found, strict=True)
+    }
+
+
+def _forward(
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    arrays: Sequence[np.ndarray],
+    sizes: Sequence[int],
+) -> list[np.ndarray]:
+    """The outputs of JAX, in batches of those sizes."""
+    compiled = jax.jit(apply_fn)
+    ends = np.cumsum(sizes)
+    with jax.default_matmul_precision("highest"):
+        results = [
+            compiled(variables, *(array[end - size : end] for array in arrays))
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+    return [np.concatenate(parts) for parts in zip(*map(jax.tree.leaves, results), strict=True)]
+
+
+def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dict[str, Any]:
+    step = encoding.scale[0]
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    ratio = sqnr_db(expected, found)
+    return {
+        "n": len(expected),
+        "top1_agreement": agreement(expected, found) if expected.ndim == 2 else None,
+        "margins": _margins(expected, found, step) if expected.ndim == 2 else None,
+        "equal_integers": float(np.mean(encoding.integers(expected) == encoding.integers(found))),
+        "largest_difference": float(difference.max() / step),
+        "sqnr_db": ratio if math.isfinite(ratio) else None,
+    }
+
+
+def _margins(expected: np.ndarray, found: np.ndarray, step: float) -> dict[str, float | None]:
+    """JAX's lead of the first class over the second, in steps: the median, and the largest that was lost."""
+    second, first = np.sort(expected.astype(np.float64), axis=1)[:, -2:].T
+    lead = (first - second) / step
+    lost = lead[expected.argmax(axis=1) != found.argmax(axis=1)]
+    return {"median": float(np.median(lead)), "largest_lost": float(lost.max()) if lost.size else None}
+
+
+def integer_kernels(model: onnx.ModelProto) -> dict[str, bool]:
+    """Whether onnxruntime computes each convolution and matrix product on integers, by the node's name.
+
+    As its optimiser decides on this CPU with INT8 activations allowed. It has no integer kernel for
+    ConvTranspose, for INT4 kernels and for INT16 activations: those dequantize and compute in float.
+
+    Args:
+      model: from `insert_qdq`.
+    """
+    with tempfile.TemporaryDirectory(prefix="qt_jax-") as folder:
+        path = Path(folder, "optimized.onnx")
+        open_session(model, optimize=True, save_optimized=path)
+        optimized = onnx.load(path)
+    integer = {node.name for node in optimized.graph.node if node.op_type in INTEGER_KERNELS}
+    return {node.name: node.name in integer for node in model.graph.node if node.op_type in WEIGHTED}

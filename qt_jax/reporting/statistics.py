@@ -1,0 +1,184 @@
+"""Calibration of deployments from the bins that records keep.
+
+A record's `reliability` lists, for equal-width bins of the top softmax probability, the number of images,
+their mean confidence and their accuracy; an empty bin is [0, null, null]. The expected calibration error is
+ECE = Σ_b n_b / n · |accuracy_b - confidence_b| (Naeini, Cooper and Hauskrecht, AAAI 2015).
+
+Image-by-image comparison of deployments from the decisions that records keep.
+
+A record's `predictions` are the argmax classes of its n images, the first n of one ordered test set: base64
+of zlib of little-endian uint16. Records of equal `data` saw the same images, so two of them can be compared
+on the first min(n). Two deployments of equal accuracy may still decide many images differently.
+"""
+
+import base64
+import binascii
+import functools
+import math
+import zlib
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from qt_jax.errors import InvalidInput
+from qt_jax.records import Record
+from qt_jax.reporting.pivot import REFERENCE, Column, DeploymentTable, Row, Seeds, measured, spread
+
+EQUAL_ACCURACY = 0.002
+"""Largest difference of top-1 between two rows that are called equally accurate."""
+
+
+class Pair(NamedTuple):
+    """Two rows, the fraction of images they decide differently, and how far their top-1 lie apart."""
+
+    first: Row
+    second: Row
+    differ: float
+    apart: float
+
+
+@functools.lru_cache(maxsize=1024)
+def _decode(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<u2")
+
+
+def predictions(record: Record) -> np.ndarray | None:
+    """The decisions of a record, `(n,)` uint16, or None where it keeps none or does not name its data.
+
+    Raises InvalidInput if they cannot be decoded or are not n.
+
+    >>> text = base64.b64encode(zlib.compress(np.array([3, 1], "<u2").tobytes())).decode()
+    >>> predictions({"predictions": text, "data": "hash", "n": 2}).tolist()
+    [3, 1]
+    """
+    if not record.get("predictions") or not record.get("data"):
+        return None
+    try:
+        decoded = _decode(record["predictions"])
+        if len(decoded) != record.get("n"):
+            raise ValueError(f"{len(decoded)} of them for {record.get('n')} images")
+    except (ValueError, zlib.error, binascii.Error) as error:
+        where = ", ".join(str(record.get(key)) for key in ("backend", "scheme", "runtime", "method"))
+        raise InvalidInput(
+            f"The predictions of {where} cannot be read ({error}): was the file edited?"
+        ) from error
+    return decoded
+
+
+def agreement(first: Record, second: Record) -> float | None:
+    """The fraction of images that both decide alike; None if they did not see the same images."""
+    if first.get("data") != second.get("data"):
+        return None
+    one, other = predictions(first), predictions(second)
+    if one is None or other is None:
+        return None
+    shared = min(len(one), len(other))
+    return float(np.mean(one[:shared] == other[:shared]))
+
+
+def standard_error(alike: float, difference: float, n: int) -> float:
+    """An upper bound on the standard error of a difference d of two top-1 on the same n images.
+
+    Only images that the two decide differently, a fraction q = 1 - `alike`, can be right for one and wrong
+    for the other, so the paired difference has a variance of at most (q - d²) / n. No labels are needed.
+
+    >>> standard_error(alike=0.75, difference=0.0, n=100)
+    0.05
+    """
+    return math.sqrt(max(1 - alike - difference**2, 0.0) / n)
+
+
+def cell_agreement(first: Seeds, second: Seeds) -> float | None:
+    """Agreement of two cells, the mean over the seeds that both have."""
+    found = [agreement(first[seed], second[seed]) for seed in first if seed in second]
+    values = [value for value in found if value is not None]
+    return spread(values)[0] if values else None
+
+
+def agreement_matrix(deployment: DeploymentTable, column: Column) -> tuple[list[Row], np.ndarray]:
+    """The rows that keep their decisions, and their `(rows, rows)` agreements, NaN where there is none."""
+    cells = deployment.cells[column]
+    rows = [
+        row
+        for row in deployment.rows
+        if any(predictions(record) is not None for record in cells.get(row, {}).values())
+    ]
+    matrix = np.full((len(rows), len(rows)), np.nan)
+    for i, j in combinations(range(len(rows)), 2):
+        value = cell_agreement(cells[rows[i]], cells[rows[j]])
+        matrix[i, j] = matrix[j, i] = np.nan if value is None else value
+    np.fill_diagonal(matrix, 1.0)
+    return rows, matrix
+
+
+def disagreeing_pairs(deployment: DeploymentTable, column: Column, most: int = 5) -> list[Pair]:
+    """The pairs of rows within `EQUAL_ACCURACY` that disagree most, largest first, no row named twice.
+
+    Only rows of the same number of images: without labels, top-1 on a part of them is not known.
+    """
+    rows, matrix = agreement_matrix(deployment, column)
+    cells = deployment.cells[column]
+    found = []
+    for i, j in combinations(range(len(rows)), 2):
+        sizes = {record.get("n") for row in (rows[i], rows[j]) for record in cells[row].values()}
+        values = [measured(cells[row], "top1").values() for row in (rows[i], rows[j])]
+        if len(sizes) > 1 or not all(values) or not matrix[i, j] < 1:
+            continue
+        apart = abs(spread(values[0])[0] - spread(values[1])[0])
+        if apart <= EQUAL_ACCURACY + 1e-9:
+            found.append(Pair(rows[i], rows[j], 1 - matrix[i, j], apart))
+    chosen: list[Pair] = []
+    for pair in sorted(found, key=lambda pair: -pair.differ):
+        if not {row for other in chosen for row in other[:2]} & {pair.first, pair.second}:
+            chosen.append(pair)
+    return chosen[:most]
+
+
+class Reliability(NamedTuple):
+    """Why a row is shown, the row, and its bins `(bins, 3)`: count, confidence, accuracy (0 where empty)."""
+
+    why: str
+    row: Row
+    bins: np.ndarray
+
+    @property
+    def ece(self) -> float:
+        return expected_calibration_error(self.bins)
+
+
+def pooled(seeds: Seeds) -> np.ndarray | None:
+    """The bins of a cell, `(bins, 3)`, with the images of all seeds together; None where no record has any.
+
+    >>> pooled({0: {"reliability": [[1, 0.5, 1.0]]}, 1: {"reliability": [[3, 0.5, 0.0]]}}).tolist()
+    [[4.0, 0.5, 0.25]]
+    """
+    kept = [record["reliability"] for record in seeds.values() if record.get("reliability")]
+    if not kept:
+        return None
+    bins = np.nan_to_num(np.array(kept, dtype=np.float64))  # an empty bin holds None
+    counts = bins[..., 0].sum(axis=0)
+    sums = (bins[..., :1] * bins[..., 1:]).sum(axis=0)
+    return np.column_stack([counts, sums / np.maximum(counts, 1)[:, None]])
+
+
+def expected_calibration_error(bins: np.ndarray) -> float:
+    """ECE of `(bins, 3)`, as the module defines it.
+
+    >>> expected_calibration_error(np.array([[1.0, 0.5, 1.0], [3.0, 1.0, 1.0]]))
+    0.125
+    """
+    counts, confidence, accuracy = bins.T
+    return float((counts * np.abs(accuracy - confidence)).sum() / max(counts.sum(), 1))
+
+
+def representative(deployment: DeploymentTable, column: Column) -> list[Reliability]:
+    """The float model, and of all other rows those of the smallest, the median and the largest ECE."""
+    found = {row: pooled(seeds) for row, seeds in deployment.cells[column].items()}
+    kept = [Reliability("", row, bins) for row, bins in found.items() if bins is not None]
+    shown = [item._replace(why="FP32") for item in kept if item.row == REFERENCE]
+    others = sorted((item for item in kept if item.row != REFERENCE), key=lambda item: (item.ece, item.row))
+    if len(others) < 2:
+        return shown + [item._replace(why="other") for item in others]
+    places = {len(others) // 2: "median", 0: "best", len(others) - 1: "worst"}
+    return shown + [others[place]._replace(why=why) for place, why in sorted(places.items())]
