@@ -16,7 +16,7 @@ from rich.console import Console
 import qt_jax as qt
 from experiments.data import load
 from experiments.runs import model_input, networks, read_config_json
-from qt_jax.backends.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
+from qt_jax.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
 from qt_jax.command_line import exit_status, parse, text_console
 
 

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from qt_jax.backends import environments, registry
-from qt_jax.backends.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
+from qt_jax.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
 from qt_jax.backends.inputs import read_arrays
 from qt_jax.backends.protocol import Environment
 from qt_jax.command_line import Failed, exit_status, print_rows, read_flags, statuses, text_console
