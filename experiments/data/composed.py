@@ -1,7 +1,7 @@
-"""The composed segmentation set: garments of Fashion-MNIST pasted on photographs of CIFAR-10, from a seed.
+"""Compose a segmentation set: garments of Fashion-MNIST on photographs of CIFAR-10, placed by a seed.
 
-No natural set: wherever its numbers are shown it is called "composed". It stands in where the archive of a
-natural one cannot be reached.
+It is not a natural set, so it is called "composed" wherever its numbers are shown. It serves where the
+archive of a natural set cannot be reached.
 """
 
 from pathlib import Path
@@ -22,26 +22,26 @@ MOST_GARMENTS = 3
 SMALLEST, LARGEST = 24, 44
 """Sides in pixels to which a garment of 28 is scaled."""
 DARKEST = 64
-"""Least level to which a tint takes a white pixel, of 255."""
+"""Lowest level, of 255, to which a tint takes a white pixel."""
 CHUNK = 1000
-
-# of the arrays (store.digest): they follow from the two sources, which are pinned themselves
+"""Images that are composed at a time."""
 SHA256 = "9cdf0a822ea5ce605a0b53f580a921dc48f0b8c08f0f0f55b2d94e04f4916c6f"
+"""Digest of the arrays (`store.digest`). They follow from the two sources, which are pinned too."""
 
 
 def load_composed(data_dir: Path | None = None) -> PublishedSet:
-    """9,000 + 2,000 images (64, 64, 3) with a class for every pixel: 0 for background, then ten garments.
+    """Load 9,000 + 2,000 images (64, 64, 3) with a class per pixel: 0 for background, then ten garments.
 
     Training images are made of the training images of both sources, test images of their test images.
-    Within each no photograph and no garment is used twice, so that no validation split shares one with the
+    Within each split no photograph and no garment is used twice, so a validation split shares none with the
     rest. Labels are uint8 (n, 64, 64).
 
     Args:
-        data_dir: a folder with Fashion-MNIST and CIFAR-10, as their own loaders take it; by default both
-            come from where those find them, and the composed arrays are kept in the cache.
+        data_dir: Folder with Fashion-MNIST and CIFAR-10, as their own loaders take it. By default both come
+            from where their loaders find them, and the composed arrays are kept in the cache.
 
     Raises:
-        InvalidInput: one of the sources is missing or damaged.
+        InvalidInput: One of the sources is missing or damaged.
     """
     if data_dir is None:
         arrays = cached("composed", SHA256, lambda scratch: _from_sources(None))
@@ -67,24 +67,25 @@ def _from_sources(data_dir: Path | None) -> Arrays:
 def compose(
     garments: np.ndarray, kinds: np.ndarray, photographs: np.ndarray, size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`size` photographs enlarged to 64 x 64, each with one to three garments on it.
+    """Enlarge `size` photographs to 64 x 64 and put one to three garments on each.
 
-    A garment covers the pixels that are not black in it, hides what was pasted before, and lies wholly inside
-    the image; it is scaled (nearest pixel) to a side from `SMALLEST` to `LARGEST` and tinted. All is integer
-    arithmetic on the raw stream of PCG64, which numpy promises never to change: the same everywhere.
+    A garment is scaled (nearest pixel) to a side from `SMALLEST` to `LARGEST` and tinted. It covers the
+    pixels that are not black in it, hides the garments placed before, and lies wholly inside the image. All
+    of this is integer arithmetic on the raw stream of PCG64, which numpy promises never to change, so the
+    result is the same everywhere.
 
     Args:
         garments: uint8 (g, 28, 28, 1), at least three for each image.
-        kinds: class of each garment, (g,) integers; it becomes label 1 + kind.
+        kinds: Integer class of each garment, (g,), which becomes label 1 + kind.
         photographs: uint8 (p, 32, 32, 3), at least one for each image.
-        size: number of images.
-        seed: the result is a function of the arguments alone.
+        size: Number of images.
+        seed: Seed of the draws. The result is a function of the arguments alone.
 
     Returns:
-        Images uint8 (size, 64, 64, 3), labels uint8 (size, 64, 64).
+        Images uint8 (size, 64, 64, 3) and labels uint8 (size, 64, 64).
 
     Raises:
-        InvalidInput: too few garments or photographs.
+        InvalidInput: There are too few garments or photographs.
 
     >>> white, black = np.full((3, 28, 28, 1), 255, np.uint8), np.zeros((1, 32, 32, 3), np.uint8)
     >>> images, labels = compose(white, np.zeros(3, int), black, size=1, seed=0)
@@ -116,7 +117,7 @@ def compose(
 
 
 def _paste(images, labels, garments, kinds, present, chosen, sides, corners, tints) -> None:
-    """One garment on each image that has `present` set, in place."""
+    """Place one garment on each image that has `present` set, in place."""
     offsets = np.arange(SIDE) - corners[..., None]  # (n, 2, SIDE): rows and columns from the garment's corner
     inside = (offsets >= 0) & (offsets < sides[:, None, None])
     source = np.where(inside, _nearest(offsets, sides[:, None, None], garments.shape[1]), 0)
@@ -129,21 +130,21 @@ def _paste(images, labels, garments, kinds, present, chosen, sides, corners, tin
 
 
 def _nearest(index: np.ndarray, side: np.ndarray | int, source: int) -> np.ndarray:
-    """The source pixel whose area holds the centre of pixel `index` of an image scaled to `side`."""
+    """Return the source pixel whose area holds the centre of pixel `index` of an image scaled to `side`."""
     return (2 * index + 1) * source // (2 * side)
 
 
 class _Draw:
-    """Random integers from PCG64's raw stream; the remainder's bias is below 1e-14 for ranges this small."""
+    """Draw integers from PCG64's raw stream. The bias of the remainder is below 1e-14 for these ranges."""
 
     def __init__(self, seed: int):
         self.raw = np.random.PCG64(seed).random_raw
 
     def integers(self, low: int, high: np.ndarray | int, shape: tuple[int, ...]) -> np.ndarray:
-        """Integers in [low, high], both included; int64."""
+        """Draw int64 integers in [low, high], both included."""
         span = np.asarray(high - low + 1, np.uint64)
         return low + (self.raw(shape) % span).astype(np.int64)
 
     def sample(self, population: int, size: int) -> np.ndarray:
-        """`size` different indices below `population`."""
+        """Draw `size` different indices below `population`."""
         return np.argsort(self.raw(population), kind="stable")[:size]

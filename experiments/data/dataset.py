@@ -1,7 +1,4 @@
-"""What a data set is here, and how its validation split is carved from the training images.
-
-Whether a data set is what training takes it for; said before an hour has gone into it.
-"""
+"""Define a data set, carve its validation split from the training images, and check it before training."""
 
 from dataclasses import dataclass
 
@@ -10,14 +7,16 @@ from sklearn.model_selection import train_test_split
 
 from qt_jax.errors import InvalidInput
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True, eq=False)
 class PublishedSet:
-    """A set as its authors published it: training and test images, no validation split yet.
+    """Hold a set as its authors published it: training and test images, without a validation split.
 
-    Images are uint8 (n, height, width, channels); labels int32 (n,), or for segmentation a class for every
-    pixel, uint8 (n, height, width). `mean` and `std` hold one number a channel, of pixels scaled to [0, 1],
-    over the published training images.
+    Images are uint8 (n, height, width, channels). Labels are int32 (n,), or for segmentation one class per
+    pixel, uint8 (n, height, width). `mean` and `std` have one number per channel, for pixels scaled to
+    [0, 1], over the published training images.
     """
 
     train_images: np.ndarray
@@ -31,12 +30,12 @@ class PublishedSet:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training, validation and test images of one set, in host memory.
+    """Hold the training, validation and test images of one set in host memory.
 
-    Images are uint8 (n, height, width, channels); labels int32 (n,), or for segmentation a class for every
-    pixel, uint8 (n, height, width). `mean` and `std` hold one number a channel, of pixels scaled to [0, 1],
-    as `augment.normalize` takes them. They come from the published training images, so they do not move with
-    the validation split.
+    Images are uint8 (n, height, width, channels). Labels are int32 (n,), or for segmentation one class per
+    pixel, uint8 (n, height, width). `mean` and `std` have one number per channel, for pixels scaled to
+    [0, 1], as `augment.normalize` takes them. They come from the published training images, so they do not
+    depend on the validation split.
     """
 
     name: str
@@ -56,16 +55,17 @@ class Dataset:
 
 
 def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held_out) of a random split that keeps the share of every class.
+    """Return the indices (kept, held_out) of a random split that keeps the share of every class.
 
     Args:
-        labels: integer class of each example, (n,).
-        size: number of examples to hold out: 0, or at least one a class with at least one a class left.
-        seed: the split is a function of `labels`, `size` and `seed` alone.
+        labels: Integer class of each example, (n,).
+        size: Number of examples to hold out. Either 0, or at least one per class with at least one per class
+            left.
+        seed: Seed of the split, which is a function of `labels`, `size` and `seed` alone.
 
     Returns:
         Two ascending, disjoint int64 index arrays of lengths n - size and size that together cover 0..n-1.
-        Where the share of a class is no whole number it is rounded up or down.
+        Where the share of a class is not a whole number, it is rounded up or down.
 
     Raises:
         InvalidInput: `size` leaves one side without an example for each class.
@@ -88,7 +88,7 @@ def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarr
 
 
 def random_split(examples: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held_out) of a random split, as `stratified_split` returns them.
+    """Return the indices (kept, held_out) of a random split, as `stratified_split` does.
 
     Raises:
         InvalidInput: `size` leaves nothing to keep.
@@ -104,12 +104,12 @@ def random_split(examples: int, size: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def carve_validation(published: PublishedSet, name: str, size: int, seed: int) -> Dataset:
-    """Move `size` training examples into a validation split; the test split stays.
+    """Move `size` training examples into a validation split. The test split stays as it is.
 
-    They are stratified by class, or where every pixel has a class drawn at random.
+    The examples are stratified by class. Where every pixel has a class, they are drawn at random.
 
     Raises:
-        InvalidInput: `size` is not possible, see `stratified_split`.
+        InvalidInput: `size` is not possible; see `stratified_split`.
 
     >>> images, labels = np.zeros((6, 2, 2, 1), np.uint8), np.array([0, 1, 0, 1, 0, 1], np.int32)
     >>> toy = PublishedSet(images, labels, images, labels, (0.5,), (0.5,), ("cat", "dog"))
@@ -135,16 +135,17 @@ def carve_validation(published: PublishedSet, name: str, size: int, seed: int) -
     )
 
 
-SPLITS = ("train", "validation", "test")
-
-
 def checked(data: Dataset, may_be_empty: tuple[str, ...] = ("validation",)) -> Dataset:
-    """The same set, if nothing is wrong with it.
+    """Return the same set if nothing is wrong with it, so that a mistake shows before an hour of training.
+
+    Args:
+        data: The set.
+        may_be_empty: Splits that may hold no image.
 
     Raises:
-        InvalidInput: images that are not uint8 or not (n, height, width, channels), or of another shape in
-            another split; labels of another number or type, or out of range, with the first place; a split
-            without images; a mean or deviation that is not usable.
+        InvalidInput: Images are not uint8, not (n, height, width, channels), or have another shape in another
+            split. Labels have another number or type, or are out of range; the message names the first
+            place. A split has no images. A mean or a deviation is not usable.
 
     >>> from experiments.data import load
     >>> checked(load("digits")).num_classes
@@ -177,7 +178,7 @@ def _check_labels(where: str, images: np.ndarray, labels: np.ndarray, classes: i
         images.shape[:3],
     ):
         raise InvalidInput(
-            f"{where}: labels must be whole numbers, one an image {images.shape[:1]} or one a pixel "
+            f"{where}: labels must be whole numbers, one per image {images.shape[:1]} or one per pixel "
             f"{images.shape[:3]}, got {labels.dtype}{list(labels.shape)}"
         )
     wrong = (labels < 0) | (labels >= classes)

@@ -1,4 +1,4 @@
-"""The 8x8 digits inside scikit-learn (UCI, Optical Recognition of Handwritten Digits): nothing to fetch."""
+"""Load the 8x8 digits that ship with scikit-learn (UCI, Optical Recognition of Handwritten Digits)."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ TEST_SEED = 0
 
 
 def load_digits(data_dir: Path | None = None) -> PublishedSet:
-    """1437 + 360 grey images (8, 8, 1) of the digits 0 to 9, their 17 levels scaled to 0..255.
+    """Load 1437 + 360 grey images (8, 8, 1) of the digits 0 to 9, their 17 levels scaled to 0..255.
 
-    scikit-learn publishes no test split: a fixed, stratified fifth is held out.
+    scikit-learn does not publish a test split, so a fixed, stratified fifth is held out.
 
     Raises:
-        InvalidInput: a `data_dir` is given; this set reads no file.
+        InvalidInput: A `data_dir` is given, although this set reads no file.
     """
     if data_dir is not None:
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv 1708.07747): 28x28 grey images of ten kinds of garment."""
+"""Load Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv 1708.07747): grey images of ten kinds of garment."""
 
 import gzip
 import math
@@ -21,15 +21,15 @@ from experiments.data.store import (
 from qt_jax.errors import InvalidInput
 
 MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-# in the order of store.NAMES
 FILES = {
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-# of the arrays (store.digest); Debian strips gzip headers: the same bytes, other MD5s
+"""File -> MD5, in the order of `store.NAMES`."""
 SHA256 = "8e43a200d23e644035e524b0bd6ad65e3771f57eab82760740d68bd43da5e737"
+"""Digest of the arrays (`store.digest`). Debian strips gzip headers: its files have other MD5s."""
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASS_NAMES = (
@@ -47,16 +47,17 @@ CLASS_NAMES = (
 
 
 def load_fashion_mnist(data_dir: Path | None = None) -> PublishedSet:
-    """Fashion-MNIST: 60,000 + 10,000 images (28, 28, 1), 6000 + 1000 a class.
+    """Load Fashion-MNIST: 60,000 + 10,000 images (28, 28, 1), 6000 + 1000 per class.
 
-    Without `data_dir`: the files of Debian's package dataset-fashion-mnist where installed, the cache, the
-    usual mirror. The arrays of every source are checked against one SHA-256.
+    Without `data_dir` the sources are the files of Debian's package dataset-fashion-mnist where it is
+    installed, then the cache, then the usual mirror. The arrays of every source are checked against one
+    SHA-256.
 
     Args:
-        data_dir: a folder with the four gzipped IDX files.
+        data_dir: Folder with the four gzipped IDX files.
 
     Raises:
-        InvalidInput: files missing or damaged in `data_dir`, or no way to fetch the set.
+        InvalidInput: Files in `data_dir` are missing or damaged, or the set cannot be fetched.
     """
     return PublishedSet(**_arrays(data_dir), mean=(0.2860,), std=(0.3530,), class_names=CLASS_NAMES)
 
@@ -99,10 +100,10 @@ def _read(folder: Path) -> Arrays:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in a gzipped IDX file: magic 00 00 08 rank, big-endian uint32 sizes, then the bytes.
+    """Read the uint8 array of a gzipped IDX file: magic 00 00 08 rank, big-endian uint32 sizes, then bytes.
 
     Raises:
-        CorruptData: the file is missing, is not gzipped IDX of bytes, or its length and header disagree.
+        CorruptData: The file is missing, is not gzipped IDX of bytes, or its length and header disagree.
     """
     try:
         data = gzip.decompress(path.read_bytes())
@@ -111,5 +112,5 @@ def read_idx(path: Path) -> np.ndarray:
     rank = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
     shape = np.frombuffer(data[4 : 4 + 4 * rank], ">u4").tolist() if len(data) >= 4 + 4 * rank else []
     if not shape or len(data) - 4 - 4 * rank != math.prod(shape):
-        raise CorruptData(f"{path} is no complete IDX file of bytes; replace it by a fresh copy")
+        raise CorruptData(f"{path} is not a complete IDX file of bytes; replace it by a fresh copy")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)

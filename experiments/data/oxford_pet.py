@@ -1,4 +1,4 @@
-"""Oxford-IIIT Pet (Parkhi, Vedaldi, Zisserman, Jawahar, Cats and Dogs, CVPR 2012): pets and their trimaps."""
+"""Load Oxford-IIIT Pet with its trimaps (Parkhi, Vedaldi, Zisserman, Jawahar, Cats and Dogs, CVPR 2012)."""
 
 import io
 import tarfile
@@ -25,7 +25,7 @@ from experiments.data.store import (
 
 @dataclass(frozen=True)
 class Part:
-    """One of the two official archives: its file, MD5, and the folder that it unpacks to."""
+    """Describe one of the two official archives: its file, its MD5, and the folder that it unpacks to."""
 
     file_name: str
     md5: str
@@ -42,21 +42,22 @@ CLASS_NAMES = ("pet", "background", "border")
 
 
 def load_oxford_pet(data_dir: Path | None = None, side: int = 64) -> PublishedSet:
-    """Oxford-IIIT Pet: 3,680 + 3,669 RGB photographs of 37 breeds, with pet, background or border per pixel.
+    """Load 3,680 + 3,669 RGB photographs of 37 breeds, with pet, background or border for every pixel.
 
-    Photographs are resized to `side` x `side` (bilinear, antialiased, the aspect ratio not kept), trimaps by
-    the nearest pixel. Labels are uint8 (n, side, side).
+    Photographs are resized to `side` x `side` (bilinear, antialiased, the aspect ratio is not kept). Trimaps
+    are resized by the nearest pixel. Labels are uint8 (n, side, side).
 
-    Without `data_dir`: resized arrays in the cache, else the official archives. There is no second source.
-    The archives' MD5s are checked; the arrays have none of their own, as JPEG decoders differ in a level.
+    Without `data_dir` the resized arrays come from the cache, else from the official archives. There is no
+    second source. The MD5s of the archives are checked. The arrays have no checksum, because JPEG decoders
+    differ by a level.
 
     Args:
-        data_dir: a folder with the official images.tar.gz and annotations.tar.gz, or with what they unpack
-            to, the folders images and annotations.
-        side: pixels.
+        data_dir: Folder with the official images.tar.gz and annotations.tar.gz, or with the folders that
+            they unpack to, images and annotations.
+        side: Height and width in pixels.
 
     Raises:
-        InvalidInput: nothing usable in `data_dir`, a damaged file there, or no way to fetch the set.
+        InvalidInput: `data_dir` holds nothing usable, a file there is damaged, or the set cannot be fetched.
     """
     if data_dir is None:
         arrays = cached(f"oxford-pet-{side}", None, lambda scratch: _fetch(scratch, side))
@@ -84,7 +85,7 @@ def _fetch(scratch: Path, side: int) -> Arrays:
 
 
 def _from_folder(folder: Path, side: int) -> Arrays:
-    """The set in the two archives, or the two unpacked folders, that `folder` holds."""
+    """Read the set from the two archives, or the two unpacked folders, that `folder` holds."""
     annotations = {
         name: content
         for name, content in _files(folder, ANNOTATIONS)
@@ -108,7 +109,10 @@ def _from_folder(folder: Path, side: int) -> Arrays:
 
 
 def _files(folder: Path, part: Part) -> Iterator[tuple[str, bytes]]:
-    """Name inside the archive and content of every file of a part, its checksum first where it is packed."""
+    """Yield the name inside the archive and the content of every file of a part.
+
+    Where the part is packed, its checksum is checked first.
+    """
     path = find_local(folder, (part.file_name, part.folder), f"Oxford-IIIT Pet {part.folder}")
     if path.is_dir():
         for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
@@ -122,12 +126,12 @@ def _files(folder: Path, part: Part) -> Iterator[tuple[str, bytes]]:
 
 
 def _photograph(content: bytes, name: str, side: int) -> np.ndarray:
-    """uint8 (side, side, 3)."""
+    """Decode and resize a photograph: uint8 (side, side, 3)."""
     return np.asarray(_open(content, name).convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
 
 
 def _mask(content: bytes, name: str, side: int) -> np.ndarray:
-    """Classes 0, 1, 2 of a trimap that holds 1, 2, 3; uint8 (side, side)."""
+    """Return the classes 0, 1, 2 of a trimap that holds 1, 2, 3: uint8 (side, side)."""
     trimap = np.asarray(_open(content, name).resize((side, side), Image.Resampling.NEAREST))
     if trimap.ndim != 2 or trimap.min() < 1 or trimap.max() > len(CLASS_NAMES):
         raise CorruptData(f"the trimap of {name} holds other values than 1, 2 and 3; supply a fresh copy")

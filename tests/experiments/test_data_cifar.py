@@ -96,7 +96,7 @@ def sources(tmp_path, monkeypatch):
     store.write_npz(tmp_path / "npz" / "cifar10.npz", ARRAYS)
     monkeypatch.setattr(cifar, "CIFAR10", pin(cifar.CIFAR10, files, tar))
     monkeypatch.setattr(cifar, "CIFAR10_SHA256", store.digest(ARRAYS))
-    monkeypatch.setattr(cifar, "SHA256", hashlib.sha256(npm.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar, "NPM_SHA256", hashlib.sha256(npm.read_bytes()).hexdigest())
     monkeypatch.setenv("QT_JAX_DATA", str(tmp_path / "cache"))
     return tmp_path
 
