@@ -7,7 +7,6 @@ What a run has shown, as a table, a Markdown page and a figure, from its records
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from experiments.runs import QUANT_TRIM, graphs_of
 from qt_jax import records
 from qt_jax.export.encodings import read_ranges
 from qt_jax.export.network import read_description, restore
-from qt_jax.files import write_whole
+from qt_jax.files import staged, write_whole
 from qt_jax.reporting.figures import summary_figure
 from qt_jax.reporting.pivot import title
 from qt_jax.reporting.run_report import Run, Weights, run_page
@@ -64,9 +63,8 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
         }
         for method, variables in trained.items()
     }
-    scratch = directory / "summary.partial.png"
-    summary_figure(rows, (steps, lam), weights, scratch, history, metric)
-    os.replace(scratch, directory / "summary.png")
+    with staged(directory / "summary.png") as scratch:
+        summary_figure(rows, (steps, lam), weights, scratch, history, metric)
     console.print(accuracy_table(rows, metric), soft_wrap=False)
 
 

@@ -16,6 +16,7 @@ set, the same for all, and writes records.jsonl and the report to --out.
 """
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 from pathlib import Path
@@ -67,7 +68,8 @@ def claim(directory: Path, config: Any, free_to_change: set[str]) -> None:
     mine = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
     try:
         present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-        begun = present - {path.name, f"{path.name}.partial"}
+        abandoned = set(fnmatch.filter(present, f"{path.name}*.partial"))  # by a killed writer
+        begun = present - abandoned - {path.name}
         if path.name in present:
             theirs = _read(path)
             differ = _differences(theirs, mine, free_to_change)
@@ -85,6 +87,8 @@ def claim(directory: Path, config: Any, free_to_change: set[str]) -> None:
             )
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(mine, indent=2) + "\n")
+        for name in abandoned:
+            (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise qt.InvalidInput(
             f"{directory} cannot be the folder of a run ({error.strerror}: {error.filename}). "

@@ -1,23 +1,23 @@
-"""The two errors whose message tells the user what to do."""
+"""Raise errors whose message tells the user what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class InvalidInput(ValueError):
-    """Input that is wrong in a way its author can mend.
+    """Report input that is wrong in a way its author can mend.
 
-    The message says what was wrong, where, and what to do. Command lines print it alone, without a
-    traceback, and exit with status 2; any other exception is a defect and keeps its traceback.
+    The message says what was wrong, where, and what to do. Command lines print the message alone, without a
+    traceback, and exit with status 2. Any other exception is a defect and keeps its traceback.
     """
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Around imports of what comes with the extra `name` of this package.
+    """Guard imports of packages that come with the extra `name` of this package.
 
     Raises:
-      ModuleNotFoundError: a package is missing; the message names it and the command that installs it.
+      ModuleNotFoundError: A package is missing. The message names it and the command that installs it.
 
     >>> with extra("export"):
     ...     import a_package_that_is_missing

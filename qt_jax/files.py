@@ -1,16 +1,20 @@
-"""Files that appear whole or not at all.
+"""Write files that appear whole or not at all.
 
-Text files that are written whole or not at all.
+The content goes into a scratch file beside the target, which takes the target's name once it is complete. A
+reader, or a kill at any moment, finds the old file or the new one. Each writer has a scratch file to itself,
+so that threads, processes and machines may write one path at once: the last to finish wins. A scratch file is
+removed when its writer fails. Only a kill can leave one behind, named `TARGET.TOKEN.partial`.
 """
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` beside `path`, then gives it that name; a kill leaves the old file or the new one.
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write `text` to `path` in UTF-8, whole or not at all.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "note.txt"
@@ -18,19 +22,32 @@ def write_whole(path: Path, text: str) -> None:
     >>> path.read_text(), len(list(path.parent.iterdir()))
     ('done', 1)
     """
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(text)
-    os.replace(scratch, path)
+    with staged(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def staged(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without an error."""
+    """Give the block a scratch file to write, which becomes `path` if the block ends without an error.
+
+    The folder of `path` is made if it is missing.
+
+    Yields:
+      The path of the scratch file, which does not exist yet. Its suffix is not that of `path`: hand an open
+      file to writers that choose a format, or append a suffix, by name (`np.save`).
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "model.onnx"
+    >>> with staged(path) as scratch:
+    ...     _ = scratch.write_bytes(b"graph")
+    >>> path.read_bytes()
+    b'graph'
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(6)}.partial")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield scratch
+        os.replace(scratch, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)

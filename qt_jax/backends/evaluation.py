@@ -3,7 +3,6 @@
 import hashlib
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
 from qt_jax.backends.rows import Evaluation, Job
 from qt_jax.errors import InvalidInput
+from qt_jax.files import staged
 from qt_jax.records import Record
 from qt_jax.scheduler import HERE, Scheduler, open_queue
 
@@ -273,12 +273,11 @@ def _job(
     for name, path in paths.items():
         if path.exists():
             continue
-        scratch = path.with_name(f"partial-{os.getpid()}-{threading.get_ident()}-{path.name}")
-        if name == "model":
-            scratch.write_bytes(payload)
-        else:
-            np.save(scratch, arrays[name])
-        os.replace(scratch, path)
+        with staged(path) as scratch, scratch.open("wb") as file:
+            if name == "model":
+                file.write(payload)
+            else:
+                np.save(file, arrays[name])
     return Job(
         home,
         model=paths["model"],

@@ -12,7 +12,6 @@ to tell apart as 10 and 50, and two reports can be laid side by side.
 """
 
 import io
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from qt_jax.files import staged
 from qt_jax.records import Record
 from qt_jax.reporting.pivot import METRICS, Comparison, compare, measured, spread, title
 
@@ -269,8 +269,7 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes the PNG whole or not at all."""
-    scratch = path.with_name(f"{path.name}.partial")
-    figure.savefig(scratch, format="png")
-    os.replace(scratch, path)
+    """Write the figure to `path` as a PNG, whole or not at all, and return the path."""
+    with staged(path) as scratch:
+        figure.savefig(scratch, format="png")
     return path

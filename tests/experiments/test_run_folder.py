@@ -76,10 +76,11 @@ def test_folder_in_which_nothing_was_begun_may_be_claimed_anew(config):
     assert json.loads((config.directory / "config.json").read_text())["batch_size"] == 64
 
 
+@pytest.mark.parametrize("name", ["config.json.partial", "config.json.0123456789ab.partial"])
 @pytest.mark.parametrize("text", ["", '{"sched": "qua'])
-def test_kill_during_the_claim_does_no_harm(config, text):
+def test_kill_during_the_claim_does_no_harm(config, text, name):
     config.directory.mkdir(parents=True)
-    (config.directory / "config.json.partial").write_text(text)
+    (config.directory / name).write_text(text)
     claim(config)
     assert [path.name for path in config.directory.iterdir()] == ["config.json"]
 

@@ -79,7 +79,7 @@ def drawn(monkeypatch):
     save = Figure.savefig
 
     def keep(self, path, **options):
-        kept[path.name.removesuffix(".partial")] = self
+        kept[re.sub(r"\.[0-9a-f]+\.partial$", "", path.name)] = self
         save(self, path, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
