@@ -1,9 +1,10 @@
-"""The presets of the study: their tasks, the methods compared on each, and where each network is deployed.
+"""Define the presets of the study: their tasks, the methods compared on each, and the deployments.
 
-- cpu: two CPU cores, small networks, short budgets, three seeds, or five. Hours: see
+- cpu: two CPU cores, small networks, short budgets, three or five seeds. It takes hours; the results are in
   experiments/results/paper-cpu.
-- accelerator: one GPU or TPU, full networks, full budgets, five seeds. Hours; not run yet.
+- accelerator: one GPU or TPU, full networks, full budgets, five seeds. It takes hours and was not run yet.
 - smoke: every stage on a scrap of data, in minutes.
+- accelerator-reduced: the rows of accelerator on a scrap of the data.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from experiments.configs.training import PRESETS, SEGMENTATION_PRESETS, Config
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Schemes of one backend on one of its runtimes."""
+    """Name the schemes of one backend on one of its runtimes."""
 
     backend: str
     runtime: str
@@ -24,14 +25,15 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A data set and a network, and the methods that are compared on them.
+    """Describe a data set, a network, and the methods that are compared on them.
 
     Attributes:
-      name: of the task in records and tables.
-      base: the config that methods change: data, network, budget, and else the published recipe.
-      methods: names, see `methods_of`.
-      main, ablation: where the rows of the main table and all others are deployed.
-      replicated: methods that are trained with the preset's `more_seeds`, too.
+      name: Name of the task in records and tables.
+      base: The config that methods change: data, network, budget, and otherwise the published recipe.
+      methods: Names of methods, see `methods_of`.
+      main: Where the rows of the main table are deployed.
+      ablation: Where all other rows are deployed.
+      replicated: Methods that are also trained with the preset's `more_seeds`.
     """
 
     name: str
@@ -42,23 +44,24 @@ class Task:
     replicated: tuple[str, ...] = ()
 
     def targets(self, method: str) -> tuple[Target, ...]:
-        """Where the network of this method is deployed."""
+        """Return where the network of a method is deployed."""
         return self.main if BASELINES in METHODS[method].tables else self.ablation
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A study.
+    """Describe a study.
 
     Attributes:
-      name: of the preset; results go to `experiments/results/paper-<name>`.
-      seeds: of training, the same for all methods of all tasks.
-      more_seeds: for the methods that a task has replicated.
-      factors: of the task's learning rate, which `--search` tries for each method.
-      search_seed: of the search, not among `seeds`.
-      pinned: a row computes on one core, and as many rows at a time as there are cores; else one at a time,
-        on the whole machine.
-      minutes: that one step of one deployment may take.
+      name: Name of the preset. Its results go to `experiments/results/paper-<name>`.
+      tasks: The tasks.
+      seeds: Seeds of training, the same for all methods of all tasks.
+      factors: Factors of the task's learning rate, which `--search` tries for each method.
+      search_seed: Seed of the search, which is not among `seeds`.
+      more_seeds: Further seeds for the methods that a task replicates.
+      pinned: True: a row computes on one core, and as many rows run at a time as there are cores. False: one
+        row runs at a time, on the whole machine.
+      minutes: Time limit of one step of one deployment.
     """
 
     name: str
@@ -71,8 +74,31 @@ class Preset:
     minutes: float = 20.0
 
 
+def preset(name: str) -> Preset:
+    """Return the preset of this name.
+
+    Raises:
+      InvalidInput: No preset has this name.
+
+    >>> preset("cpu").seeds
+    (0, 1, 2)
+    """
+    if name not in STUDIES:
+        raise qt.InvalidInput(f"--preset {name!r} is unknown; choose one of {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def methods_of(*tables: str) -> tuple[str, ...]:
+    """Return the names of the methods of any of these tables, in the order of `METHODS`.
+
+    >>> methods_of("main")[0]
+    'float'
+    """
+    return tuple(name for name, method in METHODS.items() if set(tables) & set(method.tables))
+
+
 def reduced(preset: Preset) -> Preset:
-    """A preset on a scrap of its data, to see whether everything runs: its first seed, eight steps a row.
+    """Return a preset that checks that everything runs: the first seed, eight steps per row, little data.
 
     >>> reduced(Preset("p", (), (0, 1))).name
     'p-reduced'
@@ -87,21 +113,17 @@ def reduced(preset: Preset) -> Preset:
     )
 
 
-def methods_of(*tables: str) -> tuple[str, ...]:
-    """The names of the methods of any of these tables, in the order of the registry.
+# Deployments.
 
-    >>> methods_of("main")[0]
-    'float'
-    """
-    return tuple(name for name, method in METHODS.items() if set(tables) & set(method.tables))
+INT4_WEIGHTS = ("int4w-pt-minmax", "int4w-pc-minmax", "int4w-narrow-pt-minmax", "int4w-narrow-pc-minmax")
 
+OPENVINO_INT4 = Target("openvino", "cpu", ("int4w-pt-sym-minmax-accurate", "int4w-pc-sym-minmax-accurate"))
 
-WEIGHTS = ("int4w-pt-minmax", "int4w-pc-minmax", "int4w-narrow-pt-minmax", "int4w-narrow-pc-minmax")
-CPU_MAIN = (
+MAIN = (
     Target(
         "onnxruntime",
         "reference",
-        ("int8-pt-minmax", "int8-pc-minmax", "int8-pt-percentile", "int8-s8s8-pt-minmax", *WEIGHTS),
+        ("int8-pt-minmax", "int8-pc-minmax", "int8-pt-percentile", "int8-s8s8-pt-minmax", *INT4_WEIGHTS),
     ),
     Target(
         "openvino",
@@ -115,19 +137,31 @@ CPU_MAIN = (
     Target("ryzen-ai", "onnxruntime", ("xint8", "mxfp4e2m1")),
     Target("sophgo", "cmodel", ("bm1688-w4int8",)),
 )
+"""Deployments of classifiers in the main table."""
+
+GPU_MAIN = (*MAIN, Target("tensorrt", "gpu", ("int8-pc-minmax",)))
+"""Deployments of classifiers in the main table on a machine with a GPU."""
+
 ABLATION = (
-    Target("onnxruntime", "reference", ("int8-pt-minmax", "int8-pc-minmax", *WEIGHTS)),
-    Target("openvino", "cpu", ("int4w-pt-sym-minmax-accurate", "int4w-pc-sym-minmax-accurate")),
+    Target("onnxruntime", "reference", ("int8-pt-minmax", "int8-pc-minmax", *INT4_WEIGHTS)),
+    OPENVINO_INT4,
 )
-DENSE = (
-    Target("onnxruntime", "reference", ("int8-pt-minmax", *WEIGHTS)),
-    Target("openvino", "cpu", ("int4w-pt-sym-minmax-accurate", "int4w-pc-sym-minmax-accurate")),
+"""Deployments of classifiers in all other tables."""
+
+DENSE = (Target("onnxruntime", "reference", ("int8-pt-minmax", *INT4_WEIGHTS)), OPENVINO_INT4)
+"""Deployments of segmentation networks."""
+
+SMOKE_TARGETS = (
+    Target("onnxruntime", "reference", ("int8-pt-minmax", "int4w-pt-minmax", "int4w-pc-minmax")),
 )
-CPU_BASE = Config(preset="cpu", model="fast8", epochs=5)
-COMPARED = ("float", "qat-w4", "lsq-w4", "quant-trim", "recommended")
-"""On the other tasks."""
-DEPTHWISE = (
-    *COMPARED,
+
+# Presets.
+
+FEW_METHODS = ("float", "qat-w4", "lsq-w4", "quant-trim", "recommended")
+"""Methods that the preset cpu compares on tasks other than its first."""
+
+DEPTHWISE_METHODS = (
+    *FEW_METHODS,
     "folded",
     "recommended-raw",
     "recommended-fused",
@@ -135,89 +169,98 @@ DEPTHWISE = (
     "batch-norm",
     "recommended-clips",
 )
-"""Where the published quantization points are weakest."""
+"""Methods on depthwise convolutions, where the published quantization points are weakest."""
 
+CPU_BASE = Config(preset="cpu", model="fast8", epochs=5)
 CPU = Preset(
     name="cpu",
     tasks=(
         Task(
-            "cifar10-fast8",
-            CPU_BASE,
-            tuple(METHODS),
-            CPU_MAIN,
-            ABLATION,
-            ("float", "quant-trim", "recommended"),
+            name="cifar10-fast8",
+            base=CPU_BASE,
+            methods=tuple(METHODS),
+            main=MAIN,
+            ablation=ABLATION,
+            replicated=("float", "quant-trim", "recommended"),
         ),
         Task(
-            "cifar10-mobilenetv2",
-            dataclasses.replace(CPU_BASE, model="mobilenetv2-tiny"),
-            DEPTHWISE,
-            CPU_MAIN,
-            ABLATION,
+            name="cifar10-mobilenetv2",
+            base=dataclasses.replace(CPU_BASE, model="mobilenetv2-tiny"),
+            methods=DEPTHWISE_METHODS,
+            main=MAIN,
+            ablation=ABLATION,
         ),
         Task(
-            "cifar10-vit",
-            dataclasses.replace(CPU_BASE, model="vit-tiny", learning_rate=0.05),
-            COMPARED,
-            CPU_MAIN,
-            ABLATION,
+            name="cifar10-vit",
+            base=dataclasses.replace(CPU_BASE, model="vit-tiny", learning_rate=0.05),
+            methods=FEW_METHODS,
+            main=MAIN,
+            ablation=ABLATION,
         ),
         Task(
-            "fashion-fast8",
-            dataclasses.replace(CPU_BASE, dataset="fashion-mnist"),
-            COMPARED,
-            CPU_MAIN,
-            ABLATION,
+            name="fashion-fast8",
+            base=dataclasses.replace(CPU_BASE, dataset="fashion-mnist"),
+            methods=FEW_METHODS,
+            main=MAIN,
+            ablation=ABLATION,
         ),
-        Task("composed-unet", SEGMENTATION_PRESETS["cpu"], COMPARED, DENSE, DENSE),
+        Task(
+            name="composed-unet",
+            base=SEGMENTATION_PRESETS["cpu"],
+            methods=FEW_METHODS,
+            main=DENSE,
+            ablation=DENSE,
+        ),
     ),
     seeds=(0, 1, 2),
     more_seeds=(3, 4),
 )
 
-GPU_MAIN = (*CPU_MAIN, Target("tensorrt", "gpu", ("int8-pc-minmax",)))
 GPU_BASE = PRESETS["gpu"]
-BASELINE_METHODS = methods_of("main")
-VIT = dataclasses.replace(GPU_BASE, model="vit", learning_rate=0.05, lr_schedule="cosine", epochs=120)
-
+MAIN_METHODS = methods_of(BASELINES)
 ACCELERATOR = Preset(
     name="accelerator",
     tasks=(
-        Task("cifar10-resnet18", GPU_BASE, tuple(METHODS), GPU_MAIN, ABLATION),
         Task(
-            "cifar10-mobilenetv2",
-            dataclasses.replace(GPU_BASE, model="mobilenetv2"),
-            BASELINE_METHODS,
-            GPU_MAIN,
-            ABLATION,
+            name="cifar10-resnet18",
+            base=GPU_BASE,
+            methods=tuple(METHODS),
+            main=GPU_MAIN,
+            ablation=ABLATION,
         ),
-        Task("cifar10-vit", VIT, BASELINE_METHODS, GPU_MAIN, ABLATION),
         Task(
-            "cifar100-resnet18",
-            dataclasses.replace(GPU_BASE, dataset="cifar100"),
-            BASELINE_METHODS,
-            GPU_MAIN,
-            ABLATION,
+            name="cifar10-mobilenetv2",
+            base=dataclasses.replace(GPU_BASE, model="mobilenetv2"),
+            methods=MAIN_METHODS,
+            main=GPU_MAIN,
+            ablation=ABLATION,
         ),
-        Task("composed-unet", SEGMENTATION_PRESETS["gpu"], BASELINE_METHODS, DENSE, DENSE),
+        Task(
+            name="cifar10-vit",
+            base=dataclasses.replace(
+                GPU_BASE, model="vit", learning_rate=0.05, lr_schedule="cosine", epochs=120
+            ),
+            methods=MAIN_METHODS,
+            main=GPU_MAIN,
+            ablation=ABLATION,
+        ),
+        Task(
+            name="cifar100-resnet18",
+            base=dataclasses.replace(GPU_BASE, dataset="cifar100"),
+            methods=MAIN_METHODS,
+            main=GPU_MAIN,
+            ablation=ABLATION,
+        ),
+        Task(
+            name="composed-unet",
+            base=SEGMENTATION_PRESETS["gpu"],
+            methods=MAIN_METHODS,
+            main=DENSE,
+            ablation=DENSE,
+        ),
     ),
     seeds=(0, 1, 2, 3, 4),
     pinned=False,
-)
-
-SMOKE_TARGETS = (
-    Target("onnxruntime", "reference", ("int8-pt-minmax", "int4w-pt-minmax", "int4w-pc-minmax")),
-)
-SMOKE_BASE = Config(
-    preset="cpu",
-    dataset="digits",
-    model="tiny",
-    epochs=2,
-    batch_size=64,
-    train_limit=256,
-    reverse_pruning_every=2,
-    calibration_size=16,
-    test_limit=100,
 )
 
 SMOKE = Preset(
@@ -225,10 +268,20 @@ SMOKE = Preset(
     tasks=(
         Task(
             name="digits",
-            base=SMOKE_BASE,
+            base=Config(
+                preset="cpu",
+                dataset="digits",
+                model="tiny",
+                epochs=2,
+                batch_size=64,
+                train_limit=256,
+                reverse_pruning_every=2,
+                calibration_size=16,
+                test_limit=100,
+            ),
             methods=("float", "quant-trim", "recommended", "fine-tuned", "clips", "batch-norm"),
             main=SMOKE_TARGETS,
-            ablation=SMOKE_TARGETS[:1],
+            ablation=SMOKE_TARGETS,
         ),
     ),
     seeds=(0, 1),
@@ -241,17 +294,4 @@ STUDIES = {
     "smoke": SMOKE,
     "accelerator-reduced": reduced(ACCELERATOR),
 }
-
-
-def preset(name: str) -> Preset:
-    """The preset of this name.
-
-    Raises:
-      InvalidInput: there is none.
-
-    >>> preset("cpu").seeds
-    (0, 1, 2)
-    """
-    if name not in STUDIES:
-        raise qt.InvalidInput(f"--preset {name!r} is unknown; choose one of {', '.join(STUDIES)}")
-    return STUDIES[name]
+"""Maps the name of a preset, as on the command line, to the preset."""
