@@ -31,7 +31,7 @@ from experiments.training.loop import train
 from experiments.training.quantizers import keeps_ranges, quantization
 from qt_jax import records
 from qt_jax.backends import ort
-from qt_jax.export import verification
+from qt_jax.export import verify
 from qt_jax.export.deploy import deploy, learned_ranges, ranges_path
 from qt_jax.export.encodings import write_ranges
 from qt_jax.export.network import Description, Samples, write_description, write_samples
@@ -98,7 +98,7 @@ def export(path: Path, console: Console) -> None:
         return
     try:
         graph = onnx.load(path)
-        verification(graph, network.apply_fn, network.variables, network.samples.parity)
+        verify(graph, network.apply_fn, network.variables, network.samples.parity)
     except (DecodeError, qt.InvalidInput) as error:
         raise qt.InvalidInput(
             f"{path} is not the graph of this run's checkpoint ({error}). Delete it and relaunch."

@@ -25,7 +25,7 @@ from rich.table import Table
 import qt_jax as qt
 from qt_jax import records
 from qt_jax.command_line import command
-from qt_jax.export import to_onnx, verification
+from qt_jax.export import to_onnx, verify
 from qt_jax.provenance import provenance
 
 BATCHES = (1, 3)
@@ -159,7 +159,7 @@ def measure(case: Case, opset: int) -> dict[str, Any]:
     try:
         graph = to_onnx(forward, variables, jax.ShapeDtypeStruct(case.shape, case.dtype), opset=opset)
         row |= {"seconds": time.perf_counter() - start, "nodes": len(graph.graph.node)}
-        return row | verification(graph, forward, variables, x, batch_sizes=BATCHES)
+        return row | verify(graph, forward, variables, x, batch_sizes=BATCHES)
     except qt.InvalidInput as error:
         return row | {"status": "refused", "reason": FOLDERS.sub("", str(error))}
 

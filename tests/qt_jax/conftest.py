@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qt_jax.export import to_onnx, verification
+from qt_jax.export import to_onnx, verify
 
 SHAPE = (9, 8, 3)
 
@@ -81,7 +81,7 @@ def export(
     variables = randomised(model, *inputs)
     given = specs[0] if len(specs) == 1 else list(specs)
     exported = to_onnx(model.apply, variables, given, **options)
-    summary = verification(
+    summary = verify(
         exported,
         model.apply,
         variables,

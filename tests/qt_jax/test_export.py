@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from experiments.models.resnet import FastResNet, ResNet
 from qt_jax.errors import InvalidInput
-from qt_jax.export import to_onnx, verification
+from qt_jax.export import to_onnx, verify
 
 SHAPE = (9, 8, 3)
 SMALL_RESNET = partial(ResNet, (1, 1, 1), width=8, num_classes=5)
@@ -242,6 +242,6 @@ def test_interface_names_and_fixed_batch():
     assert [node.name for node in model.graph.node] == ["images_1", "GlobalAveragePool", "Flatten", "scores"]
     assert model.graph.input[0].name == "images" and model.graph.output[0].name == "scores"
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
-    verification(model, Net().apply, variables, images, batch_sizes=(1,))
+    verify(model, Net().apply, variables, images, batch_sizes=(1,))
     with pytest.raises(InvalidInput, match="onnxruntime: batch size 7"):
-        verification(model, Net().apply, variables, images)
+        verify(model, Net().apply, variables, images)

@@ -15,7 +15,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
-from qt_jax.export import to_onnx, verification
+from qt_jax.export import to_onnx, verify
 from qt_jax.export.clips import clipped_forward, insert_clips, learned_clips
 from qt_jax.export.deploy import deploy
 from qt_jax.export.encodings import read_ranges
@@ -133,16 +133,16 @@ def test_standard_graph_that_computes_what_jax_does_with_the_same_clips(opset, v
             return Net().apply(variables, images)
 
     model = insert_clips(to_onnx(Net().apply, variables, IMAGES.shape[1:], opset=opset), clips)
-    summary = verification(model, forward, variables, IMAGES)
+    summary = verify(model, forward, variables, IMAGES)
     assert (summary["opset"], {node.domain for node in model.graph.node}) == (opset, {""})
     difference = np.abs(forward(variables, IMAGES) - Net().apply(variables, IMAGES)).max()
     assert difference > 100 * max(summary["max_difference"].values())  # the clips bite
 
 
 def test_forward_with_clips_is_that_of_the_graph(plain, clipped, clips, variables):
-    verification(clipped, clipped_forward(Net().apply, plain, clips), variables, IMAGES)
+    verify(clipped, clipped_forward(Net().apply, plain, clips), variables, IMAGES)
     with pytest.raises(InvalidInput, match="differ from the JAX forward"):
-        verification(clipped, Net().apply, variables, IMAGES)
+        verify(clipped, Net().apply, variables, IMAGES)
 
 
 class Twice(nn.Module):
@@ -164,7 +164,7 @@ def test_readers_of_one_tensor_get_the_widest_of_their_ranges():
     own = bounds(variables, "shared")
     calls = [node for node in model.graph.node if node.input[1:2] == ["shared/kernel"]]
     assert found == {"Relu": (-9.0, own[1]), calls[0].output[0]: own} and len(calls) == 2
-    verification(insert_clips(model, found), clipped_forward(Twice().apply, model, found), variables, x)
+    verify(insert_clips(model, found), clipped_forward(Twice().apply, model, found), variables, x)
 
 
 def test_layers_in_floating_point_and_outputs_are_not_clipped(plain, variables):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import to_onnx, verification
+from qt_jax.export import to_onnx, verify
 
 SHAPE = (6, 6, 3)
 IMAGES = jax.random.normal(jax.random.key(0), (1, *SHAPE))
@@ -59,7 +59,7 @@ def test_nothing_of_jax2onnx_stays(compiled_before):
     np.testing.assert_array_equal(Net().apply(VARIABLES, IMAGES), expected)
     np.testing.assert_array_equal(apply_fn(VARIABLES, IMAGES), jax.jit(Net().apply)(VARIABLES, IMAGES))
     assert "linen" not in str(jax.make_jaxpr(apply_fn)(VARIABLES, IMAGES))
-    verification(model, apply_fn, VARIABLES, IMAGES, batch_sizes=(1,))
+    verify(model, apply_fn, VARIABLES, IMAGES, batch_sizes=(1,))
 
 
 def test_a_failing_export_leaves_nothing_either():

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import to_onnx, verification
+from qt_jax.export import to_onnx, verify
 
 
 def param(module, shape):
@@ -76,7 +76,7 @@ def test_right_at_every_opset(name, request):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         variables = net.init(jax.random.key(0), x)
         for opset in (13, 21):
-            verification(to_onnx(net.apply, variables, shape, opset=opset), net.apply, variables, x)
+            verify(to_onnx(net.apply, variables, shape, opset=opset), net.apply, variables, x)
 
 
 REFUSED = {
@@ -128,4 +128,4 @@ def test_nan_in_a_later_output_is_found():
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     with pytest.raises(InvalidInput, match="differ from the JAX forward by nan"):
-        verification(model, lambda _, x: (x * 2, x * 2), {}, np.ones((7, 3), np.float32))
+        verify(model, lambda _, x: (x * 2, x * 2), {}, np.ones((7, 3), np.float32))

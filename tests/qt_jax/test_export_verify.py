@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import save, save_verified, to_onnx, verification
+from qt_jax.export import save, save_verified, to_onnx, verify
 
 IMAGES = jax.random.normal(jax.random.key(0), (7, 6, 6, 3))
 
@@ -39,7 +39,7 @@ def model(exported):
 
 
 def check(model, **options):
-    return verification(model, Net().apply, VARIABLES, IMAGES, **options)
+    return verify(model, Net().apply, VARIABLES, IMAGES, **options)
 
 
 def test_summary(model):
@@ -71,7 +71,7 @@ def test_the_tolerance_of_large_outputs_is_what_float32_keeps(scale):
         [held] = [tensor for tensor in model.graph.initializer if tensor.name == "head/bias"]
         held.CopyFrom(bias)
         with contextlib.nullcontext() if passes else pytest.raises(InvalidInput, match="parity"):
-            verification(model, Net().apply, large, IMAGES)
+            verify(model, Net().apply, large, IMAGES)
 
 
 def test_a_custom_domain(model):
@@ -107,7 +107,7 @@ def test_a_graph_that_the_checker_rejects(model):
 
 def test_another_number_of_classes(model):
     with pytest.raises(InvalidInput, match=r"an output's shape at batch size 1 is \(1, 3\)"):
-        verification(model, lambda v, x: Net().apply(v, x)[:, :2], VARIABLES, IMAGES)
+        verify(model, lambda v, x: Net().apply(v, x)[:, :2], VARIABLES, IMAGES)
 
 
 def test_too_few_images(model):
