@@ -1,4 +1,4 @@
-"""Models by name: `create(name, num_classes, dtype)` is a Linen module, called as `model(images, train)`."""
+"""Create models by name: `create(name, num_classes, dtype)` returns a Linen module `model(images, train)`."""
 
 from functools import partial
 from typing import Any
@@ -48,5 +48,5 @@ SEGMENTERS = {
 
 
 def create(name: str, num_classes: int, dtype: Any = jnp.float32) -> nn.Module:
-    """The Linen module registered as `name`."""
+    """Create the Linen module registered as `name`."""
     return (MODELS | SEGMENTERS)[name](num_classes=num_classes, dtype=dtype)

@@ -1,4 +1,4 @@
-"""ConvNeXt for 32x32 images, in plain Linen."""
+"""Define ConvNeXt for 32x32 images, in plain Linen."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,8 +12,9 @@ from experiments.models.convolution import conv_general_dilated
 
 
 class ConvNeXtBlock(nn.Module):
-    """7x7 depthwise convolution, layer norm, an MLP over channels, layer scale, and a shortcut
-    (Liu et al. 2022, arXiv 2201.03545, figure 4).
+    """Apply a 7x7 depthwise convolution, a layer norm, an MLP over channels, layer scale and a shortcut.
+
+    (Liu et al. 2022, arXiv 2201.03545, figure 4.)
     """
 
     expansion: int = 4
@@ -40,14 +41,15 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (Liu et al. 2022, arXiv 2201.03545): a stem of patches, stages of blocks with a layer norm and
-    a 2x2 convolution of stride 2 between them, global mean, layer norm, linear head.
+    """Classify images with ConvNeXt (Liu et al. 2022, arXiv 2201.03545).
 
-    The stem's patches are 2x2 in place of 4x4, and layer scale starts at 0.01 as there are few layers.
-    `ConvNeXt(features=(4, 8), blocks=(1, 1))` is a tiny one for tests.
+    It has a stem of patches, stages of blocks with a layer norm and a 2x2 convolution of stride 2 between
+    them, a global mean, a layer norm, and a linear head. The stem's patches are 2x2 in place of 4x4, and
+    layer scale starts at 0.01 because there are few layers. `ConvNeXt(features=(4, 8), blocks=(1, 1))` is a
+    tiny one for tests.
 
-    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`;
-    training and inference are the same.
+    It takes images `(batch, height, width, channels)` and returns float32 logits `(batch, num_classes)`.
+    Training and inference are the same.
     """
 
     features: Sequence[int] = (48, 96, 192)

@@ -1,8 +1,8 @@
-"""Depthwise and pointwise convolutions that are fast on CPUs, for `nn.Conv`'s field `conv_general_dilated`.
+"""Run depthwise and pointwise convolutions fast on CPUs, through `nn.Conv`'s field `conv_general_dilated`.
 
-XLA's CPU backend runs a grouped convolution group by group; a depthwise one is then many times slower than
-its arithmetic. For the gradient of a kernel, a pointwise one's too, it transposes images and output gradients
-in plain loops, which a matrix product does without.
+XLA's CPU backend runs a grouped convolution group by group, so a depthwise one is many times slower than its
+arithmetic. For the gradient of any kernel, including a pointwise one, it transposes images and output
+gradients in plain loops. A matrix product does without these.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 CHANNELS_LAST = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-"""Images `(batch, height, width, channels)`, kernels `(height, width, in, out)`: what `nn.Conv` passes."""
+"""Layout of `nn.Conv`: images `(batch, height, width, channels)`, kernels `(height, width, in, out)`."""
 
 Pair = tuple[int, int]
 
@@ -30,16 +30,19 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     **options: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, on CPUs with depthwise convolutions as sums of shifted products and
-    pointwise ones (1x1, stride 1, no padding) as matrix products.
+    """Compute `jax.lax.conv_general_dilated`, with fast forms of two kinds of convolution on CPUs.
 
-    y[n, i, j, c] = sum over (p, q) of x[n, s i + d p, s j + d q, c] w[p, q, 0, c], x padded, stride s and
-    dilation d: one multiplication and addition over the whole image for each element of the window, which
-    XLA fuses. Only float32, channels last, no groups or one output for each channel; every other convolution,
-    and every other device, gets the function of the same name in JAX.
+    A depthwise convolution becomes a sum of shifted products. With padded x, stride s and dilation d,
 
-    Takes and returns what `jax.lax.conv_general_dilated` does, up to rounding; `**options` are its
-    remaining arguments. Reverse-mode derivatives only.
+        y[n, i, j, c] = sum over (p, q) of x[n, s i + d p, s j + d q, c] w[p, q, 0, c]
+
+    is one multiplication and addition over the whole image for each element of the window, and XLA fuses
+    them. A pointwise convolution (1x1, stride 1, no padding) becomes a matrix product. Both need float32,
+    channels last, and no groups or one output for each channel. Every other convolution, and every other
+    device, gets JAX's function of the same name.
+
+    Arguments and result are those of `jax.lax.conv_general_dilated`, up to rounding. `**options` are its
+    remaining arguments. Only reverse-mode derivatives are defined.
 
     >>> import flax.linen as nn
     >>> layer = nn.Conv(8, (3, 3), feature_group_count=8, conv_general_dilated=conv_general_dilated)
@@ -75,18 +78,18 @@ def conv_general_dilated(
 
 
 def _asks_for_more(options: dict[str, Any]) -> bool:
-    """Whether an option is in force, other than the precision, which products of float32 have anyway."""
+    """Tell whether an option is in force, except the precision, which float32 products have anyway."""
     neutral = {"batch_group_count": 1}
     return any(value != neutral.get(name) for name, value in options.items() if name != "precision")
 
 
 def _reach(kernel: jax.Array, dilation: Pair) -> tuple[int, ...]:
-    """Height and width that a dilated kernel covers."""
+    """Return the height and width that a dilated kernel covers."""
     return tuple(d * (k - 1) + 1 for k, d in zip(kernel.shape[:2], dilation, strict=True))
 
 
 def _shifts(x: jax.Array, kernel: jax.Array, strides: Pair, dilation: Pair) -> list[jax.Array]:
-    """What each element of the window sees of a padded `(..., height, width, channels)`, row by row."""
+    """Return, row by row, what each window element sees of a padded `(..., height, width, channels)`."""
     sizes = zip(x.shape[-3:-1], _reach(kernel, dilation), strides, strict=True)
     spans = [s * ((n - r) // s) + 1 for n, r, s in sizes]
 
@@ -117,7 +120,7 @@ def _backward(strides, dilation, residuals, gradient):
         shifts = _shifts(image[0], kernel, strides, dilation)
         return [total + shift * image[1] for total, shift in zip(sums, shifts, strict=True)], None
 
-    # XLA's CPU backend runs a reduction to channels on one lane; sums kept by pixel are ten times faster.
+    # XLA's CPU backend reduces to channels on one lane. Sums that are kept by pixel are ten times faster.
     zeros = [jnp.zeros(gradient.shape[1:], gradient.dtype)] * (kernel.shape[0] * kernel.shape[1])
     sums, _ = jax.lax.scan(accumulate, zeros, (x, gradient))
     return x_gradient, jnp.stack([total.sum((0, 1)) for total in sums]).reshape(kernel.shape)

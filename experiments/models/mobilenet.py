@@ -1,7 +1,4 @@
-"""MobileNetV3 for 32x32 images, in plain Linen.
-
-MobileNetV2 for 32x32 images, in plain Linen.
-"""
+"""Define MobileNetV2 and MobileNetV3 for 32x32 images, in plain Linen."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +13,7 @@ from experiments.models.resnet import SAME_3X3
 
 
 class Stage(NamedTuple):
-    """Blocks of one resolution: the expansion of each, its output features, how many, the first's stride."""
+    """Describe the blocks of one resolution: expansion and output features of each, number, first stride."""
 
     expansion: int
     features: int
@@ -24,47 +21,14 @@ class Stage(NamedTuple):
     stride: int
 
 
-class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection, and a shortcut where shapes allow it
-    (Sandler et al. 2018, arXiv 1801.04381, figure 4).
-    """
-
-    features: int
-    expansion: int = 6
-    stride: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
-        hidden = x.shape[-1] * self.expansion
-
-        y = x
-        if self.expansion > 1:
-            y = conv(hidden, (1, 1), padding="VALID", name="expand")(y)
-            y = nn.relu6(norm(name="expand_norm")(y))
-        y = conv(
-            hidden,
-            (3, 3),
-            strides=(self.stride, self.stride),
-            padding=SAME_3X3,
-            feature_group_count=hidden,
-            name="depthwise",
-        )(y)
-        y = nn.relu6(norm(name="depthwise_norm")(y))
-        y = conv(self.features, (1, 1), padding="VALID", name="project")(y)
-        y = norm(name="project_norm")(y)
-        return x + y if x.shape == y.shape else y
-
-
 class MobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381, table 2) cut to small images: a stem of stride 1,
-    the first five widths, a last 1x1 convolution of `last` features. 0.34 M parameters.
+    """Classify images with MobileNetV2 cut to small images (Sandler et al. 2018, arXiv 1801.04381, table 2).
 
-    `MobileNetV2(stem=4, stages=(Stage(1, 4, 1, 1), Stage(2, 8, 2, 2)), last=16)` is a tiny one for tests.
+    It has a stem of stride 1, the first five widths, and a last 1x1 convolution of `last` features. It has
+    0.34 M parameters. `MobileNetV2(stem=4, stages=(Stage(1, 4, 1, 1), Stage(2, 8, 2, 2)), last=16)` is a
+    tiny one for tests.
 
-    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`.
+    It takes images `(batch, height, width, channels)` and returns float32 logits `(batch, num_classes)`.
     """
 
     stem: int = 32
@@ -97,9 +61,46 @@ class MobileNetV2(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
 
 
+class InvertedResidual(nn.Module):
+    """Apply a 1x1 expansion, a 3x3 depthwise convolution, a linear 1x1 projection and a shortcut.
+
+    The shortcut is there where shapes allow it (Sandler et al. 2018, arXiv 1801.04381, figure 4).
+    """
+
+    features: int
+    expansion: int = 6
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+        hidden = x.shape[-1] * self.expansion
+
+        y = x
+        if self.expansion > 1:
+            y = conv(hidden, (1, 1), padding="VALID", name="expand")(y)
+            y = nn.relu6(norm(name="expand_norm")(y))
+        y = conv(
+            hidden,
+            (3, 3),
+            strides=(self.stride, self.stride),
+            padding=SAME_3X3,
+            feature_group_count=hidden,
+            name="depthwise",
+        )(y)
+        y = nn.relu6(norm(name="depthwise_norm")(y))
+        y = conv(self.features, (1, 1), padding="VALID", name="project")(y)
+        y = norm(name="project_norm")(y)
+        return x + y if x.shape == y.shape else y
+
+
 class Block(NamedTuple):
-    """One row of the paper's table: window of the depthwise convolution, features of the expansion and of
-    the output, whether channels are recalibrated, activation, stride.
+    """Describe one row of the paper's table.
+
+    Its fields are the window of the depthwise convolution, the features of the expansion and of the output,
+    whether channels are recalibrated, the activation, and the stride.
     """
 
     window: int
@@ -122,32 +123,44 @@ SMALL = (
 """MobileNetV3-Small (arXiv 1905.02244, table 2) up to the last halving but one, its first two at stride 1."""
 
 
-class SqueezeExcite(nn.Module):
-    """Scales each channel by hard_sigmoid(W2 relu(W1 mean(x))), the mean over the image
-    (Hu et al. 2018, arXiv 1709.01507; the gate of Howard et al. 2019, section 5.3).
+class MobileNetV3(nn.Module):
+    """Classify images with MobileNetV3 (Howard et al. 2019, arXiv 1905.02244).
+
+    It has a stem of stride 1, `blocks`, a last 1x1 convolution of `last` features, a global mean, a hidden
+    layer of `hidden` features, and a linear head. `MobileNetV3(stem=4, blocks=(Block(3, 4, 4, True, nn.relu,
+    2), Block(5, 8, 4, True, nn.hard_swish, 1)), last=8, hidden=8)` is a tiny one for tests.
+
+    It takes images `(batch, height, width, channels)` and returns float32 logits `(batch, num_classes)`.
     """
 
-    reduction: int = 4
+    stem: int = 16
+    blocks: Sequence[Block] = SMALL
+    last: int = 288
+    hidden: int = 512
+    num_classes: int = 10
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        features = x.shape[-1]
-        conv = partial(
-            nn.Conv,
-            kernel_size=(1, 1),
-            padding="VALID",
-            dtype=self.dtype,
-            conv_general_dilated=conv_general_dilated,
-        )
-        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
-        gate = nn.relu(conv(max(1, features // self.reduction), name="squeeze")(gate))
-        return x * nn.hard_sigmoid(conv(features, name="excite")(gate))
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+
+        x = conv(self.stem, (3, 3), padding=SAME_3X3, name="stem")(x)
+        x = nn.hard_swish(norm(name="stem_norm")(x))
+        for number, block in enumerate(self.blocks, start=1):
+            x = InvertedResidualV3(block, self.dtype, name=f"block{number}")(x, train)
+        x = conv(self.last, (1, 1), padding="VALID", name="last")(x)
+        x = nn.hard_swish(norm(name="last_norm")(x))
+        x = jnp.mean(x, axis=(1, 2))
+        x = nn.hard_swish(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
 
 
 class InvertedResidualV3(nn.Module):
-    """1x1 expansion, depthwise convolution, squeeze and excitation, linear 1x1 projection, and a shortcut
-    where shapes allow it (Howard et al. 2019, arXiv 1905.02244, figure 4).
+    """Apply a 1x1 expansion, a depthwise convolution, squeeze and excitation, a projection and a shortcut.
+
+    The 1x1 projection is linear. The shortcut is there where shapes allow it (Howard et al. 2019,
+    arXiv 1905.02244, figure 4).
     """
 
     block: Block
@@ -179,34 +192,25 @@ class InvertedResidualV3(nn.Module):
         return x + y if x.shape == y.shape else y
 
 
-class MobileNetV3(nn.Module):
-    """MobileNetV3 (Howard et al. 2019, arXiv 1905.02244): a stem of stride 1, `blocks`, a last 1x1
-    convolution of `last` features, global mean, a hidden layer of `hidden`, a linear head.
+class SqueezeExcite(nn.Module):
+    """Scale each channel by hard_sigmoid(W2 relu(W1 mean(x))), where the mean is over the image.
 
-    `MobileNetV3(stem=4, blocks=(Block(3, 4, 4, True, nn.relu, 2), Block(5, 8, 4, True, nn.hard_swish, 1)),
-    last=8, hidden=8)` is a tiny one for tests.
-
-    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`.
+    (Hu et al. 2018, arXiv 1709.01507, with the gate of Howard et al. 2019, section 5.3.)
     """
 
-    stem: int = 16
-    blocks: Sequence[Block] = SMALL
-    last: int = 288
-    hidden: int = 512
-    num_classes: int = 10
+    reduction: int = 4
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=conv_general_dilated)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
-
-        x = conv(self.stem, (3, 3), padding=SAME_3X3, name="stem")(x)
-        x = nn.hard_swish(norm(name="stem_norm")(x))
-        for number, block in enumerate(self.blocks, start=1):
-            x = InvertedResidualV3(block, self.dtype, name=f"block{number}")(x, train)
-        x = conv(self.last, (1, 1), padding="VALID", name="last")(x)
-        x = nn.hard_swish(norm(name="last_norm")(x))
-        x = jnp.mean(x, axis=(1, 2))
-        x = nn.hard_swish(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = x.shape[-1]
+        conv = partial(
+            nn.Conv,
+            kernel_size=(1, 1),
+            padding="VALID",
+            dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
+        )
+        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
+        gate = nn.relu(conv(max(1, features // self.reduction), name="squeeze")(gate))
+        return x * nn.hard_sigmoid(conv(features, name="excite")(gate))

@@ -1,4 +1,4 @@
-"""An image read row by row by a recurrent network, in plain Linen."""
+"""Define a recurrent network that reads an image row by row, in plain Linen."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 
 class RowReader(nn.Module):
-    """A recurrent classifier: each row of the image is one step of an LSTM (Hochreiter and Schmidhuber 1997)
-    or a GRU (Cho et al. 2014, arXiv 1406.1078), the last state feeds a linear head, in the manner of the
-    sequential MNIST of Le et al. 2015 (arXiv 1504.00941).
+    """Classify images with an LSTM or a GRU that takes one row of the image per step.
 
-    `RowReader(features=8)` is a tiny one for tests. Any height will do; the width is fixed by the parameters.
+    The last state feeds a linear head, as in the sequential MNIST of Le et al. 2015 (arXiv 1504.00941). The
+    LSTM is Hochreiter and Schmidhuber's of 1997, the GRU Cho et al.'s of 2014 (arXiv 1406.1078). Any height
+    is possible; the parameters fix the width. `RowReader(features=8)` is a tiny one for tests.
 
-    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`;
-    training and inference are the same.
+    It takes images `(batch, height, width, channels)` and returns float32 logits `(batch, num_classes)`.
+    Training and inference are the same.
     """
 
     cell: type[nn.RNNCellBase] = nn.LSTMCell

@@ -1,8 +1,6 @@
-"""Residual networks for 32x32 images, in plain Linen: nothing here knows of quantization.
+"""Define residual networks in plain Linen: for 32x32 images, for fast training on CPUs, and ResNet-50.
 
-A short, wide residual network for CPUs: most of its work is at low resolution and many channels.
-
-ResNet-50 for 224x224 images, in plain Linen.
+Nothing here knows of quantization.
 """
 
 from collections.abc import Sequence
@@ -17,36 +15,13 @@ SAME_3X3 = ((1, 1), (1, 1))
 """Explicit padding: "SAME" with stride 2 is asymmetric in JAX and exports as auto_pad."""
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385, figure 5 left)."""
-
-    features: int
-    stride: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
-        strides = (self.stride, self.stride)
-
-        y = conv(kernel_size=(3, 3), strides=strides, padding=SAME_3X3, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y))
-        y = conv(kernel_size=(3, 3), padding=SAME_3X3, name="conv2")(y)
-        y = norm(name="norm2")(y)
-        if x.shape != y.shape:
-            x = conv(kernel_size=(1, 1), strides=strides, padding="VALID", name="shortcut")(x)
-            x = norm(name="shortcut_norm")(x)
-        return nn.relu(x + y)
-
-
 class ResNet(nn.Module):
-    """A residual network for small images: stem, stages of `BasicBlock`, global mean, linear head.
+    """Classify small images with a residual network: stem, stages of `BasicBlock`, global mean, linear head.
 
-    Stage `i` has `stage_sizes[i]` blocks of `width * 2**i` features; every stage but the first halves
-    the resolution. `(3, 3, 3)` at width 16 is ResNet-20, `(2, 2, 2, 2)` at width 64 the 18-style network.
+    Stage `i` has `stage_sizes[i]` blocks of `width * 2**i` features. Every stage but the first halves the
+    resolution. `(3, 3, 3)` at width 16 is ResNet-20, and `(2, 2, 2, 2)` at width 64 is the 18-style network.
 
-    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`.
+    It takes images `(batch, height, width, channels)` and returns float32 logits `(batch, num_classes)`.
     """
 
     stage_sizes: Sequence[int]
@@ -68,8 +43,8 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
 
 
-class ConvNormRelu(nn.Module):
-    """3x3 convolution, batch norm, ReLU."""
+class BasicBlock(nn.Module):
+    """Apply two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385, figure 5 left)."""
 
     features: int
     stride: int = 1
@@ -77,18 +52,28 @@ class ConvNormRelu(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         strides = (self.stride, self.stride)
-        conv = partial(nn.Conv, self.features, (3, 3), strides, SAME_3X3, use_bias=False, dtype=self.dtype)
-        x = conv(name="conv")(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
-        return nn.relu(x)
+
+        y = conv(kernel_size=(3, 3), strides=strides, padding=SAME_3X3, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y))
+        y = conv(kernel_size=(3, 3), padding=SAME_3X3, name="conv2")(y)
+        y = norm(name="norm2")(y)
+        if x.shape != y.shape:
+            x = conv(kernel_size=(1, 1), strides=strides, padding="VALID", name="shortcut")(x)
+            x = norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
 
 
 class FastResNet(nn.Module):
-    """ResNet-9 in the manner of DAWNBench's small CIFAR networks (Page, "How to train your ResNet", 2018),
-    with strided convolutions in place of pooling and `width` channels at full resolution.
+    """Classify images with a short, wide ResNet-9 for CPUs.
 
-    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`.
+    Most of its work is at low resolution and many channels. It follows DAWNBench's small CIFAR networks
+    (Page, "How to train your ResNet", 2018), with strided convolutions in place of pooling and `width`
+    channels at full resolution.
+
+    It takes images `(batch, height, width, channels)` and returns float32 logits `(batch, num_classes)`.
     """
 
     width: int = 24
@@ -108,9 +93,56 @@ class FastResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
 
 
+class ConvNormRelu(nn.Module):
+    """Apply a 3x3 convolution, batch norm and ReLU."""
+
+    features: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        strides = (self.stride, self.stride)
+        conv = partial(nn.Conv, self.features, (3, 3), strides, SAME_3X3, use_bias=False, dtype=self.dtype)
+        x = conv(name="conv")(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
+        return nn.relu(x)
+
+
+class ResNet50(nn.Module):
+    """Classify 224x224 images with ResNet-50 (He et al. 2016, arXiv 1512.03385, table 1).
+
+    It has a 7x7 stem and a max pool down to a quarter of the resolution, stages of `Bottleneck`, a global
+    mean, and a linear head. It has 25.6 M parameters. `ResNet50((1, 1), width=4)` is a tiny one for tests.
+
+    It takes images `(batch, height, width, channels)` and returns float32 logits `(batch, num_classes)`.
+    """
+
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
+    width: int = 64
+    num_classes: int = 1000
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, padding=((3, 3), (3, 3)), use_bias=False, dtype=self.dtype)
+        x = conv(self.width, (7, 7), (2, 2), name="stem")(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="stem_norm")(x)
+        x = nn.max_pool(nn.relu(x), window_shape=(3, 3), strides=(2, 2), padding=SAME_3X3)
+        for stage, blocks in enumerate(self.stage_sizes):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                name = f"stage{stage + 1}_block{block + 1}"
+                x = Bottleneck(self.width * 2**stage, stride, dtype=self.dtype, name=name)(x, train)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+
+
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution and a shortcut (He et al. 2016, arXiv 1512.03385, figure 5 right); the
-    3x3 one strides, as in the variant known as v1.5.
+    """Apply a 1x1, a 3x3 and a 1x1 convolution and a shortcut.
+
+    (He et al. 2016, arXiv 1512.03385, figure 5 right.) The 3x3 convolution has the stride, as in the variant
+    known as v1.5.
     """
 
     features: int
@@ -132,32 +164,3 @@ class Bottleneck(nn.Module):
             x = conv(outputs, (1, 1), strides, "VALID", name="shortcut")(x)
             x = norm(name="shortcut_norm")(x)
         return nn.relu(x + y)
-
-
-class ResNet50(nn.Module):
-    """ResNet-50 (He et al. 2016, arXiv 1512.03385, table 1): a 7x7 stem and a max pool down to a quarter of
-    the resolution, stages of `Bottleneck`, global mean, linear head. 25.6 M parameters.
-
-    `ResNet50((1, 1), width=4)` is a tiny one for tests.
-
-    Takes images `(batch, height, width, channels)`, returns float32 logits `(batch, num_classes)`.
-    """
-
-    stage_sizes: Sequence[int] = (3, 4, 6, 3)
-    width: int = 64
-    num_classes: int = 1000
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, padding=((3, 3), (3, 3)), use_bias=False, dtype=self.dtype)
-        x = conv(self.width, (7, 7), (2, 2), name="stem")(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="stem_norm")(x)
-        x = nn.max_pool(nn.relu(x), window_shape=(3, 3), strides=(2, 2), padding=SAME_3X3)
-        for stage, blocks in enumerate(self.stage_sizes):
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                name = f"stage{stage + 1}_block{block + 1}"
-                x = Bottleneck(self.width * 2**stage, stride, dtype=self.dtype, name=name)(x, train)
-        x = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)

@@ -1,7 +1,4 @@
-"""Atrous spatial pyramid pooling on a small residual backbone, in plain Linen.
-
-U-Net for small images, in plain Linen.
-"""
+"""Define segmenters for small images in plain Linen: U-Net, and atrous spatial pyramid pooling (ASPP)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,32 +11,17 @@ import jax.numpy as jnp
 from experiments.models.resnet import SAME_3X3, BasicBlock
 
 
-class DoubleConv(nn.Module):
-    """Two 3x3 convolutions, each followed by batch norm and ReLU."""
-
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, self.features, (3, 3), padding=SAME_3X3, use_bias=False, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
-        x = nn.relu(norm(name="norm1")(conv(name="conv1")(x)))
-        return nn.relu(norm(name="norm2")(conv(name="conv2")(x)))
-
-
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015, arXiv 1505.04597) with padded convolutions and batch norm.
+    """Classify pixels with a U-Net of padded convolutions and batch norm.
 
-    Down: `depth` times two convolutions and a 2x2 max pool, features doubling. Up: the resolution doubled by
-    a 2x2 transposed convolution, or by `jax.image.resize` and a 3x3 convolution (Odena et al. 2016,
-    "Deconvolution and checkerboard artifacts"); the features of that resolution concatenated; two
-    convolutions.
+    (Ronneberger et al. 2015, arXiv 1505.04597.) Going down, two convolutions and a 2x2 max pool follow each
+    other `depth` times, and the features double. Going up, the resolution is doubled by a 2x2 transposed
+    convolution, or by `jax.image.resize` and a 3x3 convolution (Odena et al. 2016, "Deconvolution and
+    checkerboard artifacts"). Then the features of that resolution are concatenated and two convolutions
+    follow. `UNet(width=4, depth=1)` is a tiny one for tests.
 
-    `UNet(width=4, depth=1)` is a tiny one for tests.
-
-    Takes images `(batch, height, width, channels)`, height and width multiples of 2**depth, returns float32
-    logits `(batch, height, width, num_classes)`.
+    It takes images `(batch, height, width, channels)`, whose height and width are multiples of 2**depth. It
+    returns float32 logits `(batch, height, width, num_classes)`.
     """
 
     up: Literal["transposed", "nearest", "bilinear"] = "transposed"
@@ -65,7 +47,7 @@ class UNet(nn.Module):
         return x.astype(jnp.float32)
 
     def _doubled(self, x: jax.Array, features: int, name: str) -> jax.Array:
-        """`x` at twice its resolution, with `features` channels."""
+        """Return `x` at twice its resolution, with `features` channels."""
         if self.up == "transposed":
             return nn.ConvTranspose(features, (2, 2), (2, 2), "VALID", dtype=self.dtype, name=name)(x)
         batch, height, width, channels = x.shape
@@ -73,39 +55,27 @@ class UNet(nn.Module):
         return nn.Conv(features, (3, 3), padding=SAME_3X3, dtype=self.dtype, name=name)(x)
 
 
-class AtrousPyramid(nn.Module):
-    """A 1x1 convolution, 3x3 convolutions of several dilations and the image's mean, side by side, then
-    projected (Chen et al. 2017, arXiv 1706.05587, figure 5); each with batch norm and ReLU.
-    """
+class DoubleConv(nn.Module):
+    """Apply two 3x3 convolutions, each followed by batch norm and ReLU."""
 
     features: int
-    dilations: Sequence[int] = (2, 4, 6)
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        def convolve(x: jax.Array, name: str, **window: Any) -> jax.Array:
-            conv = partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
-            norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
-            return nn.relu(norm(name=f"{name}_norm")(conv(**window, name=name)(x)))
-
-        point = {"kernel_size": (1, 1), "padding": "VALID"}
-        branches = [convolve(x, "point", **point)]
-        for rate in self.dilations:
-            window = {"kernel_size": (3, 3), "kernel_dilation": (rate, rate), "padding": ((rate, rate),) * 2}
-            branches.append(convolve(x, f"dilated{rate}", **window))
-        pooled = convolve(jnp.mean(x, axis=(1, 2), keepdims=True), "pooled", **point)
-        branches.append(jnp.broadcast_to(pooled, branches[0].shape))
-        return convolve(jnp.concatenate(branches, axis=-1), "project", **point)
+        conv = partial(nn.Conv, self.features, (3, 3), padding=SAME_3X3, use_bias=False, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+        x = nn.relu(norm(name="norm1")(conv(name="conv1")(x)))
+        return nn.relu(norm(name="norm2")(conv(name="conv2")(x)))
 
 
 class ASPP(nn.Module):
-    """A segmenter in the manner of DeepLabv3 (Chen et al. 2017, arXiv 1706.05587): residual blocks down to a
-    quarter of the resolution, the pyramid, a 1x1 convolution, bilinear upsampling to the image's size.
+    """Classify pixels in the manner of DeepLabv3 (Chen et al. 2017, arXiv 1706.05587).
 
-    `ASPP(width=4, features=4)` is a tiny one for tests.
+    Residual blocks go down to a quarter of the resolution. The pyramid, a 1x1 convolution, and bilinear
+    upsampling to the image's size follow. `ASPP(width=4, features=4)` is a tiny one for tests.
 
-    Takes images `(batch, height, width, channels)`, returns float32 logits
+    It takes images `(batch, height, width, channels)` and returns float32 logits
     `(batch, height, width, num_classes)`.
     """
 
@@ -128,3 +98,30 @@ class ASPP(nn.Module):
         x = nn.Conv(self.num_classes, (1, 1), padding="VALID", dtype=self.dtype, name="head")(x)
         x = jax.image.resize(x, (batch, height, width, self.num_classes), "bilinear", antialias=False)
         return x.astype(jnp.float32)
+
+
+class AtrousPyramid(nn.Module):
+    """Apply a 1x1 convolution, dilated 3x3 convolutions and the image's mean side by side, then project.
+
+    Each branch has batch norm and ReLU (Chen et al. 2017, arXiv 1706.05587, figure 5).
+    """
+
+    features: int
+    dilations: Sequence[int] = (2, 4, 6)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        def convolve(x: jax.Array, name: str, **window: Any) -> jax.Array:
+            conv = partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
+            norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+            return nn.relu(norm(name=f"{name}_norm")(conv(**window, name=name)(x)))
+
+        point = {"kernel_size": (1, 1), "padding": "VALID"}
+        branches = [convolve(x, "point", **point)]
+        for rate in self.dilations:
+            window = {"kernel_size": (3, 3), "kernel_dilation": (rate, rate), "padding": ((rate, rate),) * 2}
+            branches.append(convolve(x, f"dilated{rate}", **window))
+        pooled = convolve(jnp.mean(x, axis=(1, 2), keepdims=True), "pooled", **point)
+        branches.append(jnp.broadcast_to(pooled, branches[0].shape))
+        return convolve(jnp.concatenate(branches, axis=-1), "project", **point)

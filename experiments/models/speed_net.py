@@ -1,7 +1,8 @@
-"""A network for training CIFAR-10 in seconds on one GPU: short, wide at low resolution, whitened input.
+"""Define a network that trains on CIFAR-10 in seconds on one GPU.
 
-Its ingredients are public knowledge of such records: Page, "How to train your ResNet" (2018), and Jordan,
-"94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498.
+It is short, wide at low resolution, and whitens its input. Its ingredients are published with such records:
+Page, "How to train your ResNet" (2018), and Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
+arXiv 2404.00498.
 """
 
 import functools
@@ -16,14 +17,16 @@ import jax.numpy as jnp
 from experiments.models.resnet import SAME_3X3
 
 WINDOW = (2, 2)
-"""Of the whitening convolution, and of the poolings."""
+"""Window of the whitening convolution and of the poolings."""
 
 
 class SpeedNet(nn.Module):
-    """A fixed whitening convolution, blocks of two 3x3 convolutions that halve the resolution, a linear head.
+    """Classify images by a fixed whitening convolution, blocks of two 3x3 convolutions, and a linear head.
 
-    Takes images `(batch, 32, 32, 3)`, returns float32 logits `(batch, num_classes)`. The kernel `whitening`
-    is to be set by `whitening_kernel`; convolutions begin as the identity on their first outputs.
+    Each block halves the resolution. Set the kernel `whitening` by `whitening_kernel`. The other convolutions
+    begin as the identity on their first outputs.
+
+    It takes images `(batch, 32, 32, 3)` and returns float32 logits `(batch, num_classes)`.
     """
 
     widths: Sequence[int] = (64, 256, 256)
@@ -64,8 +67,9 @@ class SpeedNet(nn.Module):
 
 
 def identity_first(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """A kernel `(height, width, in, out)` whose first outputs pass the inputs on; the others uniform in
-    +-1 / sqrt(height width in).
+    """Draw a kernel `(height, width, in, out)` whose first outputs pass the inputs on.
+
+    The other outputs are uniform in +-1 / sqrt(height width in).
     """
     height, width, inputs, outputs = shape
     bound = 1 / math.sqrt(height * width * inputs)
@@ -75,16 +79,17 @@ def identity_first(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float3
 
 
 def whitening_kernel(images: jax.Array, epsilon: float = 5e-4) -> jax.Array:
-    """The kernel under which the windows of these images have nearly uncorrelated entries of variance 1.
+    """Return the kernel that maps the windows of these images to nearly uncorrelated entries of variance 1.
 
-    With the covariance C = V diag(l) V^T of all windows, the outputs are V^T x / sqrt(l + epsilon), and their
+    With the covariance C = V diag(l) V^T of all windows, the outputs are V^T x / sqrt(l + epsilon) and their
     negatives.
 
     Args:
       images: float32 `(n, height, width, channels)`, normalised.
+      epsilon: Added to the variances l.
 
     Returns:
-      float32 `(2, 2, channels, 8 channels)`.
+      A float32 kernel `(2, 2, channels, 8 channels)`.
     """
     rows, columns = WINDOW
     height, width, channels = images.shape[1:]
@@ -98,10 +103,10 @@ def whitening_kernel(images: jax.Array, epsilon: float = 5e-4) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """`nn.max_pool` with windows side by side; what does not fill a window at the end is dropped.
+    """Apply `nn.max_pool` with windows side by side, and drop what does not fill a window at the end.
 
-    Its gradient goes to every entry that equals the maximum, shared equally: a few elementwise operations,
-    where XLA's own scatters.
+    The gradient is shared equally by every entry that equals the maximum. That takes a few elementwise
+    operations, where XLA's own gradient scatters.
     """
     return nn.max_pool(x, window, window)
 
