@@ -1,4 +1,7 @@
-"""The checkpoints to ONNX and through ONNX Runtime's quantizers; leaves the files of the command line."""
+"""Export the checkpoints to ONNX and take them through ONNX Runtime's quantizers.
+
+The files that the command line needs are written too: the graphs, calibration.npz and test.npz.
+"""
 
 import numpy as np
 import onnx

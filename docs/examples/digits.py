@@ -1,4 +1,4 @@
-"""The network and the data of the examples: plain Flax, which knows nothing of quantization."""
+"""Define the network and the data of the examples in plain Flax, without any quantization."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 
 class Net(nn.Module):
-    """Depthwise-separable convolutions on images of one channel."""
+    """Classify images of one channel with depthwise-separable convolutions."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -27,8 +27,11 @@ class Net(nn.Module):
 
 
 def data():
-    """scikit-learn's digits with noise, so that they are not too easy: each training image four times, each
-    test image five times, every time with other noise. Images float32 (n, 8, 8, 1), labels int32 (n,)."""
+    """Return scikit-learn's digits with noise, as a training split and a test split of (images, labels).
+
+    The noise makes the digits harder. Each training image appears four times and each test image five times,
+    every time with different noise. Images are float32 (n, 8, 8, 1), labels int32 (n,).
+    """
     digits, random = load_digits(), np.random.default_rng(0)
     order = random.permutation(len(digits.target))
 

@@ -1,4 +1,4 @@
-"""Fine-tuning in plain Flax and optax, from float.msgpack; ends with fine_tuned.msgpack."""
+"""Fine-tune float.msgpack in plain Flax and optax, and write fine_tuned.msgpack."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Training in plain Flax and optax; ends with the checkpoint float.msgpack."""
+"""Train in plain Flax and optax, and write the checkpoint float.msgpack."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The same fine-tuning with Quant-Trim; ends with quant_trimmed.msgpack."""
+"""Fine-tune float.msgpack with Quant-Trim, and write quant_trimmed.msgpack."""
 
 import jax
 import jax.numpy as jnp
