@@ -1,6 +1,6 @@
-"""A griffe extension: what this project's docstrings do that griffe's Google style does not know.
+"""Extend griffe with two habits of this project's docstrings that its Google style does not know.
 
-Examples with `>>>` stand wherever they explain something, and one entry may describe several arguments.
+An example with `>>>` may stand anywhere in a docstring. One entry under Args may describe several arguments.
 """
 
 import re
@@ -14,7 +14,7 @@ SHARED = re.compile(
 
 
 def fenced(text: str) -> str:
-    """`text` with each run of lines from a `>>>` to the next blank line in a fence of its own indentation."""
+    """Put each run of lines from a `>>>` to the next blank line into a fence with the same indentation."""
     lines: list[str] = []
     indent = None
     for line in [*text.splitlines(), ""]:
@@ -29,7 +29,7 @@ def fenced(text: str) -> str:
 
 
 def separate(text: str) -> str:
-    """`text` with `low, high: a range` under Args as an entry for `low` and one for `high`.
+    """Split an entry under Args such as `low, high: a range` into one entry for `low` and one for `high`.
 
     >>> print(separate("Args:\\n  a, b: both"))
     Args:
@@ -47,9 +47,9 @@ def separate(text: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring that is loaded."""
+    """Rewrite every docstring that griffe loads."""
 
     def on_instance(self, *, obj: griffe.Object, **_) -> None:
-        """Called by griffe for each module, class, function and attribute."""
+        """Rewrite the docstring of one module, class, function or attribute. Griffe calls this for each."""
         if obj.docstring is not None:
             obj.docstring.value = separate(fenced(obj.docstring.value))

@@ -1,6 +1,6 @@
-"""What the pages need beyond mkdocs' own: equations as MathML, and links to files beside the documentation.
+"""Write equations as MathML, and resolve links to files outside `docs/`, when mkdocs builds the pages.
 
-MathML is drawn by the browser itself, so that the site needs no script and no network for it.
+The browser draws MathML without any help, so the site needs neither a script nor the network for equations.
 """
 
 import html
@@ -21,11 +21,11 @@ EQUATION = re.compile(
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 SHOWN = {".png", ".svg", ".html"}
-"""Kinds of files that a page of the site can show: these are copied into it. Others are named by path."""
+"""Suffixes of files that the site can show. Such files are copied into the site, others are named by path."""
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links that leave `docs/` for the repository become copies in the site, or the path in the checkout."""
+    """Replace each link that leaves `docs/` by a link to a copy in the site, or by the path in the checkout."""
     folder = posixpath.dirname(posixpath.join("docs", page.file.src_uri))
     up = "../" * page.file.dest_uri.count("/")
 
@@ -49,7 +49,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, **_):
-    """TeX, as pymdownx.arithmatex marks it, to MathML."""
+    """Convert the TeX that pymdownx.arithmatex has marked to MathML."""
 
     def replaced(match):
         tex = html.unescape(match["tex"])

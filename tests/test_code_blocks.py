@@ -1,9 +1,8 @@
-"""Every code block of README and of the documentation: Python runs, commands are run or parsed.
+"""Check every code block of README and of the documentation: run Python, run or parse commands.
 
-Blocks of one page run one after the other in one namespace, in a folder that looks like the repository's
-root.
-A Python block that begins with `# NAME.py` is written to that file, for the next one to import. A `text`
-block right behind a Python block is what was printed.
+The Python blocks of one page run one after the other in one namespace, in a folder that looks like the root
+of the repository. A Python block that begins with `# NAME.py` is written to that file, and the next block
+imports it. A `text` block right after a Python block holds what that block prints.
 """
 
 import functools
@@ -32,7 +31,7 @@ RUN = (
     "python -m experiments.report experiments/results/cifar10-resnet8 --out runs/report.html",
     "python -m experiments.paper --list",
 )
-"""Commands that the test runs. All others train, measure, download or need a vendor: they are parsed."""
+"""Commands that the test runs. All others train, measure, download or need a vendor. They are only parsed."""
 
 OPTIONS = {
     "experiments.cifar": (Config, PRESETS["cpu"]),
@@ -40,7 +39,7 @@ OPTIONS = {
     "experiments.third_party": "Config",
     "qt_jax.backends": "Command",
 }
-"""What a module's flags are parsed into, and the defaults; others have a class `Options`."""
+"""Module -> the class that its flags are parsed into, with defaults. Other modules have a class `Options`."""
 
 OTHER_COMMANDS = {
     "python -m venv .venv && source .venv/bin/activate": None,
@@ -51,7 +50,7 @@ OTHER_COMMANDS = {
     "ruff check . && ruff format --check .": ROOT / "pyproject.toml",
     "pip download --no-deps rapidocr-onnxruntime==1.4.4": ROOT / "experiments" / "text_direction.py",
 }
-"""Command -> the file that it, or its requirement, is in; it is not run."""
+"""Command -> the file that holds the command or its requirement. These commands are not run."""
 
 
 def blocks(page):
@@ -59,7 +58,7 @@ def blocks(page):
 
 
 def commands(page):
-    """The lines of a page's shell blocks, continued ones joined, without comments."""
+    """Yield the words of each command in a page's shell blocks, with continued lines joined, without comments."""
     for language, text in blocks(page):
         if language == "bash":
             for line in text.replace("\\\n", " ").splitlines():
@@ -74,7 +73,7 @@ def with_language(*languages):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A working directory with the repository's folders in it, for new files to lie beside them."""
+    """Provide a working directory that links to the repository's folders, so that new files lie beside them."""
     for name in ("docs", "experiments", "notebooks", "qt_jax", "requirements.txt", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "runs").mkdir()
@@ -135,7 +134,7 @@ def test_commands_parse(page, monkeypatch, checkout):
 
 
 def check_other(known, line):
-    """That the file of the command is there, and holds what is asked for."""
+    """Check that the file of the command exists and holds what the command needs."""
     where = OTHER_COMMANDS[known]
     if known == "pip install -r":
         assert all((where / name).is_file() for name in line.removeprefix(known).split())
@@ -156,13 +155,13 @@ def check_pytest(arguments):
 
 
 def entry(module):
-    """The module that `python -m` runs."""
+    """Return the module that `python -m` runs."""
     found = importlib.import_module(module)
     return importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
 
 
 def parse(module, arguments):
-    """Fails with what tyro says if the arguments are not those of the module."""
+    """Fail with the message of tyro if the module does not take these arguments."""
     options = OPTIONS.get(module, "Options")
     default = {}
     if isinstance(options, tuple):

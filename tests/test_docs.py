@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, holds every public name, and quotes what the code says."""
+"""Check that the documentation builds without a warning, holds every public name, and quotes real messages."""
 
 import ast
 import importlib
@@ -39,7 +39,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def entries(site):
-    """The names that have an entry in the API pages."""
+    """Return the names that have an entry in the API pages."""
     _, _, _, _, packed = (site / "objects.inv").read_bytes().split(b"\n", 4)
     return {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
 
@@ -101,7 +101,7 @@ def test_equations_are_drawn_by_the_browser(site):
 
 
 def messages():
-    """The strings of the source, `…` for what is filled in."""
+    """Yield the strings of the source, with `…` for each value that is filled in."""
     for path in [*(ROOT / "qt_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -118,7 +118,7 @@ def test_every_quoted_message_is_in_the_source():
 
 
 def holds(text, parts):
-    """Whether `text` has all `parts`, in their order."""
+    """Tell whether `text` has all `parts`, in their order."""
     start = 0
     for part in parts:
         found = text.find(part, start)

@@ -1,4 +1,4 @@
-"""notebooks/: each runs top to bottom in a kernel of its own, and is committed as it ran."""
+"""Check that each notebook runs from top to bottom in a new kernel, and is committed as it ran."""
 
 import importlib.util
 import json
@@ -27,12 +27,12 @@ def cells(path, kind):
 
 
 def question(path):
-    """The title of a notebook."""
+    """Return the title of a notebook."""
     return "".join(cells(path, "markdown")[0]["source"]).splitlines()[0]
 
 
 def clean_environment():
-    """Without what the tests set for themselves, and what would tell a kernel's warnings from a user's."""
+    """Return the environment of a user, without the variables that the tests set for themselves."""
     ours = ("XLA_FLAGS", "JAX_PLATFORMS", "PYTHONPATH", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
     return {name: value for name, value in os.environ.items() if name not in ours}
 
