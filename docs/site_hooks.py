@@ -25,7 +25,7 @@ SHOWN = {".png", ".svg", ".html"}
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Replace each link that leaves `docs/` by a link to a copy in the site, or by the path in the checkout."""
+    """Replace each link that leaves `docs/` by one to a copy in the site, or by the path in the checkout."""
     folder = posixpath.dirname(posixpath.join("docs", page.file.src_uri))
     up = "../" * page.file.dest_uri.count("/")
 

@@ -58,7 +58,7 @@ def blocks(page):
 
 
 def commands(page):
-    """Yield the words of each command in a page's shell blocks, with continued lines joined, without comments."""
+    """Yield the words of each command in a page's shell blocks. Join continued lines and drop comments."""
     for language, text in blocks(page):
         if language == "bash":
             for line in text.replace("\\\n", " ").splitlines():
@@ -73,7 +73,7 @@ def with_language(*languages):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """Provide a working directory that links to the repository's folders, so that new files lie beside them."""
+    """Provide a working directory that links to the folders of the repository. New files lie beside them."""
     for name in ("docs", "experiments", "notebooks", "qt_jax", "requirements.txt", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "runs").mkdir()

@@ -1,4 +1,4 @@
-"""Check that the documentation builds without a warning, holds every public name, and quotes real messages."""
+"""Check that the documentation builds without warnings, holds every public name, and quotes the code."""
 
 import ast
 import importlib
