@@ -1,6 +1,7 @@
-"""Sensitivity of layers, and the remedies that help: each is tried, and kept if more images are right.
+"""Measure how sensitive each layer is, try remedies, and advise those that make more images right.
 
-Accuracy and fidelity of graphs on one set of images; what was measured once is read back.
+A `Meter` measures graphs on one set of images. It keeps each measurement in a file, so that nothing is
+measured twice, not even by a later run.
 """
 
 import dataclasses
@@ -18,10 +19,22 @@ from qt_jax.diagnosis.remedies import Deployment, Finding, Use, findings
 from qt_jax.diagnosis.simulation import FLOAT, Precision, logits_of
 from qt_jax.metrics import classification_metrics
 
+MOST_LAYERS = 3
+"""Number of layers for which more bits are tried, the most sensitive first."""
+
+Progress = Callable[[str], object]
+"""Is called with the name of each step as the step begins."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """`top1` in [0, 1]; `sqnr_db` of the logits against the reference, None where equal; `correct` `(n,)`."""
+    """Hold what was measured on a set of n images.
+
+    Attributes:
+      top1: Top-1 accuracy, in [0, 1].
+      sqnr_db: SQNR of the logits against the reference in dB; None where the two are equal.
+      correct: bool `(n,)`, True for the images whose decision is right.
+    """
 
     top1: float
     sqnr_db: float | None
@@ -30,13 +43,13 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """What graphs are measured on.
+    """Measure graphs on one set of images, and keep the measurements.
 
     Attributes:
       images: float32 `(n, ...)`, as the graphs take them.
       labels: integers `(n,)`.
-      reference: logits `(n, classes)` of the float graph.
-      kept: JSON-lines file of what was measured, by content of graph and images; it grows.
+      reference: Logits `(n, classes)` of the float graph.
+      kept: JSON-lines file of measurements, keyed by the content of graph and images. New ones are appended.
     """
 
     images: np.ndarray
@@ -45,7 +58,7 @@ class Meter:
     kept: Path
 
     def measure(self, model: onnx.ModelProto, label: str) -> Measurement:
-        """The graph's measurement, from `kept` if it is there, else made now and kept under `label`."""
+        """Return the measurement of a graph; measure it and keep it as `label` if it is not kept yet."""
         key = self.key(model)
         for row in records.read(self.kept):
             if row["key"] == key:
@@ -59,12 +72,12 @@ class Meter:
         return _decoded(row, len(self.labels))
 
     def key(self, model: onnx.ModelProto) -> str:
-        """SHA-256 of the graph, the images, the labels and the reference."""
+        """Return the SHA-256 of the graph, the images, the labels and the reference."""
         return hashlib.sha256(model.SerializeToString(deterministic=True) + self._data).hexdigest()
 
     @functools.cached_property
     def _data(self) -> bytes:
-        """SHA-256 of the arrays, which do not change between measurements."""
+        """Return the SHA-256 of the arrays, which do not change between measurements."""
         digest = hashlib.sha256()
         for array in (self.images, self.labels, self.reference):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -77,8 +90,10 @@ def _decoded(row: records.Record, n: int) -> Measurement:
 
 
 def gains(before: Measurement, after: Measurement) -> bool:
-    """Whether `after` is right more often by more than chance: b - c > 2 sqrt(b + c), with b images that it
-    alone decides rightly and c that `before` alone does (McNemar's test, about two standard deviations).
+    """Tell whether `after` is right on more images than chance explains.
+
+    This is McNemar's test at about two standard deviations: b - c > 2 sqrt(b + c), where b images are right
+    in `after` alone and c images are right in `before` alone.
 
     >>> one = Measurement(0.0, None, np.zeros(9, bool))
     >>> gains(one, Measurement(1.0, None, np.ones(9, bool))), gains(one, one)
@@ -89,15 +104,9 @@ def gains(before: Measurement, after: Measurement) -> bool:
     return bool(won - lost > 2.0 * np.sqrt(won + lost))
 
 
-MOST_LAYERS = 3
-"""So many layers are given more bits, the most sensitive first."""
-
-Tell = Callable[[str], object]
-
-
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """One layer rounded alone, and all but this one."""
+    """Hold the measurements with one layer rounded alone, and with all layers but this one rounded."""
 
     alone: Measurement
     all_but: Measurement
@@ -105,18 +114,21 @@ class Sensitivity:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A finding whose remedy was tried: what it gave, and whether it is advised."""
+    """Hold a finding whose remedy was tried, the measurement with it, and whether it is advised."""
 
     finding: Finding
     result: Measurement
     advised: bool
 
 
-def sensitivities(deployment: Deployment, meter: Meter, tell: Tell) -> dict[str, Sensitivity]:
-    """Layer -> its sensitivity, in the order of the graph; `tell` hears of each layer as it begins."""
+def sensitivities(deployment: Deployment, meter: Meter, progress: Progress) -> dict[str, Sensitivity]:
+    """Return the sensitivity of each layer, in the order of the graph.
+
+    `progress` is called with the name of each layer as its measurement begins.
+    """
     found = {}
     for name, precision in deployment.precisions.items():
-        tell(name)
+        progress(name)
         alone = dataclasses.replace(deployment, precisions={name: precision})
         rest = dataclasses.replace(deployment, precisions={**deployment.precisions, name: FLOAT})
         found[name] = Sensitivity(
@@ -127,33 +139,37 @@ def sensitivities(deployment: Deployment, meter: Meter, tell: Tell) -> dict[str,
 
 
 def advise(
-    deployment: Deployment, activations: Mapping[str, Activation], meter: Meter, tell: Tell
+    deployment: Deployment, activations: Mapping[str, Activation], meter: Meter, progress: Progress
 ) -> tuple[Deployment, list[Trial]]:
-    """The deployment with all remedies that help, and every trial in order.
+    """Try remedies; return the deployment with all that help, and every trial in order.
 
-    First what is wrong with tensors (`findings`), then more bits for the layers that still cost most. A
-    remedy is advised if it makes more images right than chance would, on top of those before it; of several
-    for one layer the cheapest that is as good as the best but for chance.
+    The remedies of `findings` are tried first. Then more bits are tried for the layers that still cost most.
+    A remedy is advised if, on top of those before it, it makes more images right than chance would. Of
+    several remedies for one layer, the cheapest is advised that is as good as the best but for chance.
     """
     trials: list[Trial] = []
     for finding in findings(kernels(deployment.model), activations, deployment.bounds):
-        deployment = _tried([finding], deployment, meter, trials, tell)
-    for alternatives in _more_bits(deployment, meter, tell):
-        deployment = _tried(alternatives, deployment, meter, trials, tell)
+        deployment = _tried([finding], deployment, meter, trials, progress)
+    for alternatives in _more_bits(deployment, meter, progress):
+        deployment = _tried(alternatives, deployment, meter, trials, progress)
     return deployment, trials
 
 
 def _tried(
-    alternatives: list[Finding], deployment: Deployment, meter: Meter, trials: list[Trial], tell: Tell
+    alternatives: list[Finding], deployment: Deployment, meter: Meter, trials: list[Trial], progress: Progress
 ) -> Deployment:
-    """The deployment after the trial of remedies for one layer, the cheapest first, which go to `trials`."""
+    """Try alternative remedies for one layer, the cheapest first, and append the trials to `trials`.
+
+    Returns:
+      The deployment with the advised remedy, or as it was if none is advised.
+    """
     now = meter.measure(deployment.simulated(), "all, so far")
     candidates = [finding.remedy.apply(deployment) for finding in alternatives]
     results = []
     for finding, candidate in zip(alternatives, candidates, strict=True):
-        tell(f"{finding.layer}: {finding.remedy.text}")
-        what = f"{finding.layer}: {finding.remedy.text}"
-        results.append(meter.measure(candidate.simulated(), what))
+        label = f"{finding.layer}: {finding.remedy.text}"
+        progress(label)
+        results.append(meter.measure(candidate.simulated(), label))
     best = max(results, key=lambda result: result.top1)
     good = [gains(now, result) and not gains(result, best) for result in results]
     chosen = good.index(True) if any(good) else None
@@ -164,13 +180,12 @@ def _tried(
     return deployment if chosen is None else candidates[chosen]
 
 
-def _more_bits(deployment: Deployment, meter: Meter, tell: Tell) -> Iterator[list[Finding]]:
-    """For each of the layers that cost most images when rounded alone: a scale a channel, twice the bits of
-    weights, 16-bit inputs too, floating point."""
+def _more_bits(deployment: Deployment, meter: Meter, progress: Progress) -> Iterator[list[Finding]]:
+    """Yield, for each of the layers that cost most images when rounded alone, the precisions of `wider`."""
     float_top1 = meter.measure(dataclasses.replace(deployment, precisions={}).simulated(), "float").top1
     costs = {}
     for name, precision in deployment.precisions.items():
-        tell(f"{name} alone")
+        progress(f"{name} alone")
         alone = dataclasses.replace(deployment, precisions={name: precision})
         costs[name] = float_top1 - meter.measure(alone.simulated(), f"{name} alone").top1
     for name in sorted(costs, key=lambda name: -costs[name])[:MOST_LAYERS]:
@@ -184,7 +199,10 @@ def _more_bits(deployment: Deployment, meter: Meter, tell: Tell) -> Iterator[lis
 
 
 def wider(precision: Precision) -> list[Precision]:
-    """More precise ones than `precision`, the cheapest first.
+    """Return more precise precisions than `precision`, the cheapest first.
+
+    These are one scale per channel, then twice the bits of weights, then 16-bit inputs too, then floating
+    point.
 
     >>> [str(wide) for wide in wider(Precision(4, 8))]
     ['w4a8 pc', 'w8a8 pc', 'w8a16 pc', 'float']
@@ -197,6 +215,9 @@ def wider(precision: Precision) -> list[Precision]:
 
 
 def kernel_bytes(deployment: Deployment) -> int:
-    """Bytes of all kernels on their bits, 4 each for those in floating point; without scales and biases."""
+    """Return the bytes of all kernels on their bits, without scales and biases.
+
+    A weight in floating point takes 4 bytes.
+    """
     widths = {name: precision.weights for name, precision in deployment.precisions.items()}
     return sum(size * (widths.get(name) or 32) for name, size in kernel_sizes(deployment.model).items()) // 8

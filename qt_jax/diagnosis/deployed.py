@@ -1,6 +1,7 @@
-"""A deployment as files for compilers: learned ranges for the float graph, and its QDQ form."""
+"""Write a deployment as files for compilers: the float graph, its ranges, and its QDQ form."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -8,20 +9,53 @@ from onnx import version_converter
 
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding
+from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding, logits_of
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.encodings import Ranges, model_sha256
+from qt_jax.export.encodings import Ranges, model_sha256, write_ranges
 from qt_jax.export.kernels import least_scale
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
 from qt_jax.export.ranges import activation_encoding
 from qt_jax.grid import QuantSpec
 
+FILES = {
+    "mended.onnx": "the float graph with mended kernels, for any vendor's own quantizer. It holds neither "
+    "bits nor ranges: give those to the quantizer",
+    "mended.ranges.json": "the advised grid of each kernel and of each layer's input",
+    "mended.qdq.onnx": "QuantizeLinear and DequantizeLinear on those grids",
+}
+"""Name of each file that `write_files` writes, and what it holds."""
+
+
+def write_files(deployment: Deployment, folder: Path, images: np.ndarray) -> None:
+    """Write `FILES` of a deployment into `folder`.
+
+    Args:
+      deployment: Network to write.
+      folder: Existing folder.
+      images: float32 `(n, ...)`. The written graph must compute the same on them as the given one.
+
+    Raises:
+      InvalidInput: ONNX cannot convert the graph to the opset that its bits need, or the converted graph
+        computes something else on `images`.
+    """
+    mended = restated(deployment)
+    before, after = (logits_of(item.model, images) for item in (deployment, mended))
+    if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * float(np.abs(before).max())):
+        opset = mended.model.opset_import[0].version
+        raise InvalidInput(
+            f"ONNX converts this graph wrongly to opset {opset}: export the graph at that opset."
+        )
+    graph.save(mended.model, folder / "mended.onnx")
+    write_ranges(ranges_of(mended), folder / "mended.ranges.json")
+    graph.save(qdq_graph(mended), folder / "mended.qdq.onnx")
+
 
 def restated(deployment: Deployment) -> Deployment:
-    """The deployment with its float graph at an opset that has integers of all widths asked for.
+    """Convert the float graph to an opset that has integers of all the deployment's widths.
 
-    Raises InvalidInput if ONNX cannot convert it.
+    Raises:
+      InvalidInput: ONNX cannot convert the graph.
     """
     widths = {
         storage_bits(bits)
@@ -36,14 +70,14 @@ def restated(deployment: Deployment) -> Deployment:
         model = version_converter.convert_version(deployment.model, opset)
     except RuntimeError as error:
         raise InvalidInput(
-            f"the graph cannot be restated at opset {opset}, which has integers of these widths ({error}): "
-            "export it at that opset"
+            f"ONNX cannot convert the graph to opset {opset}, which has integers of these widths ({error}): "
+            "export the graph at that opset"
         ) from error
     return dataclasses.replace(deployment, model=model)
 
 
 def ranges_of(deployment: Deployment) -> Ranges:
-    """The grids of the deployment's kernels and layers' inputs, for its graph."""
+    """Return the grids of the deployment's kernels and layers' inputs, for its graph."""
     model = deployment.model
     values = graph.constants(model)
     kernels, inputs, tensors = {}, {}, {}
@@ -64,7 +98,7 @@ def ranges_of(deployment: Deployment) -> Ranges:
     return Ranges(model_sha256(model), model.opset_import[0].version, tensors, inputs, kernels)
 
 
-def quantized(deployment: Deployment) -> onnx.ModelProto:
-    """The deployment in QuantizeLinear and DequantizeLinear at kernels and inputs of layers."""
+def qdq_graph(deployment: Deployment) -> onnx.ModelProto:
+    """Return the deployment with QuantizeLinear and DequantizeLinear at kernels and inputs of layers."""
     whole = restated(deployment)
     return insert_qdq(whole.model, ranges_of(whole), learned_only=True)

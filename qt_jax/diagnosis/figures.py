@@ -1,6 +1,8 @@
-"""The pictures of a diagnosis: a line a layer, in the order of the network."""
+"""Draw the pictures of a diagnosis, with one line per layer in the order of the network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,10 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from qt_jax.diagnosis.diagnosis import Diagnosis
-from qt_jax.reporting.figures import COLOURS, INK, OTHER_COLOURS, canvas
-from qt_jax.reporting.run_figures import tail
+from qt_jax.diagnosis.layers import layers_of
+from qt_jax.export import graph
+from qt_jax.files import write_whole
+from qt_jax.reporting.figures import COLOURS, INK, OTHER_COLOURS, canvas, save_figure, to_svg
+from qt_jax.reporting.run_figures import draw_histogram, tail
 
 WIDTH = 4.6
+"""Inches of width of a picture."""
 
 LINE = 0.26
 """Inches of height of one layer."""
@@ -19,8 +25,40 @@ LINE = 0.26
 BEFORE, AFTER = COLOURS["float"], COLOURS["quant-trim"]
 
 
+def write_pictures(found: Diagnosis, folder: Path) -> dict[str, str]:
+    """Draw all pictures of a diagnosis and write them into `folder`.
+
+    Each picture is written as PNG for Markdown and as SVG for the report of a run.
+
+    Returns:
+      The caption of each picture, by its path relative to the parent of `folder`.
+    """
+    layers = layers_of(found.before.model)
+    before, after = (graph.constants(item.model) for item in (found.before, found.after))
+    kernels = {
+        name: {layer: values[its.kernel].ravel() for layer, its in layers.items()}
+        for name, values in (("before", before), ("after", after))
+    }
+    noise = {"simulated": found.ratios, "after the advice": found.mended_ratios}
+    pictures: dict[str, tuple[str, Callable[[], Figure]]] = {
+        "sensitivity": ("What each layer costs", partial(draw_sensitivity, found)),
+        "noise": ("Noise behind each layer", partial(draw_noise, noise, list(layers))),
+        "tails": ("Largest weight over root mean square", partial(draw_kernel_tails, *kernels.values())),
+        "ranges": ("Values that each layer reads, and its grid", partial(draw_input_ranges, found)),
+    }
+    for index, layer in enumerate(layers):
+        if not np.array_equal(kernels["before"][layer], kernels["after"][layer]):
+            weights = {name: values[layer] for name, values in kernels.items()}
+            caption = f"Weights of {layer} over their root mean square, before and after"
+            pictures[f"weights-{index}"] = (caption, partial(draw_histogram, weights))
+    for name, (_, draw) in pictures.items():
+        save_figure(draw(), folder / f"{name}.png")
+        write_whole(folder / f"{name}.svg", to_svg(draw, f"diagnosis-{name}") or "")
+    return {f"{folder.name}/{name}.png": caption for name, (caption, _) in pictures.items()}
+
+
 def draw_sensitivity(found: Diagnosis) -> Figure:
-    """Points of top-1 that a layer costs when rounded alone, and that leaving it in float gives back."""
+    """Draw the points of top-1 that each layer costs alone, and those that leaving it in float gives back."""
     figure, axes = _lines(list(found.sensitivities))
     pairs = found.sensitivities.values()
     alone = [100 * (found.floating.top1 - item.alone.top1) for item in pairs]
@@ -35,11 +73,13 @@ def draw_sensitivity(found: Diagnosis) -> Figure:
 
 
 def draw_noise(ratios: Mapping[str, Mapping[str, float | None]], layers: Sequence[str]) -> Figure:
-    """SQNR behind each layer in dB, a line for each deployment; a layer without noise has no mark.
+    """Draw the SQNR behind each layer in dB, with one line per deployment.
+
+    A layer without noise has no mark.
 
     Args:
-      ratios: deployment -> layer -> dB.
-      layers: in the order of the network.
+      ratios: SQNR in dB by deployment and layer.
+      layers: Layers in the order of the network.
     """
     figure, axes = _lines(layers)
     colours = (BEFORE, AFTER, *OTHER_COLOURS, *("0.5",) * len(ratios))
@@ -60,10 +100,10 @@ def draw_noise(ratios: Mapping[str, Mapping[str, float | None]], layers: Sequenc
 
 
 def draw_kernel_tails(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> Figure:
-    """Each layer's largest weight over the root mean square of all, on a logarithmic axis.
+    """Draw each layer's largest weight over the root mean square of all, on a logarithmic axis.
 
     Args:
-      before, after: layer -> weights `(size,)`, in the same order.
+      before, after: Weights `(size,)` by layer, in the same order.
     """
     figure, axes = _lines(list(before))
     places = range(len(before))
@@ -83,9 +123,10 @@ def draw_kernel_tails(before: Mapping[str, np.ndarray], after: Mapping[str, np.n
 
 
 def draw_input_ranges(found: Diagnosis) -> Figure:
-    """The values that each layer reads, and the ends of its grid before and after, as shares of the largest.
+    """Draw the values that each layer reads, and its grid before and after the advice.
 
-    Each layer is scaled by the largest magnitude of the three, so that narrow ones can be seen beside wide.
+    Each layer is scaled by the largest magnitude of these three ranges, so that narrow ranges can be seen
+    beside wide ones.
     """
     layers = [name for name in found.activations if name in found.before.bounds]
     figure, axes = _lines(layers)
@@ -110,7 +151,7 @@ def draw_input_ranges(found: Diagnosis) -> Figure:
 
 
 def _lines(layers: Sequence[str]) -> tuple[Figure, Axes]:
-    """A panel with one line for each layer, the first on top."""
+    """Make a panel with one line per layer, the first on top."""
     figure = canvas(WIDTH, LINE * len(layers) + 1.0)
     axes = figure.add_subplot()
     axes.set_yticks(range(len(layers)), [name.replace("$", r"\$") for name in layers])

@@ -1,12 +1,7 @@
-"""The layers of a graph: its convolutions and matrix products with a kernel held in the graph.
+"""Find the layers of a graph, and measure their kernels and activations.
 
-What a network's kernels and activations look like: tails, ranges, channels that never change.
-
-A float graph that computes what a low-bit one would: rounded kernels, rounded inputs of layers.
-
-Kernels are symmetric, s = max|w| / (2^(b-1) - 1), one scale a tensor or an output channel. A layer's input is
-asymmetric over its range. The arithmetic between stays in float32, so that onnxruntime runs the graph at full
-speed and any choice of layers, widths and ranges can be asked for. Sums and pooling are not requantized.
+A layer is a convolution or a matrix product whose kernel is held in the graph. Of its kernel and activations
+the diagnosis looks at tails, ranges, and channels that never change.
 """
 
 import dataclasses
@@ -22,21 +17,25 @@ from qt_jax.export.kernels import channel_axis, weighted_nodes
 from qt_jax.export.qdq import ABSORBED, tensor_readers
 from qt_jax.export.sessions import named_inputs, run_tensors
 
-Bounds = Mapping[str, tuple[float, float]]
-"""Layer -> least and largest value of its input's grid."""
+InputBounds = Mapping[str, tuple[float, float]]
+"""Maps a layer to the least and the largest value of its input's grid."""
+
+TAIL = 0.995
+"""Quantile of |w| beyond which a weight belongs to the tail. At least one weight always does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One convolution or matrix product.
+    """Describe one convolution or matrix product.
 
     Attributes:
-      name: of its node, which in our exports is the Flax path.
-      operator: such as "Conv".
-      kernel, bias: names of its constants; no bias is "".
-      source: the tensor it reads.
-      output: the tensor it hands on, behind the Relu or Clip that alone reads its product, if one does.
-      axis: of the output channels in the kernel.
+      name: Name of its node. In our exports this is the Flax path.
+      operator: ONNX operator, such as "Conv".
+      kernel, bias: Names of its constants. The bias is "" where there is none.
+      source: Tensor that the layer reads.
+      output: Tensor that the layer passes on. Where a Relu or Clip alone reads the product, it is the output
+        of that Relu or Clip.
+      axis: Axis of the output channels in the kernel.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Layer:
 
 
 def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
-    """The layers by name, in the order of the graph.
+    """Return the layers by name, in the order of the graph.
 
     >>> nodes = [
     ...     onnx.helper.make_node("Conv", ["x", "w"], ["y"], name="conv"),
@@ -71,7 +70,7 @@ def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
 
 
 def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
-    """Layer -> the tensor it hands on: that of the Relu or Clip which alone reads its output, if one does."""
+    """Return, for each layer, the tensor that it passes on, as `Layer.output` defines it."""
     readers = tensor_readers(model)
     found = {}
     for node in weighted_nodes(model).values():
@@ -83,31 +82,27 @@ def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def kernel_sizes(model: onnx.ModelProto) -> dict[str, int]:
-    """Layer -> number of weights in its kernel."""
+    """Return, for each layer, the number of weights in its kernel."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     return {name: sizes[node.input[1]] for name, node in weighted_nodes(model).items()}
 
 
 def channels(kernel: np.ndarray, axis: int) -> np.ndarray:
-    """The kernel as `(channels, weights of one channel)`."""
+    """Reshape a kernel to `(channels, weights of one channel)`."""
     return np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1)
-
-
-TAIL = 0.995
-"""Quantile of |w| beyond which a weight belongs to the tail; at least one weight always does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A layer's weights.
+    """Summarize a layer's weights.
 
     Attributes:
-      size: their number.
+      size: Number of weights.
       largest: max|w|.
-      tail: the quantile `TAIL` of |w|, that of the weights less the largest where there are few.
-      rms: root mean square.
+      tail: Quantile `TAIL` of |w|. Where there are few weights, the quantile of all but the largest.
+      rms: Root mean square.
       channel_largest: max|w| of each output channel, float32 `(channels,)`.
-      biased: whether the layer adds a bias held in the graph.
+      biased: True if the layer adds a bias that is held in the graph.
     """
 
     size: int
@@ -120,13 +115,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """The input of a layer, and what the layer hands on.
+    """Summarize the input and the output of a layer.
 
     Attributes:
-      low, high: least and largest value of the input.
-      zeros: share of zeros in the input, in [0, 1].
-      saturated: share of the input beyond the ends of its grid, in [0, 1]; None without a grid.
-      output_low, output_high: of each channel of the output, float32 `(channels,)`.
+      low, high: Least and largest value of the input.
+      zeros: Share of zeros in the input, in [0, 1].
+      saturated: Share of the input beyond the ends of its grid, in [0, 1]. None without a grid.
+      output_low, output_high: Least and largest value of each channel of the output, float32 `(channels,)`.
     """
 
     low: float
@@ -138,12 +133,12 @@ class Activation:
 
     @property
     def constant(self) -> np.ndarray:
-        """The channels of the output that had one value on all inputs, as their indices."""
+        """Return the indices of the output channels that had one value on all inputs."""
         return np.flatnonzero(self.output_low == self.output_high)
 
 
 def kernels(model: onnx.ModelProto) -> dict[str, Kernel]:
-    """Layer -> what its weights look like.
+    """Summarize the weights of each layer.
 
     >>> nodes = [onnx.helper.make_node("Gemm", ["x", "w"], ["y"], name="head")]
     >>> weights = onnx.numpy_helper.from_array(np.float32([[1.0, -2.0], [0.5, 30.0]]), "w")
@@ -165,13 +160,13 @@ def kernels(model: onnx.ModelProto) -> dict[str, Kernel]:
     return found
 
 
-def activations(model: onnx.ModelProto, images: np.ndarray, bounds: Bounds) -> dict[str, Activation]:
-    """Layer -> what it reads and hands on, over all images, while the graph runs in float.
+def activations(model: onnx.ModelProto, images: np.ndarray, bounds: InputBounds) -> dict[str, Activation]:
+    """Summarize what each layer reads and passes on over all images, while the graph runs in float.
 
     Args:
-      model: a float graph of one input.
+      model: Float graph with one input.
       images: float32 `(n, ...)`, as the graph takes them.
-      bounds: of the grids of layers' inputs; a layer may be absent.
+      bounds: Ends of the grids of layers' inputs. A layer may be absent.
     """
     layers = layers_of(model)
     inputs = named_inputs(model, images)
@@ -193,7 +188,11 @@ def activations(model: onnx.ModelProto, images: np.ndarray, bounds: Bounds) -> d
 def _seen(
     source: np.ndarray, output: np.ndarray, bounds: tuple[float, float] | None, operator: str
 ) -> list[Any]:
-    """Least and largest input; counts of all, of zeros, of those beyond; least and largest by channel."""
+    """Return the statistics of one batch, in an order that `_joined` can merge.
+
+    These are the least and the largest input; the counts of all inputs, of zeros and of those beyond the
+    bounds; and the least and the largest output by channel.
+    """
     low, high = (-np.inf, np.inf) if bounds is None else bounds
     axis = 1 if operator in ("Conv", "ConvTranspose") else output.ndim - 1
     by_channel = np.moveaxis(output, axis, 0).reshape(output.shape[axis], -1)
@@ -213,6 +212,6 @@ def _activation(seen: list[Any], has_grid: bool) -> Activation:
     return Activation(float(low), float(high), float(zeros / size), saturated, output_low, output_high)
 
 
-def minmax(found: Mapping[str, Activation]) -> Bounds:
-    """The ranges of layers' inputs as a minimum-maximum calibration has them."""
+def minmax(found: Mapping[str, Activation]) -> InputBounds:
+    """Return the ranges of layers' inputs that a minimum-maximum calibration gives."""
     return {name: (activation.low, activation.high) for name, activation in found.items()}

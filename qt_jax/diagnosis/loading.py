@@ -1,4 +1,4 @@
-"""A float graph of any origin as the diagnosis takes it: named nodes, constants that are initializers."""
+"""Prepare a float graph of any origin for the diagnosis: name its nodes, make its constants initializers."""
 
 from collections import Counter
 
@@ -12,17 +12,22 @@ from qt_jax.export.kernels import channel_axis
 from qt_jax.export.operators import WEIGHTED
 
 LEAST_OPSET = 13
+"""Lowest opset that is diagnosed. Per-channel QuantizeLinear begins here."""
 
 STANDARD = ("", "ai.onnx")
+"""Names of the domain of ONNX's own operators."""
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with functions inlined, at opset 13 or later, every node with a name of its own, constants as
-    initializers, kernels that several layers share once for each, and its first output alone.
+    """Return `model` in the form that the diagnosis takes.
+
+    Functions are inlined, and the opset is raised to 13 if it is lower. Every node gets a name of its own.
+    Constants become initializers. A kernel that several layers share is copied for each. Only the first
+    output stays.
 
     Raises:
-      InvalidInput: subgraphs, operators outside ONNX's own, other than one float32 input, or kernels that
-        are not float32.
+      InvalidInput: The graph has subgraphs, operators outside ONNX's own, inputs other than one float32
+        input, or kernels that are not float32.
 
     >>> node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"])
     >>> entries = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["b", 2]) for n in "xy"]
@@ -50,12 +55,17 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _standard(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph in operators of ONNX alone, at `LEAST_OPSET` or later."""
+    """Return a copy of the graph at `LEAST_OPSET` or later.
+
+    Raises:
+      InvalidInput: A node is not one of ONNX's own operators or holds a subgraph, or ONNX cannot convert the
+        graph.
+    """
     for node in model.graph.node:
         if node.domain not in STANDARD:
             raise InvalidInput(
-                f"The node {node.name or node.output[0]!r} is a {node.domain}.{node.op_type}, none of ONNX's "
-                "own operators: give the float graph, before any vendor's tool has been at it."
+                f"The node {node.name or node.output[0]!r} is a {node.domain}.{node.op_type}, which is not "
+                "one of ONNX's own operators: give the float graph, before any vendor's tool has changed it."
             )
         if any(item.type in (item.GRAPH, item.GRAPHS) for item in node.attribute):
             raise InvalidInput(
@@ -79,7 +89,7 @@ def _standard(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _folded(nodes: list[NodeProto], values: dict[str, np.ndarray]) -> list[NodeProto]:
-    """The nodes but those that are a constant or rename one; `values` gets what they hold."""
+    """Drop the nodes that hold or rename a constant, and add these constants to `values`."""
     kept = []
     for node in nodes:
         given = {item.name: item for item in node.attribute}
@@ -93,7 +103,7 @@ def _folded(nodes: list[NodeProto], values: dict[str, np.ndarray]) -> list[NodeP
 
 
 def _named(nodes: list[NodeProto]) -> list[NodeProto]:
-    """Copies, of which each has a name: its own if no other has it, else that of its first output."""
+    """Return copies with unique names: the node's name if it is unique, else that of its first output."""
     count = Counter(node.name for node in nodes)
     taken = {name for name, number in count.items() if number == 1 and name}
     named: list[NodeProto] = []
@@ -111,8 +121,7 @@ def _named(nodes: list[NodeProto]) -> list[NodeProto]:
 
 
 def _own_kernels(nodes: list[NodeProto], values: dict[str, np.ndarray]) -> list[NodeProto]:
-    """The nodes, of which no two multiply by the same constant, and whose biases are `(channels,)`; `values`
-    gets the copies."""
+    """Give every layer its own kernel, and a bias of shape `(channels,)`; add the copies to `values`."""
     seen: Counter[str] = Counter()
     own = []
     for node in nodes:
@@ -130,7 +139,7 @@ def _own_kernels(nodes: list[NodeProto], values: dict[str, np.ndarray]) -> list[
 
 
 def _flat_bias(node: NodeProto, values: dict[str, np.ndarray]) -> NodeProto:
-    """The Gemm with its bias as `(channels,)`; any other node as it is."""
+    """Return a Gemm with its bias as `(channels,)`, and any other node as it is."""
     bias = values.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
     kernel = values[node.input[1]]
     channels = kernel.shape[channel_axis(node, kernel.ndim)]

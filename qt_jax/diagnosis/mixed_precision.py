@@ -1,8 +1,8 @@
-"""Mixed precision: which layers can have 4-bit weights under a budget of bytes or of accuracy."""
+"""Choose which layers get 4-bit weights under a budget of bytes or of accuracy."""
 
 import dataclasses
 
-from qt_jax.diagnosis.advice import Meter, Tell, kernel_bytes
+from qt_jax.diagnosis.advice import Meter, Progress, kernel_bytes
 from qt_jax.diagnosis.layers import kernel_sizes
 from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import FLOAT
@@ -12,17 +12,18 @@ LOW, HIGH = 4, 8
 """Bits of weights to choose from."""
 
 
-def order(deployment: Deployment, meter: Meter, tell: Tell) -> list[str]:
-    """The layers by the noise that `LOW` bits add for each byte saved, the least first.
+def order(deployment: Deployment, meter: Meter, progress: Progress) -> list[str]:
+    """Sort the layers by the noise that `LOW` bits add for each byte saved, the least first.
 
-    Noise powers of layers rounded one at a time, 10^(-SQNR / 10), are taken to add up in the logits.
+    The layers are rounded one at a time. Their noise powers, 10^(-SQNR / 10), are assumed to add up in the
+    logits.
     """
     sizes = kernel_sizes(deployment.model)
     costs = {}
     for name, precision in deployment.precisions.items():
         if precision == FLOAT:
             continue
-        tell(f"{name} on {LOW} bits")
+        progress(f"{name} on {LOW} bits")
         alone = dataclasses.replace(precision, weights=LOW, inputs=None)
         found = meter.measure(
             dataclasses.replace(deployment, precisions={name: alone}).simulated(), f"{name} on {LOW} bits"
@@ -33,8 +34,10 @@ def order(deployment: Deployment, meter: Meter, tell: Tell) -> list[str]:
 
 
 def lowered(deployment: Deployment, names: list[str]) -> Deployment:
-    """The deployment with `LOW` bits for the weights of the layers `names`; the others that have integers get
-    `HIGH`, or keep what is more.
+    """Give `LOW` bits to the weights of the layers `names`.
+
+    The other layers on integers get `HIGH` bits, or keep what they have if that is more. Layers in floating
+    point stay so.
     """
     precisions = {
         name: precision
@@ -48,10 +51,10 @@ def lowered(deployment: Deployment, names: list[str]) -> Deployment:
 
 
 def within_bytes(deployment: Deployment, ranked: list[str], most: int) -> Deployment:
-    """The fewest layers on `LOW` bits with which all kernels fit into `most` bytes.
+    """Put the fewest layers on `LOW` bits with which all kernels fit into `most` bytes.
 
     Raises:
-      InvalidInput: not even all of them do.
+      InvalidInput: The kernels do not fit even if all layers have `LOW` bits.
     """
     for count in range(len(ranked) + 1):
         candidate = lowered(deployment, ranked[:count])
@@ -64,18 +67,24 @@ def within_bytes(deployment: Deployment, ranked: list[str], most: int) -> Deploy
 
 
 def within_drop(
-    deployment: Deployment, ranked: list[str], meter: Meter, float_top1: float, most: float, tell: Tell
+    deployment: Deployment,
+    ranked: list[str],
+    meter: Meter,
+    float_top1: float,
+    most: float,
+    progress: Progress,
 ) -> Deployment:
-    """As many layers on `LOW` bits as lose no more than `most` (a fraction) against `float_top1`.
+    """Put as many layers on `LOW` bits as lose no more than `most` (a fraction) against `float_top1`.
 
-    Bisection over the order `ranked`, which takes the loss to grow with the number of layers.
+    The number is found by bisection over the order `ranked`. This assumes that the loss grows with the number
+    of layers.
 
     Raises:
-      InvalidInput: all layers on `HIGH` bits lose more.
+      InvalidInput: All layers on `HIGH` bits lose more.
     """
 
     def drop(count: int) -> float:
-        tell(f"{count} of {len(ranked)} layers on {LOW} bits")
+        progress(f"{count} of {len(ranked)} layers on {LOW} bits")
         graph = lowered(deployment, ranked[:count]).simulated()
         return float_top1 - meter.measure(graph, f"{count} layers on {LOW} bits").top1
 

@@ -1,4 +1,4 @@
-"""A diagnosis as Markdown: what to do first, then what it rests on."""
+"""Write a diagnosis as Markdown: first what to do, then the measurements behind it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +22,15 @@ MEASURED = (
     "best but for chance. SQNR behind a layer: of its output, with all layers rounded, "
     "on the first {some:,} images."
 )
+"""Last section of the page, with fields for the number of images and the source of the ranges."""
+
+LEGEND = (
+    "max/rms: largest weight over root mean square. dead: output channels with one value on all images. "
+    "zeros: share of the input that is zero. saturated: share beyond its grid. alone: points of top-1 "
+    "with this layer alone rounded; all but it: points that leaving it in float gives back. noise: SQNR "
+    "behind the layer in dB, and after the advice."
+)
+"""Meaning of the columns of `layer_table`."""
 
 
 def page(
@@ -35,17 +44,17 @@ def page(
     source: Mapping[str, Any],
     flags: bool,
 ) -> str:
-    """The Markdown of a diagnosis.
+    """Write the page of a diagnosis as Markdown.
 
     Args:
-      found: the diagnosis.
-      title: of the page.
-      bounds: what the ranges of inputs are from, such as "minimum and maximum on 512 images".
-      some: images that the noise behind layers was measured on.
-      pictures: file -> caption.
-      further: heading -> Markdown of sections behind the layers.
-      source: from `qt_jax.provenance`.
-      flags: whether a command line of `experiments.cifar` can use the advice.
+      found: Diagnosis to show.
+      title: Title of the page.
+      bounds: Source of the input ranges in words, such as "minimum and maximum on 512 images".
+      some: Number of images on which the noise behind layers was measured.
+      pictures: Captions by file name.
+      further: Markdown by heading, for sections after the layers.
+      source: Provenance, from `qt_jax.provenance`.
+      flags: True if a command line of `experiments.cifar` can use the advice.
     """
     n = len(found.floating.correct)
     sections = {
@@ -69,7 +78,7 @@ def _source(source: Mapping[str, Any]) -> str:
 
 
 def totals(found: Diagnosis) -> str:
-    """Float, as deployed, and after the advice."""
+    """Write the accuracy in floating point, as deployed, and after the advice, as a Markdown table."""
     before, after = found.sizes
     rows = [
         ["floating point", *_scores(found.floating, found), ABSENT],
@@ -85,7 +94,7 @@ def _scores(item: Measurement, found: Diagnosis) -> list[str]:
 
 
 def advice_section(found: Diagnosis, flags: bool) -> str:
-    """The advised remedies with what each gave, lines to paste, and what was tried in vain."""
+    """Write the advised remedies with what each gave, snippets to paste, and what was tried in vain."""
     lines: list[str] = []
     before = found.whole
     for trial in found.advised:
@@ -97,10 +106,10 @@ def advice_section(found: Diagnosis, flags: bool) -> str:
         )
         before = after
     text = "\n".join(lines) or "Nothing that was tried makes more images right than chance would."
-    return "\n\n".join(part for part in (text, _paste(found, flags), _in_vain(found)) if part)
+    return "\n\n".join(part for part in (text, _snippets(found, flags), _in_vain(found)) if part)
 
 
-def _paste(found: Diagnosis, flags: bool) -> str:
+def _snippets(found: Diagnosis, flags: bool) -> str:
     remedies = [trial.finding.remedy for trial in found.advised]
     blocks = {
         "In training with Quant-Trim, where layers have these paths:": (
@@ -132,22 +141,14 @@ def _in_vain(found: Diagnosis) -> str:
     return "Tried, and not advised:\n\n" + markdown_table(["layer", "remedy", "top-1 %"], rows, words=2)
 
 
-LEGEND = (
-    "max/rms: largest weight over root mean square. dead: output channels with one value on all images. "
-    "zeros: share of the input that is zero. saturated: share beyond its grid. alone: points of top-1 "
-    "with this layer alone rounded; all but it: points that leaving it in float gives back. noise: SQNR "
-    "behind the layer in dB, and after the advice."
-)
-
-
 def layer_table(found: Diagnosis) -> str:
-    """A row a layer, as Markdown."""
+    """Write one row per layer, as a Markdown table."""
     header, *rows = _by_layer(found)
     return markdown_table(header, [[escaped(row[0]), *row[1:]] for row in rows], words=2)
 
 
 def terminal_table(found: Diagnosis) -> Table:
-    """A row a layer for a terminal, without the columns that are seldom remarkable."""
+    """Make a table of one row per layer for a terminal, without the columns that seldom matter."""
     table = Table(title="Layers", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     header, *rows = _by_layer(found)
     shown = [place for place, name in enumerate(header) if name not in ("weights", "dead", "zeros %")]
@@ -186,11 +187,11 @@ def _by_layer(found: Diagnosis) -> list[list[str]]:
 def backend_table(
     ratios: Mapping[str, Mapping[str, float | None]], costs: Mapping[str, Sequence[str]]
 ) -> str:
-    """SQNR behind each layer in dB on each deployment, and the layers that cost most on it.
+    """Write the SQNR behind each layer in dB on each deployment, and the layers that cost most on it.
 
     Args:
-      ratios: deployment -> layer -> dB.
-      costs: deployment -> layers, the worst first.
+      ratios: SQNR in dB by deployment and layer.
+      costs: Costliest layers of each deployment, the worst first.
     """
     layers = list(dict.fromkeys(layer for values in ratios.values() for layer in values))
     rows = [
@@ -204,13 +205,13 @@ def backend_table(
 
 
 def budget_section(found: Diagnosis, chosen: Deployment, reached: Measurement, asked: str) -> str:
-    """The bits of each layer that a budget allows, after the advice, and what they give.
+    """Write the bits of each layer that a budget allows after the advice, and the accuracy with them.
 
     Args:
-      found: the diagnosis.
-      chosen: the deployment proposed.
-      reached: its measurement.
-      asked: the budget in words.
+      found: Diagnosis that the proposal builds on.
+      chosen: Deployment that is proposed.
+      reached: Measurement of `chosen`.
+      asked: Budget in words.
     """
     lost = points(reached.top1 - found.floating.top1)
     rows = [[escaped(name), str(precision)] for name, precision in chosen.precisions.items()]
@@ -225,12 +226,12 @@ def budget_section(found: Diagnosis, chosen: Deployment, reached: Measurement, a
 
 
 def summary(found: Diagnosis, title: str, flags: bool) -> str:
-    """The Markdown that a terminal shows before the layers."""
+    """Write the Markdown that a terminal shows before the layers."""
     return f"# {title}\n\n{totals(found)}\n\n{advice_section(found, flags)}"
 
 
 def points(fraction: float) -> str:
-    """A difference of top-1 in points, with its sign.
+    """Write a difference of top-1 in points, with its sign.
 
     >>> points(0.0123), points(-0.2)
     ('+1.23', '−20.00')
@@ -239,5 +240,5 @@ def points(fraction: float) -> str:
 
 
 def decibels(value: float | None) -> str:
-    """SQNR; nothing where there is no noise."""
+    """Write an SQNR in dB, or a dash where there is no noise."""
     return ABSENT if value is None else f"{value:.1f}"

@@ -1,6 +1,6 @@
-"""What can be done to a network before it is quantized: each remedy maps one deployment to another.
+"""Find what is wrong with a network's tensors, and name a remedy for each finding.
 
-What is wrong with a network's tensors, and what could be done: to be tried, not to be believed.
+A remedy maps one deployment to another. `qt_jax.diagnosis.advice` tries each remedy before it is advised.
 """
 
 import dataclasses
@@ -10,26 +10,35 @@ from typing import Protocol
 import numpy as np
 import onnx
 
-from qt_jax.diagnosis.layers import Activation, Bounds, Kernel, layers_of
+from qt_jax.diagnosis.layers import Activation, InputBounds, Kernel, layers_of
 from qt_jax.diagnosis.simulation import FLOAT, Precision, simulated
 from qt_jax.export import graph
+
+OUTLIER = 2.5
+"""Ratio of the largest weight to the tail's threshold from which that weight spoils the scale."""
+
+SATURATED = 0.02
+"""Share of an activation beyond its grid that quantiles near 1 do not explain."""
+
+DEAD_SHARE = 1.5
+"""Ratio of a dead channel's largest weight to that of the living ones from which it spoils their scale."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """A float graph, the bits of its layers, and the ranges of their inputs."""
+    """Hold a float graph, the bits of its layers, and the ranges of their inputs."""
 
     model: onnx.ModelProto
     precisions: Mapping[str, Precision]
-    bounds: Bounds
+    bounds: InputBounds
 
     def simulated(self) -> onnx.ModelProto:
-        """The graph as it computes on those grids."""
+        """Return the graph that computes on those grids."""
         return simulated(self.model, self.precisions, self.bounds)
 
 
 class Remedy(Protocol):
-    """One change of a layer, and what to call it."""
+    """Change one layer of a deployment, and say in words what changes."""
 
     @property
     def layer(self) -> str: ...
@@ -59,7 +68,7 @@ class ClipKernel:
 
 @dataclasses.dataclass(frozen=True)
 class RemoveChannels:
-    """Set the weights of output channels that never change to zero; their bias keeps what they hand on."""
+    """Set the weights of output channels that never change to zero; their bias keeps their value."""
 
     layer: str
     channels: tuple[int, ...]
@@ -120,24 +129,20 @@ class Use:
 
 
 def replaced(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """A copy of `model` in which the constants named in `values` have those."""
+    """Return a copy of `model` in which the constants named in `values` have those values."""
     return graph.rebuild(model, model.graph.node, {**graph.constants(model), **values})
-
-
-OUTLIER = 2.5
-"""A largest weight so many times the tail's threshold sets a scale that the others do not need."""
-
-SATURATED = 0.02
-"""Share of an activation beyond its grid that quantiles near 1 do not explain."""
-
-DEAD_SHARE = 1.5
-"""A dead channel whose largest weight is so many times that of the living ones sets their scale."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """`kind` is "outlier weight", "dead channel", "saturating activation" or "sensitive layer"; `evidence` is
-    what was seen."""
+    """Name what is wrong with a layer.
+
+    Attributes:
+      kind: "outlier weight", "dead channel", "saturating activation" or "sensitive layer".
+      layer: Name of the layer.
+      evidence: What was seen, in words.
+      remedy: What can be tried.
+    """
 
     kind: str
     layer: str
@@ -146,14 +151,14 @@ class Finding:
 
 
 def findings(
-    kernels: Mapping[str, Kernel], activations: Mapping[str, Activation], bounds: Bounds
+    kernels: Mapping[str, Kernel], activations: Mapping[str, Activation], bounds: InputBounds
 ) -> list[Finding]:
-    """What looks wrong, layer by layer in the order of the graph.
+    """List what looks wrong, layer by layer in the order of the graph.
 
     Args:
-      kernels: from `tensors.kernels`.
-      activations: from `tensors.activations`, with the same bounds.
-      bounds: of the grids of layers' inputs.
+      kernels: From `layers.kernels`.
+      activations: From `layers.activations`, with the same bounds.
+      bounds: Ends of the grids of layers' inputs.
     """
     found = []
     for name, kernel in kernels.items():
@@ -176,10 +181,10 @@ def findings(
 
 
 def _loud(kernel: Kernel, activation: Activation) -> np.ndarray:
-    """Those of the dead channels whose weights are larger than a living channel needs.
+    """Return the dead channels whose weights are larger than those of any living channel.
 
-    They can be removed: a bias keeps what they hand on, or that is 0. None in a grouped transposed
-    convolution, whose kernel does not hold them one by one.
+    Such a channel can be removed if a bias keeps its value, or if its value is 0. There are none in a grouped
+    transposed convolution, because its kernel does not hold output channels one by one.
     """
     dead = activation.constant
     if len(kernel.channel_largest) != len(activation.output_low):

@@ -1,10 +1,9 @@
-"""A float graph that computes what a low-bit one would: rounded kernels, rounded inputs of layers.
+"""Simulate low-bit layers in a float graph, and compare a low-bit graph with its float graph layer by layer.
 
-Kernels are symmetric, s = max|w| / (2^(b-1) - 1), one scale a tensor or an output channel. A layer's input is
-asymmetric over its range. The arithmetic between stays in float32, so that onnxruntime runs the graph at full
-speed and any choice of layers, widths and ranges can be asked for. Sums and pooling are not requantized.
-
-The output of every layer of a low-bit graph beside that of the float graph, in onnxruntime.
+A simulated graph rounds kernels and the inputs of layers. Kernels are symmetric, s = max|w| / (2^(b-1) - 1),
+with one scale per tensor or per output channel. A layer's input is asymmetric over its range. The arithmetic
+between stays in float32. So onnxruntime runs the graph at full speed, and any choice of layers, widths and
+ranges can be simulated. Sums and pooling are not requantized.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from qt_jax.diagnosis.layers import Bounds, layer_outputs, layers_of
+from qt_jax.diagnosis.layers import InputBounds, layer_outputs, layers_of
 from qt_jax.export import graph
 from qt_jax.export.encodings import Encoding
 from qt_jax.export.kernels import folded_kernel, per_tensor
@@ -26,7 +25,7 @@ from qt_jax.grid import QuantSpec
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Bits of a layer's weights and of its input; None for floating point.
+    """Give the bits of a layer's weights and of its input; None stands for floating point.
 
     >>> str(Precision(4, 8)), str(Precision(8, 16, per_channel=True)), str(Precision(None, None))
     ('w4a8 pt', 'w8a16 pc', 'float')
@@ -45,19 +44,22 @@ class Precision:
 
 FLOAT = Precision(None, None)
 
-SCHEMES = {
+SIMULATED_SCHEMES = {
     "int8-pt": Precision(8, 8),
     "int8-pc": Precision(8, 8, per_channel=True),
     "int4w-pt": Precision(4, 8),
     "int4w-pc": Precision(4, 8, per_channel=True),
 }
-"""What all layers are given: weights' bits, and one scale a tensor (pt) or a channel (pc)."""
+"""Precision of all layers: bits of the weights, with one scale per tensor (pt) or per channel (pc)."""
+
+Ratios = dict[str, float | None]
+"""Maps a layer to the SQNR of its output in dB; None where nothing differs."""
 
 
 def kernel_encoding(
     kernel: np.ndarray, precision: Precision, axis: int, least: np.ndarray | float = 0.0
 ) -> Encoding:
-    """The grid of a kernel whose output channels lie along `axis`; its scales are at least `least`.
+    """Return the grid of a kernel whose output channels lie along `axis`; its scales are at least `least`.
 
     >>> kernel_encoding(np.float32([[7.0, 0.4], [3.6, -1.0]]), Precision(4, None), 0).scale
     (1.0,)
@@ -68,7 +70,7 @@ def kernel_encoding(
 
 
 def rounded_kernel(kernel: np.ndarray, precision: Precision, axis: int) -> np.ndarray:
-    """The kernel on its grid, float32 in its shape.
+    """Round a kernel to its grid; the result is float32 in the kernel's shape.
 
     >>> rounded_kernel(np.float32([[7.0, 0.4], [3.6, -1.0]]), Precision(4, None), 0).tolist()
     [[7.0, 0.0], [4.0, -1.0]]
@@ -81,13 +83,15 @@ def rounded_kernel(kernel: np.ndarray, precision: Precision, axis: int) -> np.nd
     return (encoding.integers(kernel) * scale).astype(np.float32)
 
 
-def simulated(model: onnx.ModelProto, precisions: Mapping[str, Precision], bounds: Bounds) -> onnx.ModelProto:
-    """`model` with the layers in `precisions` rounded as it says; layers left out stay in float.
+def simulated(
+    model: onnx.ModelProto, precisions: Mapping[str, Precision], bounds: InputBounds
+) -> onnx.ModelProto:
+    """Return `model` with its layers rounded to `precisions`; layers that are left out stay in float.
 
     Args:
-      model: a float graph.
-      precisions: layer -> its bits.
-      bounds: of those layers' inputs; a layer without reads its input in float.
+      model: Float graph.
+      precisions: Maps a layer to its bits.
+      bounds: Ends of the grids of those layers' inputs. A layer without bounds reads its input in float.
     """
     layers = layers_of(model)
     values = graph.constants(model)
@@ -117,7 +121,11 @@ def simulated(model: onnx.ModelProto, precisions: Mapping[str, Precision], bound
 def _rounding(
     layer: str, tensor: str, bits: int, bounds: tuple[float, float]
 ) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray], str]:
-    """Clip to the grid's ends, divide by its step, round, multiply: nodes, constants, name of the result."""
+    """Round a tensor: clip it to the grid's ends, divide by the step, round, and multiply by the step.
+
+    Returns:
+      The nodes, their constants by name, and the name of the result.
+    """
     spec = QuantSpec(bits, symmetric=False)
     encoding = activation_encoding(*bounds, spec, "calibrated")
     [scale], [zero_point] = encoding.scale, encoding.zero_point
@@ -136,34 +144,35 @@ def _rounding(
 
 
 def everywhere(layers: Iterable[str], precision: Precision) -> dict[str, Precision]:
-    """The same precision for all `layers`."""
+    """Give all `layers` the same precision."""
     return dict.fromkeys(layers, precision)
 
 
 def logits_of(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    """The graph's first output on `images`, float32 `(n, classes)`, in onnxruntime."""
+    """Run the graph on `images` in onnxruntime and return its first output, float32 `(n, classes)`."""
     output = model.graph.output[0].name
     batches = run_batches(open_session(model, optimize=True), named_inputs(model, images), [output])
     return np.concatenate([batch[output] for batch in batches])
 
 
-Ratios = dict[str, float | None]
-"""Layer -> the SQNR of its output in dB, None where nothing differs."""
-
-
 def compare(
     model: onnx.ModelProto, deployed: Mapping[str, onnx.ModelProto], images: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Ratios]]:
-    """The float graph's logits, the logits of each deployment, and the SQNR in dB of each layer's output.
+    """Run the float graph and its deployments, and measure the noise behind each layer.
 
-    10 log10(sum x^2 / sum (x - x_hat)^2) over all images, x the float graph's tensor and x_hat what the next
-    layer of the deployment reads; None where the two are equal. A layer whose output the quantizer has made
-    disappear is left out.
+    The SQNR of a layer's output is 10 log10(sum x^2 / sum (x - x_hat)^2) over all images. Here x is the float
+    graph's tensor, and x_hat is what the next layer of the deployment reads. The SQNR is None where the two
+    are equal. A layer whose output the quantizer has removed from the graph is left out.
 
     Args:
-      model: a float graph of one input.
-      deployed: name -> low-bit graph with the same names of tensors, or onnxruntime's for dequantized ones.
+      model: Float graph with one input.
+      deployed: Maps a name to a low-bit graph. Its tensors have the same names as in `model`, or those that
+        onnxruntime gives to dequantized tensors.
       images: float32 `(n, ...)`, as the graphs take them.
+
+    Returns:
+      The logits of the float graph; the logits of each deployment; and the SQNR in dB by deployment and
+      layer.
     """
     own = layer_outputs(model)
     outputs = {scheme: _found(own, other) for scheme, other in deployed.items()}
@@ -191,7 +200,7 @@ def compare(
 
 
 def _found(outputs: Mapping[str, str], deployed: onnx.ModelProto) -> dict[str, str]:
-    """Layer -> the tensor of a deployed graph that stands for its output in `outputs`."""
+    """Return, for each layer, the tensor of a deployed graph that stands for its output in `outputs`."""
     made = {name for node in deployed.graph.node for name in node.output}
     found = {}
     for layer, name in outputs.items():
@@ -204,7 +213,7 @@ def _found(outputs: Mapping[str, str], deployed: onnx.ModelProto) -> dict[str, s
 def _run(
     model: onnx.ModelProto, tensors: Iterable[str], images: np.ndarray, *, optimize: bool = False
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Logits and those tensors, batch by batch."""
+    """Yield the logits and `tensors`, batch by batch."""
     logits = model.graph.output[0].name
     for batch in run_tensors(model, [logits, *tensors], named_inputs(model, images), optimize=optimize):
         yield batch[logits], batch

@@ -1,4 +1,4 @@
-"""Advice as lines to paste: into a training script, a command line, a vendor's tool."""
+"""Write advice as snippets to paste into a training script, a command line, or a vendor's tool."""
 
 import json
 import re
@@ -12,9 +12,10 @@ from qt_jax.diagnosis.simulation import FLOAT, Precision
 
 
 def config(before: Deployment, after: Deployment) -> str:
-    """A `qt.QuantConfig` as source: what most layers have after the advice, and a rule for each other one.
+    """Write a `qt.QuantConfig` as source.
 
-    A range that reaches further than before is `quantile=1.0`: in training it then spans all values.
+    Its defaults are what most layers have after the advice. Each other layer gets a rule. An input range that
+    the advice moved becomes `quantile=1.0`, so that in training it spans all values.
     """
     usual = _usual(after)
     listed = [
@@ -28,7 +29,7 @@ def config(before: Deployment, after: Deployment) -> str:
 
 
 def training(before: Deployment, after: Deployment, remedies: Iterable[Remedy]) -> str:
-    """Python for the training script; empty where no advice is about training."""
+    """Write Python for the training script; empty where no advice concerns training."""
     parts = []
     if after.precisions != before.precisions or after.bounds != before.bounds:
         parts.append(config(before, after))
@@ -38,7 +39,7 @@ def training(before: Deployment, after: Deployment, remedies: Iterable[Remedy]) 
 
 
 def flags(before: Deployment, after: Deployment) -> str:
-    """Flags of `experiments.cifar` for the bits of weights; empty where none differ."""
+    """Write flags of `experiments.cifar` for the bits of weights; empty where no layer differs."""
     usual = _usual(after)
     found = []
     for path, (precision, _) in _by_path(before, after).items():
@@ -49,7 +50,7 @@ def flags(before: Deployment, after: Deployment) -> str:
 
 
 def vendors(before: Deployment, after: Deployment) -> str:
-    """What keeps the layers that need more bits in floating point in tools that know no other way."""
+    """Write what keeps the layers that need more bits in floating point, in tools with no other choice."""
     names = [
         name for name, precision in after.precisions.items() if _wider(precision, before.precisions[name])
     ]
@@ -63,14 +64,17 @@ def vendors(before: Deployment, after: Deployment) -> str:
 
 
 def _usual(deployment: Deployment) -> Precision:
-    """What most layers on integers have."""
+    """Return the precision that most layers on integers have."""
     count = Counter(precision for precision in deployment.precisions.values() if precision != FLOAT)
     return count.most_common(1)[0][0] if count else Precision(8, 8)
 
 
 def _by_path(before: Deployment, after: Deployment) -> dict[str, tuple[Precision, bool]]:
-    """Flax path -> the precision after the advice, and whether the range has moved; of a module that is
-    called several times its first layer's. A layer without a Flax path has the name of its node."""
+    """Return, by Flax path, the precision after the advice and whether the input range has moved.
+
+    A module that is called several times counts by its first layer. A layer without a Flax path is listed by
+    the name of its node.
+    """
     found: dict[str, tuple[Precision, bool]] = {}
     for name, layer in layers_of(after.model).items():
         kernel = layer.kernel.partition("#")[0]
@@ -97,6 +101,6 @@ def _inputs(precision: Precision, moved: bool = False) -> str:
 
 
 def _wider(one: Precision, other: Precision) -> bool:
-    """Whether `one` has more bits than `other`, at the weights or the input."""
+    """Tell whether `one` has more bits than `other`, for the weights or the input."""
     pairs = ((one.weights, other.weights), (one.inputs, other.inputs))
     return any(a != b and (a is None or (b is not None and a > b)) for a, b in pairs)

@@ -1,15 +1,16 @@
-"""The deployments in which layers are compared, as onnxruntime's quantizer makes them.
+"""Measure what vendors' toolchains do to each layer, although they show only the network's output.
 
-What vendors' toolchains do to each layer, whatever they hide: the graph is cut behind it and deployed.
+The graph is cut behind each layer, and the part up to there is deployed as a separate network. Its output is
+flattened to logits, so `sqnr_db` of its records is the noise that the toolchain has added up to that layer.
+The layers at which the SQNR falls most cost most.
 
-The harness takes the part of the graph up to a layer as a network of its own, its output flattened to
-logits; `sqnr_db` of its records is then the noise that the toolchain has added up to there. Where it falls
-most, a layer costs most.
+For onnxruntime there is a shorter way: its quantizer keeps the names of tensors, so `quantized` makes a graph
+that `simulation.compare` compares with the float graph layer by layer.
 """
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,22 @@ from onnx import TensorProto, helper
 
 from qt_jax.backends import evaluate, ort
 from qt_jax.backends.protocol import Backend, Scheme
+from qt_jax.diagnosis.advice import Progress
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.simulation import Precision
 from qt_jax.export import graph
 from qt_jax.records import Record
 
+LAYER_SCHEMES = {
+    offer.name: offer
+    for offer in ort.BACKEND.schemes
+    if offer.name in ("int8-pt-minmax", "int4w-pt-minmax", "int4w-pc-minmax")
+}
+"""Schemes of onnxruntime in which layers are compared."""
+
 
 def prefix(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
-    """The part of `model` that makes `tensor`, its only output, flattened to `(n, values)`.
+    """Return the part of `model` that makes `tensor`; its only output is `tensor` as `(n, values)`.
 
     >>> nodes = [
     ...     helper.make_node("Relu", ["x"], ["y"], name="one"),
@@ -46,9 +55,10 @@ def prefix(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
 
 
 def matching(backend: Backend, precision: Precision) -> Scheme | None:
-    """The scheme of a toolchain that is most like `precision` in all layers: static, on an integer grid.
+    """Return the scheme of a toolchain that is most like `precision` in all layers; None if there is none.
 
-    One of the same width of weights; of several the one with as many scales, then by minimum and maximum.
+    The scheme is static, on an integer grid, with the same bits of weights and inputs. Of several, one with
+    the same granularity of scales is preferred, then one that calibrates by minimum and maximum.
 
     >>> from qt_jax.backends.registry import BACKENDS
     >>> matching(BACKENDS["onnxruntime"], Precision(4, 8)).name
@@ -77,21 +87,24 @@ def by_backend(
     scheme: Scheme,
     *,
     folder: Path,
-    tell: Callable[[str], object],
+    progress: Progress,
 ) -> list[Record]:
-    """A record for each layer, which stands under the key `layer`: the network up to it, in one toolchain.
+    """Deploy the network up to each layer in one toolchain, on the first of the backend's runtimes.
 
     Args:
-      model: a float graph of one input.
-      calibration, images: float32 `(n, ...)`; some dozens of images say enough of noise.
-      backend, scheme: on the first of the backend's runtimes.
-      folder: keeps what is done; a second call goes on.
-      tell: hears of each layer as it begins.
+      model: Float graph with one input.
+      calibration, images: float32 `(n, ...)`. A few dozen images suffice to measure noise.
+      backend, scheme: Toolchain, and the scheme of it to use.
+      folder: Keeps finished records. A second call resumes from them.
+      progress: Is called with the name of each layer as it begins.
+
+    Returns:
+      One record per layer, with the name of the layer under the key `layer`.
     """
     labels = np.zeros(len(images), np.int64)
     found = []
     for name, layer in layers_of(model).items():
-        tell(f"{backend.name}, {name}")
+        progress(f"{backend.name}, {name}")
         [_, row] = evaluate(
             prefix(model, layer.output),
             calibration,
@@ -107,7 +120,7 @@ def by_backend(
 
 
 def producers(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Layer -> the layers whose outputs reach its input with no layer between them."""
+    """Return, for each layer, the layers whose outputs reach its input with no layer between them."""
     layers = layers_of(model)
     made = {name: node for node in model.graph.node for name in node.output}
 
@@ -124,12 +137,15 @@ def producers(model: onnx.ModelProto) -> dict[str, list[str]]:
 
 
 def costliest(model: onnx.ModelProto, ratios: Mapping[str, float | None], most: int = 3) -> list[str]:
-    """The layers at which most relative noise comes in: 10^(-SQNR / 10) behind, less the most before.
+    """Return the layers at which most relative noise comes in, the worst first.
+
+    The noise of a layer is 10^(-SQNR / 10) behind it, less the largest such value behind the layers before
+    it.
 
     Args:
-      model: a float graph.
+      model: Float graph.
       ratios: SQNR behind each layer in dB; None where nothing differs.
-      most: layers to name.
+      most: Number of layers to return.
     """
     noise = {name: 0.0 if ratio is None else 10 ** (-ratio / 10) for name, ratio in ratios.items()}
     added = {
@@ -140,16 +156,8 @@ def costliest(model: onnx.ModelProto, ratios: Mapping[str, float | None], most: 
     return [name for name in sorted(added, key=lambda name: -added[name]) if added[name] > 0][:most]
 
 
-LAYER_SCHEMES = {
-    offer.name: offer
-    for offer in ort.BACKEND.schemes
-    if offer.name in ("int8-pt-minmax", "int4w-pt-minmax", "int4w-pc-minmax")
-}
-"""Those in which layers are compared."""
-
-
 def quantized(graph: onnx.ModelProto, calibration: np.ndarray, scheme: Scheme) -> onnx.ModelProto:
-    """What onnxruntime's quantizer makes of a float graph."""
+    """Quantize a float graph with onnxruntime's quantizer."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         source, target = Path("float.onnx"), Path("quantized")
         target.mkdir()

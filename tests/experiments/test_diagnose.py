@@ -23,7 +23,7 @@ from experiments.runs import model_input
 from qt_jax.diagnosis import deployed
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment, replaced
-from qt_jax.diagnosis.simulation import SCHEMES, everywhere, logits_of
+from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, everywhere, logits_of
 from qt_jax.export import graph
 from qt_jax.export.encodings import model_sha256, read_ranges, write_ranges
 
@@ -87,7 +87,9 @@ def accuracy(model, images, labels):
 def integers(model, ranges):
     """The QDQ graph at 8 bits, one scale a tensor."""
     bounds = {name: (min(grid.low), max(grid.high)) for name, grid in ranges.inputs.items()}
-    return deployed.quantized(Deployment(model, everywhere(layers_of(model), SCHEMES["int8-pt"]), bounds))
+    return deployed.qdq_graph(
+        Deployment(model, everywhere(layers_of(model), SIMULATED_SCHEMES["int8-pt"]), bounds)
+    )
 
 
 @pytest.mark.parametrize("n", [2000, pytest.param(10_000, marks=pytest.mark.slow)])

@@ -82,7 +82,7 @@ def run(tmp_path):
 
 def test_command_measures_every_variant_on_the_validation_split(run, capsys, monkeypatch):
     one = {"int4w-pt-minmax": toolchains.LAYER_SCHEMES["int4w-pt-minmax"]}
-    monkeypatch.setattr(layer_sqnr, "SCHEMES", one)
+    monkeypatch.setattr(layer_sqnr, "LAYER_SCHEMES", one)
     assert layer_sqnr.main([str(run), "--images", "200"]) == 0
     rows = records.read(run / "layer_sqnr.jsonl")
     schemes = ["fp32", "int4w-pt-minmax"]

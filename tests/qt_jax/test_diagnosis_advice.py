@@ -121,7 +121,7 @@ def test_the_qdq_graph_computes_what_the_simulation_does(precision):
     model = two_layers()
     whole = deployment(model)
     whole = dataclasses.replace(whole, precisions={**whole.precisions, "head": precision})
-    exported = deployed.quantized(whole)
+    exported = deployed.qdq_graph(whole)
     onnx.checker.check_model(exported, full_check=True)
     expected = logits_of(whole.simulated(), images())
     error = np.abs(logits_of(exported, images()) - expected)

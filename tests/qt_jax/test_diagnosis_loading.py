@@ -108,14 +108,14 @@ def test_a_foreign_graph_is_diagnosed_and_exported(make, tmp_path):
     meter = Meter(images, np.argmax(logits, axis=1), logits, tmp_path / "measurements.jsonl")
     found = diagnose(whole, meter, lambda _: None)
     assert list(found.sensitivities) == list(layers)
-    exported = logits_of(deployed.quantized(found.after), images)
+    exported = logits_of(deployed.qdq_graph(found.after), images)
     assert np.mean(np.argmax(exported, axis=1) == meter.labels) > 0.9
 
 
 def test_what_cannot_be_taken_is_said():
     model = unnamed()
     model.graph.node[1].domain = "com.microsoft"
-    with pytest.raises(qt.InvalidInput, match=r"com.microsoft.Relu, none of ONNX's own"):
+    with pytest.raises(qt.InvalidInput, match=r"com.microsoft.Relu, which is not one of ONNX's own"):
         prepared(model)
     model = unnamed()
     model.graph.node[1].attribute.append(onnx.helper.make_attribute("body", onnx.GraphProto(name="g")))

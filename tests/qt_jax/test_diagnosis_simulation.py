@@ -7,7 +7,14 @@ import onnx
 import pytest
 
 from qt_jax.diagnosis.layers import channels, layers_of
-from qt_jax.diagnosis.simulation import SCHEMES, Precision, everywhere, logits_of, rounded_kernel, simulated
+from qt_jax.diagnosis.simulation import (
+    SIMULATED_SCHEMES,
+    Precision,
+    everywhere,
+    logits_of,
+    rounded_kernel,
+    simulated,
+)
 from qt_jax.export import graph
 from qt_jax.export.sessions import named_inputs, run_tensors
 
@@ -54,7 +61,11 @@ def test_simulation_rounds_what_it_is_told_to(model):
 
     errors = [
         np.mean(
-            (logits_of(simulated(model, everywhere(layers, SCHEMES[scheme]), {}), images) - reference) ** 2
+            (
+                logits_of(simulated(model, everywhere(layers, SIMULATED_SCHEMES[scheme]), {}), images)
+                - reference
+            )
+            ** 2
         )
         for scheme in ("int8-pc", "int4w-pc")
     ]

@@ -1,0 +1,225 @@
+"""Diagnose a subject, and write the page, its pictures and its files.
+
+Both commands, `python -m qt_jax.diagnosis` and `python -m experiments.diagnose`, take these settings and end
+here.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress as ProgressBar
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from qt_jax.backends.protocol import Backend
+from qt_jax.diagnosis import deployed, mixed_precision, page, toolchains
+from qt_jax.diagnosis.advice import Meter, Progress
+from qt_jax.diagnosis.diagnosis import SQNR_IMAGES, Diagnosis, calibrated, diagnose
+from qt_jax.diagnosis.figures import write_pictures
+from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.remedies import Deployment
+from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, Precision, everywhere, logits_of
+from qt_jax.diagnosis.subject import Subject
+from qt_jax.errors import InvalidInput
+from qt_jax.files import write_whole
+from qt_jax.provenance import provenance
+
+BACKEND_IMAGES = 64
+"""Number of images on which toolchains are measured."""
+
+APPLY_IMAGES = 16
+"""Number of images on which the mended graph is checked before it is written."""
+
+INTERRUPTED = "Interrupted. What is measured is kept: the same command goes on from here."
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnosisSettings:
+    """Choose the bits to diagnose, the images to judge by, and what to do besides."""
+
+    scheme: Literal[*SIMULATED_SCHEMES] = "int8-pt"  # type: ignore[valid-type]
+    """Bits of all layers' weights; one scale per tensor (pt) or output channel (pc). Inputs have 8 bits."""
+    ranges: Literal["learned", "minmax"] | None = None
+    """Grids of layers' inputs: those of MODEL.ranges.json, or minimum and maximum on the calibration images.
+    Default: learned where there are any."""
+    limit: int | None = None
+    """Number of images to judge by, from the first; default: all."""
+    backends: tuple[str, ...] = ()
+    """Toolchains on which to measure the noise behind each layer, by the names of `qt_jax.backends list`."""
+    max_bytes: int | None = None
+    """Propose 4 and 8 bits by layer so that all kernels fit into so many bytes."""
+    max_drop: float | None = None
+    """Propose as many layers on 4 bits as lose no more than so many points of top-1 against float."""
+    apply: bool = False
+    """Write the mended network: float ONNX, ranges, and the QDQ graph on the advised grids."""
+    out: Path | None = None
+    """Folder for the results. Default: the folder of the run, or MODEL.diagnosis beside the model."""
+
+    def __post_init__(self) -> None:
+        if self.max_bytes is not None and self.max_drop is not None:
+            raise InvalidInput("--max-bytes and --max-drop are two budgets: give one.")
+        if self.limit is not None and self.limit < 1:
+            raise InvalidInput(f"--limit {self.limit}: judge by one image at least.")
+
+
+def write_diagnosis(
+    subject: Subject,
+    settings: DiagnosisSettings,
+    backends: Sequence[Backend],
+    out: Path,
+    console: Console,
+    *,
+    flags: bool = False,
+) -> Diagnosis:
+    """Diagnose a subject and write what is found; show it on the console too.
+
+    The page is `out/diagnosis.md`; pictures, measurements and files lie in `out/diagnosis`. The page is
+    written after the diagnosis, and once more after each further section that the settings ask for.
+
+    Args:
+      subject: Network to diagnose.
+      settings: Bits to diagnose, and further sections.
+      backends: Toolchains on which the noise behind each layer is measured.
+      out: Folder, which is created if it is not there.
+      console: Receives the summary, the sections and the progress.
+      flags: True if a command line of `experiments.cifar` can use the advice.
+
+    Raises:
+      InvalidInput: The network cannot be diagnosed, the budget cannot be kept, or the mended graph cannot be
+        written.
+    """
+    folder = out / "diagnosis"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("mended.*"):  # of an earlier diagnosis
+        path.unlink()
+    precision = SIMULATED_SCHEMES[settings.scheme]
+    reference = logits_of(subject.model, subject.images)
+    meter = Meter(subject.images, subject.labels, reference, folder / "measurements.jsonl")
+    bounds = {**calibrated(subject.model, subject.calibration), **subject.bounds}
+    given = Deployment(subject.model, everywhere(layers_of(subject.model), precision), bounds)
+    with _shown(console) as progress:
+        found = diagnose(given, meter, progress)
+    title = f"Diagnosis of {subject.name}, {settings.scheme}"
+    sections: dict[str, str] = {}
+    markdown = partial(
+        page.page,
+        found,
+        title,
+        bounds=subject.bounds_source,
+        some=min(SQNR_IMAGES, len(subject.images)),
+        pictures=write_pictures(found, folder),
+        further=sections,
+        source=provenance(["onnxruntime", "onnx", "numpy"]),
+        flags=flags,
+    )
+    path = out / "diagnosis.md"
+    write_whole(path, markdown())
+    console.print(Markdown(page.summary(found, title, flags)))
+    console.print(page.terminal_table(found))
+
+    def add(name: str, text: str) -> None:
+        sections[name] = text
+        write_whole(path, markdown())
+        console.print(Markdown(f"## {name}\n\n{text}"))
+
+    final = found.after
+    if backends:
+        with _shown(console) as progress:
+            text = _toolchain_section(backends, precision, subject, folder, progress)
+        add("Toolchains", text)
+    if settings.max_bytes is not None or settings.max_drop is not None:
+        with _shown(console) as progress:
+            final, text = _budget_section(settings, found, meter, progress)
+        add("Mixed precision", text)
+    if settings.apply:
+        deployed.write_files(final, folder, subject.images[:APPLY_IMAGES])
+        add("Files", "\n".join(f"- `{folder.name}/{name}`: {text}" for name, text in deployed.FILES.items()))
+    console.print(str(path), soft_wrap=True)
+    return found
+
+
+def layer_rows(found: Diagnosis) -> list[Mapping[str, Any]]:
+    """Return one row per layer, for --json."""
+    advice: dict[str, list[str]] = {}
+    for trial in found.advised:
+        advice.setdefault(trial.finding.layer, []).append(trial.finding.remedy.text)
+    return [
+        {
+            "layer": name,
+            "bits": str(found.before.precisions[name]),
+            "top1_alone": item.alone.top1,
+            "top1_all_but": item.all_but.top1,
+            "sqnr_db": found.ratios.get(name),
+            "sqnr_db_after": found.mended_ratios.get(name),
+            "saturated": found.activations[name].saturated,
+            "zeros": found.activations[name].zeros,
+            "dead_channels": found.activations[name].constant.tolist(),
+            "advice": advice.get(name, []),
+        }
+        for name, item in found.sensitivities.items()
+    ]
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Progress]:
+    """Show the step that runs, and its number, for as long as the context lasts."""
+    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f}  {task.description}"), TimeElapsedColumn())
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text: bar.update(task, description=text, advance=1)
+
+
+def _toolchain_section(
+    backends: Sequence[Backend], precision: Precision, subject: Subject, folder: Path, progress: Progress
+) -> str:
+    """Measure the noise behind each layer on toolchains, and write it as Markdown."""
+    ratios: dict[str, dict[str, float | None]] = {}
+    notes = []
+    for backend in backends:
+        scheme = toolchains.matching(backend, precision)
+        if scheme is None:
+            notes.append(f"{backend.name} has no scheme with such weights.")
+            continue
+        rows = toolchains.by_backend(
+            subject.model,
+            subject.calibration,
+            subject.images[:BACKEND_IMAGES],
+            backend,
+            scheme,
+            folder=folder / "toolchains",
+            progress=progress,
+        )
+        ratios[f"{backend.name} {scheme.name}"] = {
+            row["layer"]: row["sqnr_db"] for row in rows if row["status"] == "ok"
+        }
+        notes += [
+            f"{backend.name}, up to {row['layer']}: {row['status']}, {' '.join(row['reason'].split())}"
+            for row in rows
+            if row["status"] != "ok"
+        ]
+    costs = {name: toolchains.costliest(subject.model, values) for name, values in ratios.items()}
+    listed = "\n".join(f"- {page.escaped(note)}" for note in notes)
+    table = page.backend_table(ratios, costs) if ratios else ""
+    return "\n\n".join(part for part in (table, listed) if part)
+
+
+def _budget_section(
+    settings: DiagnosisSettings, found: Diagnosis, meter: Meter, progress: Progress
+) -> tuple[Deployment, str]:
+    """Choose the mixed precision that the budget allows; return the network and its section as Markdown."""
+    ranked = mixed_precision.order(found.after, meter, progress)
+    if settings.max_bytes is not None:
+        chosen = mixed_precision.within_bytes(found.after, ranked, settings.max_bytes)
+        asked = f"at most {settings.max_bytes:,} bytes of kernels"
+    else:
+        assert settings.max_drop is not None
+        most = settings.max_drop / 100
+        chosen = mixed_precision.within_drop(found.after, ranked, meter, found.floating.top1, most, progress)
+        asked = f"at most {settings.max_drop:g} points lost"
+    reached = meter.measure(chosen.simulated(), "mixed precision")
+    return chosen, page.budget_section(found, chosen, reached, asked)
