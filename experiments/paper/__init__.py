@@ -1,1 +1,1 @@
-"""The study: methods, tasks, seeds and toolchains, from one command to tables and figures."""
+"""Run the study: methods, tasks, seeds and toolchains, from one command to tables and figures."""

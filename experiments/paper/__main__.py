@@ -1,7 +1,8 @@
-"""`python -m experiments.paper`: the whole study, from training to tables and figures.
+"""Run the whole study, from training to tables and figures: `python -m experiments.paper`.
 
-Every row (task, method, seed) is a process of its own; its records go to experiments/results/paper-<preset>.
-Relaunching goes on where it stopped. With --launcher, rows are jobs of a scheduler: see `launchers`.
+Every row (task, method, seed) is a separate process. Its records go to experiments/results/paper-<preset>. A
+relaunch goes on where the last one stopped. With --launcher, rows are jobs of a scheduler, see
+`experiments.paper.schedule`.
 """
 
 import dataclasses
@@ -14,22 +15,16 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.configs import methods
 from experiments.configs.study import preset
 from experiments.paper import rows as study
-from experiments.paper.networks import DESCRIPTION
 from experiments.paper.progress import Display, listing
-from experiments.paper.render import render
+from experiments.paper.render import STUDY_PAGE, render
 from experiments.paper.rows import DEFAULT_RESULTS, StudyRow
-from experiments.paper.schedule import command, detached_command, hand_over, run_rows
+from experiments.paper.schedule import command, detached_command, run_rows, submit_rows
 from qt_jax import command_line, records
 from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.errors import InvalidInput
 from qt_jax.scheduler import HERE, Scheduler, open_queue
-
-PAGE = Path(__file__).parents[2] / "docs" / "results" / "study.md"
-"""The page of the documentation whose tables are the study's."""
-METHODS = Path(methods.__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Options:
     methods: tuple[str, ...] = ()
     """Only these methods, with those whose networks they start from."""
     resume: bool = True
-    """Go on with rows that were begun; --no-resume begins those that are not complete anew."""
+    """Go on with rows that were begun; --no-resume starts those that are not complete from scratch."""
     search: bool = False
     """Search the learning rate of every method, on the validation split, instead of running the rows."""
     list: bool = False
@@ -60,7 +55,7 @@ class Options:
     render: bool = False
     """Write tables and figures from the records that are there, and stop."""
     jobs: int | None = None
-    """Rows at a time; default: one a core where the preset binds rows to cores, else one; in Slurm all."""
+    """Rows at a time; default: one per core where the preset binds rows to cores, else one; in Slurm all."""
     runs: Path = Path("runs")
     """Folder of checkpoints, graphs and logs."""
     results: Annotated[Path, DEFAULT_RESULTS] = study.RESULTS
@@ -70,21 +65,24 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does; 1 if rows have failed."""
-    goes_on = "interrupted; the same command goes on from here"
+    """Run the command line and return the exit status, as `command` does; it is 1 if rows have failed."""
     return command_line.command(
         "experiments.paper",
         Options,
-        study_of,
+        run_or_fail,
         arguments,
         failure="rows have failed",
-        interrupted=goes_on,
+        interrupted="interrupted; the same command goes on from here",
         soft_wrap=True,
     )
 
 
-def study_of(options: Options, console: Console) -> None:
-    """What the options ask for. Raises Failed if rows have failed."""
+def run_or_fail(options: Options, console: Console) -> None:
+    """Do what the options ask for.
+
+    Raises:
+      Failed: Rows have failed.
+    """
     jax.config.update("jax_platforms", "cpu")  # of this process, which leaves accelerators to the rows
     terminate_like_interrupt()
     failed = run(options, console)
@@ -93,11 +91,12 @@ def study_of(options: Options, console: Console) -> None:
 
 
 def run(options: Options, console: Console) -> list[StudyRow]:
-    """What the options ask for; returns the rows that failed."""
+    """Do what the options ask for, and return the rows that failed."""
     chosen = preset(options.preset)
     folder = study.results_of(chosen, options.results)
     if options.render:
-        return rendered(folder, options, console)
+        rendered(folder, options, console)
+        return []
     found = records.read(folder / study.SEARCH)
     every = study.trials(chosen) if options.search else study.study(chosen, found)
     rows = study.select(every, options.only, options.tasks, options.methods)
@@ -110,17 +109,15 @@ def run(options: Options, console: Console) -> list[StudyRow]:
     return failed
 
 
-def rendered(folder: Path, options: Options, console: Console) -> list[StudyRow]:
-    """Writes tables and figures; into the documentation and the methods' files too, if this repository's own
-    results are rendered; methods state what they take in the preset cpu."""
+def rendered(folder: Path, options: Options, console: Console) -> None:
+    """Write tables and figures, also into the documentation if the results are those of this repository."""
     own = options.results == study.RESULTS
-    files = render(folder, PAGE if own else None, METHODS if own and options.preset == "cpu" else None)
+    files = render(folder, STUDY_PAGE if own else None)
     console.print(f"{folder}: {', '.join(sorted(file.name for file in files))}")
-    return []
 
 
 def perform(rows: list[StudyRow], options: Options, console: Console) -> list[StudyRow]:
-    """Runs the rows that are not done; returns those that failed."""
+    """Run the rows that are not done, and return those that failed."""
     chosen = rows[0].preset
     folder = study.results_of(chosen, options.results)
     done = study.done(rows, folder)
@@ -148,7 +145,7 @@ def perform(rows: list[StudyRow], options: Options, console: Console) -> list[St
                     waiting, lambda row: command(row, options.runs, options.results, jobs), **shared
                 )
             else:
-                progress = hand_over(
+                progress = submit_rows(
                     queue,
                     waiting,
                     lambda row: detached_command(row, options.runs, options.results, jobs),
@@ -160,16 +157,30 @@ def perform(rows: list[StudyRow], options: Options, console: Console) -> list[St
 
 
 def unfinished(rows: list[StudyRow], done: set[StudyRow], runs: Path) -> list[StudyRow]:
-    """The rows to run: those not done, and those whose networks they need and which are not on this disk."""
+    """Return the rows to run: those not done, and their sources whose networks are not on this disk."""
     sources = {row.source for row in rows if row not in done and row.source is not None}
-    lost = {row for row in sources if not (study.folder_of(row, runs) / DESCRIPTION).exists()}
+    lost = {row for row in sources if not (study.folder_of(row, runs) / study.DESCRIPTION).exists()}
     return [row for row in rows if row not in done or row in lost]
 
 
-def places(jobs: int | None, pinned: bool) -> list[int | None]:
-    """A core for each row that runs at a time, or None where rows are not bound to cores.
+def shares(options: Options, pinned: bool, waiting: int) -> tuple[list[int | None], int]:
+    """Return a slot per row that runs or is queued at a time, and how many deployments each does at once.
 
-    Raises InvalidInput for less than one job, or more than cores.
+    Raises:
+      InvalidInput: As `slots_of` raises it.
+    """
+    if options.scheduler.launcher == "slurm":
+        jobs = max(1, waiting) if options.jobs is None else options.jobs
+        return slots_of(jobs, pinned=False), options.scheduler.job_cpus or 1
+    slots = slots_of(options.jobs, pinned)
+    return slots, 1 if pinned else max(1, (os.cpu_count() or 1) // len(slots))
+
+
+def slots_of(jobs: int | None, pinned: bool) -> list[int | None]:
+    """Return a core for each row that runs at a time, or None where rows are not bound to cores.
+
+    Raises:
+      InvalidInput: `jobs` is less than 1, or more than there are cores to bind rows to.
     """
     cores = sorted(os.sched_getaffinity(0))
     jobs = (len(cores) if pinned else 1) if jobs is None else jobs
@@ -178,20 +189,11 @@ def places(jobs: int | None, pinned: bool) -> list[int | None]:
     return list(cores[:jobs]) if pinned else [None] * jobs
 
 
-def shares(options: Options, pinned: bool, waiting: int) -> tuple[list[int | None], int]:
-    """A place for each row that runs, or is queued, at a time; and how many deployments each does at once.
-
-    Raises InvalidInput as `places` does.
-    """
-    if options.scheduler.launcher == "slurm":
-        jobs = max(1, waiting) if options.jobs is None else options.jobs
-        return places(jobs, pinned=False), options.scheduler.job_cpus or 1
-    slots = places(options.jobs, pinned)
-    return slots, 1 if pinned else max(1, (os.cpu_count() or 1) // len(slots))
-
-
 def environment(cache: Path) -> dict[str, str]:
-    """The variables of the rows' processes: one cache of compiled programs, no JAX that takes all memory."""
+    """Return the environment variables of the rows' processes.
+
+    All rows share one cache of compiled programs, and JAX does not take all memory of an accelerator.
+    """
     return {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache.absolute()),

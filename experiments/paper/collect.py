@@ -1,23 +1,27 @@
-"""From a finished row's folder to the records of the study, without what is bulky.
+"""Collect the records of a finished row in the folder of results, without what is bulky.
 
-A row's records take the place of those it had before; a file is replaced whole, under a lock.
-
-What a study is at: a live display, plain lines where nobody watches, and the table of `--list`.
+The records of a row replace those that it had before. Each file is replaced whole, under a lock.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.paper.evidence import score
-from experiments.paper.rows import ATTEMPTS, DEPLOYMENT, SEARCH, STRUCTURE, TRAINING, StudyRow, changed
+from experiments.paper.rows import (
+    ATTEMPTS,
+    DEPLOYMENT,
+    SEARCH,
+    STRUCTURE,
+    TRAINING,
+    StudyRow,
+    changed,
+    locked,
+)
 from experiments.paper.structure import network_structure, schedule_points
 from qt_jax import provenance, records
 from qt_jax.files import write_whole
@@ -26,26 +30,25 @@ from qt_jax.records import Record
 BULKY = ("predictions", "operators", "limits", "log", "command", "cpu", "key", "stands_for", "run")
 """Keys of a deployment record that no table or figure of the study reads."""
 
-LOCK = ".lock"
+DIGITS = 6
+"""Significant digits of the confidences and accuracies in reliability bins."""
 
 KEYS = ("task", "method", "seed")
-
-DIGITS = 6
-"""Significant digits kept of the confidences and accuracies of reliability bins."""
 
 
 def collect(
     row: StudyRow, folder: Path, trained: Path, found: Sequence[Record], images: np.ndarray, results: Path
 ) -> None:
-    """Writes what a finished row has shown into the folder of results.
+    """Write the records of a finished row into the folder of results.
 
     Args:
-      folder: the row's, with graph and description.
-      trained: where its network was trained, with metrics.
-      found: its deployment records, as `qt.evaluate` gives them.
-      images: of the validation split, on which the outputs of its layers are compared.
-      results: gets search.jsonl for a trial of the search, else structure.jsonl, deployment.jsonl and,
-        last, training.jsonl, whose digest says that the row is done.
+      row: The row.
+      folder: Folder of the row, with graph and description.
+      trained: Folder in which its network was trained, with metrics.
+      found: Its deployment records, as `qt.evaluate` gives them.
+      images: Images of the validation split, on which the outputs of its layers are compared.
+      results: Folder that gets search.jsonl for a trial of the search. For other rows it gets
+        structure.jsonl, deployment.jsonl and, last, training.jsonl, whose digest says that the row is done.
     """
     metrics = records.read(trained / "metrics.jsonl")
     metrics = [epoch for epoch in metrics if epoch["method"] == (row.method.network or row.name)]
@@ -65,8 +68,23 @@ def collect(
     replace(results / TRAINING, [about | training(row, metrics, seconds)], KEYS)
 
 
+def trial(row: StudyRow, found: Sequence[Record], seconds: float) -> Record:
+    """Return what search.jsonl holds of a trial: accuracies on the validation split, and their mean."""
+    top1 = {record["scheme"]: score(record) for record in found}
+    shown = {name: top1[name] for name in ("fp32", "int4w-pt-minmax", "int4w-pc-minmax")}
+    return {
+        "factor": row.factor,
+        "learning_rate": row.config.learning_rate,
+        **shown,
+        "criterion": sum(value or 0.0 for value in shown.values()) / len(shown),
+        "images": found[0]["n"],
+        "seconds": round(seconds, 1),
+        "commit": provenance.commit(),
+    }
+
+
 def training(row: StudyRow, metrics: Sequence[Mapping[str, Any]], seconds: float) -> Record:
-    """What training.jsonl says of a row beside whose it is."""
+    """Return what training.jsonl holds of a row, apart from its task, method, seed and digest."""
     last = metrics[-1]
     base, own = dataclasses.asdict(row.task.base), dataclasses.asdict(row.config)
     differ = sorted(name for name in own if own[name] != base[name])
@@ -91,42 +109,16 @@ def training(row: StudyRow, metrics: Sequence[Mapping[str, Any]], seconds: float
     }
 
 
-def trial(row: StudyRow, found: Sequence[Record], seconds: float) -> Record:
-    """What search.jsonl says of a trial: accuracies on the validation split, and their mean."""
-    top1 = {record["scheme"]: score(record) for record in found}
-    shown = {name: top1[name] for name in ("fp32", "int4w-pt-minmax", "int4w-pc-minmax")}
-    return {
-        "factor": row.factor,
-        "learning_rate": row.config.learning_rate,
-        **shown,
-        "criterion": sum(value or 0.0 for value in shown.values()) / len(shown),
-        "images": found[0]["n"],
-        "seconds": round(seconds, 1),
-        "commit": provenance.commit(),
-    }
-
-
 def slim(record: Record) -> Record:
-    """A deployment record without what is bulky, its reliability bins rounded."""
+    """Return a deployment record without what is bulky, and with its reliability bins rounded."""
     kept = {name: value for name, value in record.items() if name not in BULKY}
     if bins := kept.get("reliability"):
         kept["reliability"] = [[None if x is None else float(f"{x:.{DIGITS}g}") for x in row] for row in bins]
     return kept
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time holds a folder; the others wait. See `qt_jax.scheduler` for several hosts."""
-    held = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no folders
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(held)
-
-
 def replace(path: Path, new: Sequence[Record], keys: Sequence[str]) -> None:
-    """Puts records into a file in place of those that agree with one of them in `keys`.
+    """Put records into a file, in place of those that agree with one of them in `keys`.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "r.jsonl"
@@ -140,18 +132,3 @@ def replace(path: Path, new: Sequence[Record], keys: Sequence[str]) -> None:
         kept = [record for record in records.read(path) if tuple(record[key] for key in keys) not in mine]
         lines = [json.dumps(record, allow_nan=False) for record in (*kept, *new)]
         write_whole(path, "".join(f"{line}\n" for line in lines))
-
-
-def held(folder: Path) -> bool:
-    """Whether a process works in the folder, see `collect.locked`."""
-    try:
-        handle = os.open(folder / LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

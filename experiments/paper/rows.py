@@ -1,10 +1,16 @@
-"""The rows of a study: which networks there are to train, with which config, and which of them are done."""
+"""Enumerate the rows of a study: the networks to train, their configs, their files, and which are done.
 
+A row has a folder for its work and, once it is finished, records in the folder of results.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +22,33 @@ from experiments.configs.study import Preset, Target, Task
 from experiments.configs.training import Config
 from qt_jax import records
 
-TRAINING, DEPLOYMENT, STRUCTURE = "training.jsonl", "deployment.jsonl", "structure.jsonl"
-SEARCH = "search.jsonl"
-ATTEMPTS, LOG = "attempts.jsonl", "log.txt"
 RESULTS = Path(__file__).parents[1] / "results"
 DEFAULT_RESULTS = tyro.conf.arg(help_behavior_hint="(default: experiments/results of this checkout)")
-"""How `--help` calls that folder, wherever the checkout is."""
+"""Keeps the path of the checkout out of `--help`."""
+
+TRAINING, DEPLOYMENT, STRUCTURE = "training.jsonl", "deployment.jsonl", "structure.jsonl"
+SEARCH = "search.jsonl"
+GRAPH, DESCRIPTION = "model.onnx", "model.json"
+ATTEMPTS, LOG, LOCK = "attempts.jsonl", "log.txt", ".lock"
+
 SEARCH_TARGETS = (Target("onnxruntime", "reference", ("int4w-pt-minmax", "int4w-pc-minmax")),)
-"""What the search looks at beside FP32, on the validation split."""
+"""Deployments of a trial of the search beside FP32, on the validation split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyRow:
-    """One network to be trained and deployed.
+    """Describe one network to train and deploy.
 
     Attributes:
-      preset, task, name, seed: whose it is; `name` is that of the method.
-      config: of its training, complete.
-      factor: of the learning rate.
-      chosen: the search record that the factor comes from; None: the rate is the task's own.
-      source: the row whose network this one starts from or deploys.
-      searching: a trial of the search, judged on the validation split.
+      preset: The study.
+      task: The task.
+      name: Name of the method.
+      seed: Seed of training.
+      config: Complete config of training.
+      factor: Factor of the task's learning rate.
+      chosen: Names the search record that the factor comes from. None: the rate is the task's own.
+      source: The row whose network this one starts from or deploys.
+      searching: Whether the row is a trial of the search, which is judged on the validation split.
     """
 
     preset: Preset
@@ -51,16 +63,17 @@ class StudyRow:
 
     @property
     def method(self) -> Method:
+        """Return the method."""
         return METHODS[self.name]
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Where its network is deployed, FP32 in onnxruntime apart."""
+        """Return where the network is deployed, apart from FP32 in onnxruntime."""
         return SEARCH_TARGETS if self.searching else self.task.targets(self.name)
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the network, save for the program."""
+        """Return the SHA-256 of everything that decides the network, except the program."""
         source = self.source and self.source.digest
         what = [self.preset.name, changed(self.config), self.method.export, bool(self.method.network), source]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -71,7 +84,7 @@ class StudyRow:
 
 
 def changed(config: Config) -> dict[str, Any]:
-    """The fields that differ from the defaults of `Config`, as JSON gives them back.
+    """Return the fields that differ from the defaults of `Config`, as JSON gives them back.
 
     >>> changed(Config(seed=3))
     {'seed': 3}
@@ -82,26 +95,12 @@ def changed(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(differ, default=str))
 
 
-def folder_of(row: StudyRow, runs: Path) -> Path:
-    """Where a row works; another config is another folder."""
-    return runs / f"paper-{row.preset.name}" / row.task.name / f"{row.name}-{row.seed}-{row.digest[:8]}"
-
-
-def log_of(row: StudyRow, runs: Path) -> Path:
-    """What a row has printed."""
-    return folder_of(row, runs) / LOG
-
-
-def results_of(preset: Preset, results: Path = RESULTS) -> Path:
-    """The folder of a preset's records, tables and figures."""
-    return results / f"paper-{preset.name}"
-
-
 def study(preset: Preset, found: Sequence[records.Record] = ()) -> list[StudyRow]:
-    """All rows of a preset, seeds outermost, so that results are balanced while it runs.
+    """Return all rows of a preset, with the seeds outermost, so that results are balanced while it runs.
 
     Args:
-      found: the records of the search; without any, every method takes the task's learning rate.
+      preset: The preset.
+      found: Records of the search. Without them every method takes the task's learning rate.
     """
     return [
         row_of(preset, task, name, seed, found)
@@ -112,7 +111,7 @@ def study(preset: Preset, found: Sequence[records.Record] = ()) -> list[StudyRow
 
 
 def trials(preset: Preset) -> list[StudyRow]:
-    """All rows of the search: every method that has a rate of its own, at every factor."""
+    """Return all rows of the search: every method that has a learning rate to itself, at every factor."""
     return [
         row_of(preset, task, name, preset.search_seed, trial=factor)
         for factor in preset.factors
@@ -130,9 +129,18 @@ def row_of(
     found: Sequence[records.Record] = (),
     trial: float | None = None,
 ) -> StudyRow:
-    """One row, at the learning rate that the search has found, at that of a trial, or at the task's own.
+    """Return one row, at the learning rate of a trial, of the search, or of the task.
 
-    Raises InvalidInput as `config_of` does.
+    Args:
+      preset: The preset.
+      task: The task.
+      name: Name of the method.
+      seed: Seed of training.
+      found: Records of the search.
+      trial: Makes the row a trial of the search, at this factor of the task's learning rate.
+
+    Raises:
+      InvalidInput: As `config_of` raises it.
     """
     method = METHODS[name]
     chosen = best(preset, task, name, found) if trial is None else None
@@ -146,9 +154,10 @@ def row_of(
 
 
 def best(preset: Preset, task: Task, name: str, found: Sequence[records.Record]) -> records.Record | None:
-    """The search record of the largest criterion for a method on a task; of equals the smaller factor.
+    """Return the search record with the largest criterion for a method on a task.
 
-    None as long as a factor is missing, or was tried with another config than the present one.
+    Of several records with the same criterion it is the one with the smallest factor. It is None as long as a
+    factor is missing, or was tried with a config other than the present one.
     """
     name = METHODS[name].rate or METHODS[name].network or name
     digests = {row_of(preset, task, name, preset.search_seed, trial=f).digest for f in preset.factors}
@@ -164,10 +173,10 @@ def select(
     tasks: Sequence[str] = (),
     methods: Sequence[str] = (),
 ) -> list[StudyRow]:
-    """Rows of these tables, tasks and methods, in their order, with the rows they need first.
+    """Select the rows of these tables, tasks and methods, in their order, with the rows that they need.
 
     Raises:
-      InvalidInput: a name that no row has.
+      InvalidInput: No row has one of the names, or no row has all of them.
     """
     choices = {
         "--only": (tables, lambda row: row.method.tables),
@@ -189,13 +198,13 @@ def select(
 
 
 def done(rows: Sequence[StudyRow], folder: Path) -> set[StudyRow]:
-    """The rows whose records in a folder of results are complete and of their present config."""
+    """Return the rows whose records in a folder of results are complete and of their present config."""
     trained = {key_of(record): record["digest"] for record in records.read(folder / TRAINING)}
     searched = {(*key_of(r), r["factor"]): r["digest"] for r in records.read(folder / SEARCH)}
     deployed: dict[tuple, set[tuple[str, str, str]]] = {}
     for record in records.read(folder / DEPLOYMENT):
-        place = (record["backend"], record["scheme"], record["runtime"])
-        deployed.setdefault(key_of(record), set()).add(place)
+        deployment = (record["backend"], record["scheme"], record["runtime"])
+        deployed.setdefault(key_of(record), set()).add(deployment)
     complete = set()
     for row in rows:
         key = (row.task.name, row.name, row.seed)
@@ -208,16 +217,60 @@ def done(rows: Sequence[StudyRow], folder: Path) -> set[StudyRow]:
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[str, str, int]:
-    """Task, method and seed of a record."""
+    """Return task, method and seed of a record."""
     return record["task"], record["method"], record["seed"]
 
 
 def expected(row: StudyRow) -> set[tuple[str, str, str]]:
-    """Backend, scheme and runtime of every record that a finished row has."""
+    """Return backend, scheme and runtime of every deployment record that a finished row has."""
     wanted = {(t.backend, scheme, t.runtime) for t in row.targets for scheme in t.schemes}
     return wanted | {("onnxruntime", "fp32", "reference")}
 
 
+def results_of(preset: Preset, results: Path = RESULTS) -> Path:
+    """Return the folder of a preset's records, tables and figures."""
+    return results / f"paper-{preset.name}"
+
+
+def folder_of(row: StudyRow, runs: Path) -> Path:
+    """Return the folder in which a row works. Another config has another folder."""
+    return runs / f"paper-{row.preset.name}" / row.task.name / f"{row.name}-{row.seed}-{row.digest[:8]}"
+
+
+def log_of(row: StudyRow, runs: Path) -> Path:
+    """Return the file of what a row has printed."""
+    return folder_of(row, runs) / LOG
+
+
 def forget(row: StudyRow, runs: Path) -> None:
-    """Removes what a row has left behind in its folder."""
+    """Remove the folder of a row."""
     shutil.rmtree(folder_of(row, runs), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder for this process while the block runs. Other processes wait for it.
+
+    `qt_jax.scheduler` says what holds for several hosts.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS cannot lock folders
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def held(folder: Path) -> bool:
+    """Return whether a process holds the lock of a folder, see `locked`."""
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False

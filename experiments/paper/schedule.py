@@ -1,15 +1,11 @@
-"""Rows in processes of their own, one a core at a time: started, watched, stopped; what failed is told.
+"""Run rows in separate processes, one per slot, or submit them as jobs to a scheduler.
 
-Rows as jobs of a scheduler, submitted in the order that `schedule` gives: a row's source comes first.
+Rows start in their order, except that a row whose source is among them waits for it. A row that fails does
+not stop the others; the last lines of its log are reported.
 
-A row that a process of an earlier launch still works on is not submitted: its job waits, outside the queue,
-until that process has let go of the row's folder. What an earlier launch has left in Slurm's queue without
-cancelling it (it was killed) cannot be seen from here; the job that comes second then waits at the row's
-folder, and finds the work done.
-
-`python -m experiments.paper.row`: one row in a process of its own, from training to its records.
-
-Relaunching goes on where it stopped: training from its checkpoint, evaluation from its cache.
+A row that a process of an earlier launch still works on is not submitted at once. It waits, outside of the
+queue, until that process has released the row's folder. Jobs that a killed launch has left in Slurm's queue
+cannot be seen from here. The second job of such a row waits at the row's folder and then finds the work done.
 """
 
 import os
@@ -21,24 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from experiments.paper.collect import held
-from experiments.paper.rows import StudyRow
+from experiments.paper.rows import StudyRow, held
 from qt_jax import processes
 from qt_jax.scheduler import Job, JobFailed, Queue
 
 LAST_LINES = 5
+"""Lines of the log of a failed row that are reported."""
 
 
 class Process(Protocol):
-    """What a row runs as, here or through a scheduler."""
+    """Specify what a row runs as, here or through a scheduler."""
 
     def poll(self) -> int | None:
-        """Its exit status; None while it has not ended."""
+        """Return the exit status, or None while the process has not ended."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A row's process, since when (`time.monotonic`), and the slot that it takes."""
+    """Hold the process of a row, when it started (`time.monotonic`), and the slot that it takes."""
 
     row: StudyRow
     process: Process
@@ -48,12 +44,13 @@ class Running:
 
 @dataclass
 class Progress:
-    """What has become of the rows so far.
+    """Record what has become of the rows so far.
 
     Attributes:
-      waiting: rows not yet begun, in their order.
-      running, finished: rows at work; rows that have ended well, with their seconds.
-      failed: rows that have not, with the last lines of their logs.
+      waiting: Rows that have not started, in their order.
+      running: Rows at work.
+      finished: Rows that have ended well, with the seconds that they took.
+      failed: Rows that have failed, with the last lines of their logs.
     """
 
     waiting: list[StudyRow]
@@ -72,17 +69,22 @@ def run_rows(
     watch: Callable[[Progress], None],
     interval: float = 0.5,
 ) -> Progress:
-    """Runs all rows, in their order as far as what they need is there; a row that fails stops no other.
+    """Run all rows in processes of this machine.
 
     Args:
-      rows: to be run. One whose `source` is among them waits for it, and fails with it.
-      command: the command line of a row.
-      log: the file that takes what a row prints; it is added to.
-      slots: a row at a time for each: the core it is bound to, or None for no core of its own.
-      environment: variables of the rows' processes.
-      watch: called with what has become of the rows, every `interval` seconds and at the end.
+      rows: Rows to run. One whose `source` is among them waits for it, and fails with it.
+      command: Returns the command line of a row.
+      log: Returns the file to which the output of a row is appended.
+      slots: One entry per row that runs at a time: the core it is bound to, or None to bind it to none.
+      environment: All environment variables of the rows' processes.
+      watch: Called with the progress every `interval` seconds and at the end.
+      interval: Seconds.
 
-    Raises KeyboardInterrupt, after all processes have ended, when interrupted.
+    Returns:
+      The progress at the end.
+
+    Raises:
+      KeyboardInterrupt: Interrupted. All processes have ended before it is raised.
     """
     started: list[subprocess.Popen] = []
 
@@ -91,7 +93,7 @@ def run_rows(
         return started[-1]
 
     try:
-        return carry_out(rows, start, log, slots=slots, watch=watch, interval=interval)
+        return _supervise(rows, start, log, slots=slots, watch=watch, interval=interval)
     finally:
         live = [process for process in started if process.poll() is None]
         processes.stop(process.pid for process in live)
@@ -99,111 +101,81 @@ def run_rows(
             process.wait()
 
 
-def carry_out(
+def submit_rows(
+    queue: Queue,
     rows: Sequence[StudyRow],
-    start: Callable[[StudyRow, int | None], Process],
+    command: Callable[[StudyRow], list[str]],
     log: Callable[[StudyRow], Path],
     *,
     slots: Sequence[int | None],
+    environment: Mapping[str, str],
+    done: Callable[[StudyRow], bool],
     watch: Callable[[Progress], None],
-    interval: float,
+    say: Callable[[str], None],
 ) -> Progress:
-    """As `run_rows`, for rows that `start` starts in a slot; the caller ends those that an error leaves."""
-    progress = Progress(list(rows))
-    while progress.waiting or progress.running:
-        _start(progress, start, slots)
-        watch(progress)
-        if progress.running:
-            time.sleep(interval)
-        _reap(progress, log)
-    watch(progress)
-    return progress
-
-
-def time_left(progress: Progress, known: Mapping[StudyRow, float], slots: int, now: float) -> float | None:
-    """Seconds until all rows have ended, from how long like rows took; None while none has ended.
-
-    Like rows are those of the same task and the same deployments; else of the same task; else all.
+    """Run all rows as jobs of a scheduler. Whoever opened the queue cancels its jobs.
 
     Args:
-      known: seconds of rows that were finished before, beside those in `progress`.
-      slots: rows at a time.
-      now: `time.monotonic()`.
+      queue: Open queue of the scheduler.
+      rows: As in `run_rows`.
+      command: As in `run_rows`.
+      log: As in `run_rows`.
+      slots: As in `run_rows`.
+      environment: Environment variables of the rows' processes. A job gets those that differ from the ones of
+        this process.
+      done: Tells whether the records of a row are complete.
+      watch: As in `run_rows`.
+      say: Called with a line about each row that another process works on.
+
+    Returns:
+      The progress at the end.
+
+    Raises:
+      InvalidInput: The scheduler refuses a job.
     """
-    measured = {**known, **progress.finished}
-    if not measured:
-        return None
-    alike: dict[tuple, list[float]] = {}
-    for row, seconds in measured.items():
-        for kind in _kinds(row):
-            alike.setdefault(kind, []).append(seconds)
+    changes = {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
-    def expected(row: StudyRow) -> float:
-        found = next(alike[kind] for kind in _kinds(row) if kind in alike)
-        return sum(found) / len(found)
+    def start(row: StudyRow, core: int | None) -> RowJob:
+        path = log(row).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        job = RowJob(
+            path,
+            lambda: queue.submit(processes.run, command(row), path, changes, core),
+            lambda: done(row),
+            lambda: say(f"{row}: another process works on it; submitted only if it is not done after that"),
+        )
+        if not held(path.parent):
+            job.job = job.submit()
+        return job
 
-    rest = [max(0.0, expected(r.row) - (now - r.started)) for r in progress.running]
-    work = sum(rest) + sum(map(expected, progress.waiting))
-    return max([work / slots, *rest])
-
-
-def _kinds(row: StudyRow) -> list[tuple]:
-    """What rows this one is like, the narrowest kind first."""
-    return [(row.task.name, row.targets), (row.task.name,), ()]
-
-
-def last_words(path: Path) -> str:
-    """The last lines of a log."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return "no log was written"
-    return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
-
-
-def _start(progress: Progress, start, slots: Sequence[int | None]) -> None:
-    """Starts rows until all slots are taken or none is ready."""
-    for slot in range(len(slots)):
-        if slot in {running.slot for running in progress.running}:
-            continue
-        blocked = {*progress.waiting, *(running.row for running in progress.running)}
-        row = next((row for row in progress.waiting if row.source not in blocked), None)
-        if row is None:
-            return
-        progress.waiting.remove(row)
-        if row.source in progress.failed:
-            progress.failed[row] = f"needs {row.source}, which has failed"
-            continue
-        progress.running.append(Running(row, start(row, slots[slot]), time.monotonic(), slot))
-
-
-def _reap(progress: Progress, log: Callable[[StudyRow], Path]) -> None:
-    for running in list(progress.running):
-        status = running.process.poll()
-        if status is None:
-            continue
-        progress.running.remove(running)
-        if status == 0:
-            progress.finished[running.row] = time.monotonic() - running.started
-        else:
-            progress.failed[running.row] = f"exit status {status}\n{last_words(log(running.row))}"
+    return _supervise(rows, start, log, slots=slots, watch=watch, interval=queue.interval)
 
 
 @dataclass
-class Handed:
-    """A row's job, which is submitted once nobody works in the folder of the row's log."""
+class RowJob:
+    """Submit the job of a row once no process works in the folder of the row's log.
+
+    Attributes:
+      log: Log of the row.
+      submit: Submits the job.
+      done: Tells whether the row needs no job any more, after another process has released its folder.
+      say: Called once if another process holds the folder.
+      waits: Whether another process has held the folder.
+      job: The job once it is submitted.
+    """
 
     log: Path
     submit: Callable[[], Job]
     done: Callable[[], bool]
-    """Whether the row needs no job any more, after another process has let go of it."""
     say: Callable[[], None]
-    """Called if the row is held, once."""
     waits: bool = False
     job: Job | None = None
 
     def poll(self) -> int | None:
-        """The exit status of the row; 1, after adding its last words to the log, of a job that left none."""
+        """Return the exit status of the row, or None while it has not ended.
+
+        The status is 1 for a job that ended without one. The last lines of that job are appended to the log.
+        """
         if self.job is None:
             if held(self.log.parent):
                 if not self.waits:
@@ -223,52 +195,77 @@ class Handed:
             return 1
 
 
-def hand_over(
-    queue: Queue,
+def _supervise(
     rows: Sequence[StudyRow],
-    command: Callable[[StudyRow], list[str]],
+    start: Callable[[StudyRow, int | None], Process],
     log: Callable[[StudyRow], Path],
     *,
     slots: Sequence[int | None],
-    environment: Mapping[str, str],
-    done: Callable[[StudyRow], bool],
     watch: Callable[[Progress], None],
-    say: Callable[[str], None],
+    interval: float,
 ) -> Progress:
-    """As `schedule.run_rows`, through a scheduler; who has opened the queue cancels its jobs.
+    """Start rows with `start` as slots become free, until all have ended.
 
-    Args:
-      environment: variables of the rows' processes; of those, a job gets what differs from this process's.
-      done: whether the records of a row are complete.
-      say: gets a line about each row that another process works on.
-
-    Raises InvalidInput if the scheduler refuses a job.
+    The caller ends the processes that an error leaves behind.
     """
-    changes = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    progress = Progress(list(rows))
+    while progress.waiting or progress.running:
+        _start_ready(progress, start, slots)
+        watch(progress)
+        if progress.running:
+            time.sleep(interval)
+        _reap(progress, log)
+    watch(progress)
+    return progress
 
-    def start(row: StudyRow, core: int | None) -> Handed:
-        path = log(row).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handed = Handed(
-            path,
-            lambda: queue.submit(processes.run, command(row), path, changes, core),
-            lambda: done(row),
-            lambda: say(f"{row}: another process works on it; submitted only if it is not done after that"),
-        )
-        if not held(path.parent):
-            handed.job = handed.submit()
-        return handed
 
-    return carry_out(rows, start, log, slots=slots, watch=watch, interval=queue.interval)
+def _start_ready(
+    progress: Progress, start: Callable[[StudyRow, int | None], Process], slots: Sequence[int | None]
+) -> None:
+    """Start rows until all slots are taken or no row is ready."""
+    for slot in range(len(slots)):
+        if slot in {running.slot for running in progress.running}:
+            continue
+        blocked = {*progress.waiting, *(running.row for running in progress.running)}
+        row = next((row for row in progress.waiting if row.source not in blocked), None)
+        if row is None:
+            return
+        progress.waiting.remove(row)
+        if row.source in progress.failed:
+            progress.failed[row] = f"needs {row.source}, which has failed"
+            continue
+        progress.running.append(Running(row, start(row, slots[slot]), time.monotonic(), slot))
+
+
+def _reap(progress: Progress, log: Callable[[StudyRow], Path]) -> None:
+    """Move rows that have ended to `finished` or `failed`."""
+    for running in list(progress.running):
+        status = running.process.poll()
+        if status is None:
+            continue
+        progress.running.remove(running)
+        if status == 0:
+            progress.finished[running.row] = time.monotonic() - running.started
+        else:
+            progress.failed[running.row] = f"exit status {status}\n{last_lines(log(running.row))}"
+
+
+def last_lines(path: Path) -> str:
+    """Return the last lines of a log."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return "no log was written"
+    return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
 
 
 def command(row: StudyRow, runs: Path, results: Path, jobs: int) -> list[str]:
-    """The command line that performs a row as a child of this process, without which it ends itself."""
+    """Return the command line that performs a row as a child of this process and ends with it."""
     return [*detached_command(row, runs, results, jobs), "--parent", str(os.getpid())]
 
 
 def detached_command(row: StudyRow, runs: Path, results: Path, jobs: int) -> list[str]:
-    """The command line that performs a row wherever a scheduler puts it."""
+    """Return the command line that performs a row wherever a scheduler starts it."""
     flags = {"preset": row.preset.name, "task": row.task.name, "method": row.name, "seed": row.seed}
     flags |= {"runs": runs, "results": results, "jobs": jobs}
     if row.searching:

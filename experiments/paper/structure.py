@@ -1,7 +1,7 @@
-"""What training has done to a network: tails of its weights, scales, activation ranges, layers' SQNR, lambda.
+"""Describe what training has done to a network: weights, scales, activation ranges, SQNR of layers, lambda.
 
-Kernels are looked at twice: raw, as trained, and folded, as a vendor quantizes them, with the batch norm that
-follows multiplied in. Numbers of a layer are relative to its root mean square where they say so.
+Kernels are described twice: raw, as they were trained, and folded, as a vendor quantizes them, with the batch
+norm that follows multiplied in. Some numbers of a layer are relative to its root mean square, where stated.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ import onnx
 from flax.traverse_util import flatten_dict
 
 from experiments.configs.training import Config, lambda_schedule
+from experiments.paper.rows import GRAPH
 from qt_jax.diagnosis.simulation import compare
 from qt_jax.diagnosis.toolchains import LAYER_SCHEMES, quantized
 from qt_jax.export import graph
@@ -22,29 +23,37 @@ from qt_jax.export.sessions import named_inputs, run_tensors
 from qt_jax.interception import COLLECTION, INPUT
 
 BINS = np.arange(0.0, 15.5, 0.25)
-"""Edges of the histograms of |w| over the root mean square of its layer; the last bin has all beyond."""
+"""Edges of the histograms of |w| over the root mean square of its layer. The last bin has all beyond."""
+
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
-"""Of |w| over its root mean square, and of the channels' largest |w| over the tensor's."""
+"""Quantiles of |w| over its root mean square, and of the channels' largest |w| over the tensor's."""
+
 OBSERVED = 64
 """Calibration images with which activations are observed."""
+
 POINTS = 61
-"""At which lambda is written down."""
+"""Points in training at which lambda is recorded."""
+
+
+def network_structure(folder: Path, images: np.ndarray) -> dict[str, Any]:
+    """Return the `structure` of the network in a row's folder."""
+    return structure(load(folder), onnx.load(folder / GRAPH), images)
 
 
 def structure(network: Deployable, model: onnx.ModelProto, images: np.ndarray) -> dict[str, Any]:
-    """Weights and activations of an exported network, layer by layer.
+    """Describe weights and activations of an exported network, layer by layer.
 
     Args:
-      network: from `qt_jax.export.network.load`, with samples.
-      model: its FP32 graph.
-      images: as the graph takes them, held out from training and test.
+      network: A network from `qt_jax.export.network.load`, with samples.
+      model: Its FP32 graph.
+      images: Images as the graph takes them, held out from training and test.
 
     Returns:
-      `layers`: for each convolution and matrix product with a kernel of its own its `layer` (Flax path);
-      `raw` and `folded`, see `kernel_tails`; `input` and `learned`, the range of its input as observed
-      (0.1 % and 99.9 % quantile, least and largest) and as training has it (low, high) or None;
-      `sqnr_db`: of its output on `images` in each of `SCHEMES` of onnxruntime, in dB, or None.
-      `histograms`: of raw and of folded kernels, numbers of weights in `BINS`, all layers together.
+      `layers` has an entry for each convolution and matmul that has a kernel. Its keys are `layer` (the Flax
+      path); `raw` and `folded`, see `kernel_tails`; `input`, the range of its input as observed (0.1 % and
+      99.9 % quantile between minimum and maximum); `learned`, the range as training has it (low, high) or
+      None; `sqnr_db`, the SQNR of its output on `images` in each of `LAYER_SCHEMES` of onnxruntime, in dB, or
+      None. `histograms` has the numbers of raw and of folded weights in `BINS`, over all layers.
     """
     values = graph.constants(model)
     raw = flatten_dict(dict(network.variables["params"]), sep="/")
@@ -77,14 +86,14 @@ def structure(network: Deployable, model: onnx.ModelProto, images: np.ndarray) -
 
 
 def kernel_tails(kernel: np.ndarray) -> dict[str, Any]:
-    """How heavy the tails of a kernel are, and how unequal its output channels.
+    """Describe how heavy the tails of a kernel are, and how unequal its output channels.
 
     Args:
-      kernel: `(..., channels)`.
+      kernel: Weights `(..., channels)`.
 
     Returns:
-      `largest`: max |w|. `tails`: `QUANTILES` of |w| over the root mean square. `channels`: `QUANTILES` of
-      the channels' max |w| over the tensor's, which is the channels' scale over the tensor's.
+      `largest` is max |w|. `tails` are the `QUANTILES` of |w| over the root mean square. `channels` are the
+      `QUANTILES` of the channels' max |w| over the tensor's, which is the channels' scale over the tensor's.
 
     >>> kernel_tails(np.array([[3.0, 4.0], [-3.0, 4.0]]))["channels"]
     [0.875, 0.975, 0.9975, 0.99975, 1.0]
@@ -100,7 +109,7 @@ def kernel_tails(kernel: np.ndarray) -> dict[str, Any]:
 
 
 def schedule_points(config: Config, steps: int) -> dict[str, list[float]]:
-    """Lambda over training at `POINTS` places: `epoch` and `lambda`.
+    """Return lambda at `POINTS` points of training: `epoch` and `lambda`.
 
     >>> schedule_points(Config(sched="constant", epochs=2), 100)["lambda"][:2]
     [1.0, 1.0]
@@ -113,13 +122,8 @@ def schedule_points(config: Config, steps: int) -> dict[str, list[float]]:
     }
 
 
-def network_structure(folder: Path, images: np.ndarray) -> dict[str, Any]:
-    """`structure` of the network that a row's folder holds."""
-    return structure(load(folder), onnx.load(folder / "model.onnx"), images)
-
-
 def _observed(model: onnx.ModelProto, images: np.ndarray, names: list[str]) -> dict[str, list[float]]:
-    """Least, 0.1 % quantile, 99.9 % quantile and largest of tensors over images."""
+    """Return minimum, 0.1 % quantile, 99.9 % quantile and maximum of tensors over images."""
     inputs = named_inputs(model, images)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names if name not in inputs}
     for batch in run_tensors(model, names, inputs):
@@ -130,10 +134,12 @@ def _observed(model: onnx.ModelProto, images: np.ndarray, names: list[str]) -> d
 
 
 def _rms(size: np.ndarray) -> float:
+    """Return the root mean square, or the smallest normal number for a tensor of zeros."""
     return max(float(np.sqrt(np.mean(size**2))), float(np.finfo(np.float32).tiny))
 
 
 def _histogram(kernel: np.ndarray) -> np.ndarray:
+    """Count the weights of a kernel in `BINS`."""
     size = np.abs(np.asarray(kernel, np.float64)).ravel()
     counts, _ = np.histogram(np.minimum(size / _rms(size), BINS[-1]), [*BINS, np.inf])
     return counts
@@ -144,5 +150,5 @@ def _decibels(ratio: float | None) -> float | None:
 
 
 def _short(value: Any) -> float:
-    """Six significant digits: what a figure shows and more."""
+    """Round to six significant digits, which is more than a figure shows."""
     return float(f"{float(value):.6g}")
