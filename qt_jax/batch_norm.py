@@ -1,7 +1,7 @@
-"""Batch-norm statistics measured anew: those of the network that is deployed, not of the one in training.
+"""Measure batch-norm statistics anew, for the network that is deployed.
 
-Running averages lag behind the parameters, and under Quant-Trim they belong to a forward pass that clips and
-rounds. The float graph that is exported does neither.
+Running averages lag behind the parameters. Under Quant-Trim they also belong to a forward pass that clips and
+rounds, while the float graph that is exported does neither.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,14 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
-from qt_jax.interception import COLLECTION
+from qt_jax.interception import COLLECTION, Call, Handler, intercept, shadowed
 
 Path = tuple[str, ...]
+"""Flax path of a module, key by key."""
+
 MEAN, VARIANCE = "mean", "var"
+"""Names of the statistics of Linen's batch norm."""
 
 
 def reestimate(
@@ -26,34 +28,35 @@ def reestimate(
     variables: Mapping[str, Any],
     batches: Iterable[Any],
 ) -> dict[str, Any]:
-    """`variables` with the statistics of every batch norm pooled over `batches`, all alike.
+    """Return `variables` with the statistics of every batch norm pooled over all `batches`.
 
     The statistics of batch k, mean m_k and variance v_k of n_k examples, give
 
         mean = sum n_k m_k / n        var = sum n_k (v_k + (m_k - mean)^2) / n        n = sum n_k
 
-    which is the mean and the (biased) variance of all of a layer's inputs: the module's momentum has no say
-    and the order of the batches none (precise batch norm: Wu and Johnson, arXiv 2105.07576, section 3).
+    This is the mean and the (biased) variance of all inputs of a layer. Neither the module's momentum nor
+    the order of the batches matters (precise batch norm: Wu and Johnson, arXiv 2105.07576, section 3).
 
-    There is one forward a batch, in training mode: a batch norm normalises with the batch's own statistics,
-    so that a deeper layer is measured on inputs normalised as they will be, whatever the old statistics
-    were. The batch's own and the pooled ones differ by sampling: take batches of hundreds of examples.
+    Each batch takes one forward pass in training mode. A batch norm then normalises with the statistics of
+    the batch, so that a deeper layer is measured on inputs normalised as they will be, whatever the old
+    statistics were. The statistics of one batch differ from the pooled ones by sampling: take batches of
+    hundreds of examples.
 
     Args:
       apply_fn: `(variables, batch) -> (outputs, updated)`, the forward in training mode with `batch_stats`
-        mutable. Plain, it measures the float network; inside `qt.quant_trim(..., train=False)` the
-        fake-quantized one. Jitted here.
+        mutable. A plain one measures the float network, one inside `qt.quant_trim(..., train=False)` the
+        fake-quantized network. It is jitted here.
       variables: Flax collections. Parameters and all other statistics, Quant-Trim's ranges among them, come
-        back as they are, as does everything where the model has no batch norm.
-      batches: what `apply_fn` takes, arrays or pytrees of arrays with the examples along the first axis: a
-        few thousand in all, prepared as for inference (no augmentation).
+        back as they are. If the model has no batch norm, everything does.
+      batches: What `apply_fn` takes: arrays, or pytrees of arrays, with the examples along the first axis.
+        Give a few thousand examples in all, prepared as for inference (no augmentation).
 
     Returns:
-      {"params": ..., "batch_stats": ..., ...}; the new statistics have the dtype of the old.
+      {"params": ..., "batch_stats": ..., ...}. The new statistics have the dtype of the old.
 
     Raises:
-      InvalidInput: no batch; batch norms that all use their running averages; an `apply_fn` that does not
-        return the updated collection; statistics that are not finite.
+      InvalidInput: There is no batch, all batch norms use their running averages, `apply_fn` does not return
+        the updated collection, or statistics are not finite.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -70,7 +73,7 @@ def reestimate(
 
     @jax.jit
     def measure(variables: Any, batch: Any) -> dict[Path, tuple[jax.Array, jax.Array]]:
-        with nn.intercept_methods(_recording(modes)):
+        with intercept(_recorder(modes)):
             answer = apply_fn(variables, batch)
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
             raise InvalidInput(
@@ -105,22 +108,17 @@ def reestimate(
     return {**variables, COLLECTION: unflatten_dict(pooled)} if modes else dict(variables)
 
 
-def _recording(modes: dict[Path, bool]) -> Callable[..., Any]:
-    """An interceptor for one trace that leaves each batch norm with the statistics of what it was given.
+def _recorder(modes: dict[Path, bool]) -> Handler:
+    """Return a handler for one trace that leaves each batch norm with the statistics of its inputs.
 
-    Called twice, a module has those of both calls pooled. `modes` is filled: path -> whether it uses its
-    running averages.
+    A module that is called twice gets the pooled statistics of both calls. The handler fills `modes`, which
+    maps the path of each batch norm to whether it uses its running averages.
     """
     seen: dict[Path, int] = {}
 
-    def intercept(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: InterceptorContext,
-    ) -> Any:
-        module = context.module
-        if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
+    def record(call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        module = call.module
+        if not isinstance(module, nn.BatchNorm):
             return call(*args, **kwargs)
         path, given = module.path, args[1] if len(args) > 1 else kwargs.get("use_running_average")
         running = nn.merge_param("use_running_average", module.use_running_average, given)
@@ -128,12 +126,8 @@ def _recording(modes: dict[Path, bool]) -> Callable[..., Any]:
         if running:
             return call(*args, **kwargs)
         before: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE)}
-        momentum = module.momentum
-        object.__setattr__(module, "momentum", 0.0)
-        try:
+        with shadowed(module, momentum=0.0):
             outputs = call(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "momentum", momentum)
         if path in seen:
             share = args[0].size / (args[0].size + seen[path])
             mean: Any = module.get_variable(COLLECTION, MEAN)
@@ -146,13 +140,15 @@ def _recording(modes: dict[Path, bool]) -> Callable[..., Any]:
         seen[path] = seen.get(path, 0) + args[0].size
         return outputs
 
-    return intercept
+    return record
 
 
 def pool(
     means: Iterable[np.ndarray], variances: Iterable[np.ndarray], sizes: Iterable[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and biased variance of the union of samples of these sizes, means and variances; in float64.
+    """Return mean and biased variance of the union of samples with these means, variances and sizes.
+
+    The arithmetic is in float64.
 
     >>> mean, variance = pool([np.array([1.0]), np.array([7.0])], [np.ones(1), np.zeros(1)], [2, 1])
     >>> mean.item(), round(variance.item(), 4)

@@ -1,42 +1,44 @@
-"""What a vendor's compiler folds and fuses, found in the traced program.
+"""Find what a vendor's compiler folds and fuses, in the traced program.
 
-Before it quantizes, every compiler folds batch norm into the kernel before it: what lands on the integer grid
-is w * gain with gain = gamma / sqrt(variance + epsilon), one for each output channel, not w. It also
-requantizes what enters a residual sum. The published method puts its points on the raw kernel and on the
-inputs of layers (Quant-Trim, arXiv 2511.15300); this module finds the others. It looks at data flow alone:
-every layer's output is followed through the jaxpr of the inference pass, whatever modules are called and
-however they are named.
+Before it quantizes, every compiler folds batch norm into the kernel before it. The integer grid then holds
+w * gain, not w, with gain = gamma / sqrt(variance + epsilon), one for each output channel. A compiler also
+requantizes the operands of a residual sum. The published method puts its points on the raw kernel and on the
+inputs of layers (Quant-Trim, arXiv 2511.15300). This module finds the other points.
+
+It looks at data flow alone: every layer's output is followed through the jaxpr of the inference pass,
+whatever modules are called and however they are named.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from qt_jax.errors import InvalidInput
-from qt_jax.interception import COLLECTION, GAIN, LAYERS
+from qt_jax.interception import COLLECTION, GAIN, LAYERS, Call, intercept
 
 TRANSPARENT = frozenset({"name", "convert_element_type", "copy", "optimization_barrier"})
 """Primitives that hand a tensor on as it is."""
+
 JOINS = frozenset({"add", "mul", "concatenate"})
-"""Primitives whose operands a compiler brings to scales of their own."""
+"""Primitives whose operands a compiler requantizes."""
+
 CALLS = {
     **dict.fromkeys(("jit", "pjit", "closed_call", "checkpoint", "remat2"), "jaxpr"),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
 }
-"""Primitives that are seen through -> the parameter that holds what they call."""
+"""Maps each primitive that is inlined to the parameter that holds the jaxpr it calls."""
 
 
 class Equation(NamedTuple):
-    """One operation of the flattened program; operands are numbers of values, or literals."""
+    """Describe one operation of the inlined program. Operands are the numbers of values, or literals."""
 
     primitive: Any
     inputs: tuple[int | Literal, ...]
@@ -45,7 +47,7 @@ class Equation(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """A value that a layer's output is multiplied with, or divided by."""
+    """Name a value that a layer's output is multiplied with, or divided by."""
 
     value: int
     divides: bool
@@ -53,11 +55,11 @@ class Factor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """The gains of every layer's kernel as functions of the variables, and where sums requantize.
+    """Hold the gains of every layer's kernel as functions of the variables, and the outputs to requantize.
 
     Attributes:
-      outputs: paths of the modules whose output is an operand of a sum, product or concatenation of
-        activations, or an output of the model: for `QuantConfig.fused_outputs`.
+      outputs: Paths of the modules whose output is an operand of a sum, product or concatenation of
+        activations, or an output of the model. They are meant for `QuantConfig.fused_outputs`.
     """
 
     outputs: tuple[str, ...]
@@ -68,12 +70,14 @@ class Fusion:
 
     @property
     def layers(self) -> tuple[str, ...]:
+        """Return the paths of the layers whose kernel has a gain."""
         return tuple(self._factors)
 
     def gains(self, variables: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """float32 `(channels,)` by layer path: folding multiplies the kernel's output channels with it.
+        """Return the gains by layer path, float32 `(channels,)`.
 
-        Traceable; only what the gains need is computed: for batch norm gamma * rsqrt(variance + epsilon).
+        Folding multiplies the kernel's output channels with them. The function can be traced, and computes
+        only what the gains need: for batch norm gamma * rsqrt(variance + epsilon).
         """
         leaves = flatten_dict(dict(variables))
         known = {number: leaves[path] for path, number in self._leaves.items() if path in leaves}
@@ -93,13 +97,13 @@ class Fusion:
         return gains
 
     def refresh(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """The variables with the gains of their own normalisation statistics in `batch_stats`.
+        """Return the variables with the gains of their normalisation statistics in `batch_stats`.
 
-        A training step calls it on its result, so that the statistics always hold the gains that belong to
-        them; `attach_statistics` with a config that is `folded` makes the places.
+        Call it on the result of every training step, so that the gains always belong to the statistics
+        beside them. `attach_statistics` with a config that is `folded` makes the places for the gains.
 
         Raises:
-          InvalidInput: there is no place for a gain.
+          InvalidInput: There is no place for a gain.
         """
         statistics = flatten_dict(dict(variables.get(COLLECTION, {})))
         for path, gain in self.gains(variables).items():
@@ -115,17 +119,21 @@ class Fusion:
 
 
 def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **options: Any) -> Fusion:
-    """Follows every layer's output through the traced inference pass.
+    """Follow every layer's output through the traced inference pass.
 
-    A layer's kernel has a gain if its output is used once, and then only added to and multiplied with values
-    that depend on the variables alone, channel by channel: batch norm on running statistics, a layer scale.
-    One number for all channels ends the search: it moves no grid, and exporters leave it where it is. So does
-    an `nn.Einsum`, whose kernel may have its features anywhere.
+    A layer's kernel has a gain if its output is used once, and is then only added to and multiplied with
+    values that depend on the variables alone, channel by channel. Batch norm on running statistics does so,
+    and a layer scale. A factor that is one number for all channels ends the search: it moves no grid, and
+    exporters leave it where it is. An `nn.Einsum` has no gain, since its kernel may have its features on any
+    axis.
 
     Args:
-      model: any Linen module.
-      variables: its collections; shapes matter, values do not.
-      *inputs, **options: what `model.apply` takes after the variables in inference, such as `train=False`.
+      model: Any Linen module.
+      variables: Its collections. Shapes matter, values do not.
+      *inputs, **options: What `model.apply` takes after the variables in inference, such as `train=False`.
+
+    Returns:
+      A `Fusion`, which gives the gains of any variables of these shapes.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -141,25 +149,19 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     >>> fusion.gains(variables)["first"].round(4).tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    marks: dict[str, str] = {}
+    marks: dict[str, None] = {}  # an ordered set of paths
 
-    def mark(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: InterceptorContext,
-    ) -> Any:
-        module = context.module
-        outputs = call(*args, **kwargs)
-        if context.method_name != "__call__" or not module.path or not isinstance(outputs, jax.Array):
+    def mark(call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        path, outputs = call.path, call(*args, **kwargs)
+        if not path or not isinstance(outputs, jax.Array):
             return outputs
-        marks.setdefault(path := "/".join(module.path), type(module).__name__)
-        if isinstance(module, LAYERS) and not isinstance(module, nn.Einsum):
+        marks.setdefault(path)
+        if isinstance(call.module, LAYERS) and not isinstance(call.module, nn.Einsum):
             outputs = checkpoint_name(outputs, f"layer:{path}")
         return checkpoint_name(outputs, f"module:{path}")
 
     def forward(leaves: dict[tuple[str, ...], Any], inputs: tuple[Any, ...]) -> Any:
-        with nn.intercept_methods(mark):
+        with intercept(mark):
             return model.apply(unflatten_dict(leaves), *inputs, **options)
 
     leaves = flatten_dict(dict(variables))
@@ -178,12 +180,8 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     )
 
 
-def _shape(variable: Any) -> tuple[int, ...]:
-    return variable.aval.shape
-
-
 class _Program:
-    """A jaxpr with its calls inlined; the first `leaves` values are variables, then come the inputs."""
+    """Hold a jaxpr with its calls inlined. The first `leaves` values are variables, then come the inputs."""
 
     def __init__(self, closed: ClosedJaxpr, leaves: int):
         self.equations: list[Equation] = []
@@ -231,9 +229,9 @@ class _Program:
         return [e.outputs[0] for e in self.equations if e.params.get("name") == name]
 
     def factors(self, mark: str) -> tuple[Factor, ...]:
-        """What the one output under `mark` is multiplied with before anything else happens to it."""
+        """Return what the one output under `mark` is multiplied with before anything else happens to it."""
         outputs = self._marked(mark)
-        if len(outputs) != 1:  # a layer applied twice has no gain of its own
+        if len(outputs) != 1:  # a layer that is applied twice has no single gain
             return ()
         [value] = outputs
         channels = self.shapes[value][-1:]
@@ -257,12 +255,12 @@ class _Program:
         return tuple(found)
 
     def _varies_by_channel(self, x: int, channels: tuple[int, ...]) -> bool:
-        """Whether a static value has one number for each element of the last axis."""
+        """Return whether a static value has one number for each element of the last axis."""
         shape = self.shapes[x]
         return shape[-1:] == channels and all(size == 1 for size in shape[:-1])
 
     def joins(self, mark: str) -> bool:
-        """Whether an output under `mark` is, as it stands, an operand of a join or an output of the model."""
+        """Return whether an output under `mark` is itself an operand of a join or an output of the model."""
         found = False
         for value in self._marked(mark):
             pending = [value]
@@ -272,7 +270,7 @@ class _Program:
                 for equation in self.users.get(value, ()):
                     name = equation.primitive.name
                     if name == "name" and equation.params["name"].startswith("module:"):
-                        continue  # the module around this one hands it on, and is the one to be asked
+                        continue  # the module around this one returns it, and has a mark for it
                     if name in TRANSPARENT:
                         pending += equation.outputs
                     elif name in JOINS:
@@ -281,10 +279,14 @@ class _Program:
         return found
 
     def slice(self, wanted: set[int]) -> tuple[Equation, ...]:
-        """The equations that `wanted` depends on, in order."""
+        """Return the equations that the values `wanted` depend on, in order."""
         needed: list[Equation] = []
         for equation in reversed(self.equations):
             if wanted & set(equation.outputs):
                 needed.append(equation)
                 wanted |= {x for x in equation.inputs if isinstance(x, int)}
         return tuple(reversed(needed))
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape

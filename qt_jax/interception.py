@@ -1,35 +1,128 @@
-"""One quantization point: its range in `batch_stats`, what it observes, its tensor on the grid.
+"""Intercept the calls of a Linen model: what all interceptors of this project share.
 
-All points of a forward pass share the pass: quantiles are taken together when it ends, and in training a
-tensor that enters several layers, as that of an attention's queries, keys and values does, is put on one grid
-once, as a vendor's compiler puts it.
+An interceptor is a handler that `intercept` runs around every `__call__` of every module inside its context.
+The handler decides what to call the module with and what to return. The model's code and its parameters stay
+as they are. `shadowed` replaces a field of a module for the length of one call.
 
-Quant-Trim as a context around a Linen forward pass: the model's code and parameters stay as they are.
-
-Every kernel-bearing Linen layer hands its input and its kernel to the field `promote_dtype` just before it
-multiplies them. Inside the context that field is shadowed, for the length of one call, by a function that
-fake-quantizes both. The ranges live in the mutable collection `batch_stats`, under the layer's own path.
+The module also names what the interceptors agree on: the layers that Quant-Trim reaches, and the names under
+which the ranges live in `batch_stats`.
 """
 
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate
+
 import flax.linen as nn
+from flax.linen.module import InterceptorContext
+
+LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
+"""Layers that are reached. The projections of Linen's attention are `DenseGeneral`."""
 
 COLLECTION = "batch_stats"
+"""Name of the mutable collection that holds the ranges."""
 
 KERNEL, INPUT, OUTPUT = "quant_kernel", "quant_input", "quant_output"
-"""Names of the ranges beside a layer's other statistics, each {"low", "high", "count"}."""
+"""Names of the ranges beside a layer's other statistics. Each range is {"low", "high", "count"}."""
 
 GAIN = "quant_gain"
 """Name of the gains with which folding will multiply a layer's kernel: float32 `(channels,)`, or
 `(channels, 1)` where the features are the kernel's last axis but one."""
 
-LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
-"""Layers that are reached; the projections of Linen's attention are `DenseGeneral`."""
-
 
 def is_range(path: tuple[str, ...]) -> bool:
-    """Whether a leaf of `batch_stats` at this path belongs to Quant-Trim: a range or a gain.
+    """Tell whether a leaf of `batch_stats` at this path belongs to Quant-Trim: a range or a gain.
 
     >>> is_range(("head", "quant_input", "low")), is_range(("norm", "mean"))
     (True, False)
     """
     return not {KERNEL, INPUT, OUTPUT, GAIN}.isdisjoint(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Hold one call of a module while a handler decides about it. Calling it runs the module's method.
+
+    Attributes:
+      module: The module that is called, bound to its variables.
+      method: The method, bound to the module.
+    """
+
+    module: nn.Module
+    method: Callable[..., Any]
+
+    @property
+    def path(self) -> str:
+        """Return the module's path in the model, such as "encoder/block1/conv"; "" is the model itself."""
+        return "/".join(self.module.path)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method with these arguments, and return what it returns."""
+        return self.method(*args, **kwargs)
+
+
+Handler = Callable[Concatenate[Call, ...], Any]
+"""`handler(call, *args, **kwargs) -> outputs`, with the arguments that the module was called with."""
+
+
+@contextlib.contextmanager
+def intercept(handler: Handler, *, every_method: bool = False) -> Iterator[None]:
+    """Run `handler` in place of every module's `__call__` inside the context.
+
+    A subclass may call the `__call__` that it inherits. The handler runs once, around the outer call. Of
+    nested contexts the inner one's handler is closest to the module.
+
+    Args:
+      handler: Must return the module's outputs, as a rule those of `call(*args, **kwargs)`. Make its first
+        parameter positional-only if a module may have a keyword `call`.
+      every_method: Run the handler around all methods of all modules, inherited ones included.
+
+    >>> def double(call, *args, **kwargs):
+    ...     return 2 * call(*args, **kwargs) if isinstance(call.module, nn.Dense) else call(*args, **kwargs)
+    >>> with intercept(double):
+    ...     nn.Dense(1).apply({"params": {"kernel": [[3.0]], "bias": [1.0]}}, [[1.0]]).item()
+    8.0
+    """
+    running: set[int] = set()
+
+    def intercepted(
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
+        call = Call(context.module, method)
+        if every_method:
+            return handler(call, *args, **kwargs)
+        inherited = id(call.module) in running
+        if inherited or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        running.add(id(call.module))
+        try:
+            return handler(call, *args, **kwargs)
+        finally:
+            running.discard(id(call.module))
+
+    with nn.intercept_methods(intercepted):
+        yield
+
+
+@contextlib.contextmanager
+def shadowed(module: nn.Module, **fields: Any) -> Iterator[None]:
+    """Give fields of a module other values inside the context, although modules are frozen.
+
+    >>> layer = nn.Dense(2)
+    >>> with shadowed(layer, features=5):
+    ...     layer.features
+    5
+    >>> layer.features
+    2
+    """
+    before = {name: getattr(module, name) for name in fields}
+    for name, value in fields.items():
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)

@@ -1,25 +1,31 @@
-"""What a config reaches in a model, and what it does not, as a table to read before training."""
+"""Tabulate what a config reaches in a model, and what it does not, before training."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from rich.table import Table
 
 from qt_jax.config import QuantConfig, Sites
 from qt_jax.grid import QuantSpec
-from qt_jax.interception import COLLECTION, LAYERS, is_range
+from qt_jax.interception import COLLECTION, LAYERS, Call, intercept, is_range
 from qt_jax.trim import quant_trim
 
 
 @dataclasses.dataclass(frozen=True)
 class CoverageRow:
-    """One kernel-bearing module: its sites, and why it is not reached (empty where it is)."""
+    """Describe one kernel-bearing module.
+
+    Attributes:
+      path: Flax path of the module; "" is the model itself.
+      layer: Name of its class, "?" if it was not called.
+      parameters: Number of elements of its parameters of rank 2 or more.
+      weights, inputs, outputs: The grid of each site as `describe` names it, "-" if it has none.
+      reason: Why its weights are not quantized, empty where they are.
+    """
 
     path: str
     layer: str
@@ -31,7 +37,7 @@ class CoverageRow:
 
 
 def describe(spec: QuantSpec | None) -> str:
-    """A spec in a few letters.
+    """Name a spec in a few words.
 
     >>> describe(QuantSpec(8, axis=-1)), describe(QuantSpec(4, symmetric=False)), describe(None)
     ('int8 symmetric per-channel', 'uint4 asymmetric per-tensor', '-')
@@ -51,19 +57,19 @@ def coverage(
     console: Console | None = None,
     **options: Any,
 ) -> list[CoverageRow]:
-    """Prints which layers and sites are quantized and how, and which kernels are not reached and why.
+    """Print which layers and sites are quantized and how, and which kernels are not reached and why.
 
     Args:
-      model, variables: any Linen module and its variables; the model is traced, not run.
-      *inputs, **options: what `model.apply` takes after the variables.
-      config: the config to be judged.
-      console: where to print; a new one on standard output if not given.
+      model, variables: Any Linen module and its variables. The model is traced, not run.
+      *inputs, **options: What `model.apply` takes after the variables.
+      config: The config to be judged.
+      console: Where to print; a new console on standard output if not given.
 
     Returns:
       One row for every module that owns a parameter of rank 2 or more, in the order of the parameters.
 
     Raises:
-      InvalidInput: a rule of the config that matches no layer.
+      InvalidInput: A rule of the config matches no layer.
 
     >>> model, x = nn.Dense(2), jax.numpy.ones((1, 3))
     >>> rows = coverage(model, model.init(jax.random.key(0), x), x, console=Console(quiet=True))
@@ -73,17 +79,12 @@ def coverage(
     variables = _without_ranges(variables)
     classes: dict[str, type[nn.Module]] = {}
 
-    def note_class(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: InterceptorContext,
-    ) -> Any:
-        classes.setdefault("/".join(context.module.path), type(context.module))
+    def note_class(call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        classes.setdefault(call.path, type(call.module))
         return call(*args, **kwargs)
 
     def forward(variables: dict[str, Any]) -> dict[str, Any]:
-        with nn.intercept_methods(note_class), quant_trim(config, 0.0, train=False) as visit:
+        with intercept(note_class, every_method=True), quant_trim(config, 0.0, train=False) as visit:
             model.apply(variables, *inputs, mutable=[COLLECTION], **options)
         return visit.layers
 
@@ -111,21 +112,21 @@ def coverage(
 
 
 def _without_ranges(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables less any ranges, which another config may have shaped."""
+    """Return the variables without any ranges, whose shapes may be those of another config."""
     statistics = flatten_dict(variables.get(COLLECTION, {}))
     plain = {path: leaf for path, leaf in statistics.items() if not is_range(path)}
     return {**variables, COLLECTION: unflatten_dict(plain)}
 
 
 def _why_float(config: QuantConfig, sites: Sites) -> str:
-    """Why the weights of a layer that is reached stay in floating point."""
+    """Say why the weights of a layer that is reached stay in floating point."""
     if sites.rule is None:
         return "the config's default leaves weights in floating point"
     return f"set so by rule {config.rules[sites.rule].path!r}"
 
 
 def _why_not(module_class: type[nn.Module] | None) -> str:
-    """Why the interceptor passed a module by."""
+    """Say why a module was not reached."""
     if module_class is None:
         return "never called in this forward pass"
     if issubclass(module_class, nn.Embed):

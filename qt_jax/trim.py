@@ -1,36 +1,226 @@
-"""Quant-Trim as a context around a Linen forward pass: the model's code and parameters stay as they are.
+"""Train a Linen model under Quant-Trim: fake-quantize its layers, blended by lambda.
 
-Every kernel-bearing Linen layer hands its input and its kernel to the field `promote_dtype` just before it
-multiplies them. Inside the context that field is shadowed, for the length of one call, by a function that
-fake-quantizes both. The ranges live in the mutable collection `batch_stats`, under the layer's own path.
+`quant_trim` is a context around a forward pass. Every kernel-bearing Linen layer hands its input and its
+kernel to the field `promote_dtype` just before it multiplies them. Inside the context that field is shadowed,
+for the length of one call, by a function that fake-quantizes both. The rounding is that of
+`qt_jax.grid.fake_quant`, and lambda is blended in `qt_jax.grid.blend`. The model's code and its parameters
+stay as they are.
 
-One quantization point: its range in `batch_stats`, what it observes, its tensor on the grid.
+Each tensor that is put on a grid is a quantization point. Its range lives in the mutable collection
+`batch_stats`, under the layer's own path. A `ForwardPass` holds the points of one pass while it is traced: it
+takes all quantiles together when the pass ends. In training, a tensor that enters several layers, such as
+that of an attention's queries, keys and values, is put on one grid once, as a vendor's compiler does it.
 
-All points of a forward pass share the pass: quantiles are taken together when it ends, and in training a
-tensor that enters several layers, as that of an attention's queries, keys and values does, is put on one grid
-once, as a vendor's compiler puts it.
+`attach_statistics` makes the ranges for a checkpoint that has none yet.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.config import QuantConfig, Sites, check_rules_used
 from qt_jax.errors import InvalidInput
 from qt_jax.grid import QuantSpec, fake_quant, fake_quant_on_drawn_grid, grid_key
-from qt_jax.interception import COLLECTION, GAIN, INPUT, KERNEL, LAYERS, OUTPUT, is_range
+from qt_jax.interception import (
+    COLLECTION,
+    GAIN,
+    INPUT,
+    KERNEL,
+    LAYERS,
+    OUTPUT,
+    Call,
+    intercept,
+    is_range,
+    shadowed,
+)
 from qt_jax.ranges import Sample, draw, empty_range, ranges, update_range
 
 
+@dataclasses.dataclass
+class Visit:
+    """List what one trace inside the context saw.
+
+    Attributes:
+      layers: The sites of every layer that was reached, by path.
+      outputs: The paths of all modules that were called.
+    """
+
+    layers: dict[str, Sites] = dataclasses.field(default_factory=dict)
+    outputs: set[str] = dataclasses.field(default_factory=set)
+
+
+@contextlib.contextmanager
+def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> Iterator[Visit]:
+    """Fake-quantize every layer that is applied inside the context, blended by lambda.
+
+    At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (Quant-Trim, arXiv 2511.15300, progressive
+    fake quantization). The grid is that of the range that `batch_stats` holds when the pass begins. What the
+    pass observes moves the range when the pass ends, for the next one. The grids are thus known before the
+    tensors: rounding fuses with the operation that computes the tensor, and all quantiles are taken together.
+    A site that has not observed anything yet, as in the first step, passes its tensor through.
+
+    The body of a lifted transformation, such as nn.scan or nn.remat, counts as a separate pass. So does each
+    submodule that is called through a `method=` which is a plain function, not a method of the model.
+
+    Enter the context inside the function that is jitted. Around a function that is already compiled it has no
+    effect, and raises. `lam` may be traced, so that a moving lambda costs no recompilation. Attach the
+    statistics first: a training step that has to create them returns another tree than it was given, and is
+    traced twice.
+
+    Args:
+      config: Specs and rules.
+      lam: Blend coefficient in [0, 1], a Python float or a scalar array.
+      train: True to update the ranges, False to freeze them. Ranges are updated only where `batch_stats` is
+        mutable. At least one call inside the context must make it mutable, except during `init`.
+
+    Yields:
+      A `Visit` that lists the layers reached, by path.
+
+    Raises:
+      InvalidInput: Lambda is out of range, a rule matches no layer, no layer is reached, statistics are
+        absent from the variables or have another shape than the config wants, or no range could move
+        although `train` is True.
+
+    >>> model = nn.Dense(2)
+    >>> x = jnp.ones((4, 3))
+    >>> variables = attach_statistics(model, model.init(jax.random.key(0), x), QuantConfig(), x)
+    >>> with quant_trim(QuantConfig(), lam=1.0, train=True):
+    ...     y, updated = model.apply(variables, x, mutable=["batch_stats"])
+    >>> sorted(updated["batch_stats"])
+    ['quant_input', 'quant_kernel']
+    """
+    if isinstance(lam, (int, float)) and not 0.0 <= lam <= 1.0:
+        raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
+    trim = _Trim(config, jnp.asarray(lam, jnp.float32), train)
+    with intercept(trim.run_pass, every_method=True), intercept(trim.quantize):
+        yield trim.visit
+    trim.check()
+
+
+@dataclasses.dataclass
+class _Trim:
+    """Handle the calls inside one `quant_trim` context.
+
+    Attributes:
+      config, lam, train: As given to `quant_trim`, lambda as a float32 scalar.
+      visit: What was seen so far.
+      passes: The forward passes that are running, by root scope.
+      moved: Whether any range moved.
+      held: Path of a range that was to move in a collection that is not mutable, or None.
+    """
+
+    config: QuantConfig
+    lam: jax.Array
+    train: bool
+    visit: Visit = dataclasses.field(default_factory=Visit)
+    passes: dict[int, "ForwardPass"] = dataclasses.field(default_factory=dict)
+    moved: bool = False
+    held: str | None = None
+
+    def run_pass(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        """Open a forward pass around the first call within a root scope, and move its ranges at the end."""
+        root = _root(call.module)
+        if root in self.passes:
+            return call(*args, **kwargs)
+        running = self.passes[root] = ForwardPass(self.config, self.lam, self.train)
+        try:
+            outputs = call(*args, **kwargs)
+            running.end()
+        finally:
+            del self.passes[root]
+        self.moved = self.moved or bool(running.observed)
+        self.held = self.held or running.held
+        return outputs
+
+    def quantize(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        """Run one module with its kernel, its input and its output on their grids, as the config says."""
+        module, path = call.module, call.path
+        skipped = any(rule.skip and rule.matches(path) for rule in self.config.rules)
+        fused = self.config.activations if path in self.config.fused_outputs and not skipped else None
+        self.visit.outputs.add(path)
+        if not isinstance(module, LAYERS):
+            return self._point(module, OUTPUT, call(*args, **kwargs), fused)
+        sites = self.visit.layers.setdefault(path, self.config.sites(path))
+        promote = module.promote_dtype
+
+        def promote_quantized(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
+            gain = _gain(module, kernel) if self.config.folded else None
+            kernel = self._point(module, KERNEL, kernel, _kernel_spec(module, sites.weights), gain)
+            inputs = self._point(module, INPUT, inputs, sites.inputs)
+            return promote(inputs, kernel, *rest, **options)
+
+        with shadowed(module, promote_dtype=promote_quantized):
+            outputs = call(*args, **kwargs)
+        return self._point(module, OUTPUT, outputs, sites.outputs or fused)
+
+    def _point(
+        self,
+        module: nn.Module,
+        name: str,
+        x: jax.Array,
+        spec: QuantSpec | None,
+        gain: jax.Array | None = None,
+    ) -> jax.Array:
+        if spec is None:
+            return x
+        return self.passes[_root(module)].quantized(module, name, x, spec, gain)
+
+    def check(self) -> None:
+        """Raise InvalidInput if the context had no effect, or not the effect that was asked for."""
+        if not self.visit.layers:
+            raise InvalidInput(
+                "quant_trim saw no layer. Enter the context inside the jitted function (around a compiled "
+                "one it has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or "
+                "Einsum."
+            )
+        if self.held and not self.moved:
+            raise InvalidInput(
+                f"quant_trim(train=True) could not move {self.held!r}, nor any other range: call "
+                f'model.apply(..., mutable=["{COLLECTION}"]) and keep what it returns, or freeze the ranges '
+                "with train=False"
+            )
+        check_rules_used(self.config, self.visit.layers)
+        if unknown := set(self.config.fused_outputs) - self.visit.outputs:
+            raise InvalidInput(
+                f"QuantConfig.fused_outputs names {sorted(unknown)[0]!r}, and no module of that path was "
+                "called: take them from qt.find_fusion(model, variables, input).outputs"
+            )
+
+
+def _root(module: nn.Module) -> int:
+    """Return the identity of the root scope of a module that is being called."""
+    assert module.scope is not None
+    return id(module.scope.root)
+
+
+def _gain(module: nn.Module, kernel: jax.Array) -> jax.Array:
+    """Return the gains that are kept beside a layer's ranges, with the kernel's rank."""
+    axis = _feature_axis(module)
+    shape = (kernel.shape[axis], *(1,) * (-1 - axis))
+    gain = module.variable(COLLECTION, GAIN, jnp.ones, shape, jnp.float32).value
+    return jax.lax.stop_gradient(jnp.expand_dims(gain, range(kernel.ndim - gain.ndim)))
+
+
+def _feature_axis(module: nn.Module) -> int:
+    """Return the axis of a kernel's output features: the last, or the last but one if it is transposed."""
+    return -2 if getattr(module, "transpose_kernel", False) else -1
+
+
+def _kernel_spec(module: nn.Module, spec: QuantSpec | None) -> QuantSpec | None:
+    """Return the spec of a kernel, with axis -1 read as that of the output features."""
+    if spec is not None and spec.axis == -1:
+        return dataclasses.replace(spec, axis=_feature_axis(module))
+    return spec
+
+
 class _Shared(NamedTuple):
-    """A layer's input on its grid, for the other layers that it enters."""
+    """Keep a layer's input and its image on the grid, for the other layers that the input enters."""
 
     tensor: jax.Array
     image: jax.Array
@@ -39,21 +229,22 @@ class _Shared(NamedTuple):
 
 @dataclasses.dataclass
 class ForwardPass:
-    """The points of one forward pass, while it is traced: the calls within one root scope of Flax.
+    """Hold the points of one forward pass while it is traced: the calls within one root scope of Flax.
 
-    A lifted transformation (nn.scan, nn.vmap, nn.remat, nn.map_variables) opens a root of its own, whose
-    values and variables end with it, and an `apply` inside a module does: each is a pass of its own.
+    A lifted transformation (nn.scan, nn.vmap, nn.remat, nn.map_variables) opens a root scope whose values and
+    variables end with it. So does an `apply` inside a module. Each is a separate pass.
 
     Attributes:
-      config: specs are the caller's; this gives momentum, sizes, seed.
-      lam: blend coefficient, float32 scalar.
-      train: whether ranges move where `batch_stats` is mutable.
-      observed: the ranges that move at the end, each with what its point has seen.
-      shared: inputs on their grids, by identity and spec; each is kept, so that no other gets its identity.
-      leaders: by path of an input's point the range that it moves: its own, or that of the point whose image
-        it has taken.
-      followers: the ranges of points of the second kind, each with the one that it becomes at the end.
-      held: path of a range that was to move in a collection that is not mutable; None if there is none.
+      config: Gives momentum, sample size, axis name and seed. The specs come from the caller.
+      lam: Blend coefficient, a float32 scalar.
+      train: Whether ranges move where `batch_stats` is mutable.
+      observed: The ranges that move at the end, each with the sample that its point has drawn.
+      shared: Inputs that are on their grids, by identity and spec. Each input is kept, so that no other
+        tensor gets its identity.
+      leaders: Maps the path of an input's point to the range that it moves: its own, or the range of the
+        point whose image it has taken.
+      followers: Maps each follower's range to the leader's range, which it copies when the pass ends.
+      held: Path of a range that was to move in a collection that is not mutable, or None.
     """
 
     config: QuantConfig
@@ -68,17 +259,18 @@ class ForwardPass:
     def quantized(
         self, module: nn.Module, name: str, x: jax.Array, spec: QuantSpec, gain: jax.Array | None = None
     ) -> jax.Array:
-        """`x` blended with its image on the grid of its range; observes it if training.
+        """Return `x` blended with its image on the grid of its range. In training, also observe `x`.
 
-        In training the first layer that an input enters leads: others of the same spec, unless they have had
-        an input of their own, take its image and from then on hold its range. Frozen, each rounds with its
-        own range, which after a step of training is the same.
+        In training the first layer that an input enters leads. Other layers of the same spec follow it,
+        unless they have had another input before: they take the leader's image, and from then on hold its
+        range. With frozen ranges each layer rounds with its own range, which after a step of training is
+        the leader's.
 
-        With a gain g the grid is laid over g x, and what returns is x + (fake_quant(g x) - g x) / g: `x` to
-        the bit at lambda = 0, with the gradient of `fake_quant`.
+        With a gain g the grid is laid over g x, and the result is x + (fake_quant(g x) - g x) / g. It is `x`
+        to the bit at lambda = 0, and has the gradient of `fake_quant`.
 
         Raises:
-          InvalidInput: the module has no statistics for it, or of another shape.
+          InvalidInput: The module has no statistics for this point, or has them in another shape.
         """
         where = "/".join((*module.path, name))
         statistics = _statistics(module, name, where, x, spec)
@@ -118,7 +310,7 @@ class ForwardPass:
         return image
 
     def end(self) -> None:
-        """Moves the ranges."""
+        """Move the ranges by what their points have observed."""
         found = ranges([sample for _, sample in self.observed], self.config.axis_name)
         for (statistics, _), (low, high) in zip(self.observed, found, strict=True):
             statistics.value = update_range(statistics.value, low, high, self.config.momentum)
@@ -127,7 +319,7 @@ class ForwardPass:
 
 
 def _statistics(module: nn.Module, name: str, where: str, x: jax.Array, spec: QuantSpec) -> nn.Variable:
-    """The range of one point, empty if it is new."""
+    """Return the range of one point, which is empty if it is new."""
     if not module.is_mutable_collection(COLLECTION) and not module.has_variable(COLLECTION, name):
         raise InvalidInput(
             f"no statistics for {where!r} in {COLLECTION!r}. Attach them to a plain checkpoint with "
@@ -146,178 +338,26 @@ def _statistics(module: nn.Module, name: str, where: str, x: jax.Array, spec: Qu
     return statistics
 
 
-@dataclasses.dataclass
-class Visit:
-    """What one trace of the context saw: the sites of every layer, by path, and all modules' paths."""
-
-    layers: dict[str, Sites] = dataclasses.field(default_factory=dict)
-    outputs: set[str] = dataclasses.field(default_factory=set)
-
-
-@contextlib.contextmanager
-def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> Iterator[Visit]:
-    """Fake-quantizes every layer that is applied inside the context, blended by lambda.
-
-    At every site x_tilde = x + lambda * stop_gradient(x_hat - x) (Quant-Trim, arXiv 2511.15300, progressive
-    fake quantization), on the grid of the range that `batch_stats` holds when the pass begins. What the pass
-    observes moves the ranges at its end, for the next one: the grids are known before the tensors, so that
-    rounding fuses with what computes them, and all quantiles are taken together. A site without an
-    observation yet, as in the first step, passes its tensor through. What a lifted transformation (nn.scan,
-    nn.remat) encloses is a pass of its own, and so is each submodule that a `method=` calls which is no
-    module's own.
-
-    Enter it inside the function that is jitted: around an already compiled one it has no effect, and
-    raises. `lam` may be traced, so a moving lambda costs no recompilation. Attach the statistics first: a
-    training step that has to create them returns another tree than it was given, and is traced twice.
-
-    Args:
-      config: specs and rules.
-      lam: blend coefficient in [0, 1], a Python float or a scalar array.
-      train: whether ranges are updated. They are where `batch_stats` is mutable, which it must be somewhere
-        in the context, unless `init` is running. With `False` they are frozen.
-
-    Yields:
-      A `Visit` that lists the layers reached, by path.
-
-    Raises:
-      InvalidInput: lambda out of range; a rule that matches no layer; no layer reached; statistics absent
-        from the variables or of another shape than the config's; `train`, and none of them could move.
-
-    >>> model = nn.Dense(2)
-    >>> x = jnp.ones((4, 3))
-    >>> variables = attach_statistics(model, model.init(jax.random.key(0), x), QuantConfig(), x)
-    >>> with quant_trim(QuantConfig(), lam=1.0, train=True):
-    ...     y, updated = model.apply(variables, x, mutable=["batch_stats"])
-    >>> sorted(updated["batch_stats"])
-    ['quant_input', 'quant_kernel']
-    """
-    if isinstance(lam, (int, float)) and not 0.0 <= lam <= 1.0:
-        raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
-    visit, running = Visit(), set()
-    lam = jnp.asarray(lam, jnp.float32)
-    passes: dict[int, ForwardPass] = {}
-    moved, held = False, None
-
-    def intercept(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: InterceptorContext,
-    ) -> Any:
-        nonlocal moved, held
-        root = _root(context.module)
-        if root in passes:
-            return visited(call, args, kwargs, context)
-        passes[root] = ForwardPass(config, lam, train)
-        try:
-            outputs = visited(call, args, kwargs, context)
-            passes[root].end()
-        finally:
-            ended = passes.pop(root)
-        moved, held = moved or bool(ended.observed), held or ended.held
-        return outputs
-
-    def visited(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: InterceptorContext,
-    ) -> Any:
-        module, path = context.module, "/".join(context.module.path)
-        inherited = id(module) in running  # a subclass that calls its parent's __call__
-        if inherited or context.method_name != "__call__":
-            return call(*args, **kwargs)
-
-        def site(name: str, x: jax.Array, spec: QuantSpec | None, gain: jax.Array | None = None) -> jax.Array:
-            if spec is None:
-                return x
-            return passes[_root(module)].quantized(module, name, x, spec, gain)
-
-        skipped = any(rule.skip and rule.matches(path) for rule in config.rules)
-        fused = config.activations if path in config.fused_outputs and not skipped else None
-        visit.outputs.add(path)
-        if not isinstance(module, LAYERS):
-            return site(OUTPUT, call(*args, **kwargs), fused)
-        sites = visit.layers.setdefault(path, config.sites(path))
-        promote = module.promote_dtype
-
-        def promote_quantized(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
-            gain = _gain(module, kernel) if config.folded else None
-            kernel = site(KERNEL, kernel, _kernel_spec(module, sites.weights), gain)
-            inputs = site(INPUT, inputs, sites.inputs)
-            return promote(inputs, kernel, *rest, **options)
-
-        object.__setattr__(module, "promote_dtype", promote_quantized)
-        running.add(id(module))
-        try:
-            outputs = call(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "promote_dtype", promote)
-            running.discard(id(module))
-        return site(OUTPUT, outputs, sites.outputs or fused)
-
-    with nn.intercept_methods(intercept):
-        yield visit
-    if not visit.layers:
-        raise InvalidInput(
-            "quant_trim saw no layer. Enter the context inside the jitted function (around a compiled one it "
-            "has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or Einsum."
-        )
-    if held and not moved:
-        raise InvalidInput(
-            f"quant_trim(train=True) could not move {held!r}, nor any other range: call model.apply(..., "
-            f'mutable=["{COLLECTION}"]) and keep what it returns, or freeze the ranges with train=False'
-        )
-    check_rules_used(config, visit.layers)
-    if unknown := set(config.fused_outputs) - visit.outputs:
-        raise InvalidInput(
-            f"QuantConfig.fused_outputs names {sorted(unknown)[0]!r}, and no module of that path was called: "
-            "take them from qt.find_fusion(model, variables, input).outputs"
-        )
-
-
-def _root(module: nn.Module) -> int:
-    """Identity of the root scope of a module that is being called."""
-    assert module.scope is not None
-    return id(module.scope.root)
-
-
-def _kernel_spec(module: nn.Module, spec: QuantSpec | None) -> QuantSpec | None:
-    """The spec of a kernel, its axis -1 read as that of the output features."""
-    if spec is not None and spec.axis == -1:
-        return dataclasses.replace(spec, axis=_feature_axis(module))
-    return spec
-
-
-def _feature_axis(module: nn.Module) -> int:
-    """The axis of a kernel's output features; a transposed kernel has them in the last but one."""
-    return -2 if getattr(module, "transpose_kernel", False) else -1
-
-
-def _gain(module: nn.Module, kernel: jax.Array) -> jax.Array:
-    """The gains kept beside a layer's ranges, of the kernel's rank."""
-    axis = _feature_axis(module)
-    shape = (kernel.shape[axis], *(1,) * (-1 - axis))
-    gain = module.variable(COLLECTION, GAIN, jnp.ones, shape, jnp.float32).value
-    return jax.lax.stop_gradient(jnp.expand_dims(gain, range(kernel.ndim - gain.ndim)))
-
-
 def attach_statistics(
     model: nn.Module, variables: dict[str, Any], config: QuantConfig, *inputs: Any, **options: Any
 ) -> dict[str, Any]:
-    """The variables of a plain checkpoint, with an empty range for every site of the config; gains are 1.
+    """Add an empty range for every site of the config to the variables of a plain checkpoint. Gains are 1.
 
-    Nothing is computed: the model is only traced. Parameters and statistics that are there are kept; the
+    The model is only traced, and nothing is computed. Parameters and statistics that are there are kept. The
     first training batch fills the new ranges.
 
     Args:
-      model: any Linen module.
+      model: Any Linen module.
       variables: {"params": ..., and other collections} as `model.init` returns them.
-      config: specs and rules.
-      *inputs, **options: what `model.apply` takes after the variables (shapes matter, values do not).
+      config: Specs and rules.
+      *inputs, **options: What `model.apply` takes after the variables. Shapes matter, values do not.
+
+    Returns:
+      The variables with the ranges in `batch_stats`.
 
     Raises:
-      InvalidInput: as `quant_trim`, statistics of the model itself are missing, or it is no Linen module.
+      InvalidInput: As for `quant_trim`; or statistics of the model itself are missing; or the model is not a
+        Linen module.
 
     >>> model, x = nn.Dense(2), jnp.ones((1, 3))
     >>> attached = attach_statistics(model, model.init(jax.random.key(0), x), QuantConfig(), x)
@@ -326,8 +366,8 @@ def attach_statistics(
     """
     if not isinstance(model, nn.Module):
         raise InvalidInput(
-            f"{type(model).__name__} is no Linen module: qt_jax takes flax.linen modules, which get their "
-            "variables in apply. An NNX module is none."
+            f"{type(model).__name__} is not a Linen module: qt_jax takes flax.linen modules, which get their "
+            "variables in apply. NNX modules are not supported."
         )
 
     def forward(variables: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
-"""Fake quantization in training whose ranges are parameters: what LSQ and PACT share.
+"""Fake-quantize in training with ranges that are parameters, as LSQ and PACT do.
 
-A learned parameter lives in `params` beside the kernel, so gradient, optimizer and checkpoints treat it as
-any other. What it amounts to, a range, is kept in `batch_stats` under Quant-Trim's own names; evaluation is
+A learned parameter lives in `params` beside the kernel, so gradient, optimizer and checkpoints treat it like
+any other. The range that follows from it is kept in `batch_stats` under Quant-Trim's own names. Evaluation is
 then `qt.quant_trim(config, 1.0, train=False)` on the same grid to the bit, and exports read the ranges there.
 """
 
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qt_jax as qt
 from qt_jax.grid import along_axis, fake_quant
-from qt_jax.interception import COLLECTION, INPUT, KERNEL, LAYERS
+from qt_jax.interception import COLLECTION, INPUT, KERNEL, LAYERS, Call, intercept, shadowed
 from qt_jax.ranges import Range
 
 Ends = tuple[jax.Array, jax.Array]
@@ -25,13 +25,13 @@ Ends = tuple[jax.Array, jax.Array]
 
 
 class LearnedRange(NamedTuple):
-    """How the range of one kind of site comes about. All functions are pure; ranges are float32.
+    """Define how the range of one kind of site is learned. All functions are pure; ranges are float32.
 
     Attributes:
-      parameter: name of the learned leaf beside the kernel, of the shape of the range; None where the range
+      parameter: Name of the learned leaf beside the kernel, of the shape of the range. None where the range
         follows from the kernel itself, which is then the `value` below.
-      observe: `(x, seen, spec, config) -> Range`, the statistics after one more batch; `count` 0 in `seen`
-        says that this is the first, which initialises the range.
+      observe: `(x, seen, spec, config) -> Range`, the statistics after one more batch. `count` 0 in `seen`
+        says that this batch is the first, which initialises the range.
       ends: `(value, seen, spec) -> (low, high)`.
       value: `(low, high, spec) -> value`, the inverse, for the first batch.
       slope: `(x, low, high, spec) -> array` that broadcasts against x: d x_hat / d value.
@@ -44,12 +44,12 @@ class LearnedRange(NamedTuple):
     slope: Callable[[jax.Array, jax.Array, jax.Array, qt.QuantSpec], jax.Array] | None = None
 
 
-Quantizer = Mapping[str, LearnedRange]
-"""Site, `KERNEL` or `INPUT` -> its range."""
+LearnedQuantizer = Mapping[str, LearnedRange]
+"""Maps each site, `KERNEL` or `INPUT`, to its range."""
 
 
 def other_axes(x: jax.Array, spec: qt.QuantSpec) -> tuple[int, ...]:
-    """The axes over which one scale is shared."""
+    """Return the axes over which one scale is shared."""
     return tuple(i for i in range(x.ndim) if spec.axis is None or i != spec.axis % x.ndim)
 
 
@@ -62,16 +62,20 @@ def fake_quant_learned(
     config: qt.QuantConfig,
     lam: jax.Array,
 ) -> tuple[jax.Array, Range]:
-    """`x` blended with its image on the learned grid, and the statistics after this batch.
+    """Return `x` blended with its image on the learned grid, and the statistics after this batch.
 
     The forward is `qt.fake_quant` on the range. The gradient with respect to x is lambda times the clipped
-    straight-through estimator plus (1 - lambda), that with respect to the value lambda times `slope`. While
-    lambda is 0 nothing is observed: the first batch with lambda > 0 initialises the range.
+    straight-through estimator plus (1 - lambda). The gradient with respect to the value is lambda times
+    `slope`. While lambda is 0 nothing is observed: the first batch with lambda > 0 initialises the range.
 
     Args:
-      x: the tensor, any float dtype.
-      value: the learned parameter; the kernel where there is none.
-      seen: {"low", "high", "count"}.
+      learned: How the range is learned.
+      x: Tensor of any float dtype.
+      value: The learned parameter, or the kernel where there is none.
+      seen: Statistics so far, {"low", "high", "count"}.
+      spec: Grid of the tensor.
+      config: Config of the network.
+      lam: Lambda, a scalar.
     """
     frozen = jax.lax.stop_gradient(x).astype(jnp.float32)
     observed = learned.observe(frozen, seen, spec, config)
@@ -87,23 +91,21 @@ def fake_quant_learned(
 
 
 @contextlib.contextmanager
-def learned_ranges(quantizer: Quantizer, config: qt.QuantConfig, lam: jax.Array) -> Iterator[None]:
-    """Fake-quantizes every layer that is applied inside the context, in training.
+def learn_ranges(quantizer: LearnedQuantizer, config: qt.QuantConfig, lam: jax.Array) -> Iterator[None]:
+    """Fake-quantize every layer that is applied inside the context, in training.
 
-    Enter it inside the differentiated function, with `batch_stats` mutable and `attach` called before.
+    Enter it inside the differentiated function, with `batch_stats` mutable and after a call of `attach`.
 
     Raises:
-      InvalidInput: variables without the quantizer's parameters and statistics; one scale per channel on a
-        transposed kernel.
+      InvalidInput: The variables lack the quantizer's parameters and statistics, or a transposed kernel is to
+        have one scale per channel.
     """
-    running = set()
 
-    def intercept(call, args, kwargs, context):
-        module = context.module
-        inherited = id(module) in running  # a subclass that calls its parent's __call__
-        if inherited or not isinstance(module, LAYERS) or context.method_name != "__call__":
+    def quantize(call: Call, /, *args, **kwargs):
+        module = call.module
+        if not isinstance(module, LAYERS):
             return call(*args, **kwargs)
-        sites = config.sites("/".join(module.path))
+        sites = config.sites(call.path)
         promote = module.promote_dtype
 
         def promote_quantized(inputs, kernel, *rest, **options):
@@ -111,20 +113,15 @@ def learned_ranges(quantizer: Quantizer, config: qt.QuantConfig, lam: jax.Array)
             inputs = _site(quantizer, module, INPUT, inputs, sites.inputs, config, lam)
             return promote(inputs, kernel, *rest, **options)
 
-        object.__setattr__(module, "promote_dtype", promote_quantized)
-        running.add(id(module))
-        try:
+        with shadowed(module, promote_dtype=promote_quantized):
             return call(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "promote_dtype", promote)
-            running.discard(id(module))
 
-    with nn.intercept_methods(intercept):
+    with intercept(quantize):
         yield
 
 
 def _site(
-    quantizer: Quantizer,
+    quantizer: LearnedQuantizer,
     module: nn.Module,
     name: str,
     x: jax.Array,
@@ -140,16 +137,18 @@ def _site(
     value = x if learned.parameter is None else module.get_variable("params", learned.parameter)
     seen = module.get_variable(COLLECTION, name)
     if value is None or seen is None:
-        raise qt.InvalidInput(f"no learned range for {where!r}: call experiments.baselines' attach before")
+        raise qt.InvalidInput(
+            f"no learned range for {where!r}: call `attach` of experiments.baselines.learned_ranges before"
+        )
     y, after = fake_quant_learned(learned, x, value, seen, spec, config, lam)
     module.put_variable(COLLECTION, name, after)
     return y
 
 
 def _sites(
-    quantizer: Quantizer, batch_stats: Any, config: qt.QuantConfig
+    quantizer: LearnedQuantizer, batch_stats: Any, config: qt.QuantConfig
 ) -> Iterator[tuple[tuple[str, ...], str, LearnedRange, qt.QuantSpec, Range]]:
-    """(path of the layer, site, its range, its spec, its statistics) of every site in `batch_stats`."""
+    """Yield (path of the layer, site, its range, its spec, its statistics) of every site in `batch_stats`."""
     flat = flatten_dict(batch_stats)
     for path in flat:
         if path[-1] == "low" and path[-2] in quantizer:
@@ -160,11 +159,14 @@ def _sites(
             yield tuple(layer), site, quantizer[site], spec, seen
 
 
-def attach(quantizer: Quantizer, params: Any, batch_stats: Any, config: qt.QuantConfig) -> Any:
-    """`params` with a zero for every parameter of the quantizer; the first batch sets its value.
+def attach(quantizer: LearnedQuantizer, params: Any, batch_stats: Any, config: qt.QuantConfig) -> Any:
+    """Return `params` with a zero for every parameter of the quantizer. The first batch sets its value.
 
     Args:
-      batch_stats: from `qt.attach_statistics` with the same config.
+      quantizer: The quantizer.
+      params: Parameters of the plain model.
+      batch_stats: From `qt.attach_statistics` with the same config.
+      config: Config of the network.
     """
     flat = flatten_dict(params)
     for layer, _, learned, _, seen in _sites(quantizer, batch_stats, config):
@@ -173,11 +175,16 @@ def attach(quantizer: Quantizer, params: Any, batch_stats: Any, config: qt.Quant
     return unflatten_dict(flat)
 
 
-def started(quantizer: Quantizer, params: Any, before: Any, after: Any, config: qt.QuantConfig) -> Any:
-    """`params` in which ranges that a batch has just initialised have their values.
+def initialize(
+    quantizer: LearnedQuantizer, params: Any, before: Any, after: Any, config: qt.QuantConfig
+) -> Any:
+    """Return `params` with the values of the ranges that a batch has just initialised.
 
     Args:
-      before, after: `batch_stats` given to, and got from, a forward pass inside `learned_ranges`.
+      quantizer: The quantizer.
+      params: Parameters with its leaves.
+      before, after: `batch_stats` given to, and returned by, a forward pass inside `learn_ranges`.
+      config: Config of the network.
     """
     flat, old = flatten_dict(params), flatten_dict(before)
     for layer, site, learned, spec, seen in _sites(quantizer, after, config):
@@ -188,8 +195,8 @@ def started(quantizer: Quantizer, params: Any, before: Any, after: Any, config: 
     return unflatten_dict(flat)
 
 
-def published(quantizer: Quantizer, params: Any, batch_stats: Any, config: qt.QuantConfig) -> Any:
-    """`batch_stats` whose ranges are those of `params`: the variables can be evaluated and exported."""
+def publish(quantizer: LearnedQuantizer, params: Any, batch_stats: Any, config: qt.QuantConfig) -> Any:
+    """Return `batch_stats` with the ranges of `params`, ready for evaluation and export."""
     flat, leaves = flatten_dict(batch_stats), flatten_dict(params)
     for layer, site, learned, spec, seen in _sites(quantizer, batch_stats, config):
         value = leaves[(*layer, learned.parameter or "kernel")]

@@ -1,6 +1,6 @@
-"""A diverged run, looked into: the step it was, the layer, the ranges, what to go back to.
+"""Detect a diverged run, find the step and the layer where it went wrong, and go back to a checkpoint.
 
-A diverged run goes back to its last checkpoint, or ends with a report of what went wrong.
+A run without retries left ends with a report of what was found.
 """
 
 import json
@@ -24,18 +24,19 @@ from experiments.training import checkpoints, quantizers
 from experiments.training.logs import warn
 from experiments.training.program import Program
 from experiments.training.state import TrainState
-from experiments.training.step import Totals, drawn
+from experiments.training.step import Totals, draw_batch
 from qt_jax.files import write_whole
-from qt_jax.interception import is_range
+from qt_jax.interception import Call, intercept, is_range
 
 LARGEST_LOSS = 1e3
-"""A mean loss above this, many times that of guessing, is taken for divergence, like one not finite."""
+"""Largest mean loss of a sound run, many times that of guessing. A larger or non-finite one is divergence."""
 
 REPORT = "divergence.json"
+"""File in the run's folder."""
 
 
 class Diverged(Exception):
-    """The loss has left all bounds by the step `step`."""
+    """Signal that the loss has left all bounds by the step `step`."""
 
     def __init__(self, step: int, loss: float):
         super().__init__(f"the loss is {loss:g} by step {step}")
@@ -43,7 +44,7 @@ class Diverged(Exception):
 
 
 def is_sound(loss: float) -> bool:
-    """Whether a loss is one to go on with.
+    """Tell whether training can go on with this loss.
 
     >>> is_sound(2.3), is_sound(float("nan")), is_sound(1e9)
     (True, False, False)
@@ -52,21 +53,91 @@ def is_sound(loss: float) -> bool:
 
 
 def are_finite(tree: Any) -> bool:
-    """Whether all numbers in a tree of arrays are finite."""
+    """Tell whether all numbers in a tree of arrays are finite."""
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+def resume(program: Program, manager: ocp.CheckpointManager) -> tuple[TrainState, Totals]:
+    """Return the state and the sums of the newest intact checkpoint, or those before the first step.
+
+    Raises:
+      InvalidInput: As `checkpoints.restore_latest` does.
+    """
+    found = checkpoints.restore_latest(manager, program.template, program.mesh)
+    return found or (program.first(), devices.replicate(Totals.zero(), program.mesh))
+
+
+def go_back(
+    program: Program, manager: ocp.CheckpointManager, error: Diverged, scale: float, directory: Path
+) -> tuple[TrainState, Totals]:
+    """Write the report, and return the state from which a diverged run starts again at half its rate.
+
+    Args:
+      program: The run.
+      manager: Its checkpoints.
+      error: Its divergence.
+      scale: Factor of the learning rate with which it diverged.
+      directory: Folder of the run.
+
+    Raises:
+      InvalidInput: No retries are left. The message sums up the report.
+    """
+    state, totals = resume(program, manager)
+    state = state.replace(rate_scale=devices.replicate(np.float32(scale), program.mesh))
+    report = find_cause(program, state, error) | {"checkpoint": manager.latest_step()}
+    message = write_report(report, directory)
+    if scale <= 0.5**program.config.retries:
+        raise qt.InvalidInput(
+            f"{message}Lower --learning-rate or use a gentler --sched, with another --out. Or let "
+            "--retries 3 go back to the last checkpoint and continue at half the learning rate."
+        )
+    warn(f"{message}Going back; training goes on at {scale / 2:g} of the learning rate.")
+    return state.replace(rate_scale=devices.replicate(np.float32(scale / 2), program.mesh)), totals
+
+
+def find_cause(program: Program, state: TrainState, error: Diverged) -> dict[str, Any]:
+    """Repeat the steps from `state` up to the first bad one, and return the report on it."""
+    config = program.config
+
+    def order(step: int) -> jax.Array:
+        return program.order(step // program.steps_per_epoch)
+
+    def advance(state: TrainState) -> tuple[TrainState, Totals]:
+        copy, totals = devices.replicate(devices.on_host((state, Totals.zero())), program.mesh)
+        return program.run(copy, totals, program.split, order(int(state.step)), np.int32(1))
+
+    bad = first_bad_step(state, error.step, advance)
+    step = int(bad.step)
+    draw = jax.jit(
+        lambda split, order, step: draw_batch(config, split, order, step),
+        out_shardings=devices.replicated(program.mesh),
+    )
+    images, labels = devices.on_host(draw(program.split, order(step), np.int32(step)))
+    batch = normalize(jnp.asarray(images), program.dataset.mean, program.dataset.std)
+    lam = float(program.lam(step))
+    return {
+        "step": step,
+        "epoch": step // program.steps_per_epoch + 1,
+        "seen_by_step": error.step,
+        "lambda": lam,
+        "learning_rate": float(program.rate(step)) * float(bad.rate_scale),
+        **examine(config, program.model, devices.on_host(bad), batch, labels, lam),
+    }
 
 
 def first_bad_step(
     state: TrainState, until: int, advance: Callable[[TrainState], tuple[TrainState, Totals]]
 ) -> TrainState:
-    """The state with which the first step begins whose loss is not sound, found by repeating the steps.
+    """Repeat the steps and return the state at the beginning of the first step whose loss is not sound.
 
-    A step that breaks the parameters shows in the loss of the next one, and is the one that is returned.
+    A step that breaks the parameters shows in the loss of the next step. Then the state before the step that
+    broke them is returned.
 
     Args:
-      state: from which the run went wrong, a checkpoint's.
-      until: a step by which it had.
-      advance: takes one step, and gives the sums of that step alone; must not consume its argument.
+      state: State of a checkpoint, after which the run diverged.
+      until: A step by which it had diverged.
+      advance: Takes one step and returns the new state with the sums of that step alone. It must not consume
+        its argument.
     """
     before = state
     while int(state.step) < until:
@@ -80,18 +151,20 @@ def first_bad_step(
 def examine(
     config: Config, model: nn.Module, state: TrainState, images: jax.Array, labels: jax.Array, lam: float
 ) -> dict[str, Any]:
-    """What one training pass over the batch of a bad step shows, as plain JSON values.
+    """Run one training pass over the batch of a bad step, and return what it shows as plain JSON values.
 
     Args:
-      state: with which the step begins.
-      images, labels: its normalised batch.
-      lam: its lambda.
+      config: Config of the run.
+      model: Its network.
+      state: State at the beginning of the step.
+      images, labels: Normalised batch of the step.
+      lam: Lambda of the step.
 
     Returns:
-      `layer`: the first, in the order of computation, whose output is not finite, else the one with the
-      largest output; `outputs`: by layer, the largest finite |output| and the share that is not finite;
-      `gradients`, `parameters`: the paths of those that are not finite; `ranges`: low and high by site, and
-      `scale` of the layer's own.
+      `layer`: the first layer, in the order of computation, whose output is not finite, else the one with
+      the largest output. `outputs`: by layer, the largest finite |output| and the share that is not finite.
+      `gradients`, `parameters`: the paths of those that are not finite. `ranges`: low and high by site.
+      `scale`: the scales of the layer's own sites.
     """
     state = jax.tree.map(np.asarray, state)
     classes = model.num_classes if hasattr(model, "num_classes") else int(np.max(labels)) + 1
@@ -101,16 +174,15 @@ def examine(
     def loss_fn(params):
         seen: dict[str, dict[str, jax.Array]] = {}
 
-        def look(call, args, kwargs, context):
+        def look(call: Call, /, *args: Any, **kwargs: Any) -> Any:
             output = call(*args, **kwargs)
-            path = "/".join(context.module.path)
-            if path and context.method_name == "__call__" and isinstance(output, jax.Array):
+            if call.path and isinstance(output, jax.Array):
                 finite = jnp.isfinite(output)
                 largest = jnp.max(jnp.where(finite, jnp.abs(output), 0))
-                seen[path] = {"largest": largest, "broken": 1.0 - jnp.mean(finite, dtype=jnp.float32)}
+                seen[call.path] = {"largest": largest, "broken": 1.0 - jnp.mean(finite, dtype=jnp.float32)}
             return output
 
-        with nn.intercept_methods(look):
+        with intercept(look):
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, _ = quantizers.training_forward(config, model, variables, images, jnp.float32(lam))
         order[:] = seen
@@ -133,11 +205,6 @@ def examine(
     }
 
 
-def _plain(value: Any) -> float | None:
-    """A number as JSON has it: null if it is not finite."""
-    return float(value) if np.isfinite(value) else None
-
-
 def _broken(tree: Any) -> list[str]:
     return ["/".join(path) for path, leaf in flatten_dict(tree).items() if not np.isfinite(leaf).all()]
 
@@ -151,7 +218,7 @@ def _ranges(batch_stats: Any) -> dict[str, Any]:
 
 
 def _scales(batch_stats: Any, layer: str, config: qt.QuantConfig) -> dict[str, float | None]:
-    """The scales of a layer's sites, the largest over channels; none where it has no ranges."""
+    """Return the scale of each site of a layer that has ranges, the largest over channels."""
     sites = config.sites(layer)
     specs = {"quant_kernel": sites.weights, "quant_input": sites.inputs, "quant_output": sites.outputs}
     flat, found = flatten_dict(batch_stats), {}
@@ -163,8 +230,13 @@ def _scales(batch_stats: Any, layer: str, config: qt.QuantConfig) -> dict[str, f
     return found
 
 
-def told(report: Mapping[str, Any], directory: Path) -> str:
-    """Writes the report into the run's folder, and says in a sentence or two what it holds."""
+def _plain(value: Any) -> float | None:
+    """Return a number as JSON has it, null if it is not finite."""
+    return float(value) if np.isfinite(value) else None
+
+
+def write_report(report: Mapping[str, Any], directory: Path) -> str:
+    """Write the report into the run's folder, and return a few sentences that sum it up."""
     write_whole(directory / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
     worst = report["outputs"][report["layer"]]
     seen = (
@@ -174,79 +246,16 @@ def told(report: Mapping[str, Any], directory: Path) -> str:
     )
     scales = ", ".join(f"{site} {_shown(value)}" for site, value in report["scale"].items()) or "none"
     kept = report["checkpoint"]
-    left = "There is no checkpoint yet. " if kept is None else f"The checkpoint of step {kept} is whole. "
+    left = "There is no checkpoint yet. " if kept is None else f"The checkpoint of step {kept} is intact. "
     broken = [f"{len(report[kind])} {kind}" for kind in ("parameters", "gradients") if report[kind]]
     return (
         f"training diverged at step {report['step']} (epoch {report['epoch']}): the loss is "
         f"{_shown(report['loss'])}, lambda {report['lambda']:.3f}, learning rate "
         f"{report['learning_rate']:.3g}. Look at layer {report['layer']}, {seen}; its scales: {scales}"
         + (f"; not finite: {', '.join(broken)}" if broken else "")
-        + f". All layers: {directory / REPORT}. {left}"
+        + f". {directory / REPORT} lists all layers. {left}"
     )
 
 
 def _shown(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
-
-
-def beginning(program: Program, manager: ocp.CheckpointManager) -> tuple[TrainState, Totals]:
-    """State and sums of the newest checkpoint that is whole, or those before the first step.
-
-    Raises InvalidInput as `checkpoints.restore_latest` does.
-    """
-    found = checkpoints.restore_latest(manager, program.template, program.mesh)
-    return found or (program.first(), devices.replicate(Totals.zero(), program.mesh))
-
-
-def gone_back(
-    program: Program, manager: ocp.CheckpointManager, error: Diverged, scale: float, directory: Path
-) -> tuple[TrainState, Totals]:
-    """Where a diverged run begins anew, with half the learning rate that it had; the report is written.
-
-    Args:
-      scale: factor of the learning rate with which it went wrong.
-
-    Raises:
-      InvalidInput: no retries are left; says what was found out.
-    """
-    state, totals = beginning(program, manager)
-    state = state.replace(rate_scale=devices.replicate(np.float32(scale), program.mesh))
-    report = examined(program, state, error) | {"checkpoint": manager.latest_step()}
-    message = told(report, directory)
-    if scale <= 0.5**program.config.retries:
-        raise qt.InvalidInput(
-            f"{message}Lower --learning-rate or use a gentler --sched in another --out, or let --retries 3 "
-            "go back to the last checkpoint and on at half the rate."
-        )
-    warn(f"{message}Going back, and on at {scale / 2:g} of the learning rate.")
-    return state.replace(rate_scale=devices.replicate(np.float32(scale / 2), program.mesh)), totals
-
-
-def examined(program: Program, state: TrainState, error: Diverged) -> dict[str, Any]:
-    """The report on the first bad step after `state`; the steps up to it are repeated."""
-    config = program.config
-
-    def order(step: int) -> jax.Array:
-        return program.order(step // program.steps_per_epoch)
-
-    def advance(state: TrainState) -> tuple[TrainState, Totals]:
-        copy, totals = devices.replicate(devices.on_host((state, Totals.zero())), program.mesh)
-        return program.run(copy, totals, program.split, order(int(state.step)), np.int32(1))
-
-    bad = first_bad_step(state, error.step, advance)
-    step = int(bad.step)
-    draw = jax.jit(
-        lambda split, order, step: drawn(config, split, order, step),
-        out_shardings=devices.replicated(program.mesh),
-    )
-    images, labels = devices.on_host(draw(program.split, order(step), np.int32(step)))
-    batch = normalize(jnp.asarray(images), program.dataset.mean, program.dataset.std)
-    lam = float(program.lam(step))
-    return {
-        "step": step,
-        "epoch": step // program.steps_per_epoch + 1,
-        "seen_by_step": error.step,
-        "lambda": lam,
-        "learning_rate": float(program.rate(step)) * float(bad.rate_scale),
-        **examine(config, program.model, devices.on_host(bad), batch, labels, lam),
-    }

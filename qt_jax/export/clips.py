@@ -10,11 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import onnx
-from flax.linen.module import InterceptorContext
 from onnx import NodeProto, helper
 
 from qt_jax.config import QuantConfig
@@ -22,7 +20,7 @@ from qt_jax.export import graph
 from qt_jax.export.kernels import weighted_nodes
 from qt_jax.export.qdq import tensor_readers
 from qt_jax.export.ranges import learned_encodings
-from qt_jax.interception import LAYERS
+from qt_jax.interception import LAYERS, Call, intercept
 
 Bounds = tuple[float, float]
 
@@ -49,6 +47,7 @@ def learned_clips(
     Raises:
       InvalidInput: as `qt_jax.export.ranges.tensor_ranges` for statistics that cannot be used.
 
+    >>> import flax.linen as nn
     >>> import jax
     >>> import qt_jax as qt
     >>> from qt_jax.export import to_onnx
@@ -101,6 +100,7 @@ def clipped_forward(
       model: the graph that `clips` was made from, which tells what each layer reads.
       clips: from `learned_clips`.
 
+    >>> import flax.linen as nn
     >>> import jax
     >>> from qt_jax.export import to_onnx
     >>> net, x = nn.Sequential([nn.relu, nn.Dense(1, use_bias=False)]), np.float32([[9.0]])
@@ -115,15 +115,9 @@ def clipped_forward(
     def forward(variables: Any, *inputs: Any) -> Any:
         calls: Counter[str] = Counter()
 
-        def intercept(
-            call: Callable[..., Any],
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            context: InterceptorContext,
-        ) -> Any:
-            path = "/".join(context.module.path)
-            reached = isinstance(context.module, LAYERS) and context.method_name == "__call__"
-            if not reached or path not in bounds:
+        def clip(call: Call, /, *args: Any, **kwargs: Any) -> Any:
+            path = call.path
+            if not isinstance(call.module, LAYERS) or path not in bounds:
                 return call(*args, **kwargs)
             chosen = bounds[path][min(calls[path], len(bounds[path]) - 1)]  # a module may be called twice
             calls[path] += 1
@@ -131,7 +125,7 @@ def clipped_forward(
                 return call(*args, **kwargs)
             return call(jnp.clip(args[0], *chosen), *args[1:], **kwargs)
 
-        with nn.intercept_methods(intercept):
+        with intercept(clip):
             return apply_fn(variables, *inputs)
 
     return forward

@@ -84,9 +84,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
 
 def test_folders_are_made_and_text_is_utf8_in_every_locale(tmp_path):
     path = tmp_path / "new" / "folder" / "note.txt"
-    program = (
-        f"import pathlib, qt_jax.files as f; f.write_whole(pathlib.Path({str(path)!r}), 'Gr\\xf6\\xdfe')"
-    )
+    program = f"import qt_jax.files as f; f.write_whole({str(path)!r}, 'Gr\\xf6\\xdfe')"
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", program], env=os.environ | plain, check=True)
     assert path.read_bytes() == "Größe".encode()

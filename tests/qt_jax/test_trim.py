@@ -341,5 +341,5 @@ def test_a_layer_that_cannot_be_reached_is_named_and_can_be_skipped():
 
 
 def test_a_model_that_is_not_linen_is_refused():
-    with pytest.raises(qt.InvalidInput, match="is no Linen module"):
+    with pytest.raises(qt.InvalidInput, match="is not a Linen module"):
         qt.attach_statistics(lambda x: x, {"params": {}}, qt.QuantConfig(), jnp.ones((1, 3)))
