@@ -1,14 +1,13 @@
-"""`python -m experiments.cifar --sched quartic`: train, export, deploy at low bits, compare with a twin.
+"""Run the stages of one training run: train, describe, export, verify, evaluate, show.
 
-Stages: train -> (float twin) -> describe -> export -> verify -> evaluate -> table, figure, report. Each
-leaves its product in the run's folder; a relaunch goes on from the first that is missing.
-`experiments.segmentation` is the same with other presets.
-
-What a run says of its networks, so that `python -m qt_jax.export` can export them again on its own.
+`experiments.cifar` and `experiments.segmentation` launch it. Each stage leaves its product in the run's
+folder. A relaunch goes on from the first product that is missing, and repeats no finished work. The float
+twin is trained with the same seed and budget and goes through the same stages.
 """
 
-import hashlib
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -20,17 +19,17 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments import devices, models
-from experiments.configs.training import FREE_TO_CHANGE, Config, float_twin
+from experiments.configs.training import FREE_TO_CHANGE, Config, float_twin, parse
 from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
 from experiments.masks import SHOWN, decided_masks, masks_figure
-from experiments.models import create
-from experiments.run_summary import metric_of, report, write_report
-from experiments.runs import FLOAT, claim, graphs_of, training_provenance, vendor_arrays
+from experiments.run_summary import metric_of, write_report, write_summary
+from experiments.runs import FLOAT, claim, graphs_of, identity, vendor_arrays
 from experiments.training.loop import train
 from experiments.training.quantizers import keeps_ranges, quantization
 from qt_jax import records
 from qt_jax.backends import ort
+from qt_jax.command_line import exit_status, text_console
 from qt_jax.export import verify
 from qt_jax.export.deploy import deploy, learned_ranges, ranges_path
 from qt_jax.export.encodings import write_ranges
@@ -41,11 +40,35 @@ RUN_SCHEMES = (
     *("fp32", "int8-pt-minmax", "int8-pc-minmax", "int8-pt-percentile", "int8-pc-percentile"),
     *("int4w-pt-minmax", "int4w-pc-minmax", "int4w-pt-percentile", "int4w-pc-percentile", "int8-dynamic"),
 )
-"""Those of onnxruntime that end every run."""
+"""Schemes of onnxruntime in which every run evaluates its networks."""
+
+SAMPLES = "samples.npz"
+CALIBRATION, PARITY = 512, 1000
+"""Most training images that are kept to calibrate with, and validation images to compare with JAX on."""
+
+
+def launch(
+    module: str, presets: Mapping[str, Config], about: str | None, arguments: list[str] | None = None
+) -> int:
+    """Run the command line of `python -m module`, and return its exit status as `exit_status` does.
+
+    The status is 143 or 130 when SIGTERM or Ctrl-C has ended training, with everything saved.
+
+    Args:
+      module: Name of the command's module.
+      presets: Name -> config that the flags start from.
+      about: Text with which `--help` begins.
+      arguments: Flags; None: those of this process.
+    """
+    console = text_console(soft_wrap=True)
+    return exit_status(
+        lambda: run(parse(arguments, presets, module, about), console),
+        "interrupted; the same command goes on from the last checkpoint",
+    )
 
 
 def run(config: Config, console: Console) -> None:
-    """All stages of one run."""
+    """Run all stages of one run."""
     directory = config.directory
     if devices.is_leader():
         claim(directory, config, FREE_TO_CHANGE)
@@ -78,13 +101,58 @@ def run(config: Config, console: Console) -> None:
         evaluate(config, method, dataset, directory, console)
     if config.dataset in SEGMENTATION:
         show_masks(config, {method: directory / graphs[method] for method in trained}, dataset, directory)
-    report(config, trained, directory, console)
+    write_summary(config, trained, directory, console)
     write_report(directory)
-    console.print(f"{directory}/summary.md, summary.png, report.html, records.jsonl and the ONNX graphs")
+    console.print(
+        f"The results are in {directory}/summary.md, summary.png, report.html and records.jsonl, beside the "
+        "ONNX graphs."
+    )
+
+
+def describe(config: Config, dataset: Dataset, checkpoints: str, path: Path) -> None:
+    """Write the description of a trained network, and the samples beside it, where they are missing.
+
+    With both, `python -m qt_jax.export` can export the network again without this program.
+
+    Args:
+      config: Config of this network; for the float twin, that of the twin.
+      dataset: Gives the shape, the classes and the samples.
+      checkpoints: Folder of the checkpoints, relative to the folder of `path`.
+      path: JSON file of the description.
+    """
+    samples = path.with_name(SAMPLES)
+    if not samples.exists():
+        chosen = (
+            dataset.train_images[: min(CALIBRATION, config.calibration_size)],
+            dataset.validation_images[:PARITY],
+        )
+        arrays = (np.asarray(normalize(images, dataset.mean, dataset.std)) for images in chosen)
+        write_samples(Samples(*arrays), samples)
+    if path.exists():
+        return
+    image_shape = dataset.train_images.shape[1:]
+    specs = quantization(config, models.create(config.model, dataset.num_classes), image_shape)
+    description = Description(
+        model="experiments.models:create",
+        arguments={"name": config.model, "num_classes": dataset.num_classes},
+        call={"train": False},
+        input_shape=image_shape,
+        checkpoint=checkpoints,
+        collections={"params": "average" if config.ema else "params", "batch_stats": "batch_stats"},
+        quantization=specs if keeps_ranges(config) else None,
+        samples=SAMPLES,
+    )
+    write_description(description, path)
 
 
 def export(path: Path, console: Console) -> None:
-    """Writes the verified FP32 graph and its learned ranges; a graph that is there is verified again."""
+    """Write the verified FP32 graph to `path`, with its learned ranges beside it.
+
+    A graph that is already there is verified again.
+
+    Raises:
+      InvalidInput: The graph that is there does not belong to the checkpoint.
+    """
     network = load_network(path.with_suffix(".json"))
     if not path.exists():
         summary = deploy(network, path)
@@ -108,31 +176,22 @@ def export(path: Path, console: Console) -> None:
 
 
 def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, console: Console) -> None:
-    """One record for each of `SCHEMES` that has none yet, on the test set.
+    """Add one record for each of `RUN_SCHEMES` that has none yet, measured on the test set.
 
-    `python -m experiments.backends` takes a finished run through all the other toolchains.
+    `python -m experiments.backends` takes a finished run through all other toolchains.
     """
     path = directory / "records.jsonl"
     onnx_path = directory / graphs_of(config.quantizer)[method]
-    checkpoint = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
+    known = identity(directory, dataclasses.asdict(config), method, onnx_path)
+    known["sched"] = "none" if method == FLOAT else config.sched
     done = {
         (row["backend"], row["scheme"])
         for row in records.read(path)
-        if row["status"] == "ok" and row["method"] == method and row["checkpoint"] == checkpoint
+        if row["status"] == "ok" and row["method"] == method and row["checkpoint"] == known["checkpoint"]
     }
     schemes = [scheme for scheme in RUN_SCHEMES if (ort.BACKEND.name, scheme) not in done]
     if not schemes:
         return
-    identity = {
-        "run": directory.name,
-        "task": config.dataset,
-        "model": config.model,
-        "method": method,
-        "seed": config.seed,
-        "sched": "none" if method == FLOAT else config.sched,
-        "checkpoint": checkpoint,
-        "training": training_provenance(directory, method),
-    }
 
     def keep(record: records.Record) -> None:
         if (record["backend"], record["scheme"]) not in done:
@@ -149,52 +208,13 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
         schemes=schemes,
         runtimes=[ort.REFERENCE.name],
         jobs=os.cpu_count() or 1,
-        identity=identity,
+        identity=known,
         on_record=keep,
     )
 
 
 def show_masks(config: Config, networks: dict[str, Path], dataset: Dataset, directory: Path) -> None:
-    """masks.png, drawn from masks.npz: the first test images as the networks see them."""
+    """Draw masks.png from masks.npz: the first test images as the networks see them."""
     decided = decided_masks(networks, *vendor_arrays(config, dataset, SHOWN), directory / "masks.npz")
     images, truth = dataset.test_images[:SHOWN], dataset.test_labels[:SHOWN]
     masks_figure(images, truth, decided, dataset.class_names, directory / "masks.png")
-
-
-SAMPLES = "samples.npz"
-
-CALIBRATION, PARITY = 512, 1000
-"""At most so many training images to calibrate with, validation images to compare with JAX on."""
-
-
-def describe(config: Config, dataset: Dataset, checkpoints: str, path: Path) -> None:
-    """Writes what is missing: the description of a trained network to `path`, and the samples beside it.
-
-    Args:
-      config: of this network; of the twin for the float twin.
-      dataset: gives the shape, the classes and the samples.
-      checkpoints: their folder, relative to that of `path`.
-      path: of the JSON file.
-    """
-    samples = path.with_name(SAMPLES)
-    if not samples.exists():
-        chosen = (
-            dataset.train_images[: min(CALIBRATION, config.calibration_size)],
-            dataset.validation_images[:PARITY],
-        )
-        arrays = (np.asarray(normalize(images, dataset.mean, dataset.std)) for images in chosen)
-        write_samples(Samples(*arrays), samples)
-    if path.exists():
-        return
-    specs = quantization(config, create(config.model, dataset.num_classes), dataset.train_images.shape[1:])
-    description = Description(
-        model="experiments.models:create",
-        arguments={"name": config.model, "num_classes": dataset.num_classes},
-        call={"train": False},
-        input_shape=dataset.train_images.shape[1:],
-        checkpoint=checkpoints,
-        collections={"params": "average" if config.ema else "params", "batch_stats": "batch_stats"},
-        quantization=specs if keeps_ranges(config) else None,
-        samples=SAMPLES,
-    )
-    write_description(description, path)

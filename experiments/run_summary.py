@@ -1,12 +1,9 @@
-"""`python -m experiments.report RUN_DIR`: one HTML file of a training run, which opens anywhere.
+"""Show what a run has found: a table, a Markdown page, a figure and an HTML report.
 
-Reads what the folder holds, of a finished run or one under way, and writes report.html into it. Nothing is
-trained, exported or measured here.
-
-What a run has shown, as a table, a Markdown page and a figure, from its records and metrics alone.
+All of them are made from what the run's folder holds, and from nothing else. Nothing is trained, exported or
+measured here. `write_report` also serves a run that is still under way.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +18,40 @@ from rich.console import Console
 import qt_jax as qt
 from experiments.configs.training import Config, lambda_schedule
 from experiments.data import SEGMENTATION
-from experiments.runs import QUANT_TRIM, graphs_of
+from experiments.runs import QUANT_TRIM, graphs_of, read_config_json
 from qt_jax import records
 from qt_jax.export.encodings import read_ranges
 from qt_jax.export.network import read_description, restore
 from qt_jax.files import staged, write_whole
 from qt_jax.reporting.figures import summary_figure
 from qt_jax.reporting.pivot import title
-from qt_jax.reporting.run_report import Run, Weights, run_page
+from qt_jax.reporting.run_report import RunContents, Weights, run_page
 from qt_jax.reporting.tables import accuracy_table, to_markdown
 
+RAW = "Kernels of the checkpoints, before batch norm is folded into them."
 
-def report(config: Config, trained: dict[str, Any], directory: Path, console: Console) -> None:
-    """The table in the terminal, summary.md and summary.png, from records.jsonl and metrics.jsonl."""
+FOLDED = "Kernels of the exported graphs, with batch norm folded in. The checkpoints are not there."
+
+PICTURES = {"Masks of the first test images": "masks.png"}
+
+
+def metric_of(dataset: str) -> tuple[str, str]:
+    """Return the key of records by which a run is judged, and the prefix of its keys in metrics.jsonl."""
+    return ("miou", "validation_miou") if dataset in SEGMENTATION else ("top1", "validation")
+
+
+def write_summary(config: Config, trained: dict[str, Any], directory: Path, console: Console) -> None:
+    """Print the table, and write summary.md and summary.png.
+
+    Args:
+      config: Config of the run.
+      trained: Method -> variables of its network, for the histograms of the figure.
+      directory: Folder of the run, with records.jsonl and metrics.jsonl.
+      console: Where the table goes.
+
+    Raises:
+      InvalidInput: metrics.jsonl has no epoch of one of the networks.
+    """
     rows = records.read(directory / "records.jsonl")
     metrics = records.read(directory / "metrics.jsonl")
     if missing := trained.keys() - {row["method"] for row in metrics}:
@@ -41,7 +59,7 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
             f"{directory}/metrics.jsonl has no epoch of {' and '.join(sorted(missing))}, although training "
             "is complete. Restore the file, or choose another --out."
         )
-    write_whole(directory / "summary.md", summary(config, rows, metrics))
+    write_whole(directory / "summary.md", summary_page(config, rows, metrics))
     metric, validation = metric_of(config.dataset)
     history = [
         {
@@ -55,26 +73,14 @@ def report(config: Config, trained: dict[str, Any], directory: Path, console: Co
     total = max(row["step"] for row in metrics)
     steps = np.linspace(0, total, 400)
     lam = np.asarray(lambda_schedule(config, total)(steps.astype(np.int32)))
-    weights = {
-        method: {
-            "/".join(path[:-1]): leaf.ravel()
-            for path, leaf in flatten_dict(variables["params"]).items()
-            if path[-1] == "kernel"
-        }
-        for method, variables in trained.items()
-    }
+    weights = {method: _kernels(variables["params"]) for method, variables in trained.items()}
     with staged(directory / "summary.png") as scratch:
         summary_figure(rows, (steps, lam), weights, scratch, history, metric)
     console.print(accuracy_table(rows, metric), soft_wrap=False)
 
 
-def metric_of(dataset: str) -> tuple[str, str]:
-    """The record's key that a run is judged by, and how its validation is called in metrics.jsonl."""
-    return ("miou", "validation_miou") if dataset in SEGMENTATION else ("top1", "validation")
-
-
-def summary(config: Config, rows: list[records.Record], metrics: list[dict[str, Any]]) -> str:
-    """summary.md: the table, the drift between FP32 and fake quantization, the cost, the provenance."""
+def summary_page(config: Config, rows: list[records.Record], metrics: list[dict[str, Any]]) -> str:
+    """Return summary.md: table, drift between FP32 and fake quantization, cost of training, provenance."""
     metric, validation = metric_of(config.dataset)
     lines = [
         f"# {config.dataset}, {config.model}, --sched {config.sched}, seed {config.seed}",
@@ -106,19 +112,17 @@ def summary(config: Config, rows: list[records.Record], metrics: list[dict[str, 
     return "\n".join(lines)
 
 
-RAW = "Kernels of the checkpoints, before batch norm is folded into them."
-
-FOLDED = "Kernels of the exported graphs, batch norm folded into them; the checkpoints are not there."
-
-PICTURES = {"Masks of the first test images": "masks.png"}
-
-
 def write_report(folder: Path, out: Path | None = None, backends: Sequence[Path] = ()) -> Path:
-    """Writes the report of the run in `folder`, whole or not at all, and returns its path.
+    """Write the HTML report of the run in `folder`, whole or not at all, and return its path.
+
+    Args:
+      folder: Folder of the run.
+      out: File to write; None: report.html in `folder`.
+      backends: Further files of records, such as those of `experiments.backends`.
 
     Raises:
-      InvalidInput: `folder` holds no run, a file of it or of `backends` is damaged, or `out` cannot be
-        written.
+      InvalidInput: `folder` does not hold a run, one of its files or of `backends` is damaged, or `out`
+        cannot be written.
     """
     for path in backends:
         if not path.is_file():
@@ -136,20 +140,23 @@ def write_report(folder: Path, out: Path | None = None, backends: Sequence[Path]
     return path
 
 
-def read_run(folder: Path, others: Sequence[records.Record] = ()) -> Run:
-    """What the folder of a run holds.
+def read_run(folder: Path, others: Sequence[records.Record] = ()) -> RunContents:
+    """Read what the folder of a run holds.
 
     Args:
-      folder: of `experiments.cifar` or `experiments.segmentation`.
-      others: records of further backends.
+      folder: Folder of a run of `experiments.cifar` or `experiments.segmentation`.
+      others: Records of further backends.
+
+    Raises:
+      InvalidInput: `folder` does not hold a run, or one of its files is damaged.
     """
-    config = read_config_json2(folder)
+    config = read_config_json(folder)
     metric, validation = metric_of(config["dataset"])
     metrics, rows = (records.read(folder / name) for name in ("metrics.jsonl", "records.jsonl"))
-    graphs = graphs_of(config.get("quantizer", QUANT_TRIM))  # which older runs do not say
+    graphs = graphs_of(config.get("quantizer", QUANT_TRIM))  # older runs do not say which
     weights, source = read_weights(folder, graphs)
     ranges, diagnosis = folder / "model.ranges.json", folder / "diagnosis.md"
-    return Run(
+    return RunContents(
         name=folder.resolve().name,
         folder=folder,
         facts=facts(config, metrics, rows),
@@ -169,25 +176,10 @@ def read_run(folder: Path, others: Sequence[records.Record] = ()) -> Run:
     )
 
 
-def read_config_json2(folder: Path) -> dict[str, Any]:
-    """config.json of a run. Raises InvalidInput if there is none, or one of something else."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        if missing := [key for key in ("dataset", "model", "seed") if key not in config]:
-            raise ValueError(f"it does not say {' and '.join(missing)}")
-    except (OSError, ValueError, TypeError) as error:
-        raise qt.InvalidInput(
-            f"{folder} holds no run of experiments.cifar: {path.name} cannot be read ({error}). Name the "
-            "folder that a run wrote."
-        ) from error
-    return config
-
-
 def facts(
     config: Mapping[str, Any], metrics: Sequence[records.Record], rows: Sequence[records.Record]
 ) -> dict[str, str]:
-    """What was trained on what, how and for how long, in words."""
+    """Say in words what was trained on what, how and for how long."""
     quantizer = config.get("quantizer", QUANT_TRIM)
     told = {
         "data set": config["dataset"],
@@ -195,7 +187,7 @@ def facts(
         "method": f"{title(quantizer)}, --sched {config.get('sched')}",
         "grids in training": _grids(config),
         "reverse pruning": _reverse_pruning(config),
-        "budget": f"{config.get('epochs')} epochs, {config.get('batch_size')} images a step",
+        "budget": f"{config.get('epochs')} epochs, {config.get('batch_size')} images per step",
         "optimizer": f"SGD, learning rate {config.get('learning_rate')} ({config.get('lr_schedule')}),"
         f" momentum {config.get('momentum')}, weight decay {config.get('weight_decay')}",
         "seed": str(config["seed"]),
@@ -212,8 +204,8 @@ def facts(
 
 def _grids(config: Mapping[str, Any]) -> str:
     if config.get("sched") == "none":
-        return "none, there was no fake quantization"
-    sites = f" at the {config['sites']} of layers" if "sites" in config else ""  # which older runs do not say
+        return "none: there was no fake quantization"
+    sites = f" at the {config['sites']} of layers" if "sites" in config else ""  # older runs do not say
     return f"weights {config.get('bits')} bits, activations {config.get('activation_bits')} bits{sites}"
 
 
@@ -228,16 +220,23 @@ def _reverse_pruning(config: Mapping[str, Any]) -> str:
 
 
 def read_weights(folder: Path, graphs: Mapping[str, str]) -> tuple[Weights, str]:
-    """Method -> layer -> kernel `(size,)`, in the order of the network, and a sentence that says from where.
+    """Read the kernels of every network, in the order of the network.
 
-    The newest checkpoints, or the initializers of the graphs where a checkpoint is missing.
+    They come from the newest checkpoints, or from the initializers of the graphs if a checkpoint is missing.
+
+    Args:
+      folder: Folder of the run.
+      graphs: Method -> name of its graph, as `graphs_of` returns them.
+
+    Returns:
+      Method -> layer -> kernel `(size,)`, and a sentence that names the source.
 
     Raises:
-      InvalidInput: a checkpoint or a graph is damaged.
+      InvalidInput: A checkpoint or a graph is damaged.
     """
-    exported = {method: graph_kernels(folder / name) for method, name in graphs.items()}
+    exported = {method: _graph_kernels(folder / name) for method, name in graphs.items()}
     raw = {
-        method: checkpoint_kernels((folder / name).with_suffix(".json"), folder / "checkpoints" / method)
+        method: _checkpoint_kernels((folder / name).with_suffix(".json"), folder / "checkpoints" / method)
         for method, name in graphs.items()
     }
     if not all(raw[method] for method in graphs if exported[method] or raw[method]):
@@ -250,15 +249,15 @@ def read_weights(folder: Path, graphs: Mapping[str, str]) -> tuple[Weights, str]
     }, RAW
 
 
-def graph_kernels(path: Path) -> dict[str, np.ndarray]:
-    """Layer -> initializer of rank 2 or more of the graph at `path`; none where there is no graph."""
+def _graph_kernels(path: Path) -> dict[str, np.ndarray]:
+    """Map layers to their kernels, the initializers of rank 2 or more. Without a graph there are none."""
     if not path.exists():
         return {}
     try:
         graph = onnx.load(path).graph
     except DecodeError as error:
         raise qt.InvalidInput(
-            f"{path} is no ONNX graph ({error}): delete it and relaunch the run."
+            f"{path} is not an ONNX graph ({error}): delete it and relaunch the run."
         ) from error
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     return {
@@ -268,10 +267,18 @@ def graph_kernels(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def checkpoint_kernels(description: Path, checkpoints: Path) -> dict[str, np.ndarray]:
-    """Layer -> kernel of the newest checkpoint; none where there is none."""
+def _checkpoint_kernels(description: Path, checkpoints: Path) -> dict[str, np.ndarray]:
+    """Map layers to the kernels of the newest checkpoint. Without checkpoints there are none."""
     if not checkpoints.is_dir():
         return {}
     key = read_description(description).collections["params"] if description.exists() else "params"
-    kernels = flatten_dict(restore(checkpoints).get(key) or {})
-    return {"/".join(path[:-1]): leaf.ravel() for path, leaf in kernels.items() if path[-1] == "kernel"}
+    return _kernels(restore(checkpoints).get(key) or {})
+
+
+def _kernels(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Map each layer's path to its flattened kernel."""
+    return {
+        "/".join(path[:-1]): leaf.ravel()
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel"
+    }

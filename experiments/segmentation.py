@@ -1,18 +1,18 @@
-"""`python -m experiments.segmentation`: `experiments.cifar` for networks that give each pixel a class.
+"""Train, export and deploy a network that gives each pixel a class: `python -m experiments.segmentation`.
 
-The stages, flags and products are those of `experiments.cifar`; tables are of mIoU and of pixel accuracy, and
+The stages, flags and products are those of `experiments.cifar`. Tables show mIoU and pixel accuracy, and
 masks.png shows a few images as the networks see them. The default data set is composed, see
-`experiments.data.composed`; Oxford-IIIT Pet is `--dataset oxford-pet`.
+`experiments.data.composed`. Oxford-IIIT Pet is `--dataset oxford-pet`.
 """
 
 import sys
 
-from experiments import cifar
+from experiments import pipeline
 from experiments.configs.training import SEGMENTATION_PRESETS
 
-ABOUT = """Train a network that gives each pixel a class, with Quant-Trim and without; export both, compare.
+ABOUT = """Train a network that gives each pixel a class, and its float twin; export and compare both.
 
-Relaunching the same command resumes; finished work is not redone.
+The same command resumes a run that was interrupted. Finished work is not repeated.
 
 Example:
     python -m experiments.segmentation --preset smoke
@@ -20,8 +20,8 @@ Example:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `experiments.cifar` does."""
-    return cifar.main(arguments, SEGMENTATION_PRESETS, "experiments.segmentation", ABOUT)
+    """Run the command line, and return the exit status of `pipeline.launch`."""
+    return pipeline.launch("experiments.segmentation", SEGMENTATION_PRESETS, ABOUT, arguments)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_both_networks_run_on_the_same_images_and_are_compared(folder, capsys):
 
 def test_input_the_user_can_mend(folder, tmp_path, capsys):
     assert launch(tmp_path / "nothing") == 2
-    assert "no folder of a finished" in capsys.readouterr().err
+    assert "is not the folder of a run of experiments.cifar" in capsys.readouterr().err
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text((folder / "config.json").read_text().replace("digits", "cifar10"))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import qt_jax as qt
-from experiments import cifar
+from experiments import cifar, pipeline
 from experiments.configs.training import PRESETS, Config
 from experiments.data import Dataset, load
 from experiments.models.resnet import ResNet
@@ -123,7 +123,7 @@ def test_the_command_ends_with_the_signals_status(tmp_path, monkeypatch, capsys)
     def interrupted(*_):
         raise loop.Interrupted(7, signal.SIGTERM)
 
-    monkeypatch.setattr(cifar, "train", interrupted)
+    monkeypatch.setattr(pipeline, "train", interrupted)
     flags = ["--preset", "smoke", "--dataset", "digits", "--out", str(tmp_path / "run")]
     assert cifar.main(flags) == 143
     assert "step 7, which is saved; the same command goes on" in capsys.readouterr().err

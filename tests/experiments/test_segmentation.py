@@ -1,4 +1,4 @@
-"""Segmentation from end to end, on a toy set and a very small U-Net; and that a mask moves with its image."""
+"""Run segmentation from end to end on a toy set and a very small U-Net, and move masks with their images."""
 
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from experiments import cifar, data, masks, models, runs, segmentation
+from experiments import data, masks, models, pipeline, runs, segmentation
 from experiments.configs.training import SEGMENTATION_PRESETS, Config, lambda_schedule, parse
 from experiments.data import SEGMENTATION, load
 from experiments.data.dataset import PublishedSet
@@ -32,7 +32,7 @@ LEVELS = 3
 
 
 def toy_set(data_dir: Path | None) -> PublishedSet:
-    """Noise in three levels of brightness, which are the classes."""
+    """Return noise in three levels of brightness, which are the classes."""
     labels = np.random.default_rng(0).integers(0, LEVELS, (100, 16, 16), dtype=np.uint8)
     images = np.repeat(100 * labels[..., None], 3, axis=-1)
     return PublishedSet(
@@ -45,7 +45,7 @@ def toys():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.SETS, "composed", toy_set)
         patch.setitem(models.SEGMENTERS, "tiny", partial(UNet, width=4, depth=1))
-        patch.setattr(cifar, "SCHEMES", SCHEMES)
+        patch.setattr(pipeline, "RUN_SCHEMES", SCHEMES)
         yield
 
 
@@ -100,7 +100,7 @@ def test_masks_are_those_of_the_records(finished):
     dataset, config = load("composed"), parse([*FLAGS, "--out", str(finished)], SEGMENTATION_PRESETS)
     model = models.create("tiny", LEVELS)
     predict = make_predict(config, model, dataset.mean, dataset.std, quantized=False)
-    network = cifar.load_network(finished / "twin.json")
+    network = pipeline.load_network(finished / "twin.json")
     expected = predict(network.variables, dataset.test_images[:6]).argmax(-1)
     assert metrics.pixel_accuracy(decided["float/fp32"], expected) > 0.999
 
@@ -115,8 +115,8 @@ def test_masks_of_other_networks_are_made_anew(finished, tmp_path, monkeypatch):
 
 
 def test_relaunch_does_nothing_again(finished, monkeypatch):
-    monkeypatch.setattr(cifar, "deploy", None)
-    monkeypatch.setattr(cifar.qt, "evaluate", None)
+    monkeypatch.setattr(pipeline, "deploy", None)
+    monkeypatch.setattr(pipeline.qt, "evaluate", None)
     before = (finished / "masks.png").read_bytes()
     (finished / "masks.png").unlink()
     assert segmentation.main([*FLAGS, "--out", str(finished)]) == 0
@@ -124,7 +124,7 @@ def test_relaunch_does_nothing_again(finished, monkeypatch):
 
 
 class Reader(nn.Module):
-    """Logits that are right wherever the image still says what the mask says."""
+    """Give logits that are right wherever the image still agrees with its mask."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The command line from end to end, on scikit-learn's digits and a very small network."""
+"""Run the command line from end to end, on scikit-learn's digits and a very small network."""
 
 import contextlib
 import hashlib
@@ -13,10 +13,10 @@ import onnx
 import pytest
 from rich.console import Console
 
-from experiments import cifar, models, runs
+from experiments import cifar, models, pipeline, runs
 from experiments.configs.training import FREE_TO_CHANGE, parse
 from experiments.models.resnet import ResNet
-from experiments.pipeline import RUN_SCHEMES, run
+from experiments.pipeline import RUN_SCHEMES
 from experiments.training import loop
 from qt_jax import records
 from qt_jax.backends import steps
@@ -41,7 +41,7 @@ LATE = ("model.onnx", *ADDED)
 
 
 class Finished(NamedTuple):
-    """A run that has ended, what it printed, and the variables it trained, by method."""
+    """Hold a run that has ended: its folder, what it printed, and the variables it trained, by method."""
 
     folder: Path
     printed: str
@@ -59,14 +59,14 @@ def tiny_networks():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_networks, shared_compilations) -> Finished:
     folder = tmp_path_factory.mktemp("a folder with a name that is longer than eighty columns " + "x" * 40)
-    trained, printed, train = {}, io.StringIO(), cifar.train
+    trained, printed, train = {}, io.StringIO(), pipeline.train
 
     def remember(config, model, dataset, directory, method):
         trained[method] = train(config, model, dataset, directory, method)
         return trained[method]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar, "train", remember)
+        patch.setattr(pipeline, "train", remember)
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             assert cifar.main([*FLAGS, "--out", str(folder)]) == 0
     return Finished(folder, printed.getvalue(), trained)
@@ -74,11 +74,11 @@ def finished(tmp_path_factory, tiny_networks, shared_compilations) -> Finished:
 
 @pytest.fixture
 def copy(finished, tmp_path, monkeypatch) -> Path:
-    """A copy of the finished run that takes the training for granted."""
+    """Copy the finished run, and skip its training."""
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
     monkeypatch.setattr(
-        cifar, "train", lambda config, model, dataset, directory, method: finished.trained[method]
+        pipeline, "train", lambda config, model, dataset, directory, method: finished.trained[method]
     )
     return folder
 
@@ -150,7 +150,7 @@ def test_relaunch_does_nothing_again(finished, monkeypatch, capsys):
         kept = [p for p in finished.folder.rglob("*") if p.is_file() and p.name not in drawn]
         return {path: path.stat().st_mtime_ns for path in kept}
 
-    for module, stage in ((loop, "_run_epoch"), (cifar, "deploy"), (cifar.qt, "evaluate")):
+    for module, stage in ((loop, "_run_epoch"), (pipeline, "deploy"), (pipeline.qt, "evaluate")):
         monkeypatch.setattr(module, stage, None)
     before = stamps()
     assert launch(finished.folder) == 0
@@ -159,7 +159,7 @@ def test_relaunch_does_nothing_again(finished, monkeypatch, capsys):
 
 
 def test_evaluation_and_export_resume_where_something_is_missing(finished, copy, capsys):
-    """Two records gone, a third cut short, and the graph: written anew, it is the same to the byte."""
+    """Remove two records and the graph, and cut a third record short. What is written again is the same."""
     path = copy / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:1], *lines[2:18]]) + lines[18][:40])
@@ -181,7 +181,7 @@ def test_evaluation_and_export_resume_where_something_is_missing(finished, copy,
 
 
 def test_older_run_gets_what_it_lacks(finished, copy, capsys):
-    """A graph that is there is kept; its description, samples and ranges are added."""
+    """Keep a graph that is there, and add its description, samples and ranges."""
     for name in ADDED:
         (copy / name).unlink()
     assert cli.main([str(copy), "--out", str(copy.parent / "m.onnx")]) == 2
@@ -194,7 +194,7 @@ def test_older_run_gets_what_it_lacks(finished, copy, capsys):
 
 
 def test_run_exports_itself_again(finished, tmp_path, capsys):
-    """`python -m qt_jax.export` needs the folder alone: the same FP32 graph, and one on integers."""
+    """Export from the folder alone: the same FP32 graph, and one on integers."""
     out = tmp_path / "m.onnx"
     assert cli.main([str(finished.folder), "--out", str(out)]) == 0
     for name in ("model.onnx", "model.ranges.json"):
@@ -207,7 +207,7 @@ def test_run_exports_itself_again(finished, tmp_path, capsys):
 
 
 def refused(folder: Path, capsys, *flags: str) -> str:
-    """Launches what must be refused; returns the message, after checking that nothing was harmed."""
+    """Launch what must be refused, check that nothing was harmed, and return the message."""
     before = contents(folder)
     assert launch(folder, *flags) == 2
     after = contents(folder)
@@ -264,7 +264,7 @@ def test_refusal_leaves_a_folder_that_can_still_be_used(flags, says, tmp_path, c
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     assert says in refused(folder, capsys, *flags)
-    cifar.claim(folder, parse([*FLAGS, "--out", str(folder)]), FREE_TO_CHANGE)
+    runs.claim(folder, parse([*FLAGS, "--out", str(folder)]), FREE_TO_CHANGE)
 
 
 def test_out_that_is_a_file_is_refused(tmp_path, capsys):
@@ -289,16 +289,16 @@ def test_networks_that_a_command_trains(flags, methods, tmp_path, monkeypatch):
         seen.append((method, config.sched, config.reverse_pruning))
         return {"params": {}}
 
-    for stage in ("export", "evaluate", "report", "write_report"):
-        monkeypatch.setattr(cifar, stage, lambda *args: None)
-    monkeypatch.setattr(cifar, "train", stop)
-    run(parse([*FLAGS, "--out", str(tmp_path / "run"), *flags]), Console(file=io.StringIO()))
+    for stage in ("export", "evaluate", "write_summary", "write_report"):
+        monkeypatch.setattr(pipeline, stage, lambda *args: None)
+    monkeypatch.setattr(pipeline, "train", stop)
+    pipeline.run(parse([*FLAGS, "--out", str(tmp_path / "run"), *flags]), Console(file=io.StringIO()))
     assert [method for method, *_ in seen] == methods
     assert all((sched, pruning) == ("none", None) for method, sched, pruning in seen if method == runs.FLOAT)
 
 
 def test_failed_scheme_is_shown_without_an_accuracy(copy, monkeypatch, capsys):
-    """A vendor's crash becomes a record and a dash, and does not stop the run."""
+    """Turn a vendor's crash into a record and a dash, and go on with the run."""
     (copy / "records.jsonl").write_text("")
     worker = copy.parent / "worker.py"
     worker.write_text(

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one config, and a refusal changes nothing in it."""
+"""Check that a run's folder belongs to one config, and that a refusal changes nothing in it."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def config(tmp_path) -> Config:
 
 
 def begin(config: Config) -> None:
-    """Claims the folder and leaves something of a run in it."""
+    """Claim the folder and leave something of a run in it."""
     claim(config)
     (config.directory / "metrics.jsonl").write_text("{}\n")
 
