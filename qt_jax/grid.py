@@ -1,19 +1,19 @@
-"""At every step a random one of the grids that vendors lay over a kernel, so that it gets used to none.
+"""Put tensors on an integer grid, and blend them with their image by lambda.
 
-Compilers differ in two ways: one scale for the kernel or one for each output channel, and, with h = 2^(b-1)
-and a the largest magnitude, the full symmetric range [-h, h - 1] with s = a / (h - 1/2) (onnxruntime) or the
-narrow one [1 - h, h - 1] with s = a / (h - 1) (NNCF, tpu-mlir, TFLite). A kernel trained on one of the four
-fits that one; weights that meet all four have to be where the rounding of each does little harm. Not in the
-paper: this package's choice, off by default.
-
-The uniform affine grid and the lambda blend.
-
-The method (Quant-Trim, arXiv 2511.15300): with b bits, scale s > 0 and zero-point z
+The uniform affine grid (Quant-Trim, arXiv 2511.15300): with b bits, scale s > 0 and zero-point z
 
     Q(x) = clip(round(x / s) + z, q_min, q_max)        x_hat = s * (Q(x) - z)
     x_tilde = x + lambda * stop_gradient(x_hat - x)
 
-Rounding is half to even, as in ONNX QuantizeLinear.
+Rounding is half to even, as in ONNX QuantizeLinear. `fake_quant` does all of it, and `blend` the last line.
+
+Vendors lay different grids over one kernel. `fake_quant_on_drawn_grid` draws one of them at random at every
+step, so that training does not adapt to a single grid. Compilers differ in two ways. They take one scale for
+the kernel, or one for each output channel. With h = 2^(b-1) and a the largest magnitude, they also take the
+full symmetric range [-h, h - 1] with s = a / (h - 1/2) (onnxruntime), or the narrow one [1 - h, h - 1] with
+s = a / (h - 1) (NNCF, tpu-mlir, TFLite). A kernel trained on one of the four grids fits that one. Weights
+that meet all four have to lie where the rounding of each does little harm. This is not in the paper: it is
+this package's choice, off by default.
 """
 
 import dataclasses
@@ -28,31 +28,31 @@ from jax.typing import ArrayLike
 from qt_jax.errors import InvalidInput
 
 SCALE_FLOOR = 1e-8
-"""Least scale: a dead or constant tensor gets this one instead of 0, and so never NaN."""
+"""Smallest scale. A dead or constant tensor gets this scale instead of 0, and so never becomes NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is put on the integer grid.
+    """Describe how one tensor is put on the integer grid.
 
     Attributes:
-      bits: width of the integers, 2..16.
-      symmetric: zero-point 0 and a range [-a, a] with a the quantile of |x|; else the range spans the lower
-        and upper quantile of x, widened to hold zero.
-      axis: channel axis (usually -1, the features of a Linen kernel) for one scale per channel, or None for
-        one per tensor. Where a kernel has several feature axes (DenseGeneral with a tuple of features, the
-        query of an attention), the scales of the last one are shared by the others.
-      narrow_range: leave the lowest integer unused. The symmetric 8-bit grid is then [-127, 127] with
-        s = a / 127, as in the paper; the full one is [-128, 127] with s = 2 a / 255, as onnxruntime has it.
-        None (the default): narrow when symmetric, full when not.
-      ste: gradient of the rounding. "identity" is the straight-through estimator; "clipped" is zero outside
+      bits: Width of the integers, 2..16.
+      symmetric: True for zero-point 0 and a range [-a, a], with a the quantile of |x|. False for a range
+        that spans the lower and upper quantile of x, widened to hold zero.
+      axis: Channel axis for one scale per channel (usually -1, the features of a Linen kernel), or None for
+        one scale per tensor. If a kernel has several feature axes (DenseGeneral with a tuple of features, the
+        query of an attention), the others share the scales of the last one.
+      narrow_range: True to leave the lowest integer unused. The symmetric 8-bit grid is then [-127, 127]
+        with s = a / 127, as in the paper; the full one is [-128, 127] with s = 2 a / 255, as in onnxruntime.
+        None (the default) means narrow when symmetric, full when not.
+      ste: Gradient of the rounding. "identity" is the straight-through estimator; "clipped" is zero outside
         the representable range.
-      quantile: upper level of the robust range, in (0.5, 1]; the lower one is 1 - quantile. 1 is min-max.
-      grids: "own", or for kernels "vendors": in training, each step draws one of four grids, see
-        `qt_jax.grid`; it is symmetric, has an axis and the identity as its gradient.
+      quantile: Upper level of the robust range, in (0.5, 1]. The lower level is 1 - quantile; 1 is min-max.
+      grids: "own" for the grid described here. "vendors", for kernels, draws one of four grids at each step
+        of training (see `qt_jax.grid`); it needs a symmetric spec with an axis and the gradient "identity".
 
     Raises:
-      InvalidInput: a field is out of its range.
+      InvalidInput: A field is out of its range.
 
     >>> QuantSpec(bits=4).integer_range
     (-7, 7)
@@ -91,24 +91,56 @@ class QuantSpec:
 
     @property
     def integer_range(self) -> tuple[int, int]:
-        """(q_min, q_max)."""
+        """Return (q_min, q_max)."""
         narrow = self.symmetric if self.narrow_range is None else self.narrow_range
         low = -(2 ** (self.bits - 1)) if self.symmetric else 0
         return low + int(narrow), low + 2**self.bits - 1
 
 
-def quantization_parameters(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero-point of a range: s = (high - low) / (q_max - q_min), z = round(q_min - low / s).
+def fake_quant(
+    x: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    spec: QuantSpec,
+    lam: jax.Array | float = 1.0,
+) -> jax.Array:
+    """Return `x` blended with its image on the grid of the range [low, high].
 
-    The range is first widened to hold zero, so that zero is always exactly representable; a symmetric range
-    to [-a, a] with a = max(-low, high), and z = 0.
+    Args:
+      x: Array of any shape, float32 or lower. The arithmetic is in float32, the result has the dtype of `x`.
+      low, high: float32 range: scalars, or `(channels,)` when `spec.axis` is set.
+      spec: The grid.
+      lam: Blend coefficient in [0, 1], a scalar that may be traced.
+
+    Returns:
+      x_tilde, with shape and dtype of `x`.
+
+    >>> fake_quant(jnp.array([0.0, 0.3, 5.0]), jnp.float32(-7.0), jnp.float32(7.0), QuantSpec(4)).tolist()
+    [0.0, 0.0, 5.0]
+    """
+    value = x.astype(jnp.float32)
+    scale, zero_point = quantization_parameters(low, high, spec)
+    scale, zero_point = along_axis(scale, value, spec), along_axis(zero_point, value, spec)
+    x_hat = (_grid(value, scale, zero_point, spec) - zero_point) * scale
+    inside = None
+    if spec.ste == "clipped":
+        q_min, q_max = spec.integer_range
+        inside = (value >= (q_min - zero_point) * scale) & (value <= (q_max - zero_point) * scale)
+    return blend(value, x_hat, jnp.asarray(lam, jnp.float32), inside).astype(x.dtype)
+
+
+def quantization_parameters(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Return scale and zero-point of a range: s = (high - low) / (q_max - q_min), z = round(q_min - low / s).
+
+    The range is first widened to hold zero, so that zero is always exactly representable. A symmetric range
+    is widened to [-a, a] with a = max(-low, high), and has z = 0.
 
     Args:
       low, high: float32, scalars or `(channels,)`.
+      spec: The grid.
 
     Returns:
-      (scale, zero_point): float32 of the same shape; the zero-point holds a whole number in
-      [q_min, q_max].
+      (scale, zero_point): float32 of the same shape. The zero-point holds a whole number in [q_min, q_max].
 
     >>> s, z = quantization_parameters(jnp.float32(-1.0), jnp.float32(3.0), QuantSpec(4, symmetric=False))
     >>> round(float(s), 4), float(z)
@@ -125,51 +157,12 @@ def quantization_parameters(low: ArrayLike, high: ArrayLike, spec: QuantSpec) ->
     return scale, jnp.clip(jnp.round(q_min - low / scale), q_min, q_max)
 
 
-def along_axis(parameter: jax.Array, x: jax.Array, spec: QuantSpec) -> jax.Array:
-    """Reshapes per-channel parameters so that they broadcast against `x`."""
-    if spec.axis is None:
-        return parameter
-    shape = [1] * x.ndim
-    shape[spec.axis] = -1
-    return parameter.reshape(shape)
-
-
-def _grid(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
-    """Q(x), still as floating point."""
-    q_min, q_max = spec.integer_range
-    return jnp.clip(jnp.round(x / scale) + zero_point, q_min, q_max)
-
-
-def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
-    """Q(x) = clip(round(x / s) + z, q_min, q_max), as int32.
-
-    Args:
-      x: float32 of any shape.
-      scale, zero_point: from `quantization_parameters`; scalars, or `(channels,)` when `spec.axis` is set.
-
-    >>> quantize(jnp.array([-1.0, 0.24, 9.0]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
-    [-2, 0, 7]
-    """
-    scale, zero_point = along_axis(scale, x, spec), along_axis(zero_point, x, spec)
-    return _grid(x, scale, zero_point, spec).astype(jnp.int32)
-
-
-def dequantize(q: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
-    """x_hat = s * (q - z), float32; arguments as in `quantize`.
-
-    >>> dequantize(jnp.array([-2, 0, 7]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
-    [-1.0, 0.0, 3.5]
-    """
-    scale, zero_point = along_axis(scale, q, spec), along_axis(zero_point, q, spec)
-    return (q.astype(jnp.float32) - zero_point) * scale
-
-
 def blend(x: jax.Array, x_hat: jax.Array, lam: jax.Array, inside: jax.Array | None = None) -> jax.Array:
-    """x_tilde = x + lambda * stop_gradient(x_hat - x): plain at lambda = 0, fully quantized at 1.
+    """Return x_tilde = x + lambda * stop_gradient(x_hat - x): plain at lambda = 0, fully quantized at 1.
 
-    Computed as (1 - lambda) x + lambda x_hat, which is `x` to the bit at 0 and `x_hat` to the bit at 1. The
-    gradient with respect to `x` is the identity; where the boolean mask `inside` is false it is 1 - lambda
-    instead (the clipped straight-through estimator).
+    It is computed as (1 - lambda) x + lambda x_hat, which is `x` to the bit at 0 and `x_hat` to the bit at 1.
+    The gradient with respect to `x` is the identity. Where the boolean mask `inside` is false, it is
+    1 - lambda instead (the clipped straight-through estimator).
 
     >>> blend(jnp.array([1.0]), jnp.array([2.0]), jnp.float32(0.25)).tolist()
     [1.25]
@@ -181,58 +174,60 @@ def blend(x: jax.Array, x_hat: jax.Array, lam: jax.Array, inside: jax.Array | No
     return value + passing
 
 
-def fake_quant(
-    x: jax.Array,
-    low: jax.Array,
-    high: jax.Array,
-    spec: QuantSpec,
-    lam: jax.Array | float = 1.0,
-) -> jax.Array:
-    """`x` blended with its image on the grid of the range [low, high].
+def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Return Q(x) = clip(round(x / s) + z, q_min, q_max), as int32.
 
     Args:
-      x: any shape, float32 or lower; the arithmetic is in float32 and the result has the dtype of `x`.
-      low, high: float32 range; scalars, or `(channels,)` when `spec.axis` is set.
-      spec: the grid.
-      lam: blend coefficient in [0, 1], a scalar that may be traced.
+      x: float32 array of any shape.
+      scale, zero_point: From `quantization_parameters`: scalars, or `(channels,)` when `spec.axis` is set.
+      spec: The grid.
 
-    Returns:
-      x_tilde, shape and dtype of `x`.
-
-    >>> fake_quant(jnp.array([0.0, 0.3, 5.0]), jnp.float32(-7.0), jnp.float32(7.0), QuantSpec(4)).tolist()
-    [0.0, 0.0, 5.0]
+    >>> quantize(jnp.array([-1.0, 0.24, 9.0]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
+    [-2, 0, 7]
     """
-    value = x.astype(jnp.float32)
-    scale, zero_point = quantization_parameters(low, high, spec)
-    scale, zero_point = along_axis(scale, value, spec), along_axis(zero_point, value, spec)
-    x_hat = (_grid(value, scale, zero_point, spec) - zero_point) * scale
-    inside = None
-    if spec.ste == "clipped":
-        q_min, q_max = spec.integer_range
-        inside = (value >= (q_min - zero_point) * scale) & (value <= (q_max - zero_point) * scale)
-    return blend(value, x_hat, jnp.asarray(lam, jnp.float32), inside).astype(x.dtype)
+    scale, zero_point = along_axis(scale, x, spec), along_axis(zero_point, x, spec)
+    return _grid(x, scale, zero_point, spec).astype(jnp.int32)
 
 
-def grid_key(seed: int, path: str, count: jax.Array) -> jax.Array:
-    """The key of the draw for the kernel at `path` after `count` observations (int32 scalar): all calls of a
-    layer in one pass share it."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())), count)
+def dequantize(q: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Return x_hat = s * (q - z), float32. The arguments are as for `quantize`.
+
+    >>> dequantize(jnp.array([-2, 0, 7]), jnp.float32(0.5), jnp.float32(0.0), QuantSpec(4)).tolist()
+    [-1.0, 0.0, 3.5]
+    """
+    scale, zero_point = along_axis(scale, q, spec), along_axis(zero_point, q, spec)
+    return (q.astype(jnp.float32) - zero_point) * scale
+
+
+def _grid(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Return Q(x), still as floating point."""
+    q_min, q_max = spec.integer_range
+    return jnp.clip(jnp.round(x / scale) + zero_point, q_min, q_max)
+
+
+def along_axis(parameter: jax.Array, x: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Reshape per-channel parameters so that they broadcast against `x`."""
+    if spec.axis is None:
+        return parameter
+    shape = [1] * x.ndim
+    shape[spec.axis] = -1
+    return parameter.reshape(shape)
 
 
 def fake_quant_on_drawn_grid(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QuantSpec, lam: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """`x` blended with its image on one of the four grids, each with probability 1/4.
+    """Return `x` blended with its image on one of the vendors' four grids, each with probability 1/4.
 
     Args:
-      x: a kernel, float32 or lower.
-      low, high: float32 `(channels,)`, along `spec.axis`; symmetric, so that a = max(-low, high).
-      spec: gives bits and axis; its gradient is the identity.
-      lam: blend coefficient in [0, 1].
-      key: of the draw.
+      x: Kernel, float32 or lower.
+      low, high: float32 `(channels,)`, along `spec.axis`; taken as symmetric, with a = max(-low, high).
+      spec: Gives bits and axis. Its gradient is the identity.
+      lam: Blend coefficient in [0, 1].
+      key: Key of the draw, from `grid_key`.
 
     Returns:
-      x_tilde, shape and dtype of `x`.
+      x_tilde, with shape and dtype of `x`.
 
     >>> w, a = jnp.array([[0.9, 0.1]]), jnp.array([0.9, 0.1])
     >>> spec, one = QuantSpec(4, axis=-1), jnp.float32(1)
@@ -249,3 +244,11 @@ def fake_quant_on_drawn_grid(
     scale = along_axis(scale, value, spec)
     x_hat = jnp.clip(jnp.round(value / scale), jnp.where(full, -half, 1 - half), half - 1) * scale
     return blend(value, x_hat, lam).astype(x.dtype)
+
+
+def grid_key(seed: int, path: str, count: jax.Array) -> jax.Array:
+    """Return the key of the draw for the kernel at `path` after `count` observations (int32 scalar).
+
+    All calls of a layer in one pass share the key.
+    """
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())), count)

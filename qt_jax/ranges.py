@@ -1,7 +1,8 @@
-"""Robust ranges: empirical quantiles of a fair sub-sample, smoothed by an exponential moving average.
+"""Observe robust ranges: quantiles of a fair sub-sample, smoothed by an exponential moving average.
 
-The cost of an observation depends on the size of the sample, never on that of the tensor. METHOD: Quant-Trim,
-arXiv 2511.15300, section on robust quantile statistics; sub-sampling and its sizes are this package's choice.
+The cost of an observation depends on the size of the sample, never on that of the tensor. The method is that
+of Quant-Trim, arXiv 2511.15300, section on robust quantile statistics. Sub-sampling and the sample sizes are
+this package's choice.
 """
 
 import math
@@ -15,66 +16,34 @@ import numpy as np
 from qt_jax.errors import InvalidInput
 
 PER_CHANNEL_MINIMUM = 256
-"""Least number of elements observed for each channel of a per-channel quantile, where it has so many."""
+"""Smallest number of elements that is observed of each channel for a per-channel quantile, if there are as
+many."""
 
 TAIL = 16
-"""A tail of no more than one element in so many is selected instead of sorting the sample. On CPUs, of 4096
-elements, selecting the six largest takes 5 microseconds, the 206 largest 50, sorting 70 or more."""
+"""A tail of no more than one element in so many is selected, instead of sorting the sample. Of 4096 elements,
+selecting the six largest takes 5 microseconds on CPUs, the 206 largest 50, and sorting 70 or more."""
 
 Range = dict[str, jax.Array]
-"""Smoothed range of one tensor: float32 `low` and `high` (scalar, or one for each channel) and the int32
-`count` of observations; 0 says that nothing real was seen yet."""
-
-
-def _lattice(shape: Sequence[int], size: int) -> list[np.ndarray]:
-    """One int32 index array for each axis: `size` points of a Kronecker lattice over `shape`.
-
-    A single stride over the flattened tensor can divide the channel count and then sees one channel for
-    ever. Here every axis has a stride of its own, and no stride can divide anything: the fractional parts of
-    i * phi_d^-j, with phi_d the real root of x^(d+1) = x + 1, are equidistributed on each axis and jointly
-    (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
-    """
-    axes = sum(n > 1 for n in shape)
-    root = 1.0
-    for _ in range(64):
-        root = (1.0 + root) ** (1.0 / (axes + 1))
-    steps = np.arange(1, size + 1, dtype=np.float64)
-    strides = iter(root ** -np.arange(1.0, axes + 1.0))
-    return [
-        np.floor((0.5 + steps * next(strides)) % 1.0 * n).astype(np.int32)
-        if n > 1
-        else np.zeros(size, np.int32)
-        for n in shape
-    ]
-
-
-def _replicated(x: jax.Array) -> jax.sharding.NamedSharding | None:
-    """The sharding that puts a sample of `x` on every device of its mesh, if its axes there are Explicit."""
-    sharding = jax.typeof(x).sharding
-    if all(axis is None for axis in sharding.spec):
-        return None
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """`x`, on every device."""
-    sharding = _replicated(x)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
+"""Smoothed range of one tensor: float32 `low` and `high` (scalars, or one value for each channel) and the
+int32 `count` of observations. A count of 0 says that nothing real was seen yet."""
 
 
 def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
-    """A deterministic sub-sample, fair to every channel and position whatever the shape.
+    """Return a deterministic sub-sample, fair to every channel and position whatever the shape.
 
     Of an array that is sharded over a mesh, only the sample is sent between devices.
 
     Args:
-      x: array of any shape.
-      size: number of elements wanted; a tensor (or channel) with no more than that is taken whole.
-      axis: the channel axis, for a sample of every channel; the other axes are then sampled at
+      x: Array of any shape.
+      size: Number of elements wanted. A tensor (or channel) with no more than that is taken whole.
+      axis: Channel axis, for a sample of every channel. The other axes are then sampled at
         `max(size / channels, PER_CHANNEL_MINIMUM)` positions, the same for each channel.
 
     Returns:
       `(size,)` elements of `x`; with an `axis`, `(channels, elements per channel)`.
+
+    Raises:
+      InvalidInput: The size is below 1, or the axis is out of range.
 
     >>> subsample(jnp.arange(6).reshape(2, 3), 100).shape
     (6,)
@@ -101,28 +70,51 @@ def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
     return channels.at[index].get(mode="promise_in_bounds", out_sharding=_replicated(channels))
 
 
-def _sort(x: jax.Array) -> jax.Array:
-    """float32 in ascending order along the last axis, NaN at the end of its sign.
+def _lattice(shape: Sequence[int], size: int) -> list[np.ndarray]:
+    """Return one int32 index array for each axis: `size` points of a Kronecker lattice over `shape`.
 
-    The bits of a float, read as an integer, are in its order once those of the negative are mirrored. XLA's
-    CPU backend sorts 4096 integers in 0.16 ms and floats in 0.6: with two sites for each of ResNet-20's 21
-    layers that is 3 % of its training step.
+    A single stride over the flattened tensor can divide the channel count, and then sees one channel for
+    ever. Here every axis has another stride, and no stride can divide anything: the fractional parts of
+    i * phi_d^-j, with phi_d the real root of x^(d+1) = x + 1, are equidistributed on each axis and jointly
+    (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
     """
+    axes = sum(n > 1 for n in shape)
+    root = 1.0
+    for _ in range(64):
+        root = (1.0 + root) ** (1.0 / (axes + 1))
+    steps = np.arange(1, size + 1, dtype=np.float64)
+    strides = iter(root ** -np.arange(1.0, axes + 1.0))
+    return [
+        np.floor((0.5 + steps * next(strides)) % 1.0 * n).astype(np.int32)
+        if n > 1
+        else np.zeros(size, np.int32)
+        for n in shape
+    ]
 
-    def mirror(bits: jax.Array) -> jax.Array:
-        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
-    bits = mirror(jax.lax.bitcast_convert_type(x, jnp.int32))
-    return jax.lax.bitcast_convert_type(mirror(jax.lax.sort(bits, is_stable=False)), jnp.float32)
+def _whole(x: jax.Array) -> jax.Array:
+    """Return `x`, on every device."""
+    sharding = _replicated(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def _replicated(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Return the sharding that puts a sample of `x` on every device of its mesh, if its axes are Explicit."""
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
+        return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
 def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
-    """Empirical quantiles along the last axis, interpolated linearly (numpy's default definition).
+    """Return empirical quantiles along the last axis, interpolated linearly (numpy's default definition).
 
-    Extremes are a minimum or a maximum, levels near the ends a selection of the tails; others sort.
+    Extremes are computed as a minimum or a maximum, and levels near the ends by selecting the tails. Other
+    levels sort the sample.
 
     Args:
-      sample: `(..., n)`; the levels are Python floats in [0, 1], known when tracing.
+      sample: Array `(..., n)`.
+      levels: Python floats in [0, 1], known when tracing.
 
     Returns:
       One float32 array of shape `(...)` for each level.
@@ -143,9 +135,9 @@ def quantiles(sample: jax.Array, levels: Sequence[float]) -> list[jax.Array]:
 
 
 def _order_statistics(sample: jax.Array, positions: set[int]) -> dict[int, jax.Array]:
-    """What stands at the positions of the sorted sample, counted from 0.
+    """Return the values at these positions of the sorted sample, counted from 0.
 
-    Positions near the ends, where robust ranges lie, are found by selection of the tails.
+    Positions near the ends, where robust ranges lie, are found by selecting the tails.
     """
     n = sample.shape[-1]
     low = max((p + 1 for p in positions if 2 * p < n), default=0)
@@ -163,19 +155,79 @@ def _order_statistics(sample: jax.Array, positions: set[int]) -> dict[int, jax.A
     return found
 
 
-def _largest(x: jax.Array, count: int) -> jax.Array:
-    """The `count` largest along the last axis, descending.
+def _sort(x: jax.Array) -> jax.Array:
+    """Sort to float32 in ascending order along the last axis, NaN at the end of its sign.
 
-    XLA's CPU backend sorts instead, a hundred times slower, if it sees that only some of them are used.
+    The bits of a float, read as an integer, are in the float's order once those of negative numbers are
+    mirrored. XLA's CPU backend sorts 4096 integers in 0.16 ms and floats in 0.6. With two sites for each of
+    ResNet-20's 21 layers that is 3 % of its training step.
+    """
+
+    def mirror(bits: jax.Array) -> jax.Array:
+        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+    bits = mirror(jax.lax.bitcast_convert_type(x, jnp.int32))
+    return jax.lax.bitcast_convert_type(mirror(jax.lax.sort(bits, is_stable=False)), jnp.float32)
+
+
+def _largest(x: jax.Array, count: int) -> jax.Array:
+    """Return the `count` largest elements along the last axis, in descending order.
+
+    Without the barrier XLA's CPU backend sees that only some of them are used, and sorts instead, which is a
+    hundred times slower.
     """
     return jax.lax.optimization_barrier(jax.lax.top_k(x, count)[0])
 
 
+def observe(
+    x: jax.Array,
+    *,
+    quantile: float,
+    symmetric: bool,
+    axis: int | None = None,
+    sample_size: int = 4096,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the robust range of one tensor.
+
+    If `symmetric`, high is the `quantile` of |x| and low = -high. Otherwise low and high are the quantiles
+    `1 - quantile` and `quantile` of x.
+
+    Over several devices, a mean of per-device quantiles is not the quantile of the batch. Under `jit` with
+    sharded arrays the sample is drawn from the global tensor, and there is nothing to do. Under `shard_map`
+    or `pmap` give the mapped `axis_name`: the samples of all devices are gathered and the quantile is taken
+    of their union, so that every device holds the same range.
+
+    Args:
+      x: Array of any shape and float dtype.
+      quantile: Upper level, in (0.5, 1].
+      symmetric: Whether the range is [-high, high].
+      axis: Channel axis for one range per channel, or None.
+      sample_size: See `subsample`.
+      axis_name: Mapped device axis, or None.
+
+    Returns:
+      (low, high): float32, scalars, or `(channels,)` with an `axis`.
+
+    >>> low, high = observe(jnp.arange(-10.0, 11.0), quantile=1.0, symmetric=False)
+    >>> float(low), float(high)
+    (-10.0, 10.0)
+    """
+    drawn = draw(x, quantile=quantile, symmetric=symmetric, axis=axis, sample_size=sample_size)
+    (found,) = ranges([drawn], axis_name)
+    return found
+
+
 class Sample(NamedTuple):
-    """What was drawn of one tensor, and the robust range that is asked of it."""
+    """Keep what was drawn of one tensor, and say which robust range is asked of it.
+
+    Attributes:
+      values: float32 `(n,)`, or `(channels, n)`. Constant for differentiation.
+      quantile: Upper level, in (0.5, 1].
+      symmetric: Whether the range is symmetric.
+    """
 
     values: jax.Array
-    """float32 `(n,)`, or `(channels, n)`; constant for differentiation."""
     quantile: float
     symmetric: bool
 
@@ -183,16 +235,24 @@ class Sample(NamedTuple):
 def draw(
     x: jax.Array, *, quantile: float, symmetric: bool, axis: int | None = None, sample_size: int = 4096
 ) -> Sample:
-    """The sub-sample of one tensor; arguments as in `observe`."""
+    """Draw the sub-sample of one tensor. The arguments are as for `observe`."""
     values = jax.lax.stop_gradient(subsample(x, sample_size, axis)).astype(jnp.float32)
     return Sample(values, quantile, symmetric)
 
 
 def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tuple[jax.Array, jax.Array]]:
-    """The robust range of each sample, as `observe` defines it; samples of one size share one selection.
+    """Return the robust range of each sample, as `observe` defines it.
 
-    On GPUs a selection costs its start, whatever its height: 42 samples of 4096 elements take 17
-    microseconds together and 470 one by one. Extremes are taken of each sample by itself.
+    Samples of one size share one selection. On GPUs a selection costs its start, whatever its height: 42
+    samples of 4096 elements take 17 microseconds together and 470 one by one. Extremes are computed for each
+    sample separately.
+
+    Args:
+      samples: From `draw`.
+      axis_name: As for `observe`.
+
+    Returns:
+      (low, high) for each sample.
 
     >>> tensors = (jnp.arange(-1.0, 3.0), jnp.arange(-4.0, 2.0))
     >>> found = ranges([draw(x, quantile=1.0, symmetric=False) for x in tensors])
@@ -221,49 +281,12 @@ def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tupl
 
 
 def _sides(sample: Sample) -> list[jax.Array]:
-    """Tensors whose upper quantiles are the ends of the range."""
+    """Return the tensors whose upper quantiles are the ends of the range."""
     return [jnp.abs(sample.values)] if sample.symmetric else [sample.values, -sample.values]
 
 
-def observe(
-    x: jax.Array,
-    *,
-    quantile: float,
-    symmetric: bool,
-    axis: int | None = None,
-    sample_size: int = 4096,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The robust range of one tensor.
-
-    Symmetric: high is the `quantile` of |x| and low = -high. Asymmetric: low and high are the quantiles
-    `1 - quantile` and `quantile` of x.
-
-    Over devices: a mean of per-device quantiles is not the quantile of the batch. Under `jit` with sharded
-    arrays the sample is drawn from the global tensor and nothing is to be done. Under `shard_map` or `pmap`
-    give the mapped `axis_name`: the samples of all devices are gathered and the quantile is taken of their
-    union, so that every device holds the same range.
-
-    Args:
-      x: array of any shape and float dtype.
-      quantile: upper level, in (0.5, 1].
-      axis: channel axis for one range per channel, or None.
-      sample_size: see `subsample`.
-
-    Returns:
-      (low, high): float32, scalars, or `(channels,)` with an `axis`.
-
-    >>> low, high = observe(jnp.arange(-10.0, 11.0), quantile=1.0, symmetric=False)
-    >>> float(low), float(high)
-    (-10.0, 10.0)
-    """
-    drawn = draw(x, quantile=quantile, symmetric=symmetric, axis=axis, sample_size=sample_size)
-    (found,) = ranges([drawn], axis_name)
-    return found
-
-
 def empty_range(channels: int | None = None) -> Range:
-    """A range that has seen nothing: zeros, with `count` 0; `(channels,)` for one per channel."""
+    """Return a range that has seen nothing: zeros, with `count` 0; `(channels,)` for one per channel."""
     shape = () if channels is None else (channels,)
     return {
         "low": jnp.zeros(shape, jnp.float32),
@@ -273,11 +296,11 @@ def empty_range(channels: int | None = None) -> Range:
 
 
 def update_range(average: Range, low: jax.Array, high: jax.Array, momentum: float) -> Range:
-    """One step of the moving average, in float32.
+    """Return the moving average after one more observation, in float32.
 
-    r <- momentum * r + (1 - momentum) * r_new; the first observation is taken as it is, told by `count`,
-    so that neither zeros nor the dummy batch of `init` leak into the range. One that is not finite is left
-    out: a single bad batch would poison the average for good.
+    r <- momentum * r + (1 - momentum) * r_new. The first observation, which `count` tells, is taken as it is,
+    so that neither zeros nor the dummy batch of `init` leak into the range. An observation that is not finite
+    is left out: a single bad batch would spoil the average for good.
 
     >>> seen = update_range(empty_range(), jnp.float32(-1.0), jnp.float32(3.0), momentum=0.5)
     >>> seen = update_range(seen, jnp.float32(-2.0), jnp.float32(5.0), momentum=0.5)
