@@ -1,4 +1,9 @@
-"""Quant-Trim for JAX/Flax: one hardware-neutral FP32 checkpoint for every low-bit compiler."""
+"""Train one hardware-neutral FP32 checkpoint for every low-bit compiler: Quant-Trim for JAX and Flax.
+
+`import qt_jax as qt` gives the public names below. Training uses `quant_trim` under a schedule of lambda
+(`schedules`), `attach_statistics` and `reverse_pruning`. `to_onnx` exports the result, and `evaluate` runs it
+through vendors' toolchains. Each name is at home in the module that it is imported from here.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -21,7 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {"to_onnx": "qt_jax.export", "evaluate": "qt_jax.backends"}
-"""Deployment loads onnxruntime and jax2onnx, which training does not need: on first use."""
+"""Names that are imported on first use: deployment loads onnxruntime and jax2onnx, which training does not
+need."""
 
 __all__ = [
     "INHERIT",

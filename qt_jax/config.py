@@ -1,4 +1,8 @@
-"""Which layers and sites are quantized, and how: defaults plus frozen rules, first match wins."""
+"""Choose which layers and sites are quantized, and how.
+
+A `QuantConfig` holds defaults for three sites of every layer (weights, inputs, outputs), and rules for the
+exceptions. The first rule that matches a layer's path wins. Configs are frozen and hashable.
+"""
 
 import dataclasses
 import difflib
@@ -9,20 +13,23 @@ from qt_jax.errors import InvalidInput
 from qt_jax.grid import QuantSpec
 
 INHERIT = "inherit"
-"""A rule's site that keeps the default of the `QuantConfig`."""
+"""Value of a rule's site that keeps the default of the `QuantConfig`."""
 
 Site = QuantSpec | None
-"""One quantization point: its spec, or None where it stays in floating point."""
+"""Spec of one quantization point, or None if it stays in floating point."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What the layers whose path matches do at their three sites.
+    """Set the sites of the layers whose path matches.
 
     Attributes:
-      path: regular expression, matched against the whole Flax path such as "encoder/block1/conv".
-      weights, inputs, outputs: a `QuantSpec`, None for floating point, or `INHERIT` (the default).
-      skip: leave the layer alone altogether.
+      path: Regular expression, matched against the whole Flax path, such as "encoder/block1/conv".
+      weights, inputs, outputs: A `QuantSpec`, None for floating point, or `INHERIT` (the default).
+      skip: Whether to leave the layer alone altogether.
+
+    Raises:
+      InvalidInput: `path` is not a regular expression, or a site is none of these.
 
     >>> Rule("head", weights=QuantSpec(bits=8, axis=-1)).matches("head")
     True
@@ -49,13 +56,13 @@ class Rule:
                 )
 
     def matches(self, path: str) -> bool:
-        """Whether the whole of `path` matches."""
+        """Return whether the whole of `path` matches."""
         return re.fullmatch(self.path, path) is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
-    """The specs of one layer's quantization points, and the index of the rule that set them, if one did."""
+    """Hold the specs of one layer's quantization points, and the index of the rule that set them, if any."""
 
     weights: Site
     inputs: Site
@@ -65,22 +72,25 @@ class Sites:
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """What `quant_trim` does, as one frozen, hashable value.
+    """Configure `quant_trim` as one frozen, hashable value.
 
     Attributes:
-      weights: default for kernels. In the paper symmetric, the range an upper quantile of |w|.
-      activations: default for the inputs of every layer; asymmetric in the paper.
-      outputs: default for the outputs of every layer; None, since the next layer's input covers them.
-      rules: exceptions; the first whose path matches a layer wins.
-      momentum: of the moving averages of the ranges, in [0, 1).
-      sample_size: elements observed of each tensor; larger is surer and slower. Kernels whose quantile is 1
-        are observed whole.
-      folded: lay the grids of the kernels where a vendor will, over the kernel times the gain of its batch
-        norm, which `Fusion.refresh` keeps up to date; the paper's are over the raw kernel.
-      fused_outputs: paths of modules whose output gets the grid of `activations` as well, since a vendor
-        requantizes it: `find_fusion(...).outputs`.
-      seed: of the draws of `QuantSpec(grids="vendors")`.
-      axis_name: the mapped device axis under `shard_map` or `pmap`; None under plain `jit`.
+      weights: Default for kernels. In the paper it is symmetric, and the range an upper quantile of |w|.
+      activations: Default for the inputs of every layer. It is asymmetric in the paper.
+      outputs: Default for the outputs of every layer. It is None, since the next layer's input covers them.
+      rules: Exceptions. The first rule whose path matches a layer wins.
+      momentum: Momentum of the moving averages of the ranges, in [0, 1).
+      sample_size: Number of elements observed of each tensor. A larger sample is surer and slower. Kernels
+        whose quantile is 1 are observed whole.
+      folded: Whether to lay the grids of the kernels where a vendor does: over the kernel times the gain of
+        its batch norm, which `Fusion.refresh` keeps up to date. The paper's grids lie over the raw kernel.
+      fused_outputs: Paths of modules whose output also gets the grid of `activations`, since a vendor
+        requantizes it. Take them from `find_fusion(...).outputs`.
+      seed: Seed of the draws of `QuantSpec(grids="vendors")`.
+      axis_name: Mapped device axis under `shard_map` or `pmap`; None under plain `jit`.
+
+    Raises:
+      InvalidInput: A field is out of its range or of another type.
 
     >>> config = QuantConfig(weights=QuantSpec(4), rules=(Rule("head", skip=True),))
     >>> config.sites("stem").weights.bits, config.sites("head").weights
@@ -112,7 +122,7 @@ class QuantConfig:
             raise InvalidInput("QuantConfig.rules must be a tuple of Rule, so that the config can be hashed")
 
     def sites(self, path: str) -> Sites:
-        """The specs of the layer at `path`."""
+        """Return the specs of the layer at `path`."""
         for index, rule in enumerate(self.rules):
             if rule.matches(path):
                 if rule.skip:
@@ -131,7 +141,7 @@ def _chosen(site: Site | str, default: Site) -> Site:
 
 
 def check_rules_used(config: QuantConfig, paths: Iterable[str]) -> None:
-    """Raises InvalidInput for a rule that is the first match of no layer, naming the nearest paths.
+    """Raise InvalidInput for a rule that is the first match of no layer, and name the nearest paths.
 
     >>> check_rules_used(QuantConfig(rules=(Rule("haed"),)), ["stem", "head"])
     Traceback (most recent call last):

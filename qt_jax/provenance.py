@@ -1,4 +1,4 @@
-"""Where a number comes from: software versions, CPU, commit, date, command."""
+"""Tell where a number comes from: software versions, CPU, commit, date and command."""
 
 import functools
 import os
@@ -16,13 +16,16 @@ ARITHMETIC_FLAGS = (
     *("fma", "avx", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
-"""CPU flags that decide which kernels a runtime picks; without VNNI, int8 products may saturate on x86."""
+"""CPU flags that decide which kernels a runtime picks. Without VNNI, int8 products may saturate on x86."""
 
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:
-    """The record keys versions, cpu, accelerator, commit, date and command, as of now.
+    """Return the record keys versions, cpu, accelerator, commit, date and command, as of now.
 
-    `accelerator` is null: what runs elsewhere than on the CPU overwrites it.
+    `accelerator` is null. A program that does not run on the CPU overwrites it.
+
+    Args:
+      packages: Names of the packages whose versions are recorded.
 
     >>> sorted(provenance(["numpy"]))
     ['accelerator', 'command', 'commit', 'cpu', 'date', 'versions']
@@ -38,7 +41,7 @@ def provenance(packages: Iterable[str]) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line of this process, with `python -m` where a module was run."""
+    """Return the command line of this process, with `python -m` if a module was run."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec else None
     program = ["python", "-m", name] if name else [os.path.basename(sys.argv[0])]
@@ -46,7 +49,7 @@ def command() -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """The version of Python and of each installed package, null for one that is not installed.
+    """Return the version of Python and of each package, None for a package that is not installed.
 
     >>> versions(["no-such-package"])["no-such-package"] is None
     True
@@ -62,7 +65,10 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 @functools.cache
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """Model, core count and those of `ARITHMETIC_FLAGS` the CPU has; `flags` is null where unreadable."""
+    """Return model, core count and flags of the CPU.
+
+    `flags` are those of `ARITHMETIC_FLAGS` that the CPU has, or None if they cannot be read.
+    """
     fields = {"model name": platform.processor() or platform.machine()}
     try:
         for line in cpuinfo.read_text().splitlines():
@@ -78,10 +84,10 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
 
 @functools.cache
 def commit(file: Path = Path(__file__)) -> str | None:
-    """The commit that `file` stands at, with "-dirty" if tracked files differ from it.
+    """Return the commit that `file` stands at, with "-dirty" if tracked files differ from it.
 
-    None where git is missing, has no commit yet, or does not track `file` (an installed package that
-    happens to lie inside somebody's repository must not be labelled with that repository's commit).
+    Return None if git is missing, has no commit yet, or does not track `file`. An installed package that
+    happens to lie inside somebody's repository must not be labelled with that repository's commit.
     """
     git = ["git", "-C", str(file.parent)]
     try:

@@ -1,9 +1,9 @@
-"""Records: the one currency between runs, vendors and tables. One JSON object a line.
+"""Append and read records, the one currency between runs, vendors and tables: one JSON object per line.
 
 A record says what was run (run, task, model, method, seed, checkpoint), where and how (backend, vendor,
 kind, runtime, scheme, bits, calibration), what came out, and with which software, machine and command.
-Fractions lie in [0, 1], times are milliseconds unless the key says otherwise, sizes bytes, energies
-millijoules. What was not measured is null and `reason` says why.
+Fractions lie in [0, 1]. Times are milliseconds unless the key says otherwise, sizes are bytes, energies
+millijoules. A value that was not measured is null, and `reason` says why.
 """
 
 import fcntl
@@ -17,8 +17,10 @@ from typing import Any
 from qt_jax.errors import InvalidInput
 
 Record = dict[str, Any]
+"""One record: key -> value, as JSON has it."""
 
 STATUSES = ("ok", "unavailable", "refused", "crashed", "timeout", "invalid")
+"""Values of the key `status`."""
 
 FIELDS = (
     *("run", "task", "model", "method", "seed", "checkpoint"),
@@ -28,11 +30,11 @@ FIELDS = (
     *("latency_ms_p50", "latency_ms_p99", "throughput_ips", "cycles", "energy_mj", "cost", "model_bytes"),
     *("status", "reason", "versions", "cpu", "accelerator", "commit", "date", "command", "seconds"),
 )
-"""The keys every record has. Others may be added; the meaning of these is fixed."""
+"""Keys that every record has. Others may be added. The meaning of these is fixed."""
 
 
 def new_record(**values: Any) -> Record:
-    """A record with every key of `FIELDS`, null unless given in `values`, and the extra keys of `values`.
+    """Return a record with every key of `FIELDS`, null unless given in `values`, and with other given keys.
 
     >>> record = new_record(scheme="fp32", top1=0.9)
     >>> record["top1"], record["ece"]
@@ -44,11 +46,13 @@ def new_record(**values: Any) -> Record:
 def append(path: str | Path, record: Record) -> None:
     """Append `record` to the JSON-lines file at `path`, whole or not at all.
 
-    Under a lock on the file, so that writers in several processes take turns, the line goes out in one
-    write and is synced to disk. Half a line that a killed writer left at the end is cut off first.
+    The file is locked, so that writers in several processes take turns. The line goes out in one write and is
+    synced to disk. Half a line that a killed writer left at the end is cut off first.
 
-    Raises InvalidInput if `record` holds a NaN, an infinity, or something JSON cannot express; the file
-    is then untouched.
+    Raises:
+      InvalidInput: `record` holds a NaN, an infinity, or something that JSON cannot express. The file is then
+        untouched.
+      OSError: The disk is full. The file is then as it was.
 
     >>> import tempfile; path = os.path.join(tempfile.mkdtemp(), "records.jsonl")
     >>> append(path, {"scheme": "fp32"}); read(path)
@@ -71,7 +75,7 @@ def append(path: str | Path, record: Record) -> None:
 
 
 def _end_last_line(file: FileIO) -> None:
-    """Make the file end with a newline: complete a whole record, cut off half of one."""
+    """Make the file end with a newline: complete a whole record, and cut off half of one."""
     file.seek(0)
     content = file.readall()
     last = content[content.rfind(b"\n") + 1 :]
@@ -86,12 +90,13 @@ def _end_last_line(file: FileIO) -> None:
 
 
 def read(path: str | Path) -> list[Record]:
-    """The records of the JSON-lines file at `path`; an absent file holds none.
+    """Return the records of the JSON-lines file at `path`. An absent file holds none.
 
-    A line cut short by a kill is skipped with a warning that names file and line. It is recognised as a
-    malformed last line without its newline.
+    A line that was cut short by a kill is skipped with a warning that names file and line. Such a line is
+    malformed, the last of the file, and without a newline.
 
-    Raises InvalidInput, naming file and line, for any other malformed line.
+    Raises:
+      InvalidInput: Another line is malformed. The message names file and line.
     """
     path = Path(path)
     if not path.exists():
