@@ -1,4 +1,4 @@
-"""`python -m experiments.paper`: what it is told, what it runs, and that a kill costs it nothing."""
+"""Check `python -m experiments.paper`: its flags, what it runs here and through a scheduler, and a kill."""
 
 import contextlib
 import json
@@ -15,19 +15,19 @@ import qt_jax as qt
 from experiments.configs.study import preset
 from experiments.paper import __main__ as paper
 from experiments.paper import rows
-from experiments.paper.networks import DESCRIPTION
-from experiments.paper.rows import expected, folder_of, study
+from experiments.paper.rows import DESCRIPTION, expected, folder_of, study
 from qt_jax import records
+from qt_jax.scheduler import Scheduler
 
 SMOKE = preset("smoke")
 ROWS = study(SMOKE)
 ROOT = Path(paper.__file__).parents[2]
 
 FINISH = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 name, results, about, places = json.loads(sys.argv[1])
-print("at work", flush=True)
+print("at work on", len(os.sched_getaffinity(0)), flush=True)
 if name == "recommended":
     sys.exit("no such recipe")
 folder = Path(results)
@@ -36,7 +36,7 @@ for file, lines in (("training.jsonl", [about]), ("deployment.jsonl", [about | p
     with open(folder / file, "a") as out:
         out.write("".join(json.dumps(line) + "\\n" for line in lines))
 """
-"""Stands for a row: it leaves records that only `rows.done` reads."""
+"""Stand in for a row: leave records that only `rows.done` reads."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,19 +48,20 @@ def signals_stay():
 
 @pytest.fixture
 def finishing(monkeypatch):
-    """Rows that end at once; and no rendering of their records, which hold no numbers."""
+    """Make rows end at once, and skip rendering their records, which hold no numbers."""
     begun = []
 
     def command(row, runs, results, jobs):
         begun.append(str(row))
         about = {"task": row.task.name, "method": row.name, "seed": row.seed, "digest": row.digest}
-        about |= {"seconds": 60.0}
-        places = [dict(zip(("backend", "scheme", "runtime"), p, strict=True)) for p in expected(row)]
+        about |= {"seconds": 60.0, "jobs": jobs}
+        places = [dict(zip(("backend", "scheme", "runtime"), p, strict=True)) for p in sorted(expected(row))]
         told = json.dumps([row.name, str(rows.results_of(row.preset, results)), about, places])
         return [sys.executable, "-c", FINISH, told]
 
     monkeypatch.setattr(paper, "command", command)
-    monkeypatch.setattr(paper, "rendered", lambda *_: [])
+    monkeypatch.setattr(paper, "detached_command", command)
+    monkeypatch.setattr(paper, "rendered", lambda *_: None)
     return begun
 
 
@@ -70,7 +71,7 @@ def launch(folder: Path, *flags: str) -> int:
     )
 
 
-def test_failed_rows_are_told_and_tried_again_the_next_time(tmp_path, finishing, capsys):
+def test_failed_rows_are_reported_and_tried_again_the_next_time(tmp_path, finishing, capsys):
     assert launch(tmp_path, "--jobs", "1", "--only", "main") == 1
     printed = capsys.readouterr().out
     assert printed.startswith("6 rows, 0 done; 1 at a time\n")
@@ -125,18 +126,54 @@ def test_wrong_input_is_refused(flags, says, tmp_path, capsys):
 
 def test_cores_are_dealt_to_pinned_rows_only():
     cores = sorted(os.sched_getaffinity(0))
-    assert paper.places(None, pinned=True) == cores
-    assert paper.places(1, pinned=True) == cores[:1]
-    assert paper.places(None, pinned=False) == [None]
-    assert paper.places(3, pinned=False) == [None] * 3
+    assert paper.slots_of(None, pinned=True) == cores
+    assert paper.slots_of(1, pinned=True) == cores[:1]
+    assert paper.slots_of(None, pinned=False) == [None]
+    assert paper.slots_of(3, pinned=False) == [None] * 3
     with pytest.raises(qt.InvalidInput, match="--jobs must be"):
-        paper.places(len(cores) + 1, pinned=True)
+        paper.slots_of(len(cores) + 1, pinned=True)
 
 
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paper, "run", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert launch(tmp_path) == 143
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_rows_that_stand_in_leave_the_records_of_one_machine(tmp_path, finishing, capsys):
+    assert launch(tmp_path / "here", "--only", "main") == 1
+    assert launch(tmp_path / "jobs", "--only", "main", "--launcher", "local") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED") == 4 and printed.count("no such recipe") == 4
+    here, jobs = (
+        {
+            name: sorted(records.read(tmp_path / where / "results" / "paper-smoke" / name), key=str)
+            for name in (rows.TRAINING, rows.DEPLOYMENT)
+        }
+        for where in ("here", "jobs")
+    )
+    assert here == jobs and len(here[rows.TRAINING]) == 4
+    logs = sorted((tmp_path / "jobs" / "runs").rglob("log.txt"))
+    assert len(logs) == 6 and all("at work on 1" in log.read_text() for log in logs)
+
+
+def test_slurm_without_its_tools_is_refused_before_anything_is_forgotten(tmp_path, monkeypatch, capsys):
+    stale = rows.folder_of(study(SMOKE)[0], tmp_path / "runs") / "metrics.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch(tmp_path, "--launcher", "slurm", "--no-resume") == 2
+    assert "no sbatch on PATH" in capsys.readouterr().err
+    assert stale.exists()
+
+
+def test_slurm_gets_all_rows_at_once_with_a_core_each_where_rows_are_bound():
+    slurm = paper.Options(scheduler=Scheduler("slurm"))
+    assert paper.shares(slurm, True, 7) == ([None] * 7, 1)
+    wide = paper.Options(jobs=2, scheduler=Scheduler("slurm", job_cpus=4))
+    assert paper.shares(wide, False, 7) == ([None] * 2, 4)
+    with pytest.raises(qt.InvalidInput, match="--jobs must be"):
+        paper.shares(paper.Options(jobs=0, scheduler=Scheduler("slurm")), True, 7)
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -151,9 +188,9 @@ def start(folder: Path) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_killed_driver_goes_on_where_it_was(tmp_path):
-    """python -m pytest -m slow tests/experiments/test_paper_command.py (about three minutes on two cores)
+    """Run `python -m pytest -m slow tests/experiments/test_paper_command.py` (three minutes on two cores).
 
-    Ctrl-C once and SIGKILL once, each in the middle of a row; the results are those of a run left alone.
+    After one Ctrl-C and one SIGKILL, each in the middle of a row, the results are those of a run left alone.
     """
     whole = start(tmp_path / "whole")
     printed, _ = whole.communicate()
@@ -178,7 +215,7 @@ def test_killed_driver_goes_on_where_it_was(tmp_path):
 
 
 def _log_that_speaks(runs: Path) -> str:
-    """Waits until a row has trained an epoch; returns its log."""
+    """Wait until a row has trained an epoch, and return its log."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         for path in runs.rglob("log.txt"):
@@ -187,3 +224,32 @@ def _log_that_speaks(runs: Path) -> str:
                     return text
         time.sleep(0.1)
     raise AssertionError("no row has trained an epoch")
+
+
+@pytest.mark.slow
+def test_real_rows_leave_the_records_of_one_machine(tmp_path):
+    """Run `python -m pytest -m slow tests/experiments/test_paper_command.py` (about three minutes more)."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    found = {}
+    for launcher in ("here", "local"):
+        results = tmp_path / launcher / "results"
+        flags = ("--preset", "smoke", "--methods", "fine-tuned", "--launcher", launcher)
+        places = ("--runs", str(tmp_path / launcher / "runs"), "--results", str(results))
+        line = [sys.executable, "-m", "experiments.paper", *flags, *places]
+        ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert ended.stderr == ""
+        deployed = records.read(results / "paper-smoke" / rows.DEPLOYMENT)
+        timing = (
+            "seconds",
+            "date",
+            "latency_ms_p50",
+            "latency_ms_p99",
+            "throughput_ips",
+            "cost",
+            "energy_mj",
+        )
+        kept = ({n: v for n, v in record.items() if n not in timing} for record in deployed)
+        found[launcher] = sorted(kept, key=str)
+    assert found["here"] == found["local"]
+    assert {record["method"] for record in found["here"]} == {"float", "fine-tuned"}

@@ -1,4 +1,4 @@
-"""One row after another, in this process: trained, exported, deployed, collected, and not done twice."""
+"""Check one row after another in this process: trained, exported, deployed, collected, and not done twice."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,10 @@ from experiments.configs.study import Target, preset
 from experiments.configs.training import lambda_schedule
 from experiments.paper import networks, rows
 from experiments.paper import row as row_module
-from experiments.paper.networks import GRAPH
+from experiments.paper.networks import perform
 from experiments.paper.progress import durations, listing, state
-from experiments.paper.row import Options, find, main, perform
-from experiments.paper.rows import folder_of, row_of
+from experiments.paper.row import Options, find, main
+from experiments.paper.rows import GRAPH, folder_of, row_of
 from experiments.paper.schedule import command
 from experiments.paper.structure import BINS, kernel_tails
 from qt_jax import records
@@ -32,14 +32,14 @@ SMOKE = preset("smoke")
 FEW = (Target("onnxruntime", "reference", ("int4w-pt-minmax",)),)
 NONE = (Target("onnxruntime", "reference", ()),)
 TASK = dataclasses.replace(SMOKE.tasks[0], main=FEW, ablation=NONE)
-"""With as few deployments as will do."""
+"""Task with as few deployments as will do."""
 DONE = ("float", "quant-trim", "fine-tuned", "clips", "batch-norm")
 KINDS = {name: row_of(SMOKE, TASK, name, 0) for name in DONE}
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, shared_compilations):
-    """The folder of a study of which one seed is done."""
+    """Return the folder of a study of which one seed is done."""
     base = tmp_path_factory.mktemp("study")
     for row in KINDS.values():
         perform(row, base / "runs", base / "results", Console(file=io.StringIO()))
@@ -115,7 +115,7 @@ def test_tails_by_hand():
 
 
 def test_variants_deploy_the_same_network_in_another_way(study):
-    """The parameters are those of Quant-Trim; Clip nodes or new statistics are all that differs."""
+    """Check that parameters are those of Quant-Trim; only Clip nodes or statistics differ."""
     plain, clips, norm = (
         load(folder_of(KINDS[name], study / "runs")) for name in ("quant-trim", "clips", "batch-norm")
     )

@@ -1,4 +1,4 @@
-"""Which rows there are, in which order, at which rate, and which of them are done."""
+"""Check which rows there are, in which order, at which rate, and which of them are done."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def names(found) -> list[str]:
 
 
 def searched(method: str, *criteria: float) -> list[dict]:
-    """Search records of a method, at the factors of the preset."""
+    """Return search records of a method, at the factors of the preset."""
     return [
         {
             "task": "digits",
