@@ -1,5 +1,5 @@
-"""Other quantization-aware training at Quant-Trim's budget: LSQ, PACT and Qwix.
+"""Train with other quantization-aware methods at Quant-Trim's budget: LSQ, PACT and Qwix.
 
-LSQ and PACT learn their ranges as parameters beside each kernel, and leave them in the checkpoint as
-Quant-Trim's statistics, so that evaluation, ranges files, QDQ and Clip export serve them unchanged.
+LSQ and PACT learn their ranges as parameters beside each kernel. They leave them in the checkpoint as
+Quant-Trim's statistics, so evaluation, ranges files, QDQ and Clip export work on them unchanged.
 """

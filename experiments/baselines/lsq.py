@@ -1,18 +1,19 @@
-"""LSQ: learned step size quantization (Esser et al. 2020, arXiv 1902.08153).
+"""Learn the step sizes of a network's grids by LSQ (Esser et al. 2020, arXiv 1902.08153).
 
     v_hat = s * round(clip(v / s, -Q_N, Q_P))
 
     d v_hat / d s = -v / s + round(v / s)   inside,   -Q_N below,   Q_P above
     d v_hat / d v = 1                       inside,   0 elsewhere
 
-The gradient of s is scaled by 1 / sqrt(n Q_P), n the weights that share s, or the features of one example of
-an activation. The first batch sets s = 2 <|v|> / sqrt(Q_P). With b bits Q_N = 2^(b-1), Q_P = 2^(b-1) - 1 for
-weights and for activations that the first batch shows to be signed, Q_N = 0, Q_P = 2^b - 1 for the others.
-There is no learned offset (LSQ+, arXiv 2004.09576): every backend has these grids, zero is on them.
+The gradient of s is scaled by 1 / sqrt(n Q_P), where n is the number of weights that share s, or of the
+features of one example of an activation. The first batch sets s = 2 <|v|> / sqrt(Q_P). With b bits,
+Q_N = 2^(b-1) and Q_P = 2^(b-1) - 1 for weights and for activations that the first batch shows to be signed.
+For the others Q_N = 0 and Q_P = 2^b - 1. There is no learned offset (LSQ+, arXiv 2004.09576): every backend
+has these grids, and zero is on them.
 
-Differences from the paper: a step may be per channel; s is kept above `SCALE_FLOOR`; all layers have the
-bits of the config, while the paper leaves the first and last at 8 (rules can); weight decay as the config
-says, from scratch or fine-tuned as the config says.
+There are differences from the paper. A step may be per channel. s is kept above `SCALE_FLOOR`. All layers
+have the bits of the config, while the paper leaves the first and last at 8 (rules can do so). The config sets
+the weight decay, and whether training starts from scratch or from a float network.
 """
 
 import jax
@@ -20,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import qt_jax as qt
-from experiments.baselines.learned_ranges import Ends, LearnedRange, Quantizer, other_axes
+from experiments.baselines.learned_ranges import Ends, LearnedQuantizer, LearnedRange, other_axes
 from qt_jax.grid import SCALE_FLOOR, along_axis, quantization_parameters
 from qt_jax.interception import INPUT, KERNEL
 from qt_jax.ranges import Range
 
 
 def step_range(step: jax.Array, signed: jax.Array | bool, spec: qt.QuantSpec) -> Ends:
-    """The range whose grid has this step.
+    """Return the range whose grid has this step.
 
-    An asymmetric spec gives [-Q_N s, Q_P s], with Q_N = 0 or, where `signed`, 2^(b-1); a symmetric one
-    [-a, a] with the a that Quant-Trim's grid of that spec turns into s.
+    An asymmetric spec gives [-Q_N s, Q_P s], with Q_N = 0 or, where `signed`, 2^(b-1). A symmetric spec gives
+    [-a, a], where Quant-Trim's grid of that spec turns a into s.
 
     >>> ends = step_range(jnp.float32(0.5), True, qt.QuantSpec(4, symmetric=False))
     >>> [float(end) for end in ends]
@@ -46,7 +47,7 @@ def step_range(step: jax.Array, signed: jax.Array | bool, spec: qt.QuantSpec) ->
 
 
 def initial_range(x: jax.Array, spec: qt.QuantSpec) -> Ends:
-    """The range of s = 2 <|x|> / sqrt(Q_P), one for each channel if the spec has an axis.
+    """Return the range of s = 2 <|x|> / sqrt(Q_P), one for each channel if the spec has an axis.
 
     >>> ends = initial_range(jnp.array([0.0, 1.0]), qt.QuantSpec(2, symmetric=False))
     >>> [round(float(end), 4) for end in ends]
@@ -59,7 +60,7 @@ def initial_range(x: jax.Array, spec: qt.QuantSpec) -> Ends:
 
 
 def step_gradient(x: jax.Array, low: jax.Array, high: jax.Array, spec: qt.QuantSpec) -> jax.Array:
-    """d x_hat / d s by the formula above, not yet scaled; float32 in the shape of x."""
+    """Return d x_hat / d s by the formula above, not yet scaled: float32 of the shape of x."""
     q_min, q_max = spec.integer_range
     scale, zero_point = (along_axis(p, x, spec) for p in quantization_parameters(low, high, spec))
     ratio, least, largest = x / scale, q_min - zero_point, q_max - zero_point
@@ -97,7 +98,7 @@ def _input_slope(x: jax.Array, low: jax.Array, high: jax.Array, spec: qt.QuantSp
     return _scaled(x, low, high, spec, x.size // len(x))
 
 
-LSQ: Quantizer = {
+LSQ: LearnedQuantizer = {
     KERNEL: LearnedRange("lsq_kernel", _observe, _ends, _step, _kernel_slope),
     INPUT: LearnedRange("lsq_input", _observe, _ends, _step, _input_slope),
 }

@@ -1,19 +1,20 @@
-"""PACT: parameterized clipping activation (Choi et al. 2018, arXiv 1805.06085).
+"""Learn the clips of activations by PACT (Choi et al. 2018, arXiv 1805.06085).
 
     y = clip(x, 0, alpha)      y_hat = round(y (2^b - 1) / alpha) * alpha / (2^b - 1)
 
     d y_hat / d alpha = 1 where x >= alpha, else 0      d y_hat / d x = 1 where 0 <= x <= alpha, else 0
 
-with an L2 penalty on alpha, its coefficient that of the kernels (`weight_decay`). The first batch sets alpha
-to its maximum, in place of a constant. There is one alpha for the input of every layer, where the paper has
-one for every ReLU: it is the same tensor, save that two layers that read it have each their own.
+An L2 penalty applies to alpha, with the coefficient of the kernels (`weight_decay`). The first batch sets
+alpha to its maximum, in place of a constant. There is one alpha for the input of every layer, where the paper
+has one for every ReLU. These are the same tensors, except that two layers that read one tensor have an alpha
+each.
 
 Inputs that the first batch shows to be signed (an image, a linear bottleneck, a layer norm) have no ReLU to
-parameterize: they keep Quant-Trim's observed range, and their alpha goes unused.
+parameterize. They keep Quant-Trim's observed range, and their alpha is not used.
 
-Kernels: max-abs symmetric fake quantization, anew in every step, with the straight-through estimator. The
-paper takes DoReFa's, which squashes them by tanh first and divides by the largest: the network then computes
-with tanh(w) / max|tanh(w)|, and its plain float graph would be another network. Ours must not.
+Kernels have max-abs symmetric fake quantization, anew in every step, with the straight-through estimator. The
+paper uses DoReFa's, which first squashes them by tanh and divides by the largest. The network then computes
+with tanh(w) / max|tanh(w)|, so its plain float graph is another network. Ours must be the same one.
 """
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qt_jax as qt
-from experiments.baselines.learned_ranges import Ends, LearnedRange, Quantizer, other_axes
+from experiments.baselines.learned_ranges import Ends, LearnedQuantizer, LearnedRange, other_axes
 from qt_jax.grid import SCALE_FLOOR
 from qt_jax.interception import INPUT, KERNEL
 from qt_jax.ranges import Range, observe, update_range
@@ -31,7 +32,7 @@ ALPHA = "pact_input"
 
 
 def max_abs(kernel: jax.Array, spec: qt.QuantSpec) -> Ends:
-    """[-a, a] with a the largest magnitude, of each channel if the spec has an axis.
+    """Return [-a, a], where a is the largest magnitude, of each channel if the spec has an axis.
 
     >>> float(max_abs(jnp.array([-3.0, 2.0]), qt.QuantSpec(8))[1])
     3.0
@@ -41,7 +42,7 @@ def max_abs(kernel: jax.Array, spec: qt.QuantSpec) -> Ends:
 
 
 def alpha_gradient(x: jax.Array, low: jax.Array, high: jax.Array, spec: qt.QuantSpec) -> jax.Array:
-    """d y_hat / d alpha, float32 in the shape of x; zero where the range is signed."""
+    """Return d y_hat / d alpha, float32 of the shape of x. It is zero where the range is signed."""
     return ((x >= high) & (low >= 0.0)).astype(jnp.float32)
 
 
@@ -82,7 +83,7 @@ def _kernel_ends(kernel: jax.Array, seen: Range, spec: qt.QuantSpec) -> Ends:
     return max_abs(kernel, spec)
 
 
-PACT: Quantizer = {
+PACT: LearnedQuantizer = {
     KERNEL: LearnedRange(None, _observe_kernel, _kernel_ends),
     INPUT: LearnedRange(ALPHA, _observe, _ends, _alpha, alpha_gradient),
 }

@@ -1,12 +1,13 @@
-"""`python -m experiments.benchmarks.export`: our ONNX graphs beside those of torch.onnx.export.
+"""Compare our ONNX graphs with those of torch.onnx.export: `python -m experiments.benchmarks.export`.
 
 The same networks with the same weights, once in Linen and once in PyTorch as its users write them, are
-exported at the same opset with a dynamic batch: nodes, operators, and the largest difference between the two
-graphs' outputs in onnxruntime. For the largest network also the time from variables to file, where ours is
-verified against JAX and PyTorch's is not, and the peak of memory; see `experiments.benchmarks.exporters`.
+exported at the same opset with a dynamic batch. Compared are the nodes, the operators, and the largest
+difference between the outputs of the two graphs in onnxruntime. For the largest network the time from
+variables to file is measured too, where ours is verified against JAX and PyTorch's is not, and the peak of
+memory; see `experiments.benchmarks.exporters`.
 
-The default opset is 18: PyTorch's exporter writes no older one itself, and its conversion to 17 fails on the
-convolutional networks.
+The default opset is 18. PyTorch's exporter does not write an older one itself, and its conversion to 17 fails
+on the convolutional networks.
 """
 
 import dataclasses
@@ -48,8 +49,9 @@ NETWORKS = {
     "resnet50": Network(ResNet50(), 224),
 }
 TIMED = ("resnet50",)
-"""Networks whose export is timed, and its memory measured."""
+"""Networks whose export is measured in time and memory."""
 BATCH = 3
+"""Images whose outputs are compared."""
 PACKAGES = ("jax", "flax", "jax2onnx", "onnx", "onnxscript", "onnxruntime", "torch")
 
 
@@ -62,7 +64,7 @@ class Options:
     """
 
     opset: int = 18
-    """Of ai.onnx, for both. Below 18, PyTorch may write 18 all the same; the table shows what it wrote."""
+    """Opset of ai.onnx for both. Below 18, PyTorch may still write 18; the table shows what it wrote."""
     repeats: int = 3
     """Timed exports after the first one."""
     out: Path | None = None
@@ -70,10 +72,10 @@ class Options:
 
 
 def graphs(network: Network, opset: int) -> dict[str, dict[str, Any]]:
-    """Both exporters' graphs of a network: opset, nodes, operators, transposes, max_difference, max_output.
+    """Describe both exporters' graphs: opset, nodes, operators, transposes, max_difference, max_output.
 
-    `max_difference` is between the outputs of the two graphs for the same images and `max_output` the
-    largest of these outputs; an exporter that fails has status and reason in place of all that.
+    `max_difference` is the largest between the outputs of the two graphs for the same images, and
+    `max_output` is the largest of PyTorch's outputs. An exporter that refuses has status and reason instead.
     """
     variables = random_variables(network)
     images = np.ascontiguousarray(random_images(network, BATCH).transpose(0, 3, 1, 2))
@@ -98,7 +100,7 @@ def graphs(network: Network, opset: int) -> dict[str, dict[str, Any]]:
 
 
 def describe(model: onnx.ModelProto) -> dict[str, Any]:
-    """Opset, number of nodes, of each operator, and of Transposes."""
+    """Return the opset, the number of nodes, of nodes of each operator, and of Transposes."""
     operators = Counter(node.op_type for node in model.graph.node)
     return {
         "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
@@ -109,7 +111,7 @@ def describe(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def measure(options: Options, console: Console) -> list[records.Record]:
-    """One record for each network and exporter."""
+    """Measure, and return one record for each network and exporter."""
     found = []
     for name, network in NETWORKS.items():
         with console.status(f"{name}: graphs"):
@@ -125,7 +127,7 @@ def measure(options: Options, console: Console) -> list[records.Record]:
 
 
 def table(rows: list[records.Record]) -> Table:
-    """What the terminal shows."""
+    """Return the table for the terminal."""
     shown = Table(title="Exported graphs, and what the export of the largest costs", box=box.SIMPLE_HEAD)
     shown.add_column("network", no_wrap=True)
     shown.add_column("exporter", no_wrap=True)
@@ -162,10 +164,10 @@ def _number(value: float | None, form: str, unit: float = 1.0, absent: str = "â€
 
 
 def run(options: Options, console: Console) -> list[records.Record]:
-    """Measures, prints the table, appends the records.
+    """Measure, print the table, append the records.
 
     Raises:
-      InvalidInput: PyTorch is not installed, or a count below 1.
+      InvalidInput: PyTorch is not installed, or a count is below 1.
     """
     if options.repeats < 1:
         raise qt.InvalidInput(f"--repeats must be at least 1, got {options.repeats}")
@@ -178,7 +180,7 @@ def run(options: Options, console: Console) -> list[records.Record]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status, as `command` does."""
     return command("experiments.benchmarks.export", Options, run, arguments)
 
 

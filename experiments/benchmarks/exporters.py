@@ -1,12 +1,11 @@
-"""The two exporters that are compared, behind one signature: variables in, a file out.
+"""Export a network by qt_jax and by PyTorch behind one signature, and measure the time and memory of it.
 
-qt_jax converts and verifies the file against the JAX forward at two batch sizes. PyTorch is called as its
-documentation does (dynamo, its own optimizer on, weights in a file of their own) and checks nothing.
+qt_jax converts, and verifies the file against the JAX forward at two batch sizes. PyTorch is called as in its
+documentation (dynamo, its own optimizer on, weights in a separate file) and checks nothing.
 
-Time and memory of one export, each measured in a process of its own.
-
-Process start is off the clock: beforehand the process exports a network of one layer, because both exporters
-import most of their modules on their first call. `start_s` says how long that takes.
+Time and memory are each measured in a new process. Its start is not timed. Both exporters import most of
+their modules on their first call, so the process first exports a network of one layer. `start_s` tells how
+long that takes.
 """
 
 import ctypes
@@ -37,19 +36,23 @@ OURS, TORCH = "qt_jax", "torch"
 VERIFIED = 7
 """Images that the verification of a file needs."""
 
-Export = Callable[[Path], dict[str, float]]
+Exporter = Callable[[Path], dict[str, float]]
 """Writes the file and returns the seconds it took: convert_s, and verify_s where the exporter verifies."""
 
 
 class Network(NamedTuple):
-    """A Linen module for square images, and their height in pixels."""
+    """Hold a Linen module for square images, and the height of these in pixels."""
 
     module: nn.Module
     image_size: int
 
 
+ONE_LAYER = Network(ResNet((), width=1), 8)
+"""Network that an exporter writes first, to import its modules."""
+
+
 def require_torch() -> None:
-    """Raises InvalidInput, with the remedy, where PyTorch is not installed."""
+    """Raise InvalidInput, with the remedy, where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise qt.InvalidInput(
             "the comparison needs PyTorch, which is not installed: python -m pip install -r "
@@ -58,7 +61,7 @@ def require_torch() -> None:
 
 
 def random_variables(network: Network) -> dict[str, Any]:
-    """Variables as of a trained network: He-scaled kernels, batch norms that are not the identity."""
+    """Draw variables as of a trained network: He-scaled kernels, batch norms that are not the identity."""
     images = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
     shapes = jax.eval_shape(network.module.init, jax.random.key(0), images)
     random = np.random.default_rng(0)
@@ -75,21 +78,21 @@ def random_variables(network: Network) -> dict[str, Any]:
 
 
 def random_images(network: Network, count: int) -> np.ndarray:
-    """Images `(count, height, width, 3)`, float32 of unit variance."""
+    """Draw images `(count, height, width, 3)`, float32 of unit variance."""
     shape = (count, network.image_size, network.image_size, 3)
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-def exporter(name: str, network: Network, variables: dict[str, Any], opset: int) -> Export:
-    """The exporter of that name, ready to write the network to a file as often as it is called."""
+def exporter(name: str, network: Network, variables: dict[str, Any], opset: int) -> Exporter:
+    """Return the exporter of that name. Each call of it writes the network to a file."""
     return {OURS: _ours, TORCH: _torch}[name](network, variables, opset)
 
 
-def _ours(network: Network, variables: dict[str, Any], opset: int) -> Export:
+def _ours(network: Network, variables: dict[str, Any], opset: int) -> Exporter:
     images = random_images(network, VERIFIED)
 
     def export(path: Path) -> dict[str, float]:
-        def apply_fn(variables, images):  # new in every call, so that nothing is compiled beforehand
+        def apply_fn(variables, images):  # new in every call: nothing is compiled yet
             return network.module.apply(variables, images, train=False)
 
         start = time.perf_counter()
@@ -101,7 +104,7 @@ def _ours(network: Network, variables: dict[str, Any], opset: int) -> Export:
     return export
 
 
-def _torch(network: Network, variables: dict[str, Any], opset: int) -> Export:
+def _torch(network: Network, variables: dict[str, Any], opset: int) -> Exporter:
     import torch
 
     from experiments.benchmarks.torch_models import load_variables, twin
@@ -131,11 +134,8 @@ def _torch(network: Network, variables: dict[str, Any], opset: int) -> Export:
     return export
 
 
-ONE_LAYER = Network(ResNet((), width=1), 8)
-
-
 def cost(name: str, network: Network, opset: int, repeats: int) -> dict[str, Any]:
-    """What it costs exporter `name` to write `network`: what `seconds` and `memory` return."""
+    """Measure what it costs exporter `name` to write `network`: the results of `seconds` and `memory`."""
 
     def elsewhere(measure: Callable, *arguments: Any) -> dict[str, Any]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -145,10 +145,11 @@ def cost(name: str, network: Network, opset: int, repeats: int) -> dict[str, Any
 
 
 def seconds(name: str, network: Network, opset: int, repeats: int) -> dict[str, Any]:
-    """Seconds in this process, which should be new: start_s, cold_s, warm_s, and of those cold_verify_s and
-    warm_verify_s (None where the exporter does not verify).
+    """Measure seconds in this process, which should be new.
 
-    cold is the first export of this network, warm the median of `repeats` that follow it.
+    Returns:
+      start_s; cold_s, the first export of this network; warm_s, the median of the `repeats` that follow it;
+      and their parts cold_verify_s and warm_verify_s, None where the exporter does not verify.
     """
     variables = random_variables(network)
     start = time.perf_counter()
@@ -170,10 +171,10 @@ def seconds(name: str, network: Network, opset: int, repeats: int) -> dict[str, 
 
 
 def memory(name: str, network: Network, opset: int) -> dict[str, Any]:
-    """Bytes in this process, which should be new: parameter_bytes, peak_bytes, and peak_ratio of the two.
+    """Measure bytes in this process, which should be new: parameter_bytes, peak_bytes, and their peak_ratio.
 
-    The peak is the largest resident set during one export (VmHWM in Linux's /proc/self/status, set back
-    beforehand) above the resident set right before it; None where there is no such file.
+    The peak is the largest resident set during one export (VmHWM in Linux's /proc/self/status, reset before)
+    minus the resident set right before it. It is None where that file does not exist.
     """
     variables = random_variables(network)
     with tempfile.TemporaryDirectory() as folder:
@@ -193,9 +194,9 @@ def _import_everything(name: str, opset: int, path: Path) -> None:
 
 
 def _reset_peak() -> int | None:
-    """Sets the high-water mark back to the resident set, and returns that; None where Linux is not.
+    """Reset the high-water mark to the resident set, and return that, or None where this is not Linux.
 
-    Memory that was freed but kept by the allocator goes back first, or an export could use it unseen.
+    Memory that was freed but kept by the allocator is given back first, or an export could use it unseen.
     """
     gc.collect()
     try:
@@ -207,6 +208,6 @@ def _reset_peak() -> int | None:
 
 
 def _resident(field: str) -> int:
-    """Bytes that /proc/self/status gives for a field."""
+    """Return the bytes that /proc/self/status states for a field."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])

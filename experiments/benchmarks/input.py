@@ -1,11 +1,12 @@
-"""`python -m experiments.benchmarks.input`: what the data costs before and within a training step.
+"""Measure what data costs before and within a training step: `python -m experiments.benchmarks.input`.
 
-For each data set: seconds to read it from the cache and to place it on the devices, once a run; then, taking
-turns, the trainer's input alone (`drawn` and `normalize` of `experiments.training.step`: an order's next
-batch, a random crop and flip of each image, float32, one compiled function on the device), the same by numpy
-on the host with its way to the device, and whole training steps, of which the input is a part.
+For each data set, the seconds to read it from the cache and to place it on the devices are measured once.
+Then three things take turns. The first is the trainer's input alone (`draw_batch` and `normalize` of
+`experiments.training.step`), one compiled function on the device: the next batch of an order, a random crop
+and flip of each image, float32. The second is the same by numpy on the host, with the transfer to the device.
+The third is whole training steps, of which the input is a part.
 
-CIFAR-10 is taken where the cache holds it, else random images of its shape; nothing is downloaded.
+CIFAR-10 is used where the cache holds it, else random images of its shape. Nothing is downloaded.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from experiments.benchmarks.timing import WARM_UP, Variant, finish
 from experiments.benchmarks.variants import CLASSES, compiled_step
 from experiments.configs.training import Config, float_twin
 from experiments.data.store import cache_dir
-from experiments.training.step import FLIPPABLE, Split, drawn, epoch_order, normalize
+from experiments.training.step import FLIPPABLE, Split, draw_batch, epoch_order, normalize
 from qt_jax import records
 from qt_jax.command_line import command
 from qt_jax.reporting.figures import COLOURS, OTHER_COLOURS, canvas
@@ -38,7 +39,7 @@ DEVICE, HOST = "on the device", "numpy on the host"
 NETWORKS = ("fast", "resnet20")
 RANDOM, RANDOM_IMAGES = "random 32x32", 50_000
 PAD = 4
-"""Pixels of `random_crop_flip`."""
+"""Padding of `random_crop_flip` in pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Options:
     """
 
     batch_size: int = 128
-    """Images a step."""
+    """Images per step."""
     repeats: int = 20
     """Rounds counted, after 3 rounds of warm-up."""
     out: Path = Path("runs/input")
@@ -58,7 +59,7 @@ class Options:
 
 
 def load(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Training images and labels of a data set, or random ones."""
+    """Load the training images and labels of a data set, or draw random ones."""
     if name == RANDOM:
         random = np.random.default_rng(0)
         images = random.integers(0, 256, (RANDOM_IMAGES, 32, 32, 3), np.uint8)
@@ -68,17 +69,17 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def available() -> tuple[str, ...]:
-    """The data sets that need no download."""
+    """Return the data sets that need no download."""
     return "digits", "cifar10" if (cache_dir() / "cifar10.npz").exists() else RANDOM
 
 
 def on_device(config: Config, split: Split) -> Variant:
-    """The trainer's input of one step, compiled; its state is the step and the batch before."""
+    """Compile the trainer's input of one step. Its state is the step and the previous batch."""
     channels = split.images.shape[-1]
     order = epoch_order(config, len(split.images), 0)
 
     def next_batch(step: jax.Array, split: Split, order: jax.Array) -> tuple[jax.Array, ...]:
-        images, labels = drawn(config, split, order, step)
+        images, labels = draw_batch(config, split, order, step)
         return step + 1, normalize(images, (0.5,) * channels, (0.25,) * channels), labels
 
     compiled = jax.jit(next_batch).lower(jnp.int32(0), split, order).compile()
@@ -86,7 +87,7 @@ def on_device(config: Config, split: Split) -> Variant:
 
 
 def on_host(config: Config, images: np.ndarray, labels: np.ndarray) -> Variant:
-    """The same by numpy: reflect, crop, mirror, normalise, and hand the batch to the device."""
+    """Do the same by numpy: reflect, crop, mirror, normalise, and put the batch on the device."""
     random = np.random.default_rng(0)
     order = random.permutation(len(images))
 
@@ -101,7 +102,7 @@ def on_host(config: Config, images: np.ndarray, labels: np.ndarray) -> Variant:
 
 
 def crop_flip(random: np.random.Generator, images: np.ndarray, *, flip: bool) -> np.ndarray:
-    """What `experiments.data.augment.random_crop_flip` does, image by image, of the padded batch."""
+    """Do what `experiments.data.augment.random_crop_flip` does, image by image, on the padded batch."""
     count, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), mode="reflect")
     cropped = np.empty_like(images)
@@ -113,17 +114,17 @@ def crop_flip(random: np.random.Generator, images: np.ndarray, *, flip: bool) ->
 
 
 def seconds(function: Any, *arguments: Any) -> tuple[Any, float]:
-    """What a call returns, and how long it took."""
+    """Return the result of a call, and the seconds that it took."""
     start = time.perf_counter()
     found = jax.block_until_ready(function(*arguments))
     return found, time.perf_counter() - start
 
 
 def measure(name: str, options: Options, progress: Progress) -> list[records.Record]:
-    """The records of one data set: a row for each way to a batch, and for each network's step.
+    """Return the records of one data set: one for each kind of input, and one for each network's step.
 
-    `share_of_device` and `share_of_host` are those inputs' medians over the step's: the first is part of the
-    step, the second would come on top of it, if nothing overlapped.
+    `share_of_device` and `share_of_host` are the medians of these inputs divided by that of the step. The
+    first is part of the step. The second would be added to it if nothing overlapped.
     """
     (images, labels), load_s = seconds(load, name)
     mesh = devices.data_mesh(jax.devices()[:1])
@@ -168,7 +169,7 @@ def measure(name: str, options: Options, progress: Progress) -> list[records.Rec
 
 
 def table(options: Options, rows: list[records.Record]) -> Table:
-    """What the terminal shows."""
+    """Return the table for the terminal."""
     notes = [
         f"{row['dataset']}: {row['n']:,} images, {row['placed_bytes'] / 1e6:.1f} MB, read in "
         f"{row['load_s']:.2f} s, placed in {row['place_s']:.3f} s"
@@ -199,7 +200,7 @@ def table(options: Options, rows: list[records.Record]) -> Table:
 
 
 def input_figure(rows: list[records.Record], path: Path) -> None:
-    """Writes a PNG: milliseconds a batch of both inputs and the steps, a panel for each data set."""
+    """Write a PNG of the milliseconds per batch of both inputs and the steps, one panel per data set."""
     names = list(dict.fromkeys(row["dataset"] for row in rows))
     figure = canvas(5 * len(names), 3.2)
     colours = {DEVICE: COLOURS["quant-trim"], HOST: COLOURS["float"]}
@@ -216,16 +217,16 @@ def input_figure(rows: list[records.Record], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.margins(0.25)
-        axes.set_xlabel(f"ms a batch of {mine[0]['batch_size']}")
+        axes.set_xlabel(f"ms per batch of {mine[0]['batch_size']}")
         axes.set_title(name, loc="left")
     finish(figure, path)
 
 
 def run(options: Options, console: Console) -> None:
-    """Measures, prints the table, appends the records, draws the figure.
+    """Measure, print the table, append the records, draw the figure.
 
     Raises:
-      InvalidInput: a count below 1.
+      InvalidInput: A count is below 1.
     """
     if options.repeats < 1:
         raise qt.InvalidInput(f"--repeats must be at least 1, got {options.repeats}")
@@ -243,7 +244,7 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status, as `command` does."""
     return command("experiments.benchmarks.input", Options, run, arguments)
 
 

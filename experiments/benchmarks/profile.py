@@ -1,9 +1,9 @@
-"""`python -m experiments.benchmarks.profile`: where the time of a training step goes, by kind of operation.
+"""Profile a training step by kind of operation: `python -m experiments.benchmarks.profile`.
 
-The trainer's compiled step runs under JAX's profiler; every event that bears the name of an instruction of
-the compiled program is counted under its kind, told from the program's text (on CPUs and accelerators), or,
-for kernels of a GPU's libraries, from their names. Times are summed over threads or streams, so that on CPUs
-the total is that of all cores. An instruction that was fused from several counts under the heaviest of them.
+The trainer's compiled step runs under JAX's profiler. Every event with the name of an instruction of the
+compiled program is counted under its kind. The kind comes from the program's text (on CPUs and accelerators),
+or from the name, for kernels of a GPU's libraries. Times are summed over threads or streams, so on CPUs the
+total is that of all cores. An instruction that was fused from several counts under the heaviest of them.
 """
 
 import dataclasses
@@ -24,9 +24,7 @@ from rich.table import Table
 
 from experiments import models
 from experiments.benchmarks import timing
-from experiments.benchmarks.step import Options as StepOptions
-from experiments.benchmarks.step import trained
-from experiments.benchmarks.variants import CLASSES, compiled_step, random_split
+from experiments.benchmarks.variants import CLASSES, compiled_step, random_split, step_config
 from experiments.configs.training import float_twin
 from qt_jax import records
 from qt_jax.command_line import command
@@ -51,8 +49,8 @@ KINDS = (
     (REDUCTION, r"\breduce\(|\breduce-window\("),
     (TRANSPOSE, r"\btranspose\("),
 )
-"""Kinds that are told by a word in an instruction's own text or in that of what it was fused from, in the
-order in which they are tried, after convolutions."""
+"""Kinds that a word in the text of an instruction, or of what it was fused from, reveals. They are tried in
+this order, after convolutions."""
 LIBRARY = (
     (WEIGHT_GRADIENT, r"wgrad"),
     (CONVOLUTION, r"dgrad|fprop|conv"),
@@ -75,19 +73,19 @@ class Options:
     )
     """Network."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type."""
     quant_trim: bool = False
-    """Profile the step with Quant-Trim; reverse pruning acts in none of the steps counted."""
+    """Profile the step with Quant-Trim. No counted step prunes."""
     steps: int = 5
-    """Steps under the profiler, after three that are not."""
+    """Steps under the profiler, after three without it."""
     out: Path | None = None
     """JSON-lines file to which a record is appended."""
 
 
 def instructions(program: str) -> dict[str, str]:
-    """The kind of every instruction of a compiled program, by name, from its text (`compiled.as_text()`).
+    """Return the kind of every instruction of a compiled program, by name, from `compiled.as_text()`.
 
     >>> text = "%f { ROOT %t = f32[2] transpose(%p) }"
     >>> text += chr(10) + "ENTRY %e { %x = f32[2] fusion(%p), calls=%f }"
@@ -107,29 +105,31 @@ def instructions(program: str) -> dict[str, str]:
 
 
 def kind(text: str) -> str:
-    """The kind of an instruction, from its text and that of what was fused into it."""
+    """Return the kind of an instruction, from its text and that of what was fused into it."""
     found = re.search(
         r"\[([\d,]+)\]\S* convolution\([^\n]*?window=\{size=([\dx]+)[^\n]*?dim_labels=\w+->(\w+)", text
     )
     if found:
         shape, window = ([*map(int, re.split("[,x]", part))] for part in found.groups()[:2])
         places = [size for size, label in zip(shape, found[3], strict=True) if label.isdigit()]
-        # the gradient of a kernel is what a window of the size of an image sees of it
+        # The gradient of a kernel is a convolution with a window of the size of an image.
         return WEIGHT_GRADIENT if max(window) > max(places) else CONVOLUTION
     return next((name for name, pattern in KINDS if re.search(pattern, text)), ELEMENTWISE)
 
 
 def kind_of_event(name: str, stats: dict[str, object], kinds: dict[str, str], on_gpu: bool) -> str | None:
-    """The kind of what a profiler saw, told from the instruction that it names, or on a GPU from the name of
-    a library's kernel; None for what is no operation."""
+    """Return the kind of an event of the profiler, or None for an event that is not an operation.
+
+    The kind comes from the instruction that the event names, or on a GPU from the name of a library's kernel.
+    """
     library = next((found for found, part in LIBRARY if re.search(part, name)), None) if on_gpu else None
     instruction = str(stats.get("hlo_op", name))
     return library or kinds.get(instruction, OTHER if on_gpu else None)
 
 
 def measured(options: Options) -> tuple[Counter, float]:
-    """Milliseconds a step by kind, over all threads or streams; and of one step by the clock."""
-    config = trained(StepOptions(options.model, options.batch_size, options.dtype))
+    """Return the milliseconds per step by kind, over all threads or streams, and of one step by the clock."""
+    config = step_config(options.model, options.batch_size, options.dtype)
     config = dataclasses.replace(config, reverse_pruning=None) if options.quant_trim else float_twin(config)
     model = models.create(config.model, CLASSES, jax.numpy.dtype(config.dtype))
     step = compiled_step(config, model, random_split(config), steps=options.steps + timing.WARM_UP)
@@ -157,7 +157,7 @@ def measured(options: Options) -> tuple[Counter, float]:
 
 
 def run(options: Options, console: Console) -> records.Record:
-    """Profiles, prints the table, appends the record."""
+    """Profile, print the table, append the record."""
     found, milliseconds = measured(options)
     total = sum(found.values())
     what = "Quant-Trim W8A8" if options.quant_trim else "fp32"
@@ -188,7 +188,7 @@ def run(options: Options, console: Console) -> records.Record:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status, as `command` does."""
     return command("experiments.benchmarks.profile", Options, run, arguments)
 
 

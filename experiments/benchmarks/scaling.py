@@ -1,14 +1,14 @@
-"""`python -m experiments.benchmarks.scaling`: how the cost of Quant-Trim grows with the network and batch.
+"""Measure how the cost of Quant-Trim grows with sizes: `python -m experiments.benchmarks.scaling`.
 
-From one residual network, batch and image, each of five sizes is varied alone: width, depth, batch,
-resolution, and the elements of a tensor that Quant-Trim's statistics read. At each point the trainer's step
-with Quant-Trim W8A8 takes turns with its two FP32 baselines (as in `experiments.benchmarks.step`, which says
-why there are two): the ratio of their medians, of the memory XLA plans for, and seconds to compile.
+Starting from one residual network, batch and image, each of five sizes is varied alone: width, depth, batch,
+resolution, and the number of elements of a tensor that Quant-Trim's statistics read. At each point the
+trainer's step with Quant-Trim W8A8 takes turns with its two FP32 baselines, as in
+`experiments.benchmarks.step`, which explains why there are two. The results are the ratio of the medians, the
+ratio of the memory that XLA plans for, and the seconds to compile. The figure has one column per varied size
+and one row per cost.
 
-Statistics are of a sub-sample of constant size, so that their share falls as tensors grow; rounding and
-clipping are elementwise, convolutions are not.
-
-The figure of `experiments.benchmarks.scaling`: a column for each size that is varied, a row for a cost.
+Statistics read a sub-sample of constant size, so their share falls as tensors grow. Rounding and clipping are
+elementwise; convolutions are not.
 """
 
 import dataclasses
@@ -46,74 +46,25 @@ from qt_jax.command_line import command
 from qt_jax.records import Record
 from qt_jax.reporting.figures import COLOURS, INK, canvas
 
-NAMES = {
+LABELS = {
     "width": "width (channels)",
     "depth": "depth (layers)",
     "batch_size": "batch (images)",
     "resolution": "resolution (pixels)",
     "sample_size": "sub-sample (elements)",
 }
-
-
-def scaling_figure(axes: Mapping[str, Sequence[Record]], base: Mapping[str, int], path: Path) -> None:
-    """Writes a PNG: ratio of step times, ratio of memory, seconds to compile.
-
-    Args:
-      axes: name of the size that is varied -> records in its order.
-      base: the sizes from which each is varied; a vertical line marks them.
-      path: replaced if there.
-    """
-    figure = canvas(15, 8.5)
-    grid = figure.subplots(3, len(axes), sharex="col", sharey="row", squeeze=False)
-    for column, (name, rows) in zip(grid.T, axes.items(), strict=True):
-        sizes = [row[name] for row in rows]
-        _times(column[0], sizes, rows)
-        column[1].plot(sizes, [row["peak_ratio"] for row in rows], "o-", color=COLOURS["quant-trim"])
-        _compilation(column[2], sizes, rows)
-        for panel in column:
-            panel.axvline(base[name], color="0.85", zorder=0)
-        column[2].set_xscale("log", base=2)
-        column[2].set_xticks(sizes, [str(size) for size in sizes])
-        column[2].minorticks_off()
-        column[2].set_xlabel(NAMES[name])
-    for panel in grid[:2].flat:
-        panel.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    grid[0, 0].set_ylabel("step time\nQuant-Trim / faster FP32")
-    grid[1, 0].set_ylabel("peak memory\nQuant-Trim / FP32")
-    grid[2, 0].set_ylabel("compilation (s)")
-    grid[2, 0].set_ylim(bottom=0)
-    grid[2, 0].legend(frameon=False, loc="upper left")
-    device = axes[next(iter(axes))][0]["accelerator"] or "CPU"
-    figure.suptitle(
-        f"Cost of Quant-Trim W8A8 over FP32, {device}: medians over rounds, bars from quartile to quartile"
-    )
-    finish(figure, path)
-
-
-def _times(panel: Axes, sizes: Sequence[int], rows: Sequence[Record]) -> None:
-    middle, low, high = ([row[f"ratio_to_faster_{end}"] for row in rows] for end in ("paired", "p25", "p75"))
-    panel.vlines(sizes, low, high, color=COLOURS["quant-trim"], alpha=0.35, linewidth=5)
-    panel.plot(sizes, middle, "o-", color=COLOURS["quant-trim"])
-
-
-def _compilation(panel: Axes, sizes: Sequence[int], rows: Sequence[Record]) -> None:
-    for key, label, colour, style in (
-        ("compile_seconds", "Quant-Trim", COLOURS["quant-trim"], "o-"),
-        ("fp32_compile_seconds", "FP32", COLOURS["float"], "s--"),
-    ):
-        panel.plot(sizes, [row[key] for row in rows], style, color=colour, label=label)
-
+"""Field of `Point` -> label of its axis."""
 
 WARM_UP = 2
-"""Rounds that are not counted; every step is compiled before."""
+"""Rounds that are not counted. Every step is compiled before."""
 
 
 class Point(NamedTuple):
-    """What is timed: a residual network of three stages, on square images, and how much statistics read."""
+    """Describe what is timed: a residual network of three stages, its square images, and the sub-sample."""
 
     width: int = 16
     depth: int = 8
-    """Layers: 8, 14, 20, ... for one, two, three, ... blocks a stage."""
+    """Layers: 8, 14, 20, ... for one, two, three, ... blocks per stage."""
     batch_size: int = 64
     resolution: int = 32
     sample_size: int = qt.QuantConfig().sample_size
@@ -128,7 +79,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "resolution": (16, 32, 64, 96),
     "sample_size": (256, 1024, 4096, 16384, 65536),
 }
-"""Field of `Point` -> its values, the base's among them; the other fields are the base's."""
+"""Field of `Point` -> its values, including that of the base. The other fields are those of the base."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,19 +95,42 @@ class Options:
     rounds: int = 10
     """Rounds counted at each point, after 2 of warm-up."""
     out: Path = Path("runs/scaling")
-    """Folder for records.jsonl, one record a point, and scaling.png."""
+    """Folder for records.jsonl, one record per point, and scaling.png."""
     fresh: bool = False
-    """Measure points again that this commit has in the records, with as many rounds on this machine."""
+    """Measure points again that this commit has already recorded, with as many rounds on this machine."""
+
+
+def run(options: Options, console: Console) -> None:
+    """Measure what is missing, append the records, print the table, draw the figure.
+
+    Raises:
+      InvalidInput: A count is below 1.
+    """
+    if options.rounds < 1:
+        raise qt.InvalidInput(f"--rounds must be at least 1, got {options.rounds}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path, figure = options.out / "records.jsonl", options.out / "scaling.png"
+    rows = {} if options.fresh else finished(path, options.rounds)
+    with Progress(console=console, transient=True) as progress:
+        whole = progress.add_task("points", total=len(points()))
+        for point in points():
+            if point not in rows:
+                rows[point] = measure(point, options.rounds, progress)
+                records.append(path, rows[point])
+            progress.advance(whole)
+    console.print(table(rows, options.rounds))
+    scaling_figure({axis: along(axis, rows) for axis in AXES}, BASE._asdict(), figure)
+    console.print(f"{path}, {figure}")
 
 
 def points() -> list[Point]:
-    """Each point once, axis by axis."""
+    """Return each point once, axis by axis."""
     found = [BASE._replace(**{axis: value}) for axis, values in AXES.items() for value in values]
     return list(dict.fromkeys(found))
 
 
 def variants(point: Point, steps: int) -> dict[str, Variant]:
-    """Both FP32 baselines and Quant-Trim W8A8 at a point, compiled."""
+    """Compile both FP32 baselines and Quant-Trim W8A8 at a point."""
     config = Config(batch_size=point.batch_size, reverse_pruning=None, learning_rate=0.01)
     model = ResNet(((point.depth - 2) // 6,) * 3, point.width, CLASSES)
     specs = dataclasses.replace(quant_config(config), sample_size=point.sample_size)
@@ -170,10 +144,10 @@ def variants(point: Point, steps: int) -> dict[str, Variant]:
 
 
 def measure(point: Point, rounds: int, progress: Progress) -> records.Record:
-    """The record of a point: what `timing.summarise` says of Quant-Trim's step, and the baselines' beside it.
+    """Measure a point, and return its record: `timing.summarise` of Quant-Trim's step, and the baselines.
 
-    ratio_to_faster_paired, _p25 and _p75 are the quartiles over the rounds, in each of which the step is
-    divided by that of the baseline that is faster in the median.
+    In each round the step is divided by that of the baseline with the smaller median. The keys
+    ratio_to_faster_paired, _p25 and _p75 are the median and the quartiles of these ratios.
     """
     steps = WARM_UP + rounds
     timed = variants(point, steps)
@@ -206,8 +180,10 @@ def measure(point: Point, rounds: int, progress: Progress) -> records.Record:
 
 
 def finished(path: Path, rounds: int) -> dict[Point, records.Record]:
-    """The newest record of each point that was measured with as many rounds on this machine, by this commit
-    and this JAX."""
+    """Return the newest record of each point that was measured with as many rounds under equal conditions.
+
+    These are the machine, the commit and the version of JAX.
+    """
 
     def identity(row: records.Record) -> tuple:
         return row["accelerator"], row["cpu"], row["commit"], row["versions"]["jax"]
@@ -221,12 +197,12 @@ def finished(path: Path, rounds: int) -> dict[Point, records.Record]:
 
 
 def along(axis: str, rows: dict[Point, records.Record]) -> list[records.Record]:
-    """The records of an axis, in its order."""
+    """Return the records of an axis, in its order."""
     return [rows[BASE._replace(**{axis: value})] for value in AXES[axis]]
 
 
 def table(rows: dict[Point, records.Record], rounds: int) -> Table:
-    """What the terminal shows, a block for each axis."""
+    """Return the table for the terminal, one block per axis."""
     base = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in BASE._asdict().items())
     shown = Table(
         title=f"Quant-Trim's training step and FP32's, {rounds} rounds, {jax.devices()[0].device_kind}",
@@ -253,31 +229,57 @@ def table(rows: dict[Point, records.Record], rounds: int) -> Table:
     return shown
 
 
-def run(options: Options, console: Console) -> None:
-    """Measures what is missing, appends the records, prints the table, draws the figure.
+def scaling_figure(axes: Mapping[str, Sequence[Record]], base: Mapping[str, int], path: Path) -> None:
+    """Write a PNG of the ratio of step times, the ratio of memory, and the seconds to compile.
 
-    Raises:
-      InvalidInput: a count below 1.
+    Args:
+      axes: Name of the varied size -> records in its order.
+      base: Sizes from which each is varied. A vertical line marks them.
+      path: File, which is replaced if it exists.
     """
-    if options.rounds < 1:
-        raise qt.InvalidInput(f"--rounds must be at least 1, got {options.rounds}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path, figure = options.out / "records.jsonl", options.out / "scaling.png"
-    rows = {} if options.fresh else finished(path, options.rounds)
-    with Progress(console=console, transient=True) as progress:
-        whole = progress.add_task("points", total=len(points()))
-        for point in points():
-            if point not in rows:
-                rows[point] = measure(point, options.rounds, progress)
-                records.append(path, rows[point])
-            progress.advance(whole)
-    console.print(table(rows, options.rounds))
-    scaling_figure({axis: along(axis, rows) for axis in AXES}, BASE._asdict(), figure)
-    console.print(f"{path}, {figure}")
+    figure = canvas(15, 8.5)
+    grid = figure.subplots(3, len(axes), sharex="col", sharey="row", squeeze=False)
+    for column, (name, rows) in zip(grid.T, axes.items(), strict=True):
+        sizes = [row[name] for row in rows]
+        _times(column[0], sizes, rows)
+        column[1].plot(sizes, [row["peak_ratio"] for row in rows], "o-", color=COLOURS["quant-trim"])
+        _compilation(column[2], sizes, rows)
+        for panel in column:
+            panel.axvline(base[name], color="0.85", zorder=0)
+        column[2].set_xscale("log", base=2)
+        column[2].set_xticks(sizes, [str(size) for size in sizes])
+        column[2].minorticks_off()
+        column[2].set_xlabel(LABELS[name])
+    for panel in grid[:2].flat:
+        panel.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    grid[0, 0].set_ylabel("step time\nQuant-Trim / faster FP32")
+    grid[1, 0].set_ylabel("peak memory\nQuant-Trim / FP32")
+    grid[2, 0].set_ylabel("compilation (s)")
+    grid[2, 0].set_ylim(bottom=0)
+    grid[2, 0].legend(frameon=False, loc="upper left")
+    device = axes[next(iter(axes))][0]["accelerator"] or "CPU"
+    figure.suptitle(
+        f"Cost of Quant-Trim W8A8 over FP32, {device}: medians over rounds, bars from quartile to quartile"
+    )
+    finish(figure, path)
+
+
+def _times(panel: Axes, sizes: Sequence[int], rows: Sequence[Record]) -> None:
+    middle, low, high = ([row[f"ratio_to_faster_{end}"] for row in rows] for end in ("paired", "p25", "p75"))
+    panel.vlines(sizes, low, high, color=COLOURS["quant-trim"], alpha=0.35, linewidth=5)
+    panel.plot(sizes, middle, "o-", color=COLOURS["quant-trim"])
+
+
+def _compilation(panel: Axes, sizes: Sequence[int], rows: Sequence[Record]) -> None:
+    for key, label, colour, style in (
+        ("compile_seconds", "Quant-Trim", COLOURS["quant-trim"], "o-"),
+        ("fp32_compile_seconds", "FP32", COLOURS["float"], "s--"),
+    ):
+        panel.plot(sizes, [row[key] for row in rows], style, color=colour, label=label)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status, as `command` does."""
     return command("experiments.benchmarks.scaling", Options, run, arguments)
 
 

@@ -1,20 +1,20 @@
-"""`python -m experiments.benchmarks.step`: one training step, plain, with Quant-Trim, and with its peers.
+"""Time one training step, plain, with Quant-Trim, with its peers: `python -m experiments.benchmarks.step`.
 
 The measured step is the trainer's own (`experiments.training.step`): augmentation, forward, backward, SGD
-with Nesterov momentum, statistics; one compiled function with donated state, on random CIFAR-shaped images.
-The variants take turns, in another order every round, so that a disturbance of the machine strikes all of
-them, and none always follows the same other.
-Parameters and statistics are float32 whatever the compute type.
+with Nesterov momentum, and statistics. It is one compiled function with donated state, on random CIFAR-shaped
+images. The variants take turns, in another order every round. A disturbance of the machine then strikes all
+of them, and none always follows the same other one. Parameters and statistics are float32 whatever the
+compute type.
 
-Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its defaults: symmetric absmax
-over the whole tensor, weights with a scale per output channel, activations with one per image taken anew
-in every step (no statistics are kept), the forward convolutions in int8 with int32 sums, the backward ones in
-float32 with the straight-through estimator. It does not see depthwise convolutions where, on CPUs in float32,
-`experiments.models.convolution` computes them as products. For AQT see `experiments.benchmarks.variants`, for
-PyTorch, plain and with its own fake quantization, `experiments.benchmarks.torch_step`.
+Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its defaults. It uses symmetric
+absmax over the whole tensor. Weights have a scale per output channel, activations one per image, taken anew
+in every step without statistics. The forward convolutions are in int8 with int32 sums, the backward ones in
+float32 with the straight-through estimator. Qwix does not see depthwise convolutions where, on CPUs in
+float32, `experiments.models.convolution` computes them as products. `variants.aqt_model` describes AQT, and
+`experiments.benchmarks.torch_step` PyTorch, plain and with its own fake quantization.
 
-There are two FP32 baselines, because XLA's CPU backend compiles the plain step badly; see
-`experiments.benchmarks.variants`. Quant-Trim's honest cost is its ratio to the faster of the two.
+There are two FP32 baselines, because XLA's CPU backend compiles the plain step badly; see `variants.Unfused`.
+Quant-Trim's honest cost is its ratio to the faster of the two.
 """
 
 import dataclasses
@@ -33,8 +33,17 @@ import qt_jax as qt
 from experiments import models
 from experiments.benchmarks import timing
 from experiments.benchmarks.timing import WARM_UP, Variant, measure
-from experiments.benchmarks.variants import FP32, PEERS, PRUNED, PULL, UNFUSED, build, in_float, per_channel
-from experiments.configs.training import Config
+from experiments.benchmarks.variants import (
+    FP32,
+    PEERS,
+    PRUNED,
+    PULL,
+    UNFUSED,
+    build,
+    in_float,
+    per_channel,
+    step_config,
+)
 from qt_jax import records
 from qt_jax.command_line import command
 
@@ -54,37 +63,24 @@ class Options:
     )
     """Network."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of every variant; "fp32" in their names then says that nothing is quantized."""
     steps_per_dispatch: int = 1
-    """Steps in one compiled loop, of which a round is made. On CPUs keep 1, as in training."""
+    """Steps in one compiled loop, which is one round. On CPUs keep 1, as in training."""
     peers: tuple[Literal["qwix", "aqt", "torch"], ...] = PEERS
-    """Packages whose steps are timed, too."""
+    """Packages whose steps are timed too."""
     repeats: int = 20
     """Rounds counted, after 3 rounds of warm-up."""
     out: Path | None = None
     """JSON-lines file to which one record for each variant is appended."""
 
 
-def trained(options: Options) -> Config:
-    """The trainer's config with Quant-Trim W8A8 and reverse pruning; lambda moves from 0 to 1 as it runs."""
-    return Config(
-        model=options.model,
-        dataset="composed" if options.model in models.SEGMENTERS else "cifar10",
-        batch_size=options.batch_size,
-        dtype=options.dtype,
-        steps_per_dispatch=options.steps_per_dispatch,
-        reverse_pruning_start=0.0,
-        learning_rate=0.01,
-    )
-
-
 def summarise(times: dict[str, list[float]], every: int, steps: int = 1) -> dict[str, dict[str, float]]:
-    """What `timing.summarise` says of each variant but `PULL`, over the two FP32 baselines.
+    """Return `timing.summarise` of each variant but `PULL`, over the two FP32 baselines.
 
-    Reverse pruning's are of its ordinary steps, and amortised_ms = ((every - 1) ordinary + pruning) / every,
-    of medians. Of `steps` steps of `PULL`, the first prunes.
+    The numbers of reverse pruning are those of its ordinary steps. With medians, amortised_ms =
+    ((every - 1) ordinary + pruning) / every. Of `steps` steps of `PULL`, the first prunes.
     """
     rows = timing.summarise(times, FP32, [name for name in (FP32, UNFUSED) if name in times])
     row = rows[PRUNED]
@@ -102,7 +98,7 @@ def summarise(times: dict[str, list[float]], every: int, steps: int = 1) -> dict
 def with_memory(
     rows: dict[str, dict[str, float]], variants: dict[str, Variant]
 ) -> dict[str, dict[str, float | None]]:
-    """The rows with what is known of each compiled step, and `peak_ratio` to fp32's memory."""
+    """Return the rows with what is known of each compiled step, and `peak_ratio` to the memory of fp32."""
     plain = variants[FP32].compiled["peak_bytes"]
     known = {name: variants[name].compiled for name in rows}
     ratios = {name: found["peak_bytes"] / plain if found else None for name, found in known.items()}
@@ -114,7 +110,7 @@ def to_records(
     rows: dict[str, dict[str, float]],
     missing: dict[str, tuple[str, str]],
 ) -> list[records.Record]:
-    """One record for each variant, measured or not."""
+    """Return one record for each variant, measured or not."""
     source = timing.source()
     return [
         records.new_record(
@@ -138,7 +134,7 @@ def to_records(
 
 
 def table(options: Options, rows: list[records.Record]) -> Table:
-    """What the terminal shows."""
+    """Return the table for the terminal."""
     shown = Table(
         title=f"One training step: {options.model}, batch {options.batch_size}, {options.dtype}, "
         f"{options.repeats} rounds, {jax.devices()[0].device_kind}",
@@ -174,19 +170,19 @@ def table(options: Options, rows: list[records.Record]) -> Table:
 
 
 def run(options: Options, console: Console) -> list[records.Record]:
-    """Measures, prints the table, appends the records.
+    """Measure, print the table, append the records.
 
     Raises:
-      InvalidInput: an unknown model, or a count below 1.
+      InvalidInput: The model is unknown, or a count is below 1.
     """
     if options.repeats < 1:
         raise qt.InvalidInput(f"--repeats must be at least 1, got {options.repeats}")
     steps = options.steps_per_dispatch * (WARM_UP + options.repeats)
-    variants, missing = build(trained(options), steps, options.peers)
+    config = step_config(options.model, options.batch_size, options.dtype, options.steps_per_dispatch)
+    variants, missing = build(config, steps, options.peers)
     with Progress(console=console, transient=True) as progress:
         times = measure(variants, options.repeats, progress)
-    every = trained(options).reverse_pruning_every
-    rows = with_memory(summarise(times, every, options.steps_per_dispatch), variants)
+    rows = with_memory(summarise(times, config.reverse_pruning_every, options.steps_per_dispatch), variants)
     rows = to_records(options, rows, missing)
     console.print(table(options, rows))
     for row in rows if options.out else ():
@@ -195,7 +191,7 @@ def run(options: Options, console: Console) -> list[records.Record]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status, as `command` does."""
     return command("experiments.benchmarks.step", Options, run, arguments)
 
 

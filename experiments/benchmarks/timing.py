@@ -1,7 +1,4 @@
-"""Compiled steps taken in turn and timed; what every benchmark of steps shares.
-
-The look of the benchmarks' figures.
-"""
+"""Time compiled steps that take turns, and finish figures: shared by the benchmarks of steps."""
 
 import statistics
 import time
@@ -19,19 +16,19 @@ from qt_jax.provenance import provenance
 from qt_jax.reporting.figures import save_figure
 
 WARM_UP = 3
-"""Rounds that are not counted; the first one compiles what is not compiled yet."""
+"""Rounds that are not counted. The first one compiles what is not compiled yet."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "aqtp", "torch")
 
 
 class Variant(NamedTuple):
-    """One way to train: `advance(state) -> state` takes `steps` steps; `prepare`, before, is not timed."""
+    """Hold one way to train. `advance(state) -> state` takes `steps` steps; `prepare` runs first, untimed."""
 
     advance: Callable[[Any], Any]
     state: Any
     prepare: Callable[[Any], Any] = lambda state: state
     compiled: dict[str, float] = {}  # noqa: RUF012 - of a NamedTuple, never changed
-    """peak_bytes and compile_seconds of the step, where XLA says so."""
+    """peak_bytes and compile_seconds of the step, where XLA tells them."""
     steps: int = 1
     """Steps that `advance` takes in one compiled loop."""
     program: Callable[[], str] = str
@@ -41,10 +38,11 @@ class Variant(NamedTuple):
 def measure(
     variants: dict[str, Variant], repeats: int, progress: Progress, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Milliseconds a step of each counted round, by variant; entry i of every list is of the same round.
+    """Return the milliseconds per step of each counted round, by variant.
 
-    The order is drawn anew for each round (the same in every run): what ran before leaves its marks. On two
-    cores a short step of JAX's takes 8 % less after one of PyTorch's than after another of JAX's.
+    Entry i of every list is of the same round. The order is drawn anew for each round (the same in every
+    run), because a step depends on what ran before it. On two cores a short step of JAX takes 8 % less time
+    after one of PyTorch than after another of JAX.
     """
     random = np.random.default_rng(0)
     states = {name: variant.state for name, variant in variants.items()}
@@ -68,10 +66,10 @@ def measure(
 def summarise(
     times: dict[str, list[float]], plain: str, baselines: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """For each variant: step_ms_p50, its quartiles, step_ms_min, and three ratios.
+    """Return step_ms_p50, its quartiles, step_ms_min and three ratios for each variant.
 
-    `ratio` is of the medians to that of `plain`, `ratio_paired` the median of the ratios within each round,
-    and `ratio_to_faster` is of the medians to that of the fastest of `baselines`.
+    `ratio` is the variant's median to that of `plain`. `ratio_paired` is the median of the ratios within each
+    round. `ratio_to_faster` is the variant's median to that of the fastest of `baselines`.
     """
     base = times[plain]
     fastest = min(statistics.median(times[name]) for name in baselines)
@@ -90,19 +88,19 @@ def summarise(
 
 
 def peak_bytes(compiled: Any) -> int:
-    """What a compiled function needs at its height: its arguments, its outputs, and what lies between."""
+    """Return the peak memory of a compiled function: its arguments, its outputs and its temporaries."""
     found = compiled.memory_analysis()
     outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return outside + found.temp_size_in_bytes
 
 
 def source() -> dict[str, Any]:
-    """The provenance of a record, with the accelerator if JAX is on one."""
+    """Return the provenance of a record, with the accelerator if JAX runs on one."""
     return provenance(PACKAGES) | {"accelerator": accelerator()}
 
 
 def finish(figure: Figure, path: Path) -> None:
-    """Opens the panels, rules light lines behind what they show, and writes the PNG; replaced if there."""
+    """Remove the upper and right spines, draw a light grid behind, and write the PNG over any old one."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")

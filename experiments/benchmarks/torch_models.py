@@ -1,6 +1,6 @@
-"""The networks of `experiments.models` once more, as a PyTorch user would write them.
+"""Define the networks of `experiments.models` in PyTorch, as a PyTorch user would write them.
 
-Submodules bear the names of the Linen ones, so that `load_variables` copies by path. Images are NCHW.
+Submodules have the names of the Linen ones, so `load_variables` copies by path. Images are NCHW.
 """
 
 from collections import OrderedDict
@@ -23,7 +23,7 @@ CHANNELS = 3
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """Apply two 3x3 convolutions and a shortcut."""
 
     def __init__(self, inputs: int, features: int, stride: int):
         super().__init__()
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution and a shortcut; the 3x3 one strides."""
+    """Apply a 1x1, a 3x3 and a 1x1 convolution and a shortcut. The 3x3 convolution has the stride."""
 
     def __init__(self, inputs: int, features: int, stride: int, expansion: int = 4):
         super().__init__()
@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection, and a shortcut."""
+    """Apply a 1x1 expansion, a 3x3 depthwise convolution, a linear 1x1 projection and a shortcut."""
 
     def __init__(self, inputs: int, features: int, expansion: int, stride: int):
         super().__init__()
@@ -94,7 +94,7 @@ class InvertedResidual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with projections of its own for queries, keys and values."""
+    """Apply self-attention with separate projections for queries, keys and values."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention and an MLP, each after a layer norm and beside a shortcut."""
+    """Apply self-attention and an MLP, each after a layer norm and beside a shortcut."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int):
         super().__init__()
@@ -129,7 +129,7 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, class token, positions, encoder blocks, a head on the token."""
+    """Classify images by patches, a class token, positions, encoder blocks and a head on the token."""
 
     def __init__(self, linen: ViT, image_size: int):
         super().__init__()
@@ -151,7 +151,7 @@ class VisionTransformer(nn.Module):
 
 
 class DoubleConv(nn.Module):
-    """Two 3x3 convolutions, each followed by batch norm and ReLU."""
+    """Apply two 3x3 convolutions, each followed by batch norm and ReLU."""
 
     def __init__(self, inputs: int, features: int):
         super().__init__()
@@ -165,7 +165,7 @@ class DoubleConv(nn.Module):
 
 
 class TransposedUNet(nn.Module):
-    """U-Net with transposed convolutions."""
+    """Classify pixels with a U-Net of transposed convolutions."""
 
     def __init__(self, linen: UNet):
         super().__init__()
@@ -194,7 +194,7 @@ class TransposedUNet(nn.Module):
 
 
 def residual_network(linen: ResNet | ResNet50) -> nn.Module:
-    """ResNet-20 and its like, or ResNet-50."""
+    """Return a network like ResNet-20, or ResNet-50."""
     deep = isinstance(linen, ResNet50)
     block, expansion = (Bottleneck, 4) if deep else (BasicBlock, 1)
     window = {"kernel_size": 7, "stride": 2, "padding": 3} if deep else {"kernel_size": 3, "padding": 1}
@@ -215,7 +215,7 @@ def residual_network(linen: ResNet | ResNet50) -> nn.Module:
 
 
 def mobilenet_v2(linen: MobileNetV2) -> nn.Module:
-    """MobileNetV2."""
+    """Return MobileNetV2."""
     layers = [
         ("stem", nn.Conv2d(CHANNELS, linen.stem, 3, padding=1, bias=False)),
         ("stem_norm", nn.BatchNorm2d(linen.stem)),
@@ -246,14 +246,14 @@ def _with_head(layers: Iterable[tuple[str, nn.Module]], features: int, classes: 
 
 
 def twin(linen: Any, image_size: int) -> nn.Module:
-    """The PyTorch network of a Linen module's architecture, in evaluation mode, with weights of its own.
+    """Return the PyTorch network of a Linen module's architecture, in evaluation mode, with fresh weights.
 
     Args:
-      linen: a ResNet, ResNet50, MobileNetV2, ViT, or UNet with up="transposed".
-      image_size: height and width in pixels; only ViT's positions depend on it.
+      linen: A ResNet, ResNet50, MobileNetV2, ViT, or UNet with up="transposed".
+      image_size: Height and width in pixels. Only ViT's positions depend on it.
 
     Raises:
-      InvalidInput: a module of another class.
+      InvalidInput: The module is of another class.
     """
     makers = {
         ResNet: residual_network,
@@ -268,14 +268,14 @@ def twin(linen: Any, image_size: int) -> nn.Module:
 
 
 def load_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
-    """Copies Flax variables into the twin, in place, so that both compute the same function.
+    """Copy Flax variables into the twin, in place, so that both compute the same function.
 
     Args:
-      model: from `twin`.
+      model: From `twin`.
       variables: {"params": ..., "batch_stats": ...} of the Linen module.
 
     Raises:
-      KeyError: the twin has no tensor for a leaf, or keeps one that no leaf fills.
+      KeyError: The twin has no tensor for a leaf, or has one that no leaf fills.
     """
     state = {}
     for collection in ("params", "batch_stats"):
@@ -290,7 +290,7 @@ def load_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
 
 
 def _in_torch(layer: nn.Module, leaf: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """PyTorch's name and layout of one Flax leaf of a layer."""
+    """Return one Flax leaf of a layer under PyTorch's name and in its layout."""
     if leaf == "kernel" and isinstance(layer, nn.Linear):  # attention's kernels have heads apart
         return "weight", value.reshape(layer.in_features, layer.out_features).T
     if leaf == "kernel" and isinstance(layer, nn.ConvTranspose2d):  # PyTorch's is a gradient: it flips

@@ -1,4 +1,4 @@
-"""PyTorch's training step of the same network, for `experiments.benchmarks.step`."""
+"""Build PyTorch's training step of the same network, for `experiments.benchmarks.step`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,19 +22,21 @@ LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 def torch_step(
     model: linen.Module, images: np.ndarray, labels: np.ndarray, config: Config, *, quantized: bool = False
 ) -> tuple[Callable[[Any], Any], Any]:
-    """`advance` and its first state: forward, backward and SGD with Nesterov momentum on one batch, eager.
+    """Return `advance` and its first state: forward, backward and SGD with Nesterov momentum, eagerly.
 
-    On CUDA where JAX's default backend is a GPU, else on the CPU; in bfloat16 under `torch.autocast`. Images
-    are normalised, channels last and on the device beforehand; augmentation, less than one percent of JAX's
-    step, is left out, and so are running sums of the loss.
+    It runs on CUDA where JAX's default backend is a GPU, else on the CPU, and in bfloat16 under
+    `torch.autocast`. Images are normalised, channels last and on the device beforehand. Augmentation, less
+    than one percent of JAX's step, is left out, and so are the running sums of the loss.
 
     Args:
+      model: Linen module, whose PyTorch twin is trained.
       images: uint8 `(n, height, width, channels)`, of which the first batch is taken every time.
       labels: int32 `(n,)`, or for segmentation uint8 `(n, height, width)`.
-      quantized: with `fake_quantized`.
+      config: Gives the batch size, the optimizer and the compute type.
+      quantized: Apply `fake_quantized`.
 
     Raises:
-      InvalidInput: JAX is on a GPU and this PyTorch is not; there is no PyTorch network for `model`.
+      InvalidInput: JAX is on a GPU and this PyTorch is not, or there is no PyTorch network for `model`.
     """
     device = torch_device()
     network = twin(model, images.shape[1]).train().to(device, memory_format=torch.channels_last)
@@ -66,7 +68,9 @@ def torch_step(
 
 
 def torch_device() -> str:
-    """Where JAX computes, "cuda" or "cpu"; on CUDA with convolutions tuned and in TF32, as JAX has them.
+    """Return the device on which JAX computes, "cuda" or "cpu".
+
+    On CUDA, convolutions are tuned and in TF32, as in JAX.
 
     Raises:
       InvalidInput: JAX is on a GPU and this PyTorch is not.
@@ -81,12 +85,13 @@ def torch_device() -> str:
 
 
 def fake_quantized(network: nn.Module) -> None:
-    """Puts PyTorch's own fake quantization, W8A8, on the weight and the input of every layer, in place.
+    """Put PyTorch's own fake quantization, W8A8, on the weight and the input of every layer, in place.
 
-    `torch.ao.quantization`'s fused defaults: moving averages of minimum and maximum over the whole tensor,
-    symmetric for weights and affine for inputs, updated in every step, with the straight-through estimator.
-    They are placed where Quant-Trim's are; `prepare_qat` would put the inputs' at the outputs of the layers
-    before, those of batch norm and ReLU among them. Under autocast they compute in float32, all they can.
+    These are the fused defaults of `torch.ao.quantization`: moving averages of minimum and maximum over the
+    whole tensor, symmetric for weights and affine for inputs, updated in every step, with the
+    straight-through estimator. They are where Quant-Trim's are. `prepare_qat` would place those of the inputs
+    at the outputs of the previous layers, including batch norm and ReLU. Under autocast they compute in
+    float32, because they support nothing else.
     """
     for layer in [module for module in network.modules() if isinstance(module, LAYERS)]:
         device = layer.weight.device

@@ -1,9 +1,10 @@
-"""`python -m experiments.speedrun`: CIFAR-10 to 94 % in seconds on one GPU, with Quant-Trim and without.
+"""Train CIFAR-10 in seconds on one GPU, with and without Quant-Trim: `python -m experiments.speedrun`.
 
-Every seed is a training from scratch in one compiled function, timed from the call to the last parameter: the
-draw of the parameters, the whitening, the order of the images, all epochs and batch norm's last measurement
-count; compilation and the copy of the images to the device, once for all seeds, do not, and are told beside.
-Then each network is exported and deployed by ONNX Runtime, on the CPU, in FP32 and INT8.
+The target is 94 %. Every seed is a training from scratch in one compiled function, timed from the call to the
+last parameter. The draw of the parameters, the whitening, the order of the images, all epochs and the last
+measurement of batch norm count. Compilation, and the copy of the images to the device, happen once for all
+seeds and do not count; the time of compilation is recorded too. Then each network is exported and deployed by
+ONNX Runtime, on the CPU, in FP32 and INT8.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import qt_jax as qt
 from experiments.data import Dataset, load
 from experiments.data.store import write_npz
 from experiments.devices import accelerator
-from experiments.speedrun.deployment import SPEEDRUN_SCHEMES, deployed
+from experiments.speedrun.deployment import SPEEDRUN_SCHEMES, deploy
 from experiments.speedrun.program import VIEWS, Recipe, make_evaluation, make_training
 from qt_jax import records
 from qt_jax.command_line import command
@@ -39,7 +40,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "onnxruntime", "onnx", "jax2onnx")
 class Options:
     """Train CIFAR-10 in seconds, with Quant-Trim and without, deploy at INT8, compare.
 
-    What is in the folder is not done again: train on a GPU, deploy elsewhere with the same command.
+    A relaunch skips what is in the folder. Train on a GPU, and deploy elsewhere with the same command.
 
     Example:
         python -m experiments.speedrun --seeds 1 --train-limit 5000
@@ -49,14 +50,14 @@ class Options:
     seeds: int = 10
     """Trainings of each method, with seeds 0, 1, ..."""
     split: Literal["test", "validation"] = "test"
-    """test: all 50,000 training images, judged on the test images; validation: 45,000, judged on the other
-    5,000, to choose a recipe."""
+    """test: train on all 50,000 training images, judge on the test images. validation: train on 45,000, judge
+    on the other 5,000, to choose a recipe."""
     compare: bool = True
-    """Also train the float twin."""
+    """Train the float twin too."""
     deploy: bool = True
-    """Export and deploy what was trained; not for the validation split."""
+    """Export and deploy the trained networks; not for the validation split."""
     train_limit: int | None = None
-    """Use only so many training images."""
+    """Use only this many training images."""
     data_dir: Path | None = None
     """Folder or archive that holds CIFAR-10; otherwise the cache, then a download."""
     out: Path = Path("runs/speedrun")
@@ -68,15 +69,15 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status, as `command` does."""
     return command("experiments.speedrun", Options, run, arguments)
 
 
 def run(options: Options, console: Console) -> list[dict[str, Any]]:
-    """Trains and deploys what is not in the folder yet, prints the table, returns all rows.
+    """Train and deploy what is not in the folder yet, print the table, return all rows.
 
     Raises:
-      InvalidInput: rows in the folder are of another recipe or split; no whole batch.
+      InvalidInput: Rows in the folder are of another recipe or split, or there is not one whole batch.
     """
     dataset = load("cifar10", options.data_dir, seed=0)
     if options.split == "test":
@@ -115,7 +116,11 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
 
 
 def done(path: Path, options: Options, recipe: Recipe) -> list[dict[str, Any]]:
-    """The rows in the folder. Raises InvalidInput if one is of another recipe, split or set of images."""
+    """Return the rows in the folder.
+
+    Raises:
+      InvalidInput: A row is of another recipe, split or set of images.
+    """
     rows = records.read(path)
     mine = {**dataclasses.asdict(recipe), "quant_trim": None}
     for row in rows:
@@ -129,7 +134,7 @@ def done(path: Path, options: Options, recipe: Recipe) -> list[dict[str, Any]]:
 def train_seeds(
     options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path, console: Console
 ) -> None:
-    """One row and one file of parameters for each seed that has none."""
+    """Train each seed that has no row, and write its row and its file of parameters."""
     trained = {row["seed"] for row in done(path, options, recipe) if row["method"] == method}
     seeds = [seed for seed in range(options.seeds) if seed not in trained]
     if not seeds:
@@ -142,7 +147,7 @@ def train_seeds(
         train = jax.jit(make_training(*settings)).lower(images, labels, jax.random.key(0)).compile()
         compiling = time.perf_counter() - started
         evaluate = jax.jit(make_evaluation(*settings), static_argnums=2)
-        jax.block_until_ready(train(images, labels, jax.random.key(2**31)))  # loads kernels, fills caches
+        jax.block_until_ready(train(images, labels, jax.random.key(2**31)))  # load kernels, fill caches
     for seed in track(seeds, f"training {method}", console=console, disable=not console.is_terminal):
         key = jax.block_until_ready(jax.random.key(seed))
         started = time.perf_counter()
@@ -179,7 +184,7 @@ def train_seeds(
 def deploy_seeds(
     options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path, console: Console
 ) -> None:
-    """A row for each scheme of each seed that has parameters and no such row."""
+    """Deploy each seed that has parameters, and write a row for each scheme that has none."""
     rows = [row for row in done(path, options, recipe) if row["method"] == method]
     trained = {row["seed"]: row for row in rows if row["scheme"] == "trained"}
     kept = ("benchmark", "task", "model", "method", "seed", "recipe", "split", "train_limit")
@@ -192,29 +197,29 @@ def deploy_seeds(
             continue
         if missing:
             identity = {key: trained[seed][key] for key in kept}
-            for row in deployed(recipe, read_variables(file), dataset, missing):
+            for row in deploy(recipe, read_variables(file), dataset, missing):
                 record = records.new_record(**identity, **row, status="ok", **provenance(PACKAGES))
                 records.append(path, record)
 
 
 def variables_path(path: Path, method: str, seed: int) -> Path:
-    """Where the parameters of one training lie."""
+    """Return the path of the parameters of one training."""
     return path.with_name(f"{method}-{seed}.npz")
 
 
 def write_variables(path: Path, variables: Any) -> None:
-    """Writes an .npz of the arrays by path."""
+    """Write an .npz of the arrays by path."""
     write_npz(path, {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()})
 
 
 def read_variables(path: Path) -> dict[str, Any]:
-    """What `write_variables` has written."""
+    """Read what `write_variables` wrote."""
     with np.load(path) as archive:
         return unflatten_dict({name: archive[name] for name in archive.files}, sep="/")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Mean and sample standard deviation over the seeds, by method and scheme."""
+    """Return a table of the mean and the sample standard deviation over the seeds, by method and scheme."""
     shown = Table(title="CIFAR-10, seconds of training and accuracy", box=box.SIMPLE_HEAD)
     shown.add_column("method", no_wrap=True)
     shown.add_column("as", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The trained network as ONNX in ONNX Runtime, FP32 and INT8, seen once and in six views."""
+"""Deploy the trained network in ONNX Runtime, in FP32 and INT8, on one view and on six of each image."""
 
 import contextlib
 import tempfile
@@ -18,22 +18,29 @@ from qt_jax.backends import ort
 from qt_jax.export import save_verified
 
 SPEEDRUN_SCHEMES = ("fp32", "int8-pt-minmax", "int8-pc-minmax")
-"""Of ONNX Runtime: float, and its static quantization, a weight scale per tensor or per channel."""
+"""Schemes of ONNX Runtime: float, and static quantization with a weight scale per tensor or per channel."""
 CALIBRATION = 512
-"""Training images with which ONNX Runtime takes its ranges."""
+"""Training images on which ONNX Runtime calibrates."""
 BATCH = 250
+"""Images in one call of the session."""
 OPSET = 20
-"""The first with Gelu. ONNX Runtime puts each of the nine operators that stand for it before on 8 bits, which
-costs this network 1.7 points; Gelu it leaves in float."""
+"""The first opset with Gelu, which ONNX Runtime leaves in float. It quantizes each of the nine operators that
+replace Gelu in older opsets to 8 bits, which costs this network 1.7 points."""
 
 
-def deployed(
+def deploy(
     recipe: Recipe, variables: Any, dataset: Dataset, names: Sequence[str] = SPEEDRUN_SCHEMES
 ) -> Iterator[dict[str, Any]]:
-    """The graph's accuracy on the test images under each named scheme: scheme, top1, top1_six_views, n.
+    """Yield the graph's accuracy on the test images under each scheme: scheme, top1, top1_six_views, n.
+
+    Args:
+      recipe: Recipe of the network.
+      variables: Its trained variables.
+      dataset: Test images, and training images for the calibration.
+      names: Names of the schemes.
 
     Raises:
-      InvalidInput: the graph's outputs differ from the network's.
+      InvalidInput: The graph's outputs differ from the network's.
     """
     model = recipe.model(dataset.num_classes).clone(dtype=jnp.float32)
 
@@ -44,7 +51,8 @@ def deployed(
     samples = np.asarray(normalize(jnp.asarray(dataset.train_images[:8]), dataset.mean, dataset.std))
     calibration = graph_input(dataset, dataset.train_images[:CALIBRATION])
     schemes = {scheme.name: scheme for scheme in ort.BACKEND.schemes}
-    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # where the quantizer litters
+    # The quantizer leaves files in the working directory.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         source = Path(scratch, "model.onnx")
         save_verified(graph, source, forward, variables, samples)
         for name in names:
@@ -62,7 +70,7 @@ def deployed(
 
 
 def logits(session: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """float32 `(n, num_classes)` of the test images as they are, and averaged over the six views."""
+    """Return the logits of the test images as they are, and averaged over six views: float32 (n, classes)."""
     seen = []
     views = weighted_views(jnp.asarray(dataset.test_images), VIEWS)
     for _, images in views:
@@ -73,7 +81,7 @@ def logits(session: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def graph_input(dataset: Dataset, images: np.ndarray) -> np.ndarray:
-    """uint8 images as the graph takes them: float32, normalised, channels first."""
+    """Return uint8 images as the graph takes them: float32, normalised, channels first."""
     return np.ascontiguousarray(
         np.asarray(normalize(jnp.asarray(images), dataset.mean, dataset.std)).transpose(0, 3, 1, 2)
     )

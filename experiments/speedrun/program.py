@@ -1,6 +1,6 @@
-"""A whole training run as one compiled function of the data and a seed.
+"""Define a whole training run as one compiled function of the data and a seed.
 
-The recipe: how long, how fast, when Quant-Trim sets in.
+A `Recipe` holds its settings: how long, at which rates, and when Quant-Trim sets in.
 """
 
 import dataclasses
@@ -18,17 +18,23 @@ from experiments.data.augment import crop_flip, normalize
 from experiments.models.speed_net import SpeedNet, whitening_kernel
 from qt_jax.interception import is_range
 
+VIEWS = 6
+"""Views of an image in the accuracy that records of such trainings state."""
+
+WHITENED = 5000
+"""Images from which the whitening is computed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a run is made of; the defaults were chosen on a validation split."""
+    """Hold the settings of a run. The defaults were chosen on a validation split."""
 
     epochs: float = 13.0
     """Passes over the training images."""
     batch_size: int = 1024
-    """Images a step; what is left of an epoch is dropped."""
+    """Images per step. The rest of an epoch is dropped."""
     learning_rate: float = 1.5
-    """Peak, of SGD with Nesterov momentum on the mean loss."""
+    """Peak rate of SGD with Nesterov momentum on the mean loss."""
     momentum: float = 0.85
     """Nesterov momentum."""
     weight_decay: float = 1.3e-3
@@ -38,9 +44,9 @@ class Recipe:
     label_smoothing: float = 0.2
     """Share of the label spread over all classes."""
     shift: int = 2
-    """Pixels by which images are moved at most."""
+    """Largest shift of images, in pixels."""
     average_every: int = 5
-    """Steps between two pulls of the parameters to their moving average; 0: none."""
+    """Steps between two pulls of the parameters to their moving average; 0 turns them off."""
     activation: Literal["relu", "gelu"] = "gelu"
     """Nonlinearity."""
     width: float = 1.0
@@ -48,28 +54,28 @@ class Recipe:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type; parameters and statistics stay in float32."""
     quant_trim: bool = True
-    """Fake quantization and reverse pruning; without, the float twin."""
+    """Use fake quantization and reverse pruning; without them it is the float twin."""
     warmup: float = 0.3
-    """Fraction of training before lambda leaves zero: plain steps, in which the whitening's bias trains."""
+    """Fraction of training with lambda zero: plain steps, in which the whitening's bias trains."""
     ramp_end: float = 0.85
     """Fraction of training at which lambda reaches one."""
     weight_quantile: float = 1.0
     """Upper quantile of |w| that sets a weight scale."""
     activation_quantile: float = 1.0
-    """Upper quantile of an activation's range; the lower one is its complement."""
+    """Upper quantile of an activation's range. The lower one is its complement."""
     reestimate: int = 8
-    """Batches on which batch norm is measured anew at the end, in the float network; 0: none."""
+    """Batches on which batch norm is measured anew at the end, in the float network; 0 turns it off."""
     reverse_pruning: float | None = 0.99
-    """Quantile of |w| to which kernels are pulled back in the ramp, every 25 steps; None: off."""
+    """Quantile of |w| to which kernels are pulled back in the ramp, every 25 steps; None turns it off."""
 
     def model(self, num_classes: int) -> nn.Module:
-        """The network."""
+        """Return the network."""
         widths = tuple(max(8, round(self.width * features / 8) * 8) for features in (64, 256, 256))
         activation = {"relu": nn.relu, "gelu": nn.gelu}[self.activation]
         return SpeedNet(widths, num_classes, activation=activation, dtype=jnp.dtype(self.dtype))
 
     def quant_config(self) -> qt.QuantConfig | None:
-        """W8A8, or None for the float twin."""
+        """Return W8A8, or None for the float twin."""
         if not self.quant_trim:
             return None
         return qt.QuantConfig(
@@ -79,21 +85,21 @@ class Recipe:
         )
 
     def lam(self, total: int) -> optax.Schedule:
-        """Lambda by step: the paper's three phases."""
+        """Return lambda as a function of the step: the paper's three phases."""
         joint = self.warmup + (self.ramp_end - self.warmup) * 8 / 13
         return qt.schedules.warmup_quartic_quadratic(
             total, warmup=self.warmup, joint=joint, end=self.ramp_end
         )
 
     def rate(self, total: int) -> optax.Schedule:
-        """The learning rate by step: from a fifth of the peak up, then down to 7 % of it."""
+        """Return the learning rate as a function of the step: up from a fifth of the peak, down to 7 %."""
         peak = max(1, round(0.23 * total))
         up = optax.linear_schedule(0.2 * self.learning_rate, self.learning_rate, peak)
         down = optax.linear_schedule(self.learning_rate, 0.07 * self.learning_rate, max(1, total - peak))
         return optax.join_schedules([up, down], [peak])
 
     def optimizer(self, total: int) -> optax.GradientTransformation:
-        """SGD, biases at their own rate, the whitening fixed; then reverse pruning."""
+        """Return SGD with biases at their own rate and a fixed whitening, followed by reverse pruning."""
         rate = self.rate(total)
 
         def group(factor: float) -> optax.GradientTransformation:
@@ -118,15 +124,8 @@ def _group(path: tuple[Any, ...], _: jax.Array) -> str:
     return name
 
 
-VIEWS = 6
-"""Of an image in the accuracy that records of such trainings state."""
-
-WHITENED = 5000
-"""Images from which the whitening is computed."""
-
-
 class State(NamedTuple):
-    """What a step hands to the next."""
+    """Hold what one step passes to the next."""
 
     params: Any
     batch_stats: Any
@@ -137,10 +136,10 @@ class State(NamedTuple):
 def make_training(
     recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
 ) -> Callable[[jax.Array, jax.Array, jax.Array], dict[str, Any]]:
-    """Builds `train(images, labels, key) -> variables`, to be jitted: parameters drawn, trained, averaged.
+    """Build `train(images, labels, key) -> variables`, to be jitted: draw, train and average parameters.
 
     `images` are uint8 `(n, 32, 32, channels)` and `labels` int32 `(n,)`, on the device. Steps before the
-    ramp of lambda are plain; from then on every step is fake-quantized.
+    ramp of lambda are plain. From then on every step is fake-quantized.
     """
     model, config = recipe.model(num_classes), recipe.quant_config()
 
@@ -162,7 +161,7 @@ def make_training(
         mirrored = jax.random.bernoulli(flip_key, 0.5, images.shape[:1])
 
         def batch(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Moved at random; every image is mirrored in every other epoch."""
+            """Return a batch of randomly shifted images, each mirrored in every other epoch."""
             chosen = orders[step]
             span = 2 * recipe.shift + 1
             offsets = jax.random.randint(jax.random.fold_in(shift_key, step), (recipe.batch_size, 2), 0, span)
@@ -204,14 +203,29 @@ def make_training(
         if recipe.reestimate:
             size = min(recipe.reestimate, per_epoch) * recipe.batch_size
             batches = images[:size].reshape(-1, recipe.batch_size, *images.shape[1:])
-            batch_stats = _measured_anew(recipe.model(num_classes), final, batch_stats, batches, mean, std)
+            batch_stats = _remeasured(recipe.model(num_classes), final, batch_stats, batches, mean, std)
         return {"params": final, "batch_stats": batch_stats}
 
     return train
 
 
-def _measured_anew(model: Any, params: Any, batch_stats: Any, batches: jax.Array, mean: Any, std: Any) -> Any:
-    """The statistics with those of batch norm averaged over batches; ranges stay as they are."""
+def _pulled(step: jax.Array, total: int, every: int, params: Any, average: Any) -> tuple[Any, Any]:
+    """Move the average towards the parameters every so many steps, and put it in their place.
+
+    The weight of the old average is 0.95^every (step / total)^3, so the average moves less and less.
+    """
+    keep = jnp.float32(0.95**every) * (step.astype(jnp.float32) / total) ** 3
+    moved = optax.incremental_update(params, average, 1.0 - keep)
+    due = (step + 1) % every == 0
+
+    def chosen(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, old)
+
+    return chosen(moved, params), chosen(moved, average)
+
+
+def _remeasured(model: Any, params: Any, batch_stats: Any, batches: jax.Array, mean: Any, std: Any) -> Any:
+    """Return the statistics with those of batch norm averaged over batches. Ranges stay as they are."""
     model = model.clone(norm_momentum=0.0)
 
     def measure(images: jax.Array) -> Any:
@@ -229,28 +243,13 @@ def _measured_anew(model: Any, params: Any, batch_stats: Any, batches: jax.Array
     )
 
 
-def _pulled(step: jax.Array, total: int, every: int, params: Any, average: Any) -> tuple[Any, Any]:
-    """Every so many steps the average moves towards the parameters, ever less, and takes their place.
-
-    The weight of the old average is 0.95^every (step / total)^3.
-    """
-    keep = jnp.float32(0.95**every) * (step.astype(jnp.float32) / total) ** 3
-    moved = optax.incremental_update(params, average, 1.0 - keep)
-    due = (step + 1) % every == 0
-
-    def chosen(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, old)
-
-    return chosen(moved, params), chosen(moved, average)
-
-
 def make_evaluation(
     recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
 ) -> Callable[..., jax.Array]:
-    """Builds `logits(variables, images, views) -> float32 (n, num_classes)`; `views` is static under jit.
+    """Build `logits(variables, images, views) -> float32 (n, num_classes)`. `views` is static under jit.
 
-    `views` 1 is the image as it is; 6 adds its mirror image and both moved by a pixel up left and down
-    right, each of the four with half the weight of the first two.
+    One view is the image as it is. Six views add its mirror image, and both shifted by a pixel up left and
+    down right. Each of these four has half the weight of the first two.
     """
     model = recipe.model(num_classes)
 
@@ -268,7 +267,7 @@ def make_evaluation(
 
 
 def weighted_views(images: jax.Array, views: int) -> list[tuple[float, jax.Array]]:
-    """Weights that add up to 1, and the images as each view shows them; the first shows them as they are."""
+    """Return each view's weight and its images. The weights add up to 1; the first view is unchanged."""
     if views == 1:
         return [(1.0, images)]
     n = len(images)

@@ -1,7 +1,7 @@
-"""Checkpoints through orbax: written whole or not at all, checked on return, restored to the bit.
+"""Save and restore checkpoints through orbax: written whole or not at all, and restored to the bit.
 
-Beside the arrays each holds `integrity`: shape, dtype and SHA-256 of every leaf, and the versions that wrote
-it. A damaged checkpoint is told by them from one of another network.
+Beside the arrays each checkpoint holds `integrity`: shape, dtype and SHA-256 of every leaf, and the versions
+that wrote it. They tell a damaged checkpoint from one of another network.
 """
 
 import errno
@@ -24,17 +24,20 @@ from qt_jax import provenance
 
 ARRAYS, INTEGRITY = "default", "integrity"
 """Items of a checkpoint."""
+
 DAMAGED = "damaged"
-"""What is added to the name of the folder that damaged checkpoints are moved to."""
+"""Suffix of the name of the folder that damaged checkpoints are moved to."""
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+"""Packages whose versions a checkpoint records."""
 
 
 class Damaged(Exception):
-    """A checkpoint cannot be read, or is not what was written."""
+    """Signal that a checkpoint cannot be read, or is not what was written."""
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """The manager of a folder of checkpoints, which keeps the newest two; a context that closes it."""
+    """Open a folder of checkpoints, of which the newest two are kept. Use the manager as a context."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, create=True, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
@@ -45,10 +48,10 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, totals: Totals) -> None:
-    """Writes state and sums under the state's step, unless they are there.
+    """Write state and sums under the state's step, unless they are there already.
 
     Raises:
-      InvalidInput: there is no space, or no permission; the checkpoints of before are as they were.
+      InvalidInput: There is no space, or no permission. Earlier checkpoints stay as they were.
     """
     step, tree = int(state.step), _tree(state, totals)
     if manager.latest_step() == step:
@@ -63,27 +66,28 @@ def save(manager: ocp.CheckpointManager, state: TrainState, totals: Totals) -> N
         if reason is None:
             raise
         kept = max((held for held in manager.all_steps() if held < step), default=None)
-        left = "No checkpoint was there before" if kept is None else f"The one of step {kept} is whole"
+        left = "There is none before it" if kept is None else f"The one of step {kept} is whole"
         raise qt.InvalidInput(
             f"the checkpoint of step {step} cannot be written to {manager.directory} ({reason}). {left}; the "
-            "same command goes on from it once that is mended."
+            "same command goes on from it once that is fixed."
         ) from error
 
 
 def restore_latest(
     manager: ocp.CheckpointManager, template: TrainState, mesh: Mesh
 ) -> tuple[TrainState, Totals] | None:
-    """The newest state that is whole, with its sums, or None if there is no checkpoint yet.
+    """Return the newest intact state with its sums, or None if there is no checkpoint yet.
 
-    Newer ones that are damaged are moved to a folder beside, with a warning; so is the user told if other
-    versions wrote what is restored.
+    Damaged newer checkpoints are moved to another folder, with a warning. A warning also says if other
+    versions wrote the restored one.
 
     Args:
-      template: shapes and dtypes.
-      mesh: on all of whose devices the arrays come, whatever they were saved from.
+      manager: Checkpoints of the run.
+      template: Shapes and dtypes.
+      mesh: Devices on all of which the arrays are placed, whichever they were saved from.
 
     Raises:
-      InvalidInput: no checkpoint is whole, or the newest is of another network. Nothing was changed then.
+      InvalidInput: No checkpoint is intact, or the newest is of another network. Nothing was changed then.
     """
     damaged: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
@@ -98,13 +102,13 @@ def restore_latest(
         told = "; ".join(f"{manager.directory}/{step}: {why}" for step, why in damaged.items())
         raise qt.InvalidInput(
             f"every checkpoint is damaged ({told}). Nothing was changed. Restore them from a copy, or move "
-            f"{manager.directory} away to begin anew."
+            f"{manager.directory} away to start over."
         )
     return None
 
 
 def _tree(state: TrainState, totals: Totals) -> dict[str, Any]:
-    """What a checkpoint holds, by name."""
+    """Return the content of a checkpoint by name."""
     return {**vars(state), "totals": totals._asdict()}
 
 
@@ -114,7 +118,7 @@ def _restore(manager, step: int, template: TrainState, mesh: Mesh) -> tuple[Trai
     try:
         leaves, versions = integrity["leaves"], integrity["versions"]
     except (TypeError, KeyError) as error:
-        raise Damaged("its integrity record is not one") from error
+        raise Damaged("its integrity record cannot be read") from error
     _refuse_other_network(leaves, wanted, f"{manager.directory}/{step}")
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=devices.replicated(mesh)), wanted
@@ -158,7 +162,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _digests(tree: Any) -> dict[str, list[Any]]:
-    """Path -> [dtype, shape, SHA-256 of the bytes]."""
+    """Return a mapping of path to [dtype, shape, SHA-256 of the bytes]."""
     found = {}
     for path, leaf in _named(tree).items():
         array = np.ascontiguousarray(leaf)
@@ -167,13 +171,15 @@ def _digests(tree: Any) -> dict[str, list[Any]]:
 
 
 def _set_aside(manager: ocp.CheckpointManager, damaged: dict[int, str], good: int) -> None:
-    """Moves damaged checkpoints to a folder beside that of the whole ones."""
+    """Move damaged checkpoints to a folder beside that of the intact ones."""
     if not damaged:
         return
     directory = Path(manager.directory)
     aside = directory.with_name(f"{directory.name}-{DAMAGED}")
     for step, why in damaged.items():
-        warn(f"the checkpoint of step {step} is damaged ({why}): moved to {aside}; step {good} is taken")
+        warn(
+            f"the checkpoint of step {step} is damaged ({why}). It was moved to {aside}; step {good} is taken"
+        )
         if devices.is_leader():
             aside.mkdir(exist_ok=True)
             names = {entry.name for entry in aside.iterdir()}
@@ -188,6 +194,6 @@ def _tell_versions(there: dict[str, str | None], step: int) -> None:
     differ = [f"{name} {there.get(name)} -> {here[name]}" for name in here if there.get(name) != here[name]]
     if differ:
         warn(
-            f"the checkpoint of step {step} was written with other versions ({', '.join(differ)}): what "
-            "follows need not be what an uninterrupted run would have given"
+            f"the checkpoint of step {step} was written with other versions ({', '.join(differ)}). The "
+            "result may differ from that of an uninterrupted run."
         )

@@ -1,4 +1,4 @@
-"""What happens to a network once, after its last step: it becomes the one that is deployed."""
+"""Finish a network after its last step: clip learned kernels and measure batch norm anew for deployment."""
 
 import dataclasses
 from typing import Any
@@ -18,29 +18,43 @@ from experiments.training.state import TrainState
 from qt_jax.interception import COLLECTION, KERNEL
 
 BATCH = 500
-"""Images at once."""
+"""Images in one forward pass."""
 
 
-def finished(config: Config, dataset: Dataset, state: TrainState) -> TrainState:
-    """The state with learned clips of kernels applied, and batch norm measured anew if the config says so.
+def finish(config: Config, dataset: Dataset, state: TrainState) -> TrainState:
+    """Return the state with learned clips of kernels applied, and with batch norm measured anew if asked for.
 
-    LSQ clips every kernel to the ends of its learned grid in each forward pass, so that clipping the kernel
-    itself changes nothing there, and hands the exported graph the range that was learned.
+    LSQ clips every kernel to the ends of its learned grid in each forward pass. Clipping the kernel itself
+    changes nothing there, and gives the exported graph the learned range.
     """
     if config.quantizer == "lsq":
-        state = state.replace(params=clipped_to_grid(state.params, state.batch_stats))
+        state = state.replace(params=clip_to_grid(state.params, state.batch_stats))
     if not config.reestimate:
         return state
     model = models.create(config.model, dataset.num_classes)  # float32, as it is exported
     images = dataset.train_images[: config.train_limit][: config.reestimate]
-    variables = reestimated(model, state.deployed, images, dataset)
+    variables = reestimate(model, state.deployed, images, dataset)
     if config.folded:
-        variables = refolded(config, model, variables, images)
+        variables = refold(config, model, variables, images)
     return state.replace(batch_stats=variables[COLLECTION])
 
 
-def reestimated(model: nn.Module, variables: Any, images: np.ndarray, dataset: Dataset) -> dict[str, Any]:
-    """The variables with batch norm pooled over uint8 images, less those that fill no batch, in float."""
+def clip_to_grid(params: Any, batch_stats: Any) -> Any:
+    """Return `params` with every kernel clipped to its range in `batch_stats`."""
+    ranges = flatten_dict(batch_stats)
+    kernels = {}
+    for path, leaf in flatten_dict(params).items():
+        low, high = (ranges.get((*path[:-1], KERNEL, end)) for end in ("low", "high"))
+        clips = path[-1] == "kernel" and low is not None
+        kernels[path] = jax.numpy.clip(leaf, low, high) if clips else leaf
+    return unflatten_dict(kernels)
+
+
+def reestimate(model: nn.Module, variables: Any, images: np.ndarray, dataset: Dataset) -> dict[str, Any]:
+    """Return the variables with batch norm pooled over uint8 images, in the float network.
+
+    Images that do not fill a batch are left out.
+    """
     size = min(BATCH, len(images))
     batches = (
         normalize(images[start : start + size], dataset.mean, dataset.std)
@@ -53,8 +67,8 @@ def reestimated(model: nn.Module, variables: Any, images: np.ndarray, dataset: D
     return qt.reestimate_batch_norm(forward, variables, batches)
 
 
-def refolded(config: Config, model: nn.Module, variables: Any, images: np.ndarray) -> dict[str, Any]:
-    """The variables with gains and ranges of kernels that belong to their present batch norm."""
+def refold(config: Config, model: nn.Module, variables: Any, images: np.ndarray) -> dict[str, Any]:
+    """Return the variables with the gains and the ranges of kernels that their present batch norm implies."""
     image_shape = images.shape[1:]
     variables = quantizers.fusion(model, image_shape).refresh(variables)
     unseen = {
@@ -75,14 +89,3 @@ def refolded(config: Config, model: nn.Module, variables: Any, images: np.ndarra
         for path, leaf in flatten_dict(variables[COLLECTION]).items()
     }
     return {**variables, COLLECTION: unflatten_dict(kept)}
-
-
-def clipped_to_grid(params: Any, batch_stats: Any) -> Any:
-    """`params` with every kernel clipped to the range that `batch_stats` has of it."""
-    ranges = flatten_dict(batch_stats)
-    kernels = {}
-    for path, leaf in flatten_dict(params).items():
-        low, high = (ranges.get((*path[:-1], KERNEL, end)) for end in ("low", "high"))
-        clips = path[-1] == "kernel" and low is not None
-        kernels[path] = jax.numpy.clip(leaf, low, high) if clips else leaf
-    return unflatten_dict(kernels)

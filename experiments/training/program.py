@@ -1,6 +1,6 @@
-"""What a training run computes, compiled, and over which data and devices.
+"""Build a training run: its compiled functions, its data on the devices, its first state, its validation.
 
-A run that begins with the network of another one.
+The first state is drawn, or taken from another run that is to be fine-tuned.
 """
 
 from collections.abc import Callable
@@ -25,50 +25,8 @@ from qt_jax.export.network import restore
 from qt_jax.interception import is_range
 
 
-def fine_tuned(state: TrainState, folder: Path | None) -> TrainState:
-    """A first state with the deployed parameters and the batch norm of another run's newest checkpoint.
-
-    Step, optimizer and ranges of quantizers stay those of `state`: the first batch sets ranges anew.
-
-    Args:
-      folder: `checkpoints/METHOD` of the other run, or one step of it; None leaves `state` as it is.
-
-    Raises:
-      InvalidInput: there is no checkpoint, it is damaged, or its network is another one.
-    """
-    if folder is None:
-        return state
-    held = restore(folder)
-    params = _taken(state.params, held.get("average") or held.get("params"), folder)
-    batch_stats = _taken(state.batch_stats, held.get("batch_stats"), folder)
-    average = None if state.average is None else params
-    return state.replace(params=params, batch_stats=batch_stats, average=average)
-
-
-def _taken(template: Any, held: Any, folder: Path) -> Any:
-    """`template` with the model's own leaves from `held`."""
-    wanted, found = flatten_dict(template), flatten_dict(held or {})
-
-    def own(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
-        return {
-            path: leaf.shape
-            for path, leaf in leaves.items()
-            if not is_range(path) and path[-1] not in LEARNED_NAMES
-        }
-
-    mine, theirs = own(wanted), own(found)
-    if differ := sorted(path for path in mine | theirs if mine.get(path) != theirs.get(path)):
-        path = differ[0]
-        raise qt.InvalidInput(
-            f"--fine-tune {folder}: {'/'.join(path)} has shape {theirs.get(path, 'absent')} there and "
-            f"{mine.get(path, 'absent')} here ({len(differ)} leaves differ): it is another network, or of "
-            "another data set. Name checkpoints of the same --model."
-        )
-    return unflatten_dict(wanted | {path: jnp.array(np.asarray(found[path])) for path in mine})
-
-
 class Program(NamedTuple):
-    """A run's functions and data. Arrays are on all devices of `mesh`, the split divided by rows."""
+    """Hold a run's functions and data. Arrays are on all devices of `mesh`; the split is divided by rows."""
 
     config: Config
     model: nn.Module
@@ -78,26 +36,26 @@ class Program(NamedTuple):
     template: TrainState
     """Shapes and dtypes of the state."""
     first: Callable[[], TrainState]
-    """The state before the first step."""
+    """Makes the state before the first step."""
     run: Callable[..., tuple[TrainState, Totals]]
-    """As `make_train_step` builds it."""
+    """Takes steps, as built by `make_train_step`."""
     order: Callable[[int], jax.Array]
-    """The order of an epoch, counted from 0."""
+    """Returns the order of an epoch, counted from 0."""
     split: Split
     lam: Callable[[int], Any]
     rate: Callable[[int], Any]
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
+        """Return the number of steps of the whole run."""
         return self.steps_per_epoch * self.config.epochs
 
 
 def build(config: Config, model: nn.Module, dataset: Dataset, mesh: Mesh) -> Program:
-    """The program of a run; nothing is compiled yet.
+    """Build the program of a run. Nothing is compiled yet.
 
     Raises:
-      InvalidInput: there is no whole batch, or it cannot be divided among the devices.
+      InvalidInput: There is not one whole batch, or it cannot be divided among the devices.
     """
     images, labels = (x[: config.train_limit] for x in (dataset.train_images, dataset.train_labels))
     per_epoch = _steps_per_epoch(config, len(images), mesh.size)
@@ -116,7 +74,7 @@ def build(config: Config, model: nn.Module, dataset: Dataset, mesh: Mesh) -> Pro
         mesh,
         per_epoch,
         template=jax.eval_shape(create),
-        first=lambda: devices.replicate(fine_tuned(create(), config.fine_tune), mesh),
+        first=lambda: devices.replicate(fine_tune(create(), config.fine_tune), mesh),
         run=make_train_step(config, model, tx, lam, dataset.mean, dataset.std, dataset.num_classes, mesh),
         order=lambda epoch: order(np.int32(epoch)),
         split=Split(devices.split_rows(images, mesh), devices.split_rows(labels, mesh)),
@@ -139,13 +97,52 @@ def _steps_per_epoch(config: Config, images: int, count: int) -> int:
     return images // config.batch_size
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the decisions, one an image or one a pixel, whose largest logit is the label's."""
-    return float(np.mean(np.argmax(logits, -1) == labels))
+def fine_tune(state: TrainState, folder: Path | None) -> TrainState:
+    """Return a first state with the deployed parameters and the batch norm of another run.
+
+    They come from its newest checkpoint. Step, optimizer and ranges of quantizers stay those of `state`;
+    the first batch sets the ranges anew.
+
+    Args:
+      state: First state of this run.
+      folder: `checkpoints/METHOD` of the other run, or one step of it. None leaves `state` as it is.
+
+    Raises:
+      InvalidInput: There is no checkpoint, it is damaged, or its network is another one.
+    """
+    if folder is None:
+        return state
+    held = restore(folder)
+    params = _with_own_leaves(state.params, held.get("average") or held.get("params"), folder)
+    batch_stats = _with_own_leaves(state.batch_stats, held.get("batch_stats"), folder)
+    average = None if state.average is None else params
+    return state.replace(params=params, batch_stats=batch_stats, average=average)
+
+
+def _with_own_leaves(template: Any, held: Any, folder: Path) -> Any:
+    """Return `template` with the model's own leaves from `held`."""
+    wanted, found = flatten_dict(template), flatten_dict(held or {})
+
+    def own(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
+        return {
+            path: leaf.shape
+            for path, leaf in leaves.items()
+            if not is_range(path) and path[-1] not in LEARNED_NAMES
+        }
+
+    mine, theirs = own(wanted), own(found)
+    if differ := sorted(path for path in mine | theirs if mine.get(path) != theirs.get(path)):
+        path = differ[0]
+        raise qt.InvalidInput(
+            f"--fine-tune {folder}: {'/'.join(path)} has shape {theirs.get(path, 'absent')} there and "
+            f"{mine.get(path, 'absent')} here ({len(differ)} leaves differ): it is another network, or of "
+            "another data set. Name checkpoints of the same --model."
+        )
+    return unflatten_dict(wanted | {path: jnp.array(np.asarray(found[path])) for path in mine})
 
 
 def validation(program: Program) -> Callable[[TrainState], dict[str, float]]:
-    """Builds what measures a state on the validation split, plain and fake-quantized."""
+    """Build `validate(state) -> metrics` on the validation split, for the plain and the quantized network."""
     config, model, dataset = program.config, program.model, program.dataset
     kinds = {"fp32": False} | ({"fake_quant": True} if config.sched != "none" else {})
     predictors = {
@@ -165,3 +162,8 @@ def validation(program: Program) -> Callable[[TrainState], dict[str, float]]:
         return found
 
     return validate
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the share of the decisions, one per image or per pixel, whose largest logit is the label's."""
+    return float(np.mean(np.argmax(logits, -1) == labels))

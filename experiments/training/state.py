@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and the optimizer that moves it."""
+"""Define the state that a training run carries from step to step, and the optimizer that updates it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from experiments.training import quantizers
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a checkpoint holds; every random number is drawn from the seed and `step`."""
+    """Hold all that a checkpoint holds. Every random number is drawn from the seed and `step`."""
 
     step: jax.Array
     params: Any
@@ -25,23 +25,23 @@ class TrainState:
     average: Any
     """Moving average of `params`, or None."""
     rate_scale: Any = np.float32(1.0)
-    """Factor of the learning rate: halved each time that a diverged run goes back; float32 scalar."""
+    """Factor of the learning rate, a float32 scalar. It is halved each time a diverged run goes back."""
 
     @property
     def deployed(self) -> dict[str, Any]:
-        """The variables that are evaluated and exported."""
+        """Return the variables that are evaluated and exported."""
         params = self.params if self.average is None else self.average
         return {"params": quantizers.plain(params), "batch_stats": self.batch_stats}
 
 
 def random_key(config: Config, purpose: str, index: jax.Array | int) -> jax.Array:
-    """The key for one purpose (parameters, order, augmentation) and one step or epoch of it."""
+    """Return the key for one purpose (parameters, order, augmentation) and one step or epoch of it."""
     family = ("parameters", "order", "augmentation").index(purpose)
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), family), index)
 
 
 def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
-    """The learning rate by step."""
+    """Return the learning rate as a function of the step."""
     if config.lr_schedule == "cosine":
         warmup = max(1, total_steps // 20)
         end = max(total_steps, warmup + 1)
@@ -53,9 +53,10 @@ def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum, weight decay on what `quantizers.is_decayed` says, then reverse pruning.
+    """Return SGD with Nesterov momentum and weight decay, followed by reverse pruning if the config has it.
 
-    Its `update` takes `rate_scale`, and `batch_stats` for reverse pruning of folded kernels.
+    `quantizers.is_decayed` selects the decayed leaves. `update` takes `rate_scale`, and `batch_stats` for
+    reverse pruning of folded kernels.
     """
     chain = [
         optax.add_decayed_weights(
@@ -80,7 +81,7 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
 
 
 def scaled_by_rate() -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by the `rate_scale` that `update` is given, 1 by default."""
+    """Multiply updates by the `rate_scale` that `update` is given, 1 by default."""
 
     def update(updates, state, params=None, *, rate_scale=None, **_):
         if rate_scale is None:
@@ -91,7 +92,7 @@ def scaled_by_rate() -> optax.GradientTransformationExtraArgs:
 
 
 def thresholds(opt_state: optax.OptState) -> dict[str, float]:
-    """Reverse pruning's tau of each kernel by path (the mean of those of channels); empty without it."""
+    """Return reverse pruning's tau of each kernel by path, the mean over channels. Empty without pruning."""
     found = optax.tree_utils.tree_get_all_with_path(opt_state, "tau")
     leaves = [leaf for _, tau in found for leaf in jax.tree.leaves_with_path(tau)]
     return {
@@ -104,7 +105,7 @@ def thresholds(opt_state: optax.OptState) -> dict[str, float]:
 def create_state(
     config: Config, model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...]
 ) -> TrainState:
-    """The state before the first step, with what the quantizer keeps attached, unless there is none."""
+    """Create the state before the first step, with all that the quantizer keeps attached."""
 
     def init(key):
         images = jnp.zeros((1, *image_shape), jnp.float32)

@@ -1,4 +1,4 @@
-"""The train step and the evaluation, each one compiled function over data that stays on the device."""
+"""Build the train step and the evaluation, each one compiled function over data that stays on the device."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +22,10 @@ FLIPPABLE = {"cifar10", "cifar100", "fashion-mnist", "composed", "oxford-pet", "
 
 
 class Split(NamedTuple):
-    """Images `(n, height, width, channels)` uint8 and their labels, on the device: `(n,)` int32, or for
-    segmentation `(n, height, width)` uint8.
+    """Hold images and labels on the device.
+
+    Images are uint8 `(n, height, width, channels)`. Labels are int32 `(n,)`, or for segmentation uint8
+    `(n, height, width)`.
     """
 
     images: jax.Array
@@ -31,9 +33,9 @@ class Split(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the steps since they were last read; float32 scalars, read by the host when it logs.
+    """Hold sums over the steps since they were last read: float32 scalars that the host reads when it logs.
 
-    In segmentation the `correct` of an image is the share of its pixels that are.
+    In segmentation, the `correct` of an image is the share of its pixels that are correct.
     """
 
     loss: jax.Array
@@ -42,7 +44,7 @@ class Totals(NamedTuple):
 
     @classmethod
     def zero(cls) -> "Totals":
-        """Nothing summed yet."""
+        """Return sums of nothing."""
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
@@ -56,15 +58,21 @@ def make_train_step(
     num_classes: int,
     mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Totals]]:
-    """Builds `run(state, totals, split, order, steps) -> (state, totals)`, compiled once.
+    """Build `run(state, totals, split, order, steps) -> (state, totals)`, compiled once.
 
-    `order` is the epoch's permutation of the split, `(steps per epoch * batch,)` int32; `steps` (int32) is
+    `order` is the epoch's permutation of the split, `(steps per epoch * batch,)` int32. `steps` (int32) is
     the number of steps to take. With `steps_per_dispatch` 1 it takes exactly one, without a loop: inside a
     loop XLA's CPU backend runs convolutions on one thread, forty times slower.
 
     Args:
-      mesh: the devices among which every batch is divided, where `state`, `totals` and `order` are replicated
-        and the rows of `split` may be spread; None: the one device on which the arguments are.
+      config: Config of the run.
+      model: Network to train.
+      tx: Its optimizer, as `state.optimizer` builds it.
+      lam: Lambda by step.
+      mean, std: One number per channel, as `augment.normalize` takes them.
+      num_classes: Number of classes.
+      mesh: Devices among which every batch is divided. `state`, `totals` and `order` are replicated on them,
+        and the rows of `split` may be spread. None stands for the one device on which the arguments are.
     """
 
     def loss_fn(params, batch_stats, images, labels, step):
@@ -86,7 +94,7 @@ def make_train_step(
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients_of(state: TrainState, images: jax.Array, labels: jax.Array):
-        """Mean loss, decisions that are right, statistics, mean gradients."""
+        """Return the mean loss, the number of right decisions, the statistics and the mean gradients."""
         if config.accumulate == 1:
             (loss, (correct, batch_stats)), gradients = gradient_fn(
                 state.params, state.batch_stats, images, labels, state.step
@@ -108,11 +116,11 @@ def make_train_step(
         return loss * mean_of, correct, batch_stats, optax.tree.scale(mean_of, gradients)
 
     def step(state: TrainState, totals: Totals, split: Split, order: jax.Array):
-        images, labels = drawn(config, split, order, state.step, mesh)
+        images, labels = draw_batch(config, split, order, state.step, mesh)
         images = normalize(images, mean, std)
         loss, correct, batch_stats, gradients = gradients_of(state, images, labels)
         params, average = (
-            quantizers.started(config, tree, state.batch_stats, batch_stats)
+            quantizers.initialize_learned(config, tree, state.batch_stats, batch_stats)
             for tree in (state.params, state.average)
         )
         updates, opt_state = tx.update(
@@ -122,8 +130,8 @@ def make_train_step(
         if config.ema:
             average = optax.incremental_update(params, average, 1.0 - config.ema)
         final = average if config.ema else params
-        batch_stats = quantizers.published(config, final, batch_stats)
-        batch_stats = quantizers.with_gains(config, model, final, batch_stats, images.shape[1:])
+        batch_stats = quantizers.publish_learned(config, final, batch_stats)
+        batch_stats = quantizers.refresh_gains(config, model, final, batch_stats, images.shape[1:])
         seen = Totals(loss * config.batch_size, correct, jnp.float32(config.batch_size))
         state = TrainState(state.step + 1, params, batch_stats, opt_state, average, state.rate_scale)
         return state, jax.tree.map(jnp.add, totals, seen)
@@ -137,28 +145,28 @@ def make_train_step(
     return jax.jit(run, donate_argnums=(0, 1), out_shardings=placed)
 
 
-def drawn(
+def draw_batch(
     config: Config, split: Split, order: jax.Array, step: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Augmented uint8 images and int32 labels of one step: a function of the seed and the step alone."""
+    """Draw the augmented uint8 images and int32 labels of one step, from the seed and the step alone."""
     position = (step % (order.size // config.batch_size)) * config.batch_size
     chosen = jax.lax.dynamic_slice(order, (position,), (config.batch_size,))
     key = random_key(config, "augmentation", step)
     move = partial(random_crop_flip, key, flip=config.dataset in FLIPPABLE)
     images, labels = (constrained(rows[chosen], mesh) for rows in split)
     images = move(images)
-    if labels.ndim > 1:  # a mask moves with its image, for it is the same key
+    if labels.ndim > 1:  # the same key moves a mask with its image
         labels = move(labels[..., None])[..., 0].astype(jnp.int32)
     return images, labels
 
 
 def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What `--remat` keeps for the backward pass: the outputs of convolutions and matrix products."""
+    """Tell whether `--remat` keeps an output for the backward pass: of convolutions and matrix products."""
     return primitive in (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
 
 
 def epoch_order(config: Config, images: int, epoch: int) -> jax.Array:
-    """The order of epoch `epoch`: a permutation of the split, cut to whole batches; int32."""
+    """Return the order of an epoch: an int32 permutation of the split, cut to whole batches."""
     shuffled = jax.random.permutation(random_key(config, "order", epoch), images)
     return shuffled[: images // config.batch_size * config.batch_size]
 
@@ -172,16 +180,20 @@ def make_predict(
     quantized: bool,
     mesh: Mesh | None = None,
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
-    """Builds `predict(variables, images) -> logits` for evaluation, with statistics frozen.
+    """Build `predict(variables, images) -> logits` for evaluation, with statistics frozen.
 
     Args:
-      quantized: full fake quantization (lambda 1) instead of the plain network.
-      mesh: as for `make_train_step`.
+      config: Config of the run.
+      model: Network to evaluate.
+      mean, std: One number per channel, as `augment.normalize` takes them.
+      quantized: Full fake quantization (lambda 1) instead of the plain network.
+      mesh: As for `make_train_step`.
 
     Returns:
-      A function of variables and uint8 images `(n, height, width, channels)`; float32 logits
-      `(n, num_classes)`, or for segmentation `(n, height, width, num_classes)`, computed in batches of one
-      shape: 500 images, fewer where they are larger than 32x32, rounded up to a multiple of the devices.
+      A function of variables and uint8 images `(n, height, width, channels)`. It returns float32 logits
+      `(n, num_classes)`, or for segmentation `(n, height, width, num_classes)`. It computes them in batches
+      of one shape: 500 images, fewer where they are larger than 32x32, rounded up to a multiple of the
+      devices.
     """
 
     def logits(variables, images):

@@ -42,7 +42,7 @@ def flat(tree) -> dict[str, np.ndarray]:
 
 @contextmanager
 def told_to_end_at(stop: int):
-    """Stands for `preemption.watched`: SIGTERM comes in step `stop`."""
+    """Stand in for `loop.watch_signals`: SIGTERM comes in step `stop`."""
     yield lambda step: signal.SIGTERM if step >= stop else None
 
 
@@ -50,7 +50,7 @@ def main(folder: str, name: str, count: str, where: str = "alone", stop: str = "
     if where != "alone":
         devices.connect(where)
     if stop:
-        loop.preemption.watched = lambda: told_to_end_at(int(stop))
+        loop.watch_signals = lambda: told_to_end_at(int(stop))
     seen = {}
     row = loop._row
 

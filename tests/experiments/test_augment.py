@@ -14,7 +14,7 @@ from qt_jax.errors import InvalidInput
 
 
 def padded_crop(image, top, left, flipped, pad):
-    """The same in numpy, the long way: pad, slice, mirror."""
+    """Do the same in numpy the long way: pad, slice, mirror."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
     crop = padded[top : top + height, left : left + width]
@@ -41,7 +41,7 @@ def test_crop_flip_equals_padding_slicing_and_mirroring(shape, pad, seed):
 
 
 def all_crops(image, pad, flips):
-    """Every possible result for one image, as bytes, in a fixed order."""
+    """Return every possible result for one image, as bytes, in a fixed order."""
     places = range(2 * pad + 1)
     return [
         padded_crop(image, top, left, flip, pad).tobytes()

@@ -1,4 +1,4 @@
-"""The benchmark of exports: the twins compute what Linen computes; what is counted, timed and recorded."""
+"""Check the benchmark of exports: twins equal Linen, and what is counted, timed and recorded."""
 
 import importlib.util
 import io
@@ -109,7 +109,7 @@ def test_nodes_and_transposes_are_counted():
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """An exporter that takes the seconds it is told and allocates 32 MB."""
+    """Return an exporter that takes the given seconds and allocates 32 MB."""
     laps = iter([{"convert_s": 9.0}] + [{"convert_s": s, "verify_s": 1.0} for s in (5.0, 3.0, 1.0, 2.0)])
 
     def export_once(path):

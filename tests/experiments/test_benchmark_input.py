@@ -1,4 +1,4 @@
-"""The benchmark of the input pipeline: both inputs are what they say, and what is recorded."""
+"""Check the benchmark of the input pipeline: what both inputs compute, and what is recorded."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_an_epoch_of_batches_holds_every_image_once(make):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_numpy_crops_and_mirrors(flip):
-    """Every image is a window of its reflection-padded self, mirrored only where that is asked for."""
+    """Check that every image is a window of itself padded by reflection, mirrored only on request."""
     random = np.random.default_rng(1)
     found = input_benchmark.crop_flip(random, IMAGES, flip=flip)
     mirrored = 0

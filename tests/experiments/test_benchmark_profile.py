@@ -1,4 +1,4 @@
-"""The profile of a step: how instructions and kernels are told apart, and the command on a tiny network."""
+"""Check the profile of a step: kinds of instructions and kernels, and the command on a tiny network."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_convolutions_are_told_by_their_windows(shape, window, kind):
 
 
 def test_instructions_of_a_compiled_program():
-    """What was fused counts under the heaviest of its parts."""
+    """Count a fused instruction under the heaviest of its parts."""
 
     @jax.jit
     def program(x, w):

@@ -1,4 +1,4 @@
-"""The benchmark over sizes: its points, its step, resuming, what it shows."""
+"""Check the benchmark over sizes: its points, its step, how it resumes, and what it shows."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ MADE_UP = {scaling.FP32: (4, 100), scaling.UNFUSED: (2, 90), QUANT_TRIM: (3, 110
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The points for which steps were built; times are made up."""
+    """Return the points for which steps were built. Times are made up."""
     built = []
     monkeypatch.setattr(scaling, "AXES", {"width": (8, 16), "sample_size": (1024, 4096)})
 
@@ -48,7 +48,7 @@ def test_the_base_is_a_point_of_every_axis_and_measured_once():
 
 
 def test_its_step_is_the_trainers():
-    """With the default sample size, and lambda counted in the model: the same parameters and ranges."""
+    """Get the same parameters and ranges with the default sample size and lambda counted in the model."""
     split, model = random_split(CONFIG, (8, 8, 3)), ResNet((1,), 4)
     inside = QuantTrimmed(model, quant_config(CONFIG), lambda_schedule(CONFIG, 3))
     own = compiled_step(CONFIG, model, split, steps=3)
@@ -67,7 +67,7 @@ def test_its_step_is_the_trainers():
 
 
 def test_the_sample_size_reaches_the_statistics(monkeypatch):
-    """Of the point into the config of the model that is compiled, as the other four sizes do."""
+    """Check that the point's sample size reaches the config of the compiled model, as the other sizes do."""
     seen = {}
 
     def step(config, model, split, steps):

@@ -1,4 +1,4 @@
-"""The benchmark of a training step: which variants it times, what it computes from times, what it records."""
+"""Check the benchmark of a training step: its variants, what it computes from times, what it records."""
 
 import io
 import sys
@@ -18,7 +18,7 @@ from qt_jax import records
 
 
 class Tiny(nn.Module):
-    """One convolution, one norm, one head."""
+    """Apply one convolution, one norm and one head."""
 
     num_classes: int = 10
     dtype: type = jnp.float32
@@ -32,7 +32,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def promotion():
-    """Qwix, AQT and Linen's batch norm in bfloat16 rely on implicit promotion, which other tests forbid."""
+    """Allow implicit promotion, on which Qwix, AQT and Linen's batch norm in bfloat16 rely."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -47,7 +47,7 @@ def tiny(monkeypatch):
 
 
 def without(monkeypatch, *modules):
-    """As if these could not be imported."""
+    """Make the imports of these packages fail."""
     for name in modules:
         monkeypatch.setitem(sys.modules, name, None)
 
@@ -57,7 +57,7 @@ TORCH_STEP = "experiments.benchmarks.torch_step"
 
 
 def alone_and_nested(model, images):
-    """Variables of a model, alone and below "model"."""
+    """Return variables of a model, alone and below "model"."""
     variables = model.init(jax.random.key(1), images)
     return variables, {collection: {"model": tree} for collection, tree in variables.items()}
 
@@ -97,9 +97,9 @@ def test_summary_in_closed_form():
 
 
 def test_variants_are_the_trainers_steps(tiny, monkeypatch):
-    """Statistics move with Quant-Trim only, kernels are clipped in the step that prunes only."""
+    """Check that only Quant-Trim moves statistics, and that only the step that prunes clips kernels."""
     without(monkeypatch, "qwix", "aqt", TORCH_STEP)
-    built, missing = variants.build(step.trained(step.Options(model="tiny", batch_size=4)), steps=4)
+    built, missing = variants.build(variants.step_config("tiny", 4, "float32"), steps=4)
     assert list(missing) == [variants.QWIX, variants.AQT, variants.TORCH, variants.TORCH_QAT]
     status, reason = missing[variants.QWIX]
     assert status == "unavailable" and reason.startswith("qwix cannot be imported: ")
@@ -201,7 +201,7 @@ def test_wrong_input_is_told(capsys, arguments, message):
 
 @qwix_warns
 def test_qwix_leaves_the_parameters_as_they_are(tiny, promotion):
-    """The benchmark trains the same parameters; only the arithmetic differs, integer sums in the forward."""
+    """Train the same parameters with other arithmetic: integer sums in the forward."""
     pytest.importorskip("qwix")
     model = models.create("tiny", 10)
     x = jnp.ones((2, 32, 32, 3))
@@ -212,7 +212,7 @@ def test_qwix_leaves_the_parameters_as_they_are(tiny, promotion):
 
 
 def test_aqt_rounds_forward_and_passes_gradients_straight_through(tiny, promotion):
-    """Rounded logits, gradients near the float network's: AQT's own convolution has none."""
+    """Get rounded logits, and gradients near the float network's. AQT's own convolution has none."""
     pytest.importorskip("aqt")
     model = models.create("tiny", 10)
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -234,7 +234,7 @@ def test_aqt_rounds_forward_and_passes_gradients_straight_through(tiny, promotio
 
 def test_bfloat16_computes_in_it_and_keeps_everything_in_float32(promotion):
     for dtype in ("float32", "bfloat16"):
-        config = step.trained(step.Options("tiny", 4, dtype))
+        config = variants.step_config("tiny", 4, dtype)
         model, split = models.create("tiny", 10, jnp.dtype(dtype)), variants.random_split(config, (16, 16, 3))
         variant = variants.compiled_step(config, model, split, steps=4)
         after = variant.advance(variant.state)
@@ -245,7 +245,7 @@ def test_bfloat16_computes_in_it_and_keeps_everything_in_float32(promotion):
 
 
 def test_grouped_convolutions_are_those_of_jax():
-    """The injected products compute the same, up to rounding, and only they are taken away."""
+    """Replace only the products, whose results are the same up to rounding."""
     model = models.create("mobilenetv2", 10)
     images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
     variables, nested = alone_and_nested(model, images)

@@ -1,4 +1,4 @@
-"""PyTorch's side of the benchmark of a training step."""
+"""Check PyTorch's side of the benchmark of a training step."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ TWIN = torch_step.twin
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fake_quantization_on_weight_and_input_of_every_layer(monkeypatch, dtype):
-    """Ranges move in a step, the loss has a gradient, and parameters stay in float32."""
+    """Check that ranges move in a step, the loss has a gradient, and parameters stay in float32."""
     networks = []
     monkeypatch.setattr(torch_step, "twin", lambda *given: networks.append(TWIN(*given)) or networks[-1])
     config = Config(model="tiny", batch_size=4, dtype=dtype)

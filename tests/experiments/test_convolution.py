@@ -1,4 +1,4 @@
-"""Depthwise and pointwise convolutions for CPUs against JAX's own, and what is left to JAX."""
+"""Compare depthwise and pointwise convolutions for CPUs with JAX's own, and check what is left to JAX."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""CIFAR from tiny archives in the official and the npm layout; the pinned checksums are those of the toys."""
+"""Load CIFAR from tiny archives in the official and the npm layout, with the toys' checksums pinned."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 
 
 def python2_pickle(data, labels):
-    """What Python 2's cPickle wrote for {"data": uint8 matrix, "labels": [...]}: strings are byte strings."""
+    """Write {"data": uint8 matrix, "labels": [...]} as Python 2's cPickle did, with byte strings."""
     rows, columns = data.shape
     raw = data.tobytes()
     return (
@@ -79,14 +79,14 @@ def write_folder(path, files):
 
 
 def pin(archive, files, tar):
-    """`archive` with the checksums of a toy."""
+    """Return `archive` with the checksums of a toy."""
     members = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     return replace(archive, members=members, md5=hashlib.md5(tar.read_bytes()).hexdigest())
 
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """A folder of its own for each source of a toy CIFAR-10, with every pin set to the toy's checksum."""
+    """Make a folder for each source of a toy CIFAR-10, with every pin set to the toy's checksum."""
     for name in ("tar", "folder", "npm", "npz"):
         (tmp_path / name).mkdir()
     files = official_files()
@@ -109,7 +109,7 @@ def assert_is_toy(published):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No source answers; returns the list of what was tried."""
+    """Make every source fail, and return the list of what was tried."""
     tried = []
 
     def refuse(url, md5, path):

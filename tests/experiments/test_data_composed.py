@@ -1,4 +1,4 @@
-"""The composed set from toy sources, against a slow composition pixel by pixel."""
+"""Check the composed set from toy sources against a slow composition pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PHOTOGRAPHS = (np.arange(20 * 32 * 32 * 3) * 104729 % 251).astype(np.uint8).resh
 
 
 def by_pixel(size, seed):
-    """The recipe in plain loops: the same draws, then one pixel at a time in exact fractions."""
+    """Compose in plain loops: the same draws, then one pixel at a time in exact fractions."""
     draw = composed._Draw(seed)
     chosen = draw.sample(20, size)
     counts = draw.integers(1, 3, (size,))
@@ -48,7 +48,7 @@ def test_vectorised_equals_pixel_by_pixel(monkeypatch):
 
 
 def test_it_is_the_same_to_the_byte_and_follows_the_seed():
-    """The digest is a constant: of this code, of numpy's promise for PCG64, of no machine."""
+    """Check that the digest depends on this code and on numpy's promise for PCG64, not on the machine."""
     images, labels = composed.compose(GARMENTS, KINDS, PHOTOGRAPHS, 8, 5)
     assert store.digest({"images": images, "labels": labels}).startswith("6789127589301d77")
     others, _ = composed.compose(GARMENTS, KINDS, PHOTOGRAPHS, 8, 6)
@@ -56,7 +56,7 @@ def test_it_is_the_same_to_the_byte_and_follows_the_seed():
 
 
 def test_nothing_is_used_twice():
-    """Every garment one level of its own, every photograph another: each is found in one image at most."""
+    """Give every garment and every photograph a different level, and find each in one image at most."""
     garments = np.broadcast_to(np.arange(1, 61, dtype=np.uint8)[:, None, None, None], (60, 28, 28, 1))
     draw = composed._Draw(3)
     assert len(set(draw.sample(20, 20).tolist())) == 20
@@ -79,7 +79,7 @@ def test_too_few_sources():
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Toy sources in place of the real ones; counts how often they are read."""
+    """Put toy sources in place of the real ones, and count how often they are read."""
     reads = []
 
     def source(images):

@@ -28,7 +28,7 @@ def write_set(folder):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Pins the checksum of a toy set; neither Debian's package nor a network is there."""
+    """Pin the checksum of a toy set, without Debian's package and without a network."""
     arrays = store.as_arrays(TRAIN[0][..., None], TRAIN[1], TEST[0][..., None], TEST[1])
     monkeypatch.setattr(fashion_mnist, "SHA256", store.digest(arrays))
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "debian")

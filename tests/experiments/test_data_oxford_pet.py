@@ -1,4 +1,4 @@
-"""Oxford-IIIT Pet from a tiny copy in the official layout; the pinned checksums are those of the toy."""
+"""Load Oxford-IIIT Pet from a tiny copy in the official layout, with the toy's checksums pinned."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ def encoded(image, kind):
 
 
 def trimap(stem):
-    """Rows of pets above background, with a border between; a height of its own for each photograph."""
+    """Draw rows of pet above background with a border between, of another height for each photograph."""
     height = 90 + len(stem)
     rows = np.repeat([1, 3, 2], [40, 10, height - 50]).astype(np.uint8)
     return np.broadcast_to(rows[:, None], (height, 120))
@@ -39,7 +39,7 @@ def photograph(stem):
 
 @pytest.fixture
 def files():
-    """What the two archives hold, with oddities of the real ones: macOS's junk, photographs in no list."""
+    """Return the content of the two archives, with the real ones' junk and unlisted photographs."""
     listing = {
         "trainval": "".join(f"{stem} 1 1 1\n" for stem in TRAIN),
         "test": "".join(f"{stem} 1 1 1\n" for stem in TEST),
@@ -54,7 +54,7 @@ def files():
 
 
 def write_archives(folder, files, monkeypatch):
-    """The two .tar.gz in `folder`, with their checksums pinned."""
+    """Write the two .tar.gz into `folder`, and pin their checksums."""
     folder.mkdir(exist_ok=True)
     for name in ("IMAGES", "ANNOTATIONS"):
         part = getattr(oxford_pet, name)
@@ -85,7 +85,7 @@ def offline(tmp_path, monkeypatch):
 
 
 def expected_mask(stem, side):
-    """The centre of each pixel of the small mask, looked up in the trimap."""
+    """Look up the centre of each pixel of the small mask in the trimap."""
     large = trimap(stem)
     rows = ((np.arange(side) + 0.5) * large.shape[0] / side).astype(int)
     columns = ((np.arange(side) + 0.5) * large.shape[1] / side).astype(int)

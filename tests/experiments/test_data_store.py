@@ -195,7 +195,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The address of a server on this machine that offers `set.bin`, and a way to shut it."""
+    """Start a server on this machine that offers `set.bin`, yield its address, and stop it."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     (tmp_path / "www").mkdir()
     (tmp_path / "www" / "set.bin").write_bytes(CONTENT)
@@ -234,7 +234,7 @@ def test_from_url_without_the_file_or_the_host(server, tmp_path):
 
 @pytest.fixture
 def fake_npm(tmp_path, monkeypatch):
-    """Installs a shell script as the only npm on the PATH; its fifth argument is the destination."""
+    """Install a shell script as the only npm on the PATH. Its fifth argument is the destination."""
 
     def install(script):
         (tmp_path / "bin").mkdir()

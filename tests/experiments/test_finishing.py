@@ -1,4 +1,4 @@
-"""The one step between the last of training and deployment."""
+"""Check the one step between the end of training and deployment."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Noise with the form of a data set."""
+    """Return noise in the form of a data set."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (600, *SHAPE), np.uint8)
     labels = random.integers(0, 10, 600, np.int32)
@@ -43,7 +43,7 @@ def begun(config):
 
 def test_gains_and_kernel_ranges_follow_batch_norm_and_nothing_else_does(dataset):
     _, before = begun(CONFIG)
-    after = finishing.finished(CONFIG, dataset, before)
+    after = finishing.finish(CONFIG, dataset, before)
     old, new = flatten_dict(before.batch_stats), flatten_dict(after.batch_stats)
     gain = np.asarray(after.params["stem_norm"]["scale"]) / np.sqrt(new["stem_norm", "var"] + 1e-5)
     np.testing.assert_allclose(new["stem", GAIN], gain, rtol=1e-5)
@@ -59,7 +59,7 @@ def test_gains_and_kernel_ranges_follow_batch_norm_and_nothing_else_does(dataset
 def test_batch_norm_is_pooled_over_the_training_images_that_the_run_may_see(dataset):
     config = dataclasses.replace(CONFIG, train_limit=100)
     model, state = begun(config)
-    after = finishing.finished(config, dataset, state)
+    after = finishing.finish(config, dataset, state)
     images = (dataset.train_images[:100].astype(np.float64) / 255 - 0.5) / 0.25
     stem = model.apply(
         state.deployed,
@@ -81,7 +81,7 @@ def test_kernels_of_lsq_are_clipped_to_their_grid_which_changes_nothing_on_it(da
             stats["stem", "quant_kernel", end], value
         )
     images = jax.random.normal(jax.random.key(1), (4, *SHAPE))
-    after = finishing.finished(config, dataset, state)
+    after = finishing.finish(config, dataset, state)
     assert float(jnp.abs(after.params["stem"]["kernel"]).max()) == pytest.approx(0.5 * peak)
     outputs = [quantizers.quantized_forward(config, model, s.deployed, images) for s in (state, after)]
     np.testing.assert_array_equal(*outputs)

@@ -1,4 +1,4 @@
-"""LSQ against the paper's formulas in numpy float64 and against ONNX's own quantization."""
+"""Compare LSQ with the paper's formulas in numpy float64 and with ONNX's own quantization."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def seen_before(step, signed, spec):
 
 
 def elements(site, spec, x) -> int:
-    """n of the gradient scale: weights that share a step, features of one example."""
+    """Return n of the gradient scale: the weights that share a step, or the features of one example."""
     if site == INPUT:
         return x[0].size
     return x.size // x.shape[-1] if spec.axis == -1 else x.size
@@ -48,7 +48,7 @@ def elements(site, spec, x) -> int:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("lam", [1.0, 0.25])
 def test_gradients_are_finite_differences_of_the_surrogate(case, lam):
-    """The surrogate: s clip(v / s) plus the rounding, held fixed; its derivative in s is the paper's."""
+    """Return s clip(v / s) plus the fixed rounding, a surrogate with the paper's derivative in s."""
     site, spec, signed, (least, largest) = CASES[case]
     x, upstream = tensor(signed), np.random.default_rng(1).normal(size=(8, 5, 3))
     step = np.float32([0.11, 0.2, 0.3] if spec.axis else 0.2)
@@ -104,7 +104,7 @@ def test_nothing_is_observed_or_changed_at_lambda_zero():
 
 
 def onnx_round_trip(x, scale, zero_point, kind) -> np.ndarray:
-    """QuantizeLinear and DequantizeLinear of onnx's reference implementation."""
+    """Apply QuantizeLinear and DequantizeLinear of onnx's reference implementation."""
     names = ["x", "s", "z"]
     nodes = [
         helper.make_node("QuantizeLinear", names, ["q"]),

@@ -1,4 +1,4 @@
-"""The families beside the residual networks: shapes, parameter paths, and one step of training each."""
+"""Check the families beside the residual networks: shapes, parameter paths, one step of training each."""
 
 import flax.linen as nn
 import jax
@@ -95,7 +95,7 @@ def test_layers_are_named_for_what_they_do(name):
 
 
 def random_variables(model: nn.Module, batch: jax.Array) -> dict:
-    """Variables of the right shapes, drawn without compiling `init`; variances are positive."""
+    """Draw variables of the right shapes without compiling `init`. Variances are positive."""
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(1), batch)
     return jax.tree.map(lambda leaf: random.uniform(0.05, 0.6, leaf.shape).astype(np.float32), shapes)
@@ -103,7 +103,7 @@ def random_variables(model: nn.Module, batch: jax.Array) -> dict:
 
 @EACH
 def test_a_gradient_reaches_every_parameter(name):
-    """But a bias that batch norm or softmax cancels may feel nothing."""
+    """Accept a zero gradient only for a bias that batch norm or softmax cancels."""
     model, _ = TINY[name]
     batch = images(8, 16)
     variables = random_variables(model, batch)
@@ -155,7 +155,7 @@ def test_squeeze_and_excitation_scales_whole_channels():
 
 
 def test_a_row_reader_reads_the_last_row_last():
-    """Its state after the first rows, carried on, is its state after all: checked against the cell alone."""
+    """Check against the cell alone that the state after the first rows leads to the state after all rows."""
     model, _ = TINY["gru"]
     batch = images(4, 8)
     variables = random_variables(model, batch)

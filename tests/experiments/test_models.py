@@ -1,4 +1,4 @@
-"""The networks: sizes as published, plain Linen, float32 logits."""
+"""Check the networks: published sizes, plain Linen, float32 logits."""
 
 import ast
 from pathlib import Path
@@ -15,16 +15,16 @@ IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, by path."""
+    """Return the shapes of the parameters, by path."""
     model = models.create(name, 10)
     params = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
     return {"/".join(path): leaf.shape for path, leaf in flatten_dict(params).items()}
 
 
 def he_et_al_parameters(n: int) -> int:
-    """Parameters of the CIFAR ResNet with 6 n + 2 layers, by hand: convolutions, batch norms, head.
+    """Count the parameters of the CIFAR ResNet with 6 n + 2 layers by hand: convolutions, batch norms, head.
 
-    Shortcuts without parameters, as in arXiv 1512.03385, section 4.2.
+    Shortcuts have no parameters, as in arXiv 1512.03385, section 4.2.
     """
     convolution = sum(9 * a * b for a, b in [(3, 16), *[(16, 16)] * 2 * n])
     convolution += sum(9 * a * b for a, b in [(16, 32), *[(32, 32)] * (2 * n - 1)])

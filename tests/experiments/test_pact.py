@@ -1,4 +1,4 @@
-"""PACT's clip against the paper's closed form."""
+"""Compare PACT's clip with the paper's closed form."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""LSQ, PACT and Qwix through the trainer, the checkpoint and the export."""
+"""Take LSQ, PACT and Qwix through the trainer, the checkpoint and the export."""
 
 import dataclasses
 import doctest
@@ -20,7 +20,7 @@ from experiments.configs.training import PRESETS, Config, float_twin, lambda_sch
 from experiments.data import load
 from experiments.pipeline import describe
 from experiments.training import loop, quantizers
-from experiments.training.program import fine_tuned
+from experiments.training.program import fine_tune
 from experiments.training.state import create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
 from qt_jax.export.clips import learned_clips
@@ -49,7 +49,7 @@ DIGITS = load("digits")
 
 
 class Tiny(nn.Module):
-    """One convolution, whose input is signed, and a head, whose input is not."""
+    """Apply a convolution, whose input is signed, and a head, whose input is not."""
 
     width: int = 4
     num_classes: int = 10
@@ -72,7 +72,7 @@ def with_quantizer(quantizer: str, **changes) -> Config:
 
 
 def steps(config: Config, count: int, model: nn.Module = TINY):
-    """The states after 0, 1, ... `count` steps, on the host."""
+    """Return the states after 0, 1, ... `count` steps, on the host."""
     tx, lam = optimizer(config, 4), lambda_schedule(config, 4)
     state = create_state(config, model, tx, (8, 8, 1))
     run = make_train_step(config, model, tx, lam, DIGITS.mean, DIGITS.std, 10)
@@ -162,12 +162,12 @@ def test_evaluation_is_the_training_forward_to_the_bit(quantizer):
 
     @jax.jit
     def training(variables, x):
-        """The training forward, save that batch norm and signed ranges are frozen."""
+        """Run the training forward with batch norm and signed ranges frozen."""
         frozen = {
             site: range_._replace(observe=lambda x, seen, spec, config: seen)
             for site, range_ in quantizer_ranges.items()
         }
-        with learned_ranges.learned_ranges(frozen, quant_config(config), jnp.float32(1.0)):
+        with learned_ranges.learn_ranges(frozen, quant_config(config), jnp.float32(1.0)):
             return model_apply(variables, x, mutable=["batch_stats"])[0]
 
     model_apply = partial(TINY.apply, train=False)
@@ -190,7 +190,7 @@ def test_bfloat16_and_the_loop_keep_every_type(quantizer):
 
 @pytest.fixture(scope="module", params=["lsq", "pact"])
 def trained(request, tmp_path_factory, shared_compilations):
-    """(config, folder, deployed variables) of a run of two steps, described in model.json."""
+    """Return (config, folder, deployed variables) of a run of two steps with a model.json."""
     config, folder = with_quantizer(request.param), tmp_path_factory.mktemp(request.param)
     variables = loop.train(config, TINY, DIGITS, folder, request.param)
     describe(config, DIGITS, f"checkpoints/{request.param}", folder / "model.json")
@@ -243,14 +243,14 @@ def test_fine_tuning_starts_from_the_network_and_its_own_ranges(trained, tmp_pat
     tx = optimizer(CONFIG, 4)
     for quantizer in ("quant-trim", "lsq"):
         fresh = create_state(with_quantizer(quantizer, ema=0.5), TINY, tx, (8, 8, 1))
-        state = fine_tuned(fresh, source)
+        state = fine_tune(fresh, source)
         assert jax.tree.structure(state) == jax.tree.structure(fresh)
         jax.tree.map(np.testing.assert_array_equal, quantizers.plain(state.params), variables["params"])
         norm = state.batch_stats["norm"]["mean"]
         np.testing.assert_array_equal(norm, variables["batch_stats"]["norm"]["mean"])
         assert int(state.batch_stats["head"]["quant_input"]["count"]) == 0
         jax.tree.map(np.testing.assert_array_equal, state.average, state.params)
-    assert fine_tuned(fresh, None) is fresh
+    assert fine_tune(fresh, None) is fresh
 
     tuned = dataclasses.replace(float_twin(CONFIG), fine_tune=source, learning_rate=0.0)
     result = loop.train(tuned, TINY, DIGITS, tmp_path / "run", "float")
@@ -265,9 +265,9 @@ def test_fine_tuning_from_another_network_or_from_nothing_is_refused(trained, tm
             lambda other=other: create_state(CONFIG, other, optimizer(CONFIG, 4), (8, 8, 1))
         )
         with pytest.raises(qt.InvalidInput, match=r"--fine-tune .*it is another network, or of another"):
-            fine_tuned(state, source)
+            fine_tune(state, source)
     with pytest.raises(qt.InvalidInput, match="no such folder"):
-        fine_tuned(state, tmp_path / "nothing")
+        fine_tune(state, tmp_path / "nothing")
 
 
 def test_qwix_trains_the_plain_tree_and_keeps_no_range(tmp_path):
@@ -290,7 +290,7 @@ def test_variables_without_learned_ranges_and_transposed_kernels_are_told():
     dense, transposed = nn.Dense(2), nn.ConvTranspose(3, (2, 2), transpose_kernel=True)
 
     def forward(model, variables, config):
-        with learned_ranges.learned_ranges(LSQ, config, jnp.float32(1.0)):
+        with learned_ranges.learn_ranges(LSQ, config, jnp.float32(1.0)):
             return model.apply(variables, x, mutable=["batch_stats"])
 
     with pytest.raises(qt.InvalidInput, match=r"no learned range for '/?quant_kernel'.* attach"):

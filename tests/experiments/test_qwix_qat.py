@@ -1,4 +1,4 @@
-"""Qwix around the project's models: bits and rules are those of the config, parameters the plain model's."""
+"""Check Qwix around our models: bits and rules of the config, parameters of the plain model."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ X = np.random.default_rng(0).uniform(size=(4, 6, 6, 3)).astype(np.float32)
 
 
 class Net(nn.Module):
-    """A convolution, a transposed one, a head."""
+    """Apply a convolution, a transposed convolution and a head."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -27,20 +27,20 @@ class Net(nn.Module):
 
 
 def absmax(x: np.ndarray, bits: int, axes: tuple[int, ...]) -> np.ndarray:
-    """`x` on Qwix's symmetric grid: the largest magnitude is half a step above the largest integer."""
+    """Round `x` to Qwix's symmetric grid. The largest magnitude is half a step above the last integer."""
     largest = 2 ** (bits - 1) - 1
     step = np.abs(x.astype(np.float64)).max(axis=axes, keepdims=True) / (largest + 0.5)
     return np.clip(np.rint(x / step), -largest - 1, largest) * step
 
 
 def _peaking_upward(kernel: jax.Array) -> jax.Array:
-    """`kernel` with its largest magnitudes above zero: below, they would lie between two integers."""
+    """Flip `kernel` to positive largest magnitudes. Negative ones would lie between two integers."""
     return kernel * jnp.where(kernel.max((0, 1, 2)) > -kernel.min((0, 1, 2)), 1.0, -1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def implicit_promotion():
-    """Which Qwix relies on."""
+    """Allow implicit promotion, on which Qwix relies."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         pytest.importorskip("qwix")
         yield

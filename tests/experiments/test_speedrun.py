@@ -1,4 +1,4 @@
-"""CIFAR-10 in seconds: the parts of the recipe in closed form, the command on a scrap of images."""
+"""Check the speedrun: the parts of the recipe in closed form, the command on a few images."""
 
 import dataclasses
 import importlib
@@ -26,7 +26,7 @@ FLAGS = [
 
 @pytest.fixture
 def scrap(monkeypatch):
-    """Digits as 32x32 colour images, noisy so that no direction is empty, in the place of CIFAR-10."""
+    """Replace CIFAR-10 by digits as 32x32 colour images, noisy so that no direction is empty."""
     digits, random = load("digits"), np.random.default_rng(0)
 
     def colour(images: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One training run: compiled once, resumed to the bit, its statistics and checkpoints intact."""
+"""Check one training run: compiled once, resumed to the bit, with intact statistics and checkpoints."""
 
 import dataclasses
 import io
@@ -50,7 +50,7 @@ def run(config: Config, folder: Path, model: nn.Module = TINY) -> dict[str, Any]
 
 
 def final_state(config: Config, folder: Path):
-    """The newest checkpoint in the folder."""
+    """Return the newest checkpoint in the folder."""
     tx = optimizer(config, config.epochs * STEPS_PER_EPOCH)
     template = create_state(config, TINY, tx, (8, 8, 1))
     with checkpoints.open_checkpoints(folder / "checkpoints" / METHOD) as manager:
@@ -64,13 +64,13 @@ def assert_same_bits(one: Any, other: Any) -> None:
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock measured."""
+    """Return the rows of metrics.jsonl without what a clock measured."""
     rows = records.read(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 class Whole(NamedTuple):
-    """An uninterrupted run, and what was seen while it ran."""
+    """Run without interruption, and return the folder with what was seen."""
 
     folder: Path
     variables: dict[str, Any]
@@ -151,7 +151,7 @@ def test_finished_training_is_not_redone(whole, monkeypatch):
 
 
 def test_interrupted_run_resumes_to_the_bit(whole, tmp_path, monkeypatch):
-    """Killed after the second epoch's row was written and before its checkpoint was, then amid a row."""
+    """Kill the run between the second epoch's row and its checkpoint, then in the middle of a row."""
     save = checkpoints.save
 
     def save_once(manager, state, totals):

@@ -1,4 +1,4 @@
-"""The pieces of a training run: types, order, learning rate, the watch for divergence."""
+"""Check the parts of a training run: types, order, learning rate, detection of divergence."""
 
 import dataclasses
 
