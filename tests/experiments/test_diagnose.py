@@ -1,17 +1,20 @@
-"""`experiments.diagnose` on the committed network: planted faults are found and mended, budgets kept.
+"""Check that `experiments.diagnose` finds and mends planted faults in the committed network.
 
-Accuracy is that of QDQ graphs on onnxruntime's integer kernels, not of the simulation that chose the advice.
+Accuracy is that of QDQ graphs on onnxruntime's integer kernels, not that of the simulation that chose the
+advice. Budgets are kept, and runs and files that cannot be diagnosed are refused.
 """
 
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 import qt_jax as qt
@@ -20,6 +23,8 @@ from experiments.configs.training import PRESETS, parse, quant_config
 from experiments.data import load
 from experiments.run_summary import write_report
 from experiments.runs import model_input
+from qt_jax import records
+from qt_jax.diagnosis import __main__ as diagnosis_command
 from qt_jax.diagnosis import deployed
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment, replaced
@@ -45,7 +50,7 @@ def cifar10():
 
 
 def outlier_weight(model, ranges):
-    """One weight of a layer, 30 times as large as the others."""
+    """Make one weight of a layer 30 times as large as the others."""
     layer = layers_of(model)["stage2_block1/conv2"]
     kernel = graph.constants(model)[layer.kernel].copy()
     kernel[np.unravel_index(5000, kernel.shape)] = 30 * np.abs(kernel).max()
@@ -53,9 +58,9 @@ def outlier_weight(model, ranges):
 
 
 def dead_channel(model, ranges):
-    """A channel that never fires, with weights that set the scale of all others.
+    """Silence a channel, and let its weights set the scale of all others.
 
-    It is one that the network does not need: without it top-1 is the same.
+    The network does not need this channel: without it top-1 is the same.
     """
     layer, channel = layers_of(model)["stage3_block1/conv1"], 61
     values = graph.constants(model)
@@ -66,7 +71,7 @@ def dead_channel(model, ranges):
 
 
 def saturating_activation(model, ranges):
-    """A learned range that ends at an eighth of what it was."""
+    """Cut a learned range to an eighth."""
     name = "stage3_block1/conv1"
     grid = ranges.inputs[name]
     narrow = dataclasses.replace(grid, high=tuple(high / 8 for high in grid.high))
@@ -85,11 +90,10 @@ def accuracy(model, images, labels):
 
 
 def integers(model, ranges):
-    """The QDQ graph at 8 bits, one scale a tensor."""
+    """Return the QDQ graph at 8 bits, with one scale per tensor."""
     bounds = {name: (min(grid.low), max(grid.high)) for name, grid in ranges.inputs.items()}
-    return deployed.qdq_graph(
-        Deployment(model, everywhere(layers_of(model), SIMULATED_SCHEMES["int8-pt"]), bounds)
-    )
+    precisions = everywhere(layers_of(model), SIMULATED_SCHEMES["int8-pt"])
+    return deployed.qdq_graph(Deployment(model, precisions, bounds))
 
 
 @pytest.mark.parametrize("n", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -122,7 +126,7 @@ def test_a_planted_fault_is_found_named_and_mended(fault, n, network, cifar10, t
 
 @pytest.fixture(scope="module")
 def found(cifar10, tmp_path_factory):
-    """The folder of a diagnosis of the committed run on four bits, with a budget."""
+    """Return the folder of a diagnosis of the committed run on four bits, with a budget."""
     out = tmp_path_factory.mktemp("found")
     flags = ["--scheme", "int4w-pt", "--limit", "1000", "--max-drop", "1", "--apply"]
     assert diagnose.main([RUN, *flags, "--out", str(out)]) == 0
@@ -130,7 +134,7 @@ def found(cifar10, tmp_path_factory):
 
 
 def ruff_formats(source):
-    """Whether ruff would leave it as it is."""
+    """Tell whether ruff would leave the source as it is."""
     command = [sys.executable, "-m", "ruff", "format", "--line-length", "110", "-"]
     return subprocess.run(command, input=source, capture_output=True, text=True).stdout == source
 
@@ -192,6 +196,77 @@ def test_the_report_of_a_run_holds_its_diagnosis(found, tmp_path):
         (found / name).write_bytes(Path(RUN, name).read_bytes())
     page = write_report(found, tmp_path / "report.html").read_text()
     assert "What to do" in page and page.count('aria-label="Noise behind each layer"') == 1
+
+
+@pytest.fixture
+def digits_run(tmp_path):
+    """Return the folder of a finished run of a linear network on the digits."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[batch, 1, 8, 8] input) => (float[batch, 10] logits) {
+            flat = Flatten<axis = 1>(input)
+            hidden = MatMul(flat, first)
+            logits = MatMul(hidden, second)
+        }""")
+    random = np.random.default_rng(0)
+    for name, shape in (("first", (64, 16)), ("second", (16, 10))):
+        value = random.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    for node in model.graph.node:
+        node.name = node.input[-1]
+    config = {"dataset": "digits", "model": "linear", "seed": 3, "calibration_size": 64}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    onnx.save(model, folder / "model.onnx")
+    return folder
+
+
+def test_each_layer_is_rounded_alone_on_the_validation_split(digits_run, capsys):
+    assert diagnose.main([str(digits_run), "--scheme", "int4w-pt"]) == 0
+    assert "all but it" in capsys.readouterr().out
+    kept = records.read(digits_run / "diagnosis" / "measurements.jsonl")
+    found = {row["what"]: row for row in kept}
+    # with two layers, all but one is the other alone, which is measured once
+    assert {"float", "all", "first alone", "second alone"} <= set(found)
+    assert {len(row["correct"]) for row in kept} == {2 * 144 // 8}
+    assert found["float"]["sqnr_db"] is None
+    assert found["all"]["sqnr_db"] < found["first alone"]["sqnr_db"]
+    page = (digits_run / "diagnosis.md").read_text()
+    assert page.startswith("# Diagnosis of run, quant-trim, int4w-pt\n") and "on 144 images" in page
+
+    assert diagnose.main([str(digits_run), "--scheme", "int4w-pt", "--json"]) == 0
+    read = capsys.readouterr()
+    rows = [json.loads(line) for line in read.out.splitlines()]
+    assert [row["layer"] for row in rows] == ["first", "second"]
+    for row, other in zip(rows, rows[::-1], strict=True):
+        assert row["top1_alone"] == other["top1_all_but"] == found[f"{row['layer']} alone"]["top1"]
+    assert "all but it" in read.err and "\x1b" not in read.err
+    assert records.read(digits_run / "diagnosis" / "measurements.jsonl") == kept
+
+
+def test_a_file_is_diagnosed_alike_by_the_command_of_the_package(digits_run, tmp_path):
+    images = np.random.default_rng(0).normal(size=(32, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "c.npz", images=images)
+    np.savez(tmp_path / "t.npz", images=images, labels=np.zeros(32, np.int64))
+    model = digits_run / "model.onnx"
+    files = [str(model), "--calibration", str(tmp_path / "c.npz"), "--test", str(tmp_path / "t.npz")]
+    pages = []
+    for command in (diagnose.main, diagnosis_command.main):
+        assert command([*files, "--max-drop", "100", "--apply"]) == 0
+        page = (digits_run / "model.diagnosis" / "diagnosis.md").read_text()
+        pages.append(re.sub(r"```text\n.*?```", "", page, flags=re.DOTALL))
+        shutil.rmtree(digits_run / "model.diagnosis")
+    assert pages[0] == pages[1] and "## Mixed precision" in pages[0] and "## Files" in pages[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"), [(None, "experiments.cifar"), ({"dataset": "digits"}, "finish the run")]
+)
+def test_a_folder_without_a_finished_run_is_refused(config, message, tmp_path, capsys):
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert diagnose.main([str(tmp_path)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_toolchain_tells_the_noise_behind_each_layer(tmp_path, cifar10, capsys):

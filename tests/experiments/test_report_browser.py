@@ -1,4 +1,4 @@
-"""The written report in a real browser: nothing is missing or fetched, nothing sticks out, a click sorts."""
+"""Open the report in a real browser: nothing is missing or fetched, nothing sticks out, a click sorts."""
 
 import importlib.util
 from pathlib import Path
