@@ -1,8 +1,8 @@
-"""Data parallel training over all devices of all hosts: one mesh with one axis, arrays replicated or split.
+"""Train data-parallel over all devices of all hosts, on one mesh with one axis.
 
-Everything is defined on the global batch and computed by one program that XLA divides among the devices, so
-that batch norm, quantiles, thresholds and metrics are those of one device on the same batch, save for the
-order in which floating-point sums are taken.
+Arrays are replicated or split. Everything is defined on the global batch and computed by one program, which
+XLA divides among the devices. Batch norm, quantiles, thresholds and metrics are therefore those of one device
+on the same batch, except for the order in which floating-point sums are taken.
 """
 
 import re
@@ -21,11 +21,11 @@ AXIS = "batch"
 
 
 def connect(where: str) -> None:
-    """Makes this process one of several that train together; to be called before JAX is asked for devices.
+    """Make this process one of several that train together. Call it before JAX is asked for devices.
 
     Args:
       where: "auto" where JAX finds the others by itself (TPU pods, Slurm, Open MPI, Kubernetes), else
-        ADDRESS:PORT,COUNT,INDEX: where process 0 can be reached, how many there are, which one this is.
+        ADDRESS:PORT,COUNT,INDEX: address of process 0, number of processes, index of this process.
 
     Raises:
       InvalidInput: `where` is neither, or the processes cannot be found.
@@ -53,45 +53,45 @@ def connect(where: str) -> None:
 
 
 def disconnect() -> None:
-    """Ends the connection; all processes have to come here, and each is on its own from then on."""
+    """End the connection. All processes have to call this; each is on its own from then on."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def meet(name: str) -> None:
-    """Waits until all processes have come to the place called `name`; alone, goes on at once."""
+    """Wait until all processes have come to the place called `name`. A single process goes on at once."""
     if jax.process_count() > 1:
         ocp.multihost.sync_global_processes(name)
 
 
 def accelerator() -> str | None:
-    """What a record says that JAX computes on; None for a CPU."""
+    """Return the name of the accelerator that JAX computes on, for records; None for a CPU."""
     device = jax.devices()[0]
     return None if device.platform == "cpu" else device.device_kind
 
 
 def is_leader() -> bool:
-    """Whether this is the one process that writes files and speaks."""
+    """Tell whether this is the one process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `devices`, by default all of all processes, along the axis `AXIS`."""
+    """Return the mesh of `devices` along the axis `AXIS`. The default is all devices of all processes."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Place the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_along(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Equal parts of one axis of an array, one a device."""
+    """Place equal parts of one axis of an array, one per device."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process holds with the same values, as global arrays on every device of the mesh."""
+    """Turn arrays that every process holds alike into global arrays on every device of the mesh."""
 
     def place(leaf: Any) -> jax.Array:
         host = np.asarray(leaf)
@@ -101,7 +101,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Rows spread over the devices in their order; each process hands its own devices their rows, no other.
+    """Spread rows over the devices in their order. Each process gives its own devices their rows alone.
 
     Rows of zeros are added at the end, up to a multiple of the number of devices.
 
@@ -119,12 +119,12 @@ def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def constrained(x: jax.Array, mesh: Mesh | None, axis: int = 0) -> jax.Array:
-    """Inside a compiled function: `x` split along an axis over the mesh; None, or one device, leave it."""
+    """Split `x` along an axis over the mesh, in a compiled function. None or one device change nothing."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, split_along(mesh, axis))
 
 
 def on_host(tree: Any) -> Any:
-    """Replicated arrays as numpy arrays."""
+    """Copy replicated arrays to the host, as numpy arrays."""
     return jax.tree.map(np.asarray, tree)

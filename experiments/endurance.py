@@ -1,9 +1,9 @@
-"""`python -m experiments.endurance --kills 50`: a run that is killed ends as one that is left alone.
+"""Check that a killed run ends as one that is left alone: `python -m experiments.endurance --kills 50`.
 
-The same command of `experiments.cifar` is launched twice over: once left alone, once killed by SIGKILL, and
-relaunched, as often as asked. A third of the kills wait until a checkpoint is being written, a third fall
-between two checkpoints, the others anywhere from the start of the process; once training is over, all fall
-anywhere. At the end both folders hold the same bits, or the exit status is 1.
+One command of `experiments.cifar` runs twice. The first run is left alone. The second is killed by SIGKILL
+and relaunched as often as asked. A third of the kills wait until a checkpoint is being written, a third fall
+between two checkpoints, and the others fall anywhere from the start of the process. Once training is over,
+all kills fall anywhere. At the end both folders hold the same bits, or the exit status is 1.
 """
 
 import dataclasses
@@ -25,52 +25,56 @@ from rich.console import Console
 from tqdm import tqdm
 
 import qt_jax as qt
+from experiments.runs import QUANT_TRIM
 from qt_jax import records
 from qt_jax.command_line import Failed, command
 from qt_jax.export.network import restore
 
-METHOD = "quant-trim"
-RUN = ("--preset", "smoke", "--dataset", "digits", "--no-compare", "--test-limit", "50", "--seed", "3")
+METHOD = QUANT_TRIM
+RUN = ("--preset", "smoke", "--no-compare", "--test-limit", "50", "--seed", "3")
+"""Flags of the run."""
 MOMENTS = ("checkpoint", "epoch", "anywhere")
+"""When a kill falls: while a checkpoint is written, after one, or at any time."""
 POLL = 0.0005
 """Seconds between two looks at the folder."""
 LIFE = 12.0
-"""Seconds from the start of a process within which a kill that may fall anywhere falls."""
+"""Seconds after the start of a process within which a kill at any time falls."""
 ROWS = {"metrics.jsonl": ("epoch", "step", "loss", "tau"), "records.jsonl": ("scheme", "top1", "nll")}
-"""What is compared of rows, which hold times too."""
+"""File -> keys that are compared. Its rows also hold times, which differ."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Kill a short run at random moments, relaunch it each time, compare its end with an undisturbed one.
+    """Kill a short run at random moments, relaunch it each time, and compare its end with an undisturbed one.
 
     Example:
         python -m experiments.endurance --kills 5 --epochs 20 --seed 1
     """
 
     kills: int = 50
-    """SIGKILLs."""
+    """Number of kills."""
     epochs: int = 150
-    """Length of the run; a life between two kills lasts about one of them."""
+    """Length of the run. The process lives for about one epoch between two kills."""
     seed: int | None = None
-    """Of the moments; by default drawn anew. It is printed."""
+    """Seed of the moments, which is printed. Default: drawn at random."""
     out: Path = Path("runs/endurance")
-    """Folder of both runs and of log.jsonl; must not be there."""
+    """Folder of both runs and of log.jsonl. It must not exist yet."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does; 1 if the ends differ."""
+    """Run the command line, and return the exit status as `command` does; 1 if the ends differ."""
     return command(
         "experiments.endurance", Options, run, arguments, failure="the ends differ", soft_wrap=True
     )
 
 
 def run(options: Options, console: Console) -> None:
-    """Both runs, and whether they end alike.
+    """Carry out both runs, and compare their ends.
 
     Raises:
-      InvalidInput: the folder is there, or an undisturbed process fails.
-      Failed: the ends differ.
+      InvalidInput: The folder exists, a process fails that nobody kills, or the run is over before the last
+        kill.
+      Failed: The ends differ.
     """
     if options.out.exists():
         raise qt.InvalidInput(f"{options.out} is there: name another --out, or delete it")
@@ -84,17 +88,19 @@ def run(options: Options, console: Console) -> None:
         row = one_life(killed, options.epochs, moments)
         records.append(options.out / "log.jsonl", {"kill": number, **row})
         if row["moment"] == "none":
-            raise qt.InvalidInput(f"the run ended before kill {number}: more --epochs than {options.epochs}")
+            raise qt.InvalidInput(
+                f"the run ended before kill {number}: choose more --epochs than {options.epochs}"
+            )
     finish(launch(killed, options.epochs))
     differ = list(differences(whole, killed))
     report(records.read(options.out / "log.jsonl"), console)
     if differ:
         raise Failed(f"the ends differ in {', '.join(differ)}")
-    console.print("the end is that of the undisturbed run, bit for bit: checkpoint, graph, metrics, records")
+    console.print("Both runs end alike, bit for bit, in checkpoint, graph, metrics and records.")
 
 
 def launch(folder: Path, epochs: int) -> subprocess.Popen:
-    """The command in a process of its own; all share one cache of compiled programs."""
+    """Start the command in a new process. All processes share one cache of compiled programs."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str((folder.parent / "jax-cache").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -113,13 +119,13 @@ def launch(folder: Path, epochs: int) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Waits for a process that nobody kills. Raises InvalidInput if it fails."""
+    """Wait for a process that nobody kills. Raise InvalidInput if it fails."""
     if process.wait():
         raise qt.InvalidInput(f"a run has ended with status {process.returncode}: see its log in --out")
 
 
 def one_life(folder: Path, epochs: int, moments: random.Random) -> dict[str, Any]:
-    """Launches the command, kills it at a random moment, and says when that was and what is left."""
+    """Launch the command, kill it at a random moment, and return when that was and what is left."""
     started = time.monotonic()
     process = launch(folder, epochs)
     before = newest(folder)
@@ -147,7 +153,7 @@ def one_life(folder: Path, epochs: int, moments: random.Random) -> dict[str, Any
 
 
 def until_written(folder: Path, process: subprocess.Popen, before: int, moments: random.Random) -> None:
-    """Until a checkpoint after the first new one is being written, and some milliseconds on."""
+    """Wait until a checkpoint after the first new one is being written, and some milliseconds more."""
     while process.poll() is None and newest(folder) <= before:
         time.sleep(POLL)
     while process.poll() is None and not any(steps_folder(folder).glob("*tmp*")):
@@ -156,26 +162,26 @@ def until_written(folder: Path, process: subprocess.Popen, before: int, moments:
 
 
 def until_epoch(folder: Path, process: subprocess.Popen, before: int, moments: random.Random) -> None:
-    """Until there is a new checkpoint, and up to half a second on."""
+    """Wait until there is a new checkpoint, and up to half a second more."""
     while process.poll() is None and newest(folder) <= before:
         time.sleep(POLL)
     time.sleep(moments.uniform(0.0, 0.5))
 
 
 def until_any(folder: Path, process: subprocess.Popen, before: int, moments: random.Random) -> None:
-    """A time drawn from all that a process does, its imports too."""
+    """Wait for a random time, which may end while the process still imports."""
     end = time.monotonic() + moments.uniform(0.0, LIFE)
     while process.poll() is None and time.monotonic() < end:
         time.sleep(10 * POLL)
 
 
 def steps_folder(folder: Path) -> Path:
-    """Where a run keeps its checkpoints, one folder a step."""
+    """Return the folder of a run's checkpoints, with one folder per step."""
     return folder / "checkpoints" / METHOD
 
 
 def newest(folder: Path) -> int:
-    """The newest step that has a checkpoint, -1 for none."""
+    """Return the newest step that has a checkpoint, or -1."""
     try:
         return max(
             (int(entry.name) for entry in steps_folder(folder).iterdir() if entry.name.isdigit()), default=-1
@@ -185,13 +191,13 @@ def newest(folder: Path) -> int:
 
 
 def trained(folder: Path, epochs: int) -> bool:
-    """Whether training is over."""
+    """Tell whether training is over."""
     rows = records.read(folder / "metrics.jsonl") if newest(folder) > 0 else []
     return any(row["epoch"] == epochs and row["step"] == newest(folder) for row in rows)
 
 
 def differences(whole: Path, killed: Path) -> Iterator[str]:
-    """In what the ends of two runs differ: arrays of the last checkpoint, graph, rows."""
+    """Name what differs at the ends of two runs: arrays of the last checkpoint, the graph, rows."""
     one, other = (restore(steps_folder(folder)) for folder in (whole, killed))
     if jax.tree.structure(one) != jax.tree.structure(other):
         yield "the checkpoints hold other arrays"
@@ -211,7 +217,7 @@ def differences(whole: Path, killed: Path) -> Iterator[str]:
 
 
 def report(log: list[dict[str, Any]], console: Console) -> None:
-    """What was killed where."""
+    """Print how many kills fell where."""
     where = Counter(
         "a checkpoint half written"
         if row["half_written"]

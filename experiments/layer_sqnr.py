@@ -1,14 +1,13 @@
-"""`python -m experiments.layer_sqnr RUN_DIR`: what Clip nodes and new batch-norm statistics buy, by layer.
+"""Measure by layer what Clip nodes and new batch norm gain: `python -m experiments.layer_sqnr RUN_DIR`.
 
 A finished run's network is exported as it is, with its learned ranges as Clip nodes, with its batch norms
 re-estimated on training images, and with both (re-estimated with the clips in force). onnxruntime quantizes
-each; on the validation split every layer's output in the integer deployment is compared with the same
-tensor of the float graph. The test set is not touched. Rows are appended to layer_sqnr.jsonl in the run's
-folder, and layer_sqnr.md is written from them.
+each of these graphs. On the validation split every layer's output in the integer deployment is compared with
+the same tensor of the float graph. The test set is not touched. Rows are appended to layer_sqnr.jsonl in the
+run's folder, and layer_sqnr-METHOD.md is written from them.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.console import Console
 import qt_jax as qt
 from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
-from experiments.runs import graphs_of, model_input
+from experiments.runs import QUANT_TRIM, graphs_of, model_input, read_config_json
 from qt_jax import records
 from qt_jax.backends import ort
 from qt_jax.command_line import command
@@ -38,9 +37,9 @@ from qt_jax.reporting.tables import markdown_line
 
 PLAIN, CLIPS, NORMS, BOTH = "plain", "clips", "batch norm", "clips + batch norm"
 OPSET = 21
-"""The first with INT4."""
+"""First opset with INT4."""
 BATCH = 500
-"""Images on which batch norm is measured at once."""
+"""Images per batch when batch norm is re-estimated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +51,27 @@ class Options:
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a finished `python -m experiments.cifar`."""
-    method: str = "quant-trim"
-    """Which of the run's networks: its --quantizer, or float, the twin, which has no ranges to clip to."""
+    """Folder of a finished run of experiments.cifar."""
+    method: str = QUANT_TRIM
+    """Network of the run: its --quantizer, or float, the twin, which has no ranges to clip to."""
     data_dir: Path | None = None
-    """Folder or archive that holds the data set, as for `experiments.cifar`."""
+    """Folder or archive that holds the data set, as for experiments.cifar."""
     images: int = 5000
-    """Training images on which batch norm is re-estimated."""
+    """Number of training images on which batch norm is re-estimated."""
 
 
 def variants(
     network: Deployable, train_apply: Callable[..., Any], images: np.ndarray
 ) -> dict[str, onnx.ModelProto]:
-    """The float graph of each variant that the network has.
+    """Export the float graph of each variant that the network has.
 
     Args:
-      network: from a finished run.
+      network: Network of a finished run.
       train_apply: `(variables, images) -> (logits, updated)` in training mode.
-      images: as the model takes them, for batch norm.
+      images: Images as the model takes them, for batch norm.
+
+    Returns:
+      Name of the variant -> its graph. A network without ranges has no variant with clips.
     """
     batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
@@ -90,7 +92,17 @@ def variants(
 def measure(
     graphs: Mapping[str, onnx.ModelProto], dataset: Dataset, calibration: np.ndarray, console: Console
 ) -> list[dict[str, Any]]:
-    """For each variant FP32 and each of `SCHEMES`: the metrics on the validation split, and the layers."""
+    """Measure FP32 and each of `LAYER_SCHEMES` for each variant.
+
+    Args:
+      graphs: Name of the variant -> float graph.
+      dataset: Gives the validation split.
+      calibration: Images for onnxruntime's quantizer, as the graphs take them.
+      console: Where progress goes.
+
+    Returns:
+      One row per variant and scheme: the metrics on the validation split, and the SQNR of the layers.
+    """
     images, labels = model_input(dataset, dataset.validation_images), dataset.validation_labels
     offers = {offer.name: offer for offer in ort.BACKEND.schemes}
     rows = []
@@ -111,7 +123,7 @@ def measure(
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table for each scheme: top-1 and SQNR of the logits, then of each layer, a column for each variant.
+    """Return one table per scheme: top-1, then the SQNR of the logits and of each layer, by variant.
 
     >>> row = {"variant": "plain", "scheme": "int8", "top1": 0.5, "layers_sqnr_db": {"stem": 20.0}}
     >>> print(to_markdown([row]).splitlines()[-2])
@@ -144,18 +156,17 @@ def _cell(value: float | None, scale: float, digits: int) -> str:
 
 
 def run(options: Options, console: Console) -> None:
-    """Measures every variant, appends the rows, writes the page."""
-    path = options.run / "config.json"
-    if not path.exists():
-        raise qt.InvalidInput(
-            f"{options.run} holds no config.json: name the folder of a finished experiments.cifar"
-        )
-    config = json.loads(path.read_text())
-    graphs = graphs_of(config.get("quantizer", "quant-trim"))
+    """Measure every variant, append the rows, and write the page.
+
+    Raises:
+      InvalidInput: The folder does not hold the run of a classifier, or the run has no such network.
+    """
+    config = read_config_json(options.run)
+    graphs = graphs_of(config.get("quantizer", QUANT_TRIM))
     if options.method not in graphs or config["dataset"] in SEGMENTATION:
         raise qt.InvalidInput(
-            f"{options.run}: --method {options.method} of a run on {config['dataset']}: choose one of "
-            f"{', '.join(graphs)}, of a classifier"
+            f"{options.run} cannot be measured with --method {options.method} on {config['dataset']}: choose "
+            f"one of {', '.join(graphs)}, and the run of a classifier"
         )
     description = (options.run / graphs[options.method]).with_suffix(".json")
     network = load_network(description)
@@ -184,7 +195,7 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status as `command` does."""
     return command("experiments.layer_sqnr", Options, run, arguments, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""A few test images of a segmentation run: true masks, and those of each network in FP32 and in INT4."""
+"""Show test images of a segmentation run beside their true masks and each network's, in FP32 and INT4."""
 
 import hashlib
 import tempfile
@@ -18,16 +18,16 @@ from qt_jax.files import staged
 from qt_jax.reporting.pivot import title
 
 DIGEST = "networks"
-"""In the file of masks: of which networks they are."""
+"""Key, in the file of masks, of the digest of the networks that the masks come from."""
 SHOWN = 6
-"""Images: the first of the test set."""
+"""Images that are shown, the first of the test set."""
 MASK_SCHEMES = {"fp32": "FP32", "int4w-pt-minmax": "INT4 weights"}
-"""Of onnxruntime, and what a reader is told."""
+"""Scheme of onnxruntime -> its name in the figure."""
 COLOURS = (
     *("#f0f0f0", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"),
     *("#7B4B2A", "#8C8C8C"),
 )
-"""One a class: the first is pale, ten more that can be told apart."""
+"""Colours of the classes: a pale one for the first, then ten that can be told apart."""
 
 
 def decided_masks(
@@ -36,15 +36,18 @@ def decided_masks(
     test_set: tuple[np.ndarray, np.ndarray],
     path: Path,
 ) -> dict[str, np.ndarray]:
-    """What each network decides for each pixel under each of `SCHEMES`, kept in `path` and read from there.
+    """Compute the class that each network gives each pixel under each of `MASK_SCHEMES`.
+
+    The result is kept in `path` and read from there. It is computed again only for other networks.
 
     Args:
-      networks: method -> ONNX file.
-      calibration, test_set: as `qt_jax.evaluate` takes them; a few test images.
-      path: an .npz; what is there is not computed again, unless it is of other networks.
+      networks: Method -> ONNX file.
+      calibration: Calibration images, as `qt_jax.evaluate` takes them.
+      test_set: A few test images with their masks, as `qt_jax.evaluate` takes them.
+      path: File of the masks (.npz).
 
     Returns:
-      "method/scheme" -> uint8 `(n, height, width)`; without those that onnxruntime did not bring about.
+      "method/scheme" -> uint8 `(n, height, width)`, without the schemes that failed in onnxruntime.
     """
     networks_now = _digest(networks)
     if _digest_in(path) != networks_now:
@@ -71,7 +74,7 @@ def decided_masks(
 
 
 def _digest(networks: Mapping[str, Path]) -> str:
-    """SHA-256 of the networks' names and files."""
+    """Return the SHA-256 of the networks' names and files."""
     parts = (f"{method} {hashlib.sha256(path.read_bytes()).hexdigest()}" for method, path in networks.items())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -90,14 +93,14 @@ def masks_figure(
     class_names: Sequence[str],
     path: Path,
 ) -> None:
-    """Write a PNG with a row an image: itself, its true mask, and the decided ones with their accuracy.
+    """Write a PNG with one row per image: the image, its true mask, and each network's with its accuracy.
 
     Args:
-      images: uint8 `(n, height, width, 3)`.
-      truth: integers `(n, height, width)`.
-      decided: as `decided_masks` returns them.
-      class_names: one a class, for the legend.
-      path: replaced if there.
+      images: Images, uint8 `(n, height, width, 3)`.
+      truth: True masks, integers `(n, height, width)`.
+      decided: Masks as `decided_masks` returns them.
+      class_names: One name per class, for the legend.
+      path: File of the PNG, replaced if it exists.
     """
     columns = {"image": images, "truth": truth}
     for key, masks in decided.items():

@@ -1,11 +1,15 @@
-"""`python -m experiments.qdq RUN_DIR ...`: how closely QDQ graphs follow training, and what remains.
+"""Measure how closely QDQ graphs follow training: `python -m experiments.qdq RUN_DIR ...`.
 
-Each run's network is exported on integers and compared, in onnxruntime with all optimisations, with the JAX
-fake-quant forward at lambda = 1 on the run's parity samples (1,000 validation images). Three graphs tell the
-sources of difference apart: pairs at the learned sites alone and activations on 16 bits (nearly nothing but
-the order of summation), pairs at the learned sites alone on 8 bits (the same differences, now tipping
-roundings), and all pairs (what integer kernels need between layers besides). How much a network makes of a
-tipped rounding is told by JAX itself: its own forward, summed in float32 in batches of another size.
+Each run's network is exported on integers. onnxruntime runs it with all optimisations, and the result is
+compared with the JAX fake-quant forward at lambda = 1 on the run's parity samples (1,000 validation images).
+Three graphs tell the sources of difference apart:
+
+- QDQ pairs at the learned sites alone and activations on 16 bits: hardly more than the order of summation.
+- Pairs at the learned sites alone on 8 bits: the same differences, which now tip roundings.
+- All pairs: also the pairs that integer kernels need between layers.
+
+A fourth comparison shows how much a network makes of a tipped rounding. It sets JAX's own forward against the
+same forward in batches of another size, which sums in another order in float32.
 """
 
 import dataclasses
@@ -39,7 +43,7 @@ GRAPHS = {
     "learned sites": ("int8", True),
     "all sites": ("int8", False),
 }
-"""Graph -> mode of deployment, and whether pairs stand at the learned sites alone."""
+"""Graph -> mode of deployment, and whether QDQ pairs stand at the learned sites alone."""
 PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
 
@@ -52,13 +56,13 @@ class Options:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of finished `python -m experiments.cifar`."""
+    """Folders of finished runs of experiments.cifar."""
     out: Path | None = None
-    """File to which one JSON line for each graph is appended."""
+    """File to which one JSON line per graph is appended."""
 
 
 def measure(network: Deployable, name: str) -> dict[str, Any]:
-    """The parity of one graph of `GRAPHS`, and how many layers ran on integers."""
+    """Return the parity of one graph of `GRAPHS`, and how many of its layers ran on integers."""
     mode, learned_only = GRAPHS[name]
     config = deployed_config(network.config, mode)
     model = to_onnx(network.apply_fn, network.variables, network.input_shape, opset=21)
@@ -79,7 +83,10 @@ def measure(network: Deployable, name: str) -> dict[str, Any]:
 
 
 def jax_itself(network: Deployable) -> dict[str, Any]:
-    """The fake-quant forward in batches of 5 against that in batches of 100: other sums, other roundings."""
+    """Compare the fake-quant forward in batches of 5 with that in batches of 100.
+
+    The sums are taken in another order, so that some roundings differ.
+    """
     config = deployed_config(network.config, "int8")
 
     images = network.samples.parity
@@ -99,7 +106,7 @@ def jax_itself(network: Deployable) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """One row for each run and graph."""
+    """Return the table with one row per run and graph."""
     shown = Table(title="QDQ in onnxruntime against the JAX forward at lambda = 1", box=box.SIMPLE_HEAD)
     shown.add_column("run", no_wrap=True)
     shown.add_column("graph", no_wrap=True)
@@ -135,21 +142,27 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['integer_products']}/{row['products']}",
         )
     shown.caption = (
-        "top-1: same class; equal: integers of the output; steps: largest difference, in steps of the\n"
-        "output; lead lost: the largest lead of JAX's first class over its second where another class was\n"
-        "found, in steps; Conv, Gemm: on integer kernels"
+        "top-1: same class; equal: equal integers of the output; steps: largest difference, in steps of the\n"
+        "output; lead lost: the largest lead of JAX's first class over its second, in steps, where another\n"
+        "class was found; Conv, Gemm: layers on integer kernels"
     )
     shown.caption_justify = "left"
     return shown
 
 
 def run(options: Options, console: Console) -> None:
-    """Measures every graph of every run, prints the table, appends the rows."""
+    """Measure every graph of every run, print the table, and append the rows.
+
+    Raises:
+      InvalidInput: A run holds no network that was trained with Quant-Trim, or no samples.
+    """
     rows = []
     for path in options.runs:
         network = load(path)
         if network.config is None or network.samples is None:
-            raise qt.InvalidInput(f"{path} holds no network trained with Quant-Trim and its samples")
+            raise qt.InvalidInput(
+                f"{path} holds no network that was trained with Quant-Trim, or not its samples"
+            )
         compared = {"JAX itself, batches of 5": partial(jax_itself, network)}
         compared |= {name: partial(measure, network, name) for name in GRAPHS}
         for name, measured in compared.items():
@@ -161,7 +174,7 @@ def run(options: Options, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status as `command` does."""
     return command("experiments.qdq", Options, run, arguments)
 
 

