@@ -1,0 +1,1 @@
+"""Measure what training steps, their input and an export cost, beside FP32 and other packages."""
