@@ -1,1 +1,1 @@
-"""Tables and figures from result records; nothing here runs a model."""
+"""Make tables, figures and reports from result records, without running a model."""

@@ -1,4 +1,4 @@
-"""Deployment records beside accuracy: operators, cycles, latency, energy, cost, provenance."""
+"""Write what deployments cost as Markdown: operators, cycles, latency, energy, money, and provenance."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,16 +16,17 @@ SPEED = {
     "cost": ("USD a million", 1.0, 4),
     "model_bytes": ("KiB", 1 / 1024, 0),
 }
-"""Record key -> heading, scale and digits."""
+"""Heading, scale and digits of each key of a record."""
 
 
 def operator_table(records: Sequence[Record]) -> str:
-    """Markdown: what each toolchain executes on integers, in floating point or on a host, or why it refused.
+    """Tabulate what each toolchain executes on integers, in floating point or on a host, or why it refused.
 
     The operators are those of the compiled graph, under the toolchain's own names. Networks for which a
     scheme did the same share a line.
 
-    Raises InvalidInput as `qt_jax.reporting.pivot.arrange` does.
+    Raises:
+      InvalidInput: The records cannot be arranged, as `qt_jax.reporting.pivot.arrange` says.
 
     >>> record = {"backend": "b", "scheme": "int8", "status": "ok", "operators": {"Conv": {"integer": 2}}}
     >>> print(operator_table([record]).splitlines()[2])
@@ -46,7 +47,7 @@ def operator_table(records: Sequence[Record]) -> str:
 
 
 def estimate_table(deployment: DeploymentTable) -> str | None:
-    """Markdown: cycles, time and memory that a compiler states for accelerators; None if none does."""
+    """Tabulate the cycles, time and memory that compilers state for accelerators; None if none does."""
     cells: dict[tuple[Row, Column], list[str]] = {}
     for row in deployment.rows:
         for column in deployment.columns:
@@ -63,15 +64,15 @@ def estimate_table(deployment: DeploymentTable) -> str | None:
 
 
 def speed_table(deployment: DeploymentTable) -> str | None:
-    """Markdown: latency, throughput, energy and cost where measured, with their sources; None if nowhere."""
-    telling = [key for key in SPEED if key != "model_bytes"]
+    """Tabulate latency, throughput, energy and cost where measured, with their sources; None if nowhere."""
+    timed = [key for key in SPEED if key != "model_bytes"]
     sources: dict[str, int] = {}
     rows = []
     for column in deployment.columns:
         best = front(latencies(deployment, column))
         for row in deployment.rows:
             seeds = deployment.seeds(column, row)
-            if not any(measured(seeds, key) for key in telling):
+            if not any(measured(seeds, key) for key in timed):
                 continue
             cells = [escaped(deployment.name(column)), escaped(row), "front" if row in best else ""]
             for key, (_, scale, digits) in SPEED.items():
@@ -94,7 +95,7 @@ def speed_table(deployment: DeploymentTable) -> str | None:
 
 
 def provenance(deployment: DeploymentTable) -> str:
-    """Markdown: every backend with what it stands for and its versions; CPU, data, commit and command."""
+    """Tabulate every backend with what it stands for and its versions; list CPU, data, commit and command."""
     records = [
         record
         for column in deployment.columns
@@ -137,12 +138,12 @@ def provenance(deployment: DeploymentTable) -> str:
 
 
 def _first(seeds: Seeds, key: str) -> Any:
-    """The value under `key` of the first seed that has one."""
+    """Return the value under `key` of the first seed that has one."""
     return next((record[key] for record in seeds.values() if record.get(key)), None)
 
 
 def _counted(operators: dict[str, dict[str, int]], place: str) -> str:
-    """What is executed in one place, the most frequent first."""
+    """List what is executed in one place, the most frequent first."""
     counts = {name: places.get(place) or 0 for name, places in operators.items()}
     ordered = sorted((name for name in counts if counts[name]), key=lambda name: (-counts[name], name))
     return ", ".join(f"{escaped(name)} {counts[name]}" for name in ordered) or ABSENT
@@ -156,7 +157,7 @@ def _refusal(seeds: Seeds) -> str | None:
 
 
 def _shared(deployment: DeploymentTable, cells: dict[tuple[Row, Column], list[str]]) -> list[list[str]]:
-    """A line for each row; where networks differ in it, a line for each different one, with their names."""
+    """Make one line per row; where networks differ in a row, one line per variant, with their names."""
     lines = []
     for row in dict.fromkeys(row for row, _ in cells):
         groups: dict[tuple[str, ...], list[str]] = {}
@@ -174,12 +175,12 @@ def _number(value: float | None, form: str, divisor: float = 1) -> str:
 
 
 def _mark(source: object, sources: dict[str, int]) -> str:
-    """The footnote of a source, numbered in order of appearance."""
+    """Return the footnote of a source, numbered in order of appearance."""
     return f" [{sources.setdefault(str(source), len(sources) + 1)}]" if source else ""
 
 
 def _different(values: Iterable[object]) -> str:
-    """The different values there are, in order of appearance."""
+    """Join the different values in order of appearance."""
     return ", ".join(dict.fromkeys(str(value) for value in values if value)) or ABSENT
 
 

@@ -1,9 +1,7 @@
-"""Calibration and speed of deployments: reliability diagrams, and accuracy against latency.
+"""Draw deployments: heat maps of drops and agreement, reliability diagrams, and accuracy against latency.
 
-Two heat maps of deployments: accuracy drop by row and network, and agreement of every two rows.
-
-Both colour a percentage by the same fixed steps, each about twice the last, so that 0.1 and 0.5 are as easy
-to tell apart as 10 and 50, and two reports can be laid side by side.
+Both heat maps colour a percentage by the same fixed steps, each about twice the last. So 0.1 and 0.5 are as
+easy to tell apart as 10 and 50, and two reports can be laid side by side.
 """
 
 import math
@@ -35,27 +33,41 @@ from qt_jax.reporting.pivot import (
 from qt_jax.reporting.statistics import Reliability, agreement_matrix, representative
 
 STEPS = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+"""Percentages at which the colour of a heat map changes."""
 
 COLOUR_MAP = matplotlib.colormaps["viridis_r"]
 
 NORM = BoundaryNorm(STEPS, COLOUR_MAP.N, extend="both")
 
-INCHES_A_CHARACTER = 0.075
+INCHES_PER_CHARACTER = 0.075
+"""Width of a character of a row's label."""
 
 MOST_PRINTED = 48
-"""Rows of an agreement matrix beyond which its cells are small and hold no numbers."""
+"""Number of rows of an agreement matrix beyond which its cells are small and hold no numbers."""
+
+BACKEND_COLOURS = (*COLOURS.values(), *OTHER_COLOURS, "#F0E442", INK)
+"""Colours of backends in the latency figure."""
+
+PRECISION_MARKERS = {"INT8": "o", "INT4": "^", None: "s"}
+"""Markers of precisions in the latency figure."""
+
+SHOWN_POINTS = 15
+"""Points of top-1 that the latency figure shows below the best row of its worst network."""
 
 
 def drop_figure(deployment: DeploymentTable, path: Path) -> Path:
-    """Writes `draw_drops` as a PNG."""
+    """Write `draw_drops` as a PNG, and return its path."""
     return save_figure(draw_drops(deployment), path)
 
 
 def draw_drops(deployment: DeploymentTable) -> Figure:
-    """A cell a row and network, coloured by its drop in points, hatched with its status where it has none."""
+    """Draw one cell per row and network, coloured by its drop in points.
+
+    A cell without a drop is hatched and shows its status.
+    """
     rows, columns = deployment.rows, deployment.columns
     labels = _labels(deployment)
-    side = INCHES_A_CHARACTER * max(map(len, labels))
+    side = INCHES_PER_CHARACTER * max(map(len, labels))
     figure = canvas(max(7.0, side + 1.25 * len(columns) + 1.6), max(3.4, 2.0 + 0.27 * len(rows)))
     axes = figure.add_subplot()
     values = np.full((len(rows), len(columns)), np.nan)
@@ -85,13 +97,17 @@ def draw_drops(deployment: DeploymentTable) -> Figure:
 
 
 def agreement_figure(deployment: DeploymentTable, column: Column, path: Path) -> Path | None:
-    """A cell a pair of rows with the percentage of images they decide alike; None if fewer than two rows."""
+    """Draw one cell per pair of rows, with the percentage of images that they decide alike, as a PNG.
+
+    Returns:
+      The path; None if fewer than two rows keep their decisions.
+    """
     rows, matrix = agreement_matrix(deployment, column)
     if len(rows) < 2:
         return None
     labels = [str(row) for row in rows]
     printed = len(rows) <= MOST_PRINTED
-    side = INCHES_A_CHARACTER * max(map(len, labels)) * (1.0 if printed else 0.8)
+    side = INCHES_PER_CHARACTER * max(map(len, labels)) * (1.0 if printed else 0.8)
     cell = 0.34 if printed else 0.125
     size = max(cell * len(rows), 3.2) + side
     figure = canvas(size + 1.4, size + 0.8)
@@ -117,7 +133,7 @@ def agreement_figure(deployment: DeploymentTable, column: Column, path: Path) ->
 
 
 def _labels(deployment: DeploymentTable) -> list[str]:
-    """The rows' names, with the number of images where it is not the largest one."""
+    """Return the rows' names, with the number of images where it is not the largest one."""
     sizes = {
         row: {n for column in deployment.columns for n in images(deployment.seeds(column, row))}
         for row in deployment.rows
@@ -133,7 +149,7 @@ def _plain(value: float) -> str:
 
 
 def _print(axes: Axes, x: float, y: float, text: str, value: float, size: float) -> None:
-    """`text` in black or white, whichever stands out from the colour of `value`."""
+    """Print `text` in black or white, whichever stands out from the colour of `value`."""
     luminance = np.dot(COLOUR_MAP(NORM(value))[:3], (0.2126, 0.7152, 0.0722))
     axes.text(
         x, y, text, ha="center", va="center", fontsize=size, color="black" if luminance > 0.45 else "white"
@@ -147,7 +163,7 @@ def _hatch(axes: Axes, x: float, y: float) -> None:
 
 
 def _grid(axes: Axes, rows: list[Row], columns: int, square: bool = False) -> None:
-    """Thin white lines between cells, dark ones between backends."""
+    """Draw thin white lines between cells, and dark ones between backends."""
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(length=0, labelsize=8.5)
@@ -172,16 +188,14 @@ def _colour_bar(figure: Figure, axes: Axes, ticks: list[str], label: str) -> Non
     bar.set_label(label, fontsize=9)
 
 
-BACKEND_COLOURS = (*COLOURS.values(), *OTHER_COLOURS, "#F0E442", INK)
-
-SHOWN_POINTS = 15
-"""How far below the best row of its worst network, in points of top-1, the latency figure reaches down."""
-
-PRECISION_MARKERS = {"INT8": "o", "INT4": "^", None: "s"}
-
-
 def reliability_figure(deployment: DeploymentTable, path: Path) -> Path | None:
-    """A line of small diagrams a network: accuracy by confidence, FP32 and rows from best to worst ECE."""
+    """Draw accuracy by confidence as a PNG, with one line of small diagrams per network.
+
+    A line shows FP32, and the rows of best, median and worst ECE.
+
+    Returns:
+      The path; None if no record keeps its reliability.
+    """
     lines = {column: representative(deployment, column) for column in deployment.columns}
     lines = {column: items for column, items in lines.items() if items}
     if not lines:
@@ -202,7 +216,7 @@ def reliability_figure(deployment: DeploymentTable, path: Path) -> Path | None:
 
 
 def draw_diagram(axes: Axes, item: Reliability, shade: str) -> None:
-    """Accuracy of each bin over its span, and the share of images in it as grey bars from the ground."""
+    """Draw the accuracy of each bin over its span, and the share of images in it as grey bars."""
     edges = np.linspace(0, 1, len(item.bins) + 1)
     counts, _, accuracy = item.bins.T
     width = edges[1]
@@ -219,7 +233,13 @@ def draw_diagram(axes: Axes, item: Reliability, shade: str) -> None:
 
 
 def latency_figure(deployment: DeploymentTable, path: Path) -> Path | None:
-    """A panel a network: top-1 by median latency at batch 1 (log), and the front that no row beats."""
+    """Draw top-1 by median latency at batch 1 (log) as a PNG, with one panel per network.
+
+    A line shows the front that no row beats.
+
+    Returns:
+      The path; None if no row was timed.
+    """
     panels = {column: latencies(deployment, column) for column in deployment.columns}
     panels = {column: points for column, points in panels.items() if points}
     if not panels:
@@ -254,7 +274,7 @@ def latency_figure(deployment: DeploymentTable, path: Path) -> Path | None:
 
 
 def latencies(deployment: DeploymentTable, column: Column) -> dict[Row, tuple[float, float]]:
-    """Median latency in ms and top-1 of each row of a network that has both, means over seeds."""
+    """Return the median latency in ms and the top-1 of each row that has both, as means over seeds."""
     found = {}
     for row in deployment.rows:
         seeds = deployment.seeds(column, row)
@@ -265,7 +285,7 @@ def latencies(deployment: DeploymentTable, column: Column) -> dict[Row, tuple[fl
 
 
 def front(points: dict[Row, tuple[float, float]]) -> list[Row]:
-    """The rows that no other beats in both latency and accuracy, fastest first.
+    """Return the rows that no other row beats in both latency and accuracy, fastest first.
 
     >>> a, b, c = (Row("b", scheme, "") for scheme in "abc")
     >>> [row.scheme for row in front({a: (1.0, 0.8), b: (2.0, 0.7), c: (3.0, 0.9)})]

@@ -1,14 +1,11 @@
-"""One picture of a run: accuracy by scheme, the curriculum, and what became of the weights.
+"""Draw figures from records, as PNG or as SVG for the HTML report.
 
-Figures as SVG for the HTML report, in the colours of the page: dark ink on paper, light ink in the dark.
+`canvas` makes an empty figure, `save_figure` writes it as PNG, and `to_svg` turns it into an element of a
+page. In the SVG every grey and every series colour that the figures of this package use becomes a CSS
+variable of `qt_jax.reporting.page`: dark ink on paper, light ink in the dark. Text stays text, in the font of
+the page.
 
-Every grey and every series colour that the figures of this package use becomes a CSS variable of
-`qt_jax.reporting.page`. Text stays text, in the font of the page.
-
-Two heat maps of deployments: accuracy drop by row and network, and agreement of every two rows.
-
-Both colour a percentage by the same fixed steps, each about twice the last, so that 0.1 and 0.5 are as easy
-to tell apart as 10 and 50, and two reports can be laid side by side.
+`summary_figure` draws one picture of a run: accuracy by scheme, the curriculum, and the weights.
 """
 
 import io
@@ -29,15 +26,110 @@ from qt_jax.records import Record
 from qt_jax.reporting.pivot import METRICS, Comparison, compare, measured, spread, title
 
 DPI = 110
+"""Pixels per inch of a PNG."""
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 COLOURS = {"quant-trim": "#0072B2", "float": "#D55E00"}
+"""Colour of each known method."""
 
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Colours of other methods."""
 
 MARKERS = {"quant-trim": "o", "float": "s"}
+"""Marker of each known method."""
 
 INK = "#333333"
+"""Grey of text and axes."""
+
+SERIES = dict(
+    zip(
+        (*COLOURS.values(), *OTHER_COLOURS),
+        ("blue", "orange", "green", "pink", "amber", "sky"),
+        strict=True,
+    )
+)
+"""Maps a colour of a figure to a CSS variable of the page."""
+
+GREYS = {"#e6e6e6": "line", "#cccccc": "line", "#bfbfbf": "bar", "#ededed": "head", "#f2f2f2": "head"}
+"""Maps a grey of a figure to a CSS variable of the page."""
+
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+    "font.size": 9,
+    "svg.fonttype": "none",
+}
+"""Matplotlib's settings for SVG."""
+
+
+def canvas(width: float, height: float) -> Figure:
+    """Make an empty figure of `width` by `height` inches, with constrained layout and margins."""
+    figure = Figure((width, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write the figure to `path` as a PNG, whole or not at all, and return the path."""
+    with staged(path) as scratch:
+        figure.savefig(scratch, format="png")
+    return path
+
+
+def to_svg(draw: Callable[[], Figure | None], name: str) -> str | None:
+    """Return what `draw` draws as an `<svg>` element; None if it draws nothing.
+
+    Args:
+      draw: Makes a new figure. It is called with the page's style set.
+      name: Makes the ids of this drawing differ from those of others on the page.
+
+    >>> svg = to_svg(lambda: Figure(figsize=(2, 1)), "empty")
+    >>> svg.startswith("<svg"), "--width: 144" in svg
+    (True, True)
+    """
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = draw()
+        if figure is None:
+            return None
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    return _on_page(text.getvalue())
+
+
+def _on_page(svg: str) -> str:
+    """Reduce an SVG file to its bare element, and make its colours variables of the page.
+
+    The prologue, metadata, comments, and ids that nothing refers to are dropped.
+    """
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="[a-zA-Z]\w*_\d+"', "", svg)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    width = re.search(r'width="([\d.]+)pt"', svg)
+    assert width is not None, "matplotlib states the width of an SVG"
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = svg.replace("<svg", f'<svg style="--width: {float(width[1]):.0f}"', 1)
+    svg = re.sub(r"(font: [^';\"]*?)'DejaVu Sans'[^;\"]*", r"\1system-ui, sans-serif", svg)
+    for colour, variable in GREYS.items() | {(c.lower(), v) for c, v in SERIES.items()}:
+        svg = svg.replace(colour, f"var(--{variable})")
+    svg = svg.replace(INK, "currentColor")
+    # White in front of a coloured cell stays white; white lines and boxes are the paper.
+    svg = re.sub(r"<(?!text)[^>]*#ffffff[^>]*>", lambda tag: tag[0].replace("#ffffff", "var(--paper)"), svg)
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+def method_colour(method: str, index: int) -> str:
+    """Return the colour of a known method in every figure; for other methods the colour at `index`."""
+    return COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])
+
+
+def over_rms(values: np.ndarray) -> np.ndarray:
+    """Divide `values` by their root mean square, in float64; a dead layer stays zero.
+
+    >>> over_rms(np.float32([3, -3])).tolist()
+    [1.0, -1.0]
+    """
+    values = np.asarray(values, np.float64).ravel()
+    return values / max(float(np.sqrt(np.mean(values**2))), float(np.finfo(np.float32).tiny))
 
 
 def summary_figure(
@@ -51,17 +143,18 @@ def summary_figure(
     """Write the summary of a run as a PNG of 1650 x 1350 pixels.
 
     Args:
-        records: as `qt_jax.reporting.tables` takes them.
-        schedule: steps `(t,)` and lambda at each `(t,)`.
-        weights: method -> layer path -> the kernel's values `(size,)`. Each layer is divided by its own root
-            mean square, so that layers of different gain can share a histogram.
-        path: where the PNG goes; replaced if there.
-        history: validation accuracy of the Quant-Trim run, one mapping an epoch with "epoch" (epochs
-            finished), "fp32_top1" and "fake_quant_top1" as fractions; of another metric its key stands for
-            "top1".
-        metric: "top1" or "miou".
+      records: Records of one run, as `qt_jax.reporting.tables` takes them.
+      schedule: Steps `(t,)`, and lambda at each step `(t,)`.
+      weights: Values `(size,)` of each kernel, by method and layer path. Each layer is divided by its root
+        mean square, so that layers of different gain can share a histogram.
+      path: File to write. An existing one is replaced.
+      history: Validation accuracy of the Quant-Trim run, one mapping per epoch with "epoch" (epochs
+        finished), "fp32_top1" and "fake_quant_top1" as fractions. For another metric, its key replaces
+        "top1".
+      metric: "top1" or "miou".
 
-    Raises InvalidInput as `qt_jax.reporting.pivot.compare` does.
+    Raises:
+      InvalidInput: The records cannot be compared, as `qt_jax.reporting.pivot.compare` says.
 
     >>> import os, tempfile
     >>> record = {"backend": "b", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.5}
@@ -93,7 +186,7 @@ def summary_figure(
 
 
 def _accuracy_by_scheme(axes: Axes, comparison: Comparison, metric: str) -> None:
-    """A dot a method and scheme at the mean over seeds, with a bar of one standard deviation either side."""
+    """Draw one dot per method and scheme at the mean over seeds, with a bar of one standard deviation."""
     shift = 0.16
     for index, method in enumerate(comparison.methods):
         centre = (index - (len(comparison.methods) - 1) / 2) * shift
@@ -152,7 +245,7 @@ def _validation(axes: Axes, history: Sequence[Mapping[str, Any]], metric: str) -
 def _curriculum(
     axes: Axes, schedule: tuple[np.ndarray, np.ndarray], history: Sequence[Mapping[str, Any]] | None
 ) -> None:
-    """Lambda over steps, or over epochs where a history says how many there were."""
+    """Draw lambda over steps, or over epochs where a history gives their number."""
     steps, lambdas = (np.asarray(values) for values in schedule)
     if history:
         steps = steps * (history[-1]["epoch"] / steps[-1])
@@ -187,89 +280,3 @@ def _weight_distribution(axes: Axes, weights: Mapping[str, Mapping[str, np.ndarr
     axes.set_ylabel("number of weights")
     axes.set_ylim(top=axes.get_ylim()[1] * 12)
     axes.legend(frameon=False, loc="upper center")
-
-
-def over_rms(values: np.ndarray) -> np.ndarray:
-    """`values` as float64 over their root mean square; a dead layer stays zero.
-
-    >>> over_rms(np.float32([3, -3])).tolist()
-    [1.0, -1.0]
-    """
-    values = np.asarray(values, np.float64).ravel()
-    return values / max(float(np.sqrt(np.mean(values**2))), float(np.finfo(np.float32).tiny))
-
-
-def method_colour(method: str, index: int) -> str:
-    """The colour of a known method in every figure, else the one at `index` of the others."""
-    return COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])
-
-
-SERIES = dict(
-    zip(
-        (*COLOURS.values(), *OTHER_COLOURS),
-        ("blue", "orange", "green", "pink", "amber", "sky"),
-        strict=True,
-    )
-)
-"""Colour of a figure -> variable of the page."""
-
-GREYS = {"#e6e6e6": "line", "#cccccc": "line", "#bfbfbf": "bar", "#ededed": "head", "#f2f2f2": "head"}
-
-STYLE: dict[Any, Any] = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
-    "font.size": 9,
-    "svg.fonttype": "none",
-}
-
-
-def to_svg(draw: Callable[[], Figure | None], name: str) -> str | None:
-    """What `draw` draws, as an `<svg>` element; None if it draws nothing.
-
-    Args:
-      draw: makes a new figure; it is called with the page's style set.
-      name: makes the ids of this drawing differ from those of others on the page.
-
-    >>> svg = to_svg(lambda: Figure(figsize=(2, 1)), "empty")
-    >>> svg.startswith("<svg"), "--width: 144" in svg
-    (True, True)
-    """
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = draw()
-        if figure is None:
-            return None
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    return _on_page(text.getvalue())
-
-
-def _on_page(svg: str) -> str:
-    """The bare element: no prologue, no metadata, no ids that nothing refers to, colours as variables."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' id="[a-zA-Z]\w*_\d+"', "", svg)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    width = re.search(r'width="([\d.]+)pt"', svg)
-    assert width is not None, "matplotlib states the width of an SVG"
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = svg.replace("<svg", f'<svg style="--width: {float(width[1]):.0f}"', 1)
-    svg = re.sub(r"(font: [^';\"]*?)'DejaVu Sans'[^;\"]*", r"\1system-ui, sans-serif", svg)
-    for colour, variable in GREYS.items() | {(c.lower(), v) for c, v in SERIES.items()}:
-        svg = svg.replace(colour, f"var(--{variable})")
-    svg = svg.replace(INK, "currentColor")
-    # White in front of a coloured cell stays white; white lines and boxes are the paper.
-    svg = re.sub(r"<(?!text)[^>]*#ffffff[^>]*>", lambda tag: tag[0].replace("#ffffff", "var(--paper)"), svg)
-    return re.sub(r"\n\s*", "\n", svg).strip()
-
-
-def canvas(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, with constrained layout and margins."""
-    figure = Figure((width, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure to `path` as a PNG, whole or not at all, and return the path."""
-    with staged(path) as scratch:
-        figure.savefig(scratch, format="png")
-    return path

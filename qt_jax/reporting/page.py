@@ -1,6 +1,7 @@
-"""A Markdown report as one HTML file that needs nothing else: pictures inside, tables sorted by a click.
+"""Turn a Markdown report into one HTML file that needs nothing else.
 
-The frame of every report: its style on screens, in the dark, on phones and paper, its one script.
+Pictures lie inside the file, and a click on a heading sorts a table. `PAGE` is the frame of every report: its
+style on screens, in the dark, on phones and on paper, and its one script.
 """
 
 import base64
@@ -132,17 +133,17 @@ for (const head of document.querySelectorAll("th")) {
 
 
 def to_html(markdown: str, title: str, folder: Path, drawings: Mapping[str, str] | None = None) -> str:
-    """`markdown` as a page with a table of contents of its second-level headings. Raw HTML in it stays text.
+    """Render `markdown` as a page with a table of contents of its second-level headings.
 
-    A picture is one of `drawings` or else a file of `folder`, which becomes a data URI on a white card; its
-    text is its caption. A paragraph of nothing but pictures is laid out as a grid that follows the width of
-    the screen.
+    Raw HTML in the Markdown stays text. A picture is one of `drawings`, or else a file of `folder`, which
+    becomes a data URI on a white card. Its text is its caption. A paragraph of nothing but pictures is laid
+    out as a grid that follows the width of the screen.
 
     Args:
       markdown: CommonMark with tables.
-      title: of the page.
-      folder: where the pictures lie.
-      drawings: name of a picture -> its SVG, as `qt_jax.reporting.figures.to_svg` makes it.
+      title: Title of the page.
+      folder: Folder of the pictures.
+      drawings: SVG of each drawing by name, as `qt_jax.reporting.figures.to_svg` makes it.
 
     >>> page = to_html("# Report\\n\\n## Results", "Report", Path("."))
     >>> '<a href="#results">Results</a>' in page
@@ -180,7 +181,7 @@ def to_html(markdown: str, title: str, folder: Path, drawings: Mapping[str, str]
 
 
 def _anchored(tokens: Sequence[Token]) -> dict[str, str]:
-    """Gives every second-level heading an id; returns the texts by id, in order."""
+    """Give every second-level heading an id; return the texts by id, in order."""
     found: dict[str, str] = {}
     for heading, inline in itertools.pairwise(tokens):
         if heading.type == "heading_open" and heading.tag == "h2":
@@ -193,13 +194,13 @@ def _anchored(tokens: Sequence[Token]) -> dict[str, str]:
 
 
 def _pictures(inline: Token) -> list[Token]:
-    """The pictures of a paragraph that holds nothing else, else none."""
+    """Return the pictures of a paragraph that holds nothing else; otherwise none."""
     children = [child for child in inline.children or () if child.type != "softbreak"]
     return children if all(child.type == "image" for child in children) else []
 
 
 def _grid(pictures: Sequence[Token], drawings: Mapping[str, str]) -> str:
-    """The opening tag of a grid: drawings share a line where there is room, files have one of their own."""
+    """Return the opening tag of a grid; drawings share a line where there is room, files do not."""
     widths = [re.search(r"--width: (\d+)", drawings.get(_source(token), "")) for token in pictures]
     known = [int(width[1]) for width in widths if width]
     cell = f"{0.98 * max(known):.0f}px" if len(known) == len(pictures) > 1 else "100%"
@@ -211,7 +212,7 @@ def _source(token: Token) -> str:
 
 
 def _figure(token: Token, folder: Path, drawings: Mapping[str, str]) -> str:
-    """A picture with its caption; a line that says so where there is no such file."""
+    """Return a picture with its caption, or a line that says that its file is missing."""
     name, text = _source(token), html.escape("".join(part.content for part in token.children or ()))
     caption = f"<figcaption>{text}</figcaption>"
     if name in drawings:

@@ -1,18 +1,20 @@
-"""Deployment records arranged for comparison: a row a compiled model and runtime, a column a network.
+"""Arrange records for comparison: by method and scheme, or by deployed row and network, each by seed.
 
-What is compared, and with what:
+`compare` arranges the records of one task and model by method and scheme. `arrange` arranges deployment
+records with one row per compiled model and runtime, and one column per network. These rules hold for both:
 
 - The drop of a row is `reference_top1 - top1`: the float model in onnxruntime and the row on the same images.
   Simulators run on fewer images, so neither term is ever taken from another record.
-- A network is a column. Where two runs hold one of the same task, model, method and seed, so is the run.
-- INT8 rows have 8-bit weights and 8-bit activations, INT4 rows 4-bit weights and any activations, both on
-  integer grids and in all layers (floats, block exponents and 4-bit matrix products beside wider convolutions
-  are neither); only rows of status ok count. The
-  spread of a group is its largest drop minus its smallest: of drops, because top-1 on 500 images and on
-  10,000 cannot be subtracted.
+- A network is a column. Where two runs hold networks of the same task, model, method and seed, the run is
+part
+  of the column too.
+- INT8 rows have 8-bit weights and 8-bit activations. INT4 rows have 4-bit weights and any activations. Both
+are
+  on integer grids in all layers. Floats, block exponents, and 4-bit matmuls beside wider convolutions are
+  neither. Only rows of status ok count.
+- The spread of a group is its largest drop minus its smallest. It is taken of drops, because top-1 on 500
+  images and on 10,000 cannot be subtracted.
 - The gain is Quant-Trim's top-1 minus its float twin's, for the same seed, data and number of images.
-
-Records arranged for comparison: by method, scheme and seed; and the spread over seeds.
 """
 
 from collections import Counter
@@ -25,28 +27,38 @@ from qt_jax.errors import InvalidInput
 from qt_jax.records import Record
 
 METHOD_TITLES = {"quant-trim": "Quant-Trim", "float": "float twin"}
-"""Known methods and their titles, in the order in which tables and figures show them; others follow."""
+"""Known methods and their titles, in the order in which tables and figures show them. Others follow."""
 
 METRICS = {"top1": "top-1", "miou": "mIoU"}
-"""What a table or figure can be of, and its name there. Of segmentation, top-1 is the pixel accuracy."""
+"""Metrics that a table or figure can show, and their names there. In segmentation top-1 is pixel accuracy."""
+
+
+Seeds = dict[int | None, Record]
+"""Maps a seed to its record."""
 
 
 class Comparison(NamedTuple):
-    """`cells[method][scheme][seed]` is a record; `methods` and `schemes` say in which order to show them."""
+    """Hold records by method, scheme and seed.
+
+    Attributes:
+      methods, schemes: Methods and schemes in the order to show them.
+      cells: `cells[method][scheme][seed]` is a record.
+      reference: Scheme that drops are counted from: FP32 of the backend that ran first.
+    """
 
     methods: list[str]
     schemes: list[str]
-    cells: dict[str, dict[str, dict[int | None, Record]]]
+    cells: dict[str, dict[str, Seeds]]
     reference: str
-    """The scheme that drops are counted from: FP32 of the backend that ran first."""
 
 
 def compare(records: Sequence[Record]) -> Comparison:
-    """Arrange records of one task and model. Of two for the same cell, the later one counts.
+    """Arrange records of one task and model. Of two records for the same cell, the later one counts.
 
-    A scheme is called by its name, preceded by its backend's where there are several backends.
+    A scheme is called by its name. Where there are several backends, the backend's name precedes it.
 
-    Raises InvalidInput if there are no records, none of scheme fp32, or several tasks or models.
+    Raises:
+      InvalidInput: There are no records, none has the scheme fp32, or there are several tasks or models.
 
     >>> record = {"backend": "onnxruntime", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.9}
     >>> compare([record]).cells["float"]["fp32"][0]["top1"]
@@ -59,7 +71,7 @@ def compare(records: Sequence[Record]) -> Comparison:
                 f"One table compares one {key}, the records hold {found}: select one {key} first."
             )
     several = len({record["backend"] for record in records}) > 1
-    cells: dict[str, dict[str, dict[int | None, Record]]] = {}
+    cells: dict[str, dict[str, Seeds]] = {}
     schemes: dict[str, None] = {}
     reference = None
     for record in records:
@@ -78,7 +90,7 @@ def compare(records: Sequence[Record]) -> Comparison:
 
 
 def title(method: str) -> str:
-    """The name of a method as readers see it.
+    """Return the name of a method as readers see it.
 
     >>> title("quant-trim"), title("something else")
     ('Quant-Trim', 'something else')
@@ -86,13 +98,13 @@ def title(method: str) -> str:
     return METHOD_TITLES.get(method, method)
 
 
-def measured(seeds: dict[int | None, Record], key: str) -> dict[int | None, float]:
-    """The values under `key` by seed, where there is one."""
+def measured(seeds: Seeds, key: str) -> dict[int | None, float]:
+    """Return the values under `key` by seed, for the seeds that have one."""
     return {seed: record[key] for seed, record in seeds.items() if record.get(key) is not None}
 
 
 def difference(minuend: dict[int | None, float], subtrahend: dict[int | None, float]) -> list[float]:
-    """Paired differences over the seeds that both have.
+    """Return the paired differences over the seeds that both have.
 
     >>> difference({0: 5.0, 1: 7.0}, {1: 4.0, 2: 0.0})
     [3.0]
@@ -101,7 +113,7 @@ def difference(minuend: dict[int | None, float], subtrahend: dict[int | None, fl
 
 
 def spread(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (ddof 1), None for a single value.
+    """Return the mean and the sample standard deviation (ddof 1); the latter is None for a single value.
 
     >>> spread([1.0, 3.0])
     (2.0, 1.4142135623730951)
@@ -110,11 +122,8 @@ def spread(values: Iterable[float]) -> tuple[float, float | None]:
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
 
 
-Seeds = dict[int | None, Record]
-
-
 class Row(NamedTuple):
-    """What was deployed how: the empty string where a record does not say."""
+    """Name a compiled model and its runtime; a part is empty where a record does not say it."""
 
     backend: str
     scheme: str
@@ -125,32 +134,37 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """Which network was deployed."""
+    """Name a deployed network."""
 
     task: str
     model: str
     method: str
     run: str = ""
-    """Told only where two networks of one task, model, method and seed would else be one."""
+    """Given only where two networks of one task, model, method and seed would otherwise be one."""
 
 
 REFERENCE = Row("onnxruntime", "fp32", "reference")
-"""The row of the float model itself."""
+"""Row of the float model itself."""
 
 
 class DeploymentTable(NamedTuple):
-    """`cells[column][row][seed]` is a record; `rows` and `columns` say in which order to show them."""
+    """Hold deployment records by network, row and seed.
+
+    Attributes:
+      rows, columns: Rows and columns in the order to show them.
+      cells: `cells[column][row][seed]` is a record.
+    """
 
     rows: list[Row]
     columns: list[Column]
     cells: dict[Column, dict[Row, Seeds]]
 
     def seeds(self, column: Column, row: Row) -> Seeds:
-        """The records of one cell, none where nothing was tried."""
+        """Return the records of one cell; none where nothing was tried."""
         return self.cells[column].get(row, {})
 
     def name(self, column: Column) -> str:
-        """The title of a column: what all columns share is left out, the method stays."""
+        """Return the title of a column, which leaves out what all columns share but keeps the method."""
         parts = [title(column.method)]
         for index in (3, 1, 0):
             if len({other[index] for other in self.columns}) > 1 and column[index] not in parts:
@@ -159,7 +173,7 @@ class DeploymentTable(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The rows of one precision: how many, the one with the largest drop, and how far drops lie apart."""
+    """Summarize the rows of one precision: their number, the row with the largest drop, and the spread."""
 
     size: int
     worst: Row
@@ -168,12 +182,13 @@ class Group(NamedTuple):
 
 
 def arrange(records: Sequence[Record]) -> DeploymentTable:
-    """Arrange records by row, column and seed. Of two for the same cell, the later one counts.
+    """Arrange records by row, column and seed. Of two records for the same cell, the later one counts.
 
-    Rows come by backend (onnxruntime first, the others by name), from many bits to few, then by name; columns
-    by task and model, Quant-Trim and its twin before others.
+    Rows are sorted by backend (onnxruntime first, the others by name), from many bits to few, then by name.
+    Columns are sorted by task and model, with Quant-Trim and its twin before other methods.
 
-    Raises InvalidInput if there are no records, or one lacks its backend, scheme or status.
+    Raises:
+      InvalidInput: There are no records, or one lacks its backend, scheme or status.
 
     >>> records = [{"backend": "b", "scheme": s, "status": "ok", "weight_bits": w}
     ...            for s, w in (("int8", 8), ("fp32", 32))]
@@ -187,7 +202,9 @@ def arrange(records: Sequence[Record]) -> DeploymentTable:
     bits: dict[Row, tuple[int, int]] = {}
     for record in records:
         if missing := [key for key in ("backend", "scheme", "status") if not record.get(key)]:
-            raise InvalidInput(f"A record without {' and '.join(missing)} is no deployment record: {record}")
+            raise InvalidInput(
+                f"A record without {' and '.join(missing)} is not a deployment record: {record}"
+            )
         row = Row(record["backend"], record["scheme"], record.get("runtime") or "")
         column = _column(record)
         column = column._replace(run=str(record.get("run") or "")) if column[:2] in ambiguous else column
@@ -210,7 +227,7 @@ def _column(record: Record) -> Column:
 
 
 def _ambiguous(records: Sequence[Record]) -> set[tuple[str, ...]]:
-    """(task, model) of which two runs hold different networks of the same method and seed."""
+    """Return the (task, model) of which two runs hold different networks of the same method and seed."""
     runs: dict[tuple, set] = {}
     for record in records:
         cell = (_column(record), record.get("seed"))
@@ -220,7 +237,7 @@ def _ambiguous(records: Sequence[Record]) -> set[tuple[str, ...]]:
 
 
 def drops(seeds: Seeds) -> list[float]:
-    """Top-1 lost against the float model on the same images, a fraction for each seed that has both.
+    """Return the top-1 lost against the float model on the same images, one fraction per seed that has both.
 
     >>> drops({0: {"reference_top1": 0.75, "top1": 0.5}, 1: {"top1": 0.9}})
     [0.25]
@@ -230,7 +247,7 @@ def drops(seeds: Seeds) -> list[float]:
 
 
 def statuses(seeds: Seeds) -> list[str]:
-    """What became of the seeds, each word once, without the ok ones.
+    """Return the statuses of the seeds, each once, without ok.
 
     >>> statuses({0: {"status": "ok"}, 1: {"status": "refused"}})
     ['refused']
@@ -239,12 +256,12 @@ def statuses(seeds: Seeds) -> list[str]:
 
 
 def images(seeds: Seeds) -> list[int]:
-    """The different numbers of images of a cell."""
+    """Return the different numbers of images of a cell."""
     return sorted({record["n"] for record in seeds.values() if record.get("n")})
 
 
 def precision(seeds: Seeds) -> str | None:
-    """INT8 or INT4, as the module says, or None for another precision.
+    """Return INT8 or INT4, as the module defines them, or None for another precision.
 
     >>> precision({0: {"weight_bits": 4, "activation_bits": 16}})
     'INT4'
@@ -260,7 +277,7 @@ def precision(seeds: Seeds) -> str | None:
 
 
 def group(deployment: DeploymentTable, column: Column, name: str) -> Group | None:
-    """The rows of one precision that have a drop, None if there are none."""
+    """Summarize the rows of one precision that have a drop; None if there are none."""
     found = {
         row: spread(values)[0]
         for row, seeds in deployment.cells[column].items()
@@ -273,14 +290,14 @@ def group(deployment: DeploymentTable, column: Column, name: str) -> Group | Non
 
 
 def pairs(deployment: DeploymentTable) -> list[tuple[Column, Column]]:
-    """Each Quant-Trim column with that of its float twin, where both are there."""
+    """Return each Quant-Trim column with that of its float twin, where both are there."""
     ahead, behind = METHOD_TITLES
     twins = [(c, c._replace(method=behind)) for c in deployment.columns if c.method == ahead]
     return [pair for pair in twins if pair[1] in deployment.cells]
 
 
 def comparable(ahead: Seeds, behind: Seeds) -> list[tuple[Record, Record]]:
-    """The records of two cells that can be subtracted: same seed, same data, same number of images.
+    """Return the records of two cells that can be subtracted: same seed, same data, same number of images.
 
     >>> one, two = {"top1": 0.5, "n": 500}, {"top1": 0.5, "n": 9}
     >>> len(comparable({0: one}, {0: one})), len(comparable({0: one}, {0: two}))
@@ -292,7 +309,7 @@ def comparable(ahead: Seeds, behind: Seeds) -> list[tuple[Record, Record]]:
 
 
 def count_statuses(deployment: DeploymentTable, column: Column) -> Counter[str]:
-    """How many records of a column ended how."""
+    """Count the records of a column by status."""
     return Counter(
         record["status"] for seeds in deployment.cells[column].values() for record in seeds.values()
     )

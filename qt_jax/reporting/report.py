@@ -1,6 +1,7 @@
-"""What deployment did to networks, from records alone: summary.md, figures, one HTML file with all of it.
+"""Report what deployment did to networks, from records alone: summary.md, figures, and one HTML file of all.
 
-What a reader wants first: the worst row and the spread of each network, and who wins on 4-bit weights.
+The report begins with what a reader wants first: the worst row and the spread of each network, and which of
+Quant-Trim and its float twin wins on 4-bit weights.
 """
 
 import math
@@ -61,127 +62,7 @@ DEFINITIONS = (
     "2 √((q − d²) / n). It covers the choice of test images, not that of training seeds.",
     "Several seeds: mean ± sample standard deviation, differences paired by seed.",
 )
-
-
-def headline(deployment: DeploymentTable) -> str:
-    """A line a network: FP32, the worst INT8 and INT4 row, the spread over each, and how the rows ended."""
-    header = ["network", "FP32 top-1"]
-    for name in ("INT8", "INT4"):
-        header += [f"worst {name} row", "its drop", f"spread over {name} rows"]
-    rows = []
-    for column in deployment.columns:
-        cells = [escaped(deployment.name(column)), _float_top1(deployment, column)]
-        for name in ("INT8", "INT4"):
-            found = group(deployment, column, name)
-            cells += (
-                [ABSENT] * 3
-                if found is None
-                else [
-                    escaped(found.worst),
-                    _worst_drop(deployment, column, found.worst),
-                    f"{100 * found.spread:.2f} ({found.size} row{'s' * (found.size > 1)})",
-                ]
-            )
-        rows.append(cells)
-    counts = [
-        [escaped(deployment.name(c)), *(str(count_statuses(deployment, c)[status]) for status in STATUSES)]
-        for c in deployment.columns
-    ]
-    numbers = [markdown_table(header, rows), markdown_table(["records", *STATUSES], counts)]
-    return "\n\n".join([*numbers, "\n".join(f"- {line}" for line in DEFINITIONS)])
-
-
-class Contest(NamedTuple):
-    """One row of Quant-Trim and its twin: points of top-1 between them, and two standard errors if known."""
-
-    pair: tuple[Column, Column]
-    row: Row
-    lead: float
-    noise: float | None
-
-    @property
-    def certain(self) -> bool:
-        return self.noise is not None and abs(self.lead) > self.noise
-
-    @property
-    def winner(self) -> str:
-        ahead, behind = (title(method) for method in METHOD_TITLES)
-        return ahead if self.lead > 0 else behind if self.lead < 0 else "neither"
-
-
-def contests(deployment: DeploymentTable, name: str) -> list[Contest]:
-    """Every row of one precision that Quant-Trim and its twin both have."""
-    found = []
-    for pair in pairs(deployment):
-        for row in deployment.rows:
-            cells = [deployment.seeds(column, row) for column in pair]
-            both = comparable(*cells)
-            if both and precision(cells[0]) == name:
-                leads = [a["top1"] - b["top1"] for a, b in both]
-                noise = _noise(zip(both, leads, strict=True))
-                found.append(Contest(pair, row, 100 * spread(leads)[0], noise))
-    return found
-
-
-def head_to_head(deployment: DeploymentTable) -> str | None:
-    """Who wins how many INT8 and INT4 rows, and every INT4 row; None without Quant-Trim and its twin."""
-    found = {name: contests(deployment, name) for name in ("INT8", "INT4")}
-    ahead, behind = (title(method) for method in METHOD_TITLES)
-    parts = []
-    for name, rows in found.items():
-        leads = Counter(contest.winner for contest in rows)
-        clear = Counter(contest.winner for contest in rows if contest.certain)
-        if rows:
-            parts.append(
-                f"{name}: of {len(rows)} rows {ahead} wins {leads[ahead]} and the {behind} {leads[behind]}. "
-                f"By more than the noise of the test images {ahead} wins {clear[ahead]} of them and the "
-                f"{behind} {clear[behind]}."
-            )
-    if found["INT4"]:
-        header = ["model", "row", "n", ahead, behind, "gain", "noise", "winner"]
-        lines = [_line(deployment, contest) for contest in found["INT4"]]
-        parts.append(markdown_table(header, lines, words=2))
-    return "\n\n".join(parts) or None
-
-
-def _line(deployment: DeploymentTable, contest: Contest) -> list[str]:
-    cells = [deployment.seeds(column, contest.row) for column in contest.pair]
-    return [
-        *(escaped(contest.pair[0].model), escaped(contest.row), sizes(deployment, contest.row, contest.pair)),
-        *(with_spread(measured(cell, "top1").values(), 100) for cell in cells),
-        gain(deployment, contest.pair, contest.row),
-        ABSENT if contest.noise is None else f"{contest.noise:.2f}",
-        contest.winner if contest.noise is None or contest.certain else f"{contest.winner}, within noise",
-    ]
-
-
-def _noise(differences: Iterable[tuple[tuple[Record, Record], float]]) -> float | None:
-    """Two standard errors of a mean difference, in points, which does not shrink: the seeds share images."""
-    errors = []
-    for (first, second), difference in differences:
-        alike = agreement(first, second)
-        if alike is None:
-            return None
-        errors.append(standard_error(alike, difference, min(first["n"], second["n"])))
-    return 200 * math.sqrt(sum(error**2 for error in errors) / len(errors)) if errors else None
-
-
-def _float_top1(deployment: DeploymentTable, column: Column) -> str:
-    seeds = deployment.seeds(column, REFERENCE)
-    top1 = with_spread(measured(seeds, "top1").values(), 100)
-    counts = images(seeds)
-    return f"{top1} (n {counts[-1]})" if counts and top1 != ABSENT else top1
-
-
-def _worst_drop(deployment: DeploymentTable, column: Column, row: Row) -> str:
-    """The drop of a row with its number of images and, if decisions were kept, its noise."""
-    seeds, own = deployment.seeds(column, row), deployment.seeds(column, REFERENCE)
-    notes = [f"n {', '.join(map(str, images(seeds)))}"] if images(seeds) else []
-    both = [((own[s], seeds[s]), lost) for s in seeds if s in own for lost in drops({s: seeds[s]})]
-    if (noise := _noise(both)) is not None:
-        notes.append(f"noise {noise:.2f}")
-    return with_spread(drops(seeds), 100) + (f" ({', '.join(notes)})" if notes else "")
-
+"""Definitions below the headline."""
 
 FIGURES = (
     (drop_figure, "drops.png", "Accuracy drop by row and network"),
@@ -192,15 +73,17 @@ FIGURES = (
     ),
     (latency_figure, "latency.png", "Top-1 by median latency at batch 1"),
 )
+"""Function, file and caption of each figure."""
 
 
 def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write summary.md, its PNG figures and report.html into `folder`, and return what was written.
+    """Write summary.md, its PNG figures and report.html into `folder`, and return the files written.
 
     A figure for which the records hold nothing is left out, and so is its section. Files of the same names
     are replaced, each whole or not at all.
 
-    Raises InvalidInput if there are no records, one is no deployment record, or decisions cannot be decoded.
+    Raises:
+      InvalidInput: There are no records, one is not a deployment record, or decisions cannot be decoded.
 
     >>> import tempfile
     >>> record = {"backend": "b", "scheme": "int8", "runtime": "cpu", "status": "ok", "model": "m",
@@ -237,7 +120,7 @@ def _title(deployment: DeploymentTable) -> str:
 def _page(
     deployment: DeploymentTable, records: Sequence[Record], title: str, pictures: Mapping[str, str]
 ) -> str:
-    """The report as Markdown: a section a question, left out where the records say nothing about it."""
+    """Write the report as Markdown, without the sections about which the records say nothing."""
     agreements = [picture for name, picture in pictures.items() if name.startswith("agreement")]
     sections = {
         "Headline": headline(deployment),
@@ -261,8 +144,146 @@ def _joined(*parts: str | None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _has_operators(records: Sequence[Record]) -> bool:
+    return any(record.get("operators") or record["status"] == "refused" for record in records)
+
+
+def headline(deployment: DeploymentTable) -> str:
+    """Tabulate FP32, the worst INT8 and INT4 row, the spread over each, and the statuses, by network."""
+    header = ["network", "FP32 top-1"]
+    for name in ("INT8", "INT4"):
+        header += [f"worst {name} row", "its drop", f"spread over {name} rows"]
+    rows = []
+    for column in deployment.columns:
+        cells = [escaped(deployment.name(column)), _float_top1(deployment, column)]
+        for name in ("INT8", "INT4"):
+            found = group(deployment, column, name)
+            cells += (
+                [ABSENT] * 3
+                if found is None
+                else [
+                    escaped(found.worst),
+                    _worst_drop(deployment, column, found.worst),
+                    f"{100 * found.spread:.2f} ({found.size} row{'s' * (found.size > 1)})",
+                ]
+            )
+        rows.append(cells)
+    counts = [
+        [escaped(deployment.name(c)), *(str(count_statuses(deployment, c)[status]) for status in STATUSES)]
+        for c in deployment.columns
+    ]
+    numbers = [markdown_table(header, rows), markdown_table(["records", *STATUSES], counts)]
+    return "\n\n".join([*numbers, "\n".join(f"- {line}" for line in DEFINITIONS)])
+
+
+def _float_top1(deployment: DeploymentTable, column: Column) -> str:
+    seeds = deployment.seeds(column, REFERENCE)
+    top1 = with_spread(measured(seeds, "top1").values(), 100)
+    counts = images(seeds)
+    return f"{top1} (n {counts[-1]})" if counts and top1 != ABSENT else top1
+
+
+def _worst_drop(deployment: DeploymentTable, column: Column, row: Row) -> str:
+    """Write the drop of a row with its number of images and, if decisions were kept, its noise."""
+    seeds, own = deployment.seeds(column, row), deployment.seeds(column, REFERENCE)
+    notes = [f"n {', '.join(map(str, images(seeds)))}"] if images(seeds) else []
+    both = [((own[s], seeds[s]), lost) for s in seeds if s in own for lost in drops({s: seeds[s]})]
+    if (noise := _noise(both)) is not None:
+        notes.append(f"noise {noise:.2f}")
+    return with_spread(drops(seeds), 100) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _noise(differences: Iterable[tuple[tuple[Record, Record], float]]) -> float | None:
+    """Return two standard errors of a mean difference, in points; None if one of them is unknown.
+
+    More seeds do not make it smaller, because the seeds share their images.
+    """
+    errors = []
+    for (first, second), difference in differences:
+        alike = agreement(first, second)
+        if alike is None:
+            return None
+        errors.append(standard_error(alike, difference, min(first["n"], second["n"])))
+    return 200 * math.sqrt(sum(error**2 for error in errors) / len(errors)) if errors else None
+
+
+class Contest(NamedTuple):
+    """Compare Quant-Trim and its twin in one row.
+
+    Attributes:
+      pair: Columns of Quant-Trim and its twin.
+      row: Row in which they are compared.
+      lead: Points of top-1 by which Quant-Trim leads.
+      noise: Two standard errors of the lead in points; None if unknown.
+    """
+
+    pair: tuple[Column, Column]
+    row: Row
+    lead: float
+    noise: float | None
+
+    @property
+    def certain(self) -> bool:
+        return self.noise is not None and abs(self.lead) > self.noise
+
+    @property
+    def winner(self) -> str:
+        ahead, behind = (title(method) for method in METHOD_TITLES)
+        return ahead if self.lead > 0 else behind if self.lead < 0 else "neither"
+
+
+def contests(deployment: DeploymentTable, name: str) -> list[Contest]:
+    """Compare every row of one precision that Quant-Trim and its twin both have."""
+    found = []
+    for pair in pairs(deployment):
+        for row in deployment.rows:
+            cells = [deployment.seeds(column, row) for column in pair]
+            both = comparable(*cells)
+            if both and precision(cells[0]) == name:
+                leads = [a["top1"] - b["top1"] for a, b in both]
+                noise = _noise(zip(both, leads, strict=True))
+                found.append(Contest(pair, row, 100 * spread(leads)[0], noise))
+    return found
+
+
+def head_to_head(deployment: DeploymentTable) -> str | None:
+    """Count who wins the INT8 and INT4 rows, and tabulate every INT4 row.
+
+    Returns:
+      Markdown; None if there are not both Quant-Trim and its twin.
+    """
+    found = {name: contests(deployment, name) for name in ("INT8", "INT4")}
+    ahead, behind = (title(method) for method in METHOD_TITLES)
+    parts = []
+    for name, rows in found.items():
+        leads = Counter(contest.winner for contest in rows)
+        clear = Counter(contest.winner for contest in rows if contest.certain)
+        if rows:
+            parts.append(
+                f"{name}: of {len(rows)} rows {ahead} wins {leads[ahead]} and the {behind} {leads[behind]}. "
+                f"By more than the noise of the test images {ahead} wins {clear[ahead]} of them and the "
+                f"{behind} {clear[behind]}."
+            )
+    if found["INT4"]:
+        header = ["model", "row", "n", ahead, behind, "gain", "noise", "winner"]
+        lines = [_line(deployment, contest) for contest in found["INT4"]]
+        parts.append(markdown_table(header, lines, words=2))
+    return "\n\n".join(parts) or None
+
+
+def _line(deployment: DeploymentTable, contest: Contest) -> list[str]:
+    cells = [deployment.seeds(column, contest.row) for column in contest.pair]
+    return [
+        *(escaped(contest.pair[0].model), escaped(contest.row), sizes(deployment, contest.row, contest.pair)),
+        *(with_spread(measured(cell, "top1").values(), 100) for cell in cells),
+        gain(deployment, contest.pair, contest.row),
+        ABSENT if contest.noise is None else f"{contest.noise:.2f}",
+        contest.winner if contest.noise is None or contest.certain else f"{contest.winner}, within noise",
+    ]
+
+
 def _disagreements(deployment: DeploymentTable) -> str | None:
-    """The rows that decide most images differently although they are equally accurate."""
+    """List the rows that decide most images differently although they are equally accurate."""
     lines = []
     for column in deployment.columns:
         for pair in disagreeing_pairs(deployment, column):
@@ -278,7 +299,3 @@ def _disagreements(deployment: DeploymentTable) -> str | None:
         f"number of images whose top-1 lie within {100 * EQUAL_ACCURACY:g} points, each row named once:"
     )
     return "\n".join([introduction, "", *lines])
-
-
-def _has_operators(records: Sequence[Record]) -> bool:
-    return any(record.get("operators") or record["status"] == "refused" for record in records)

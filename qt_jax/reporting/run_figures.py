@@ -1,4 +1,4 @@
-"""The drawings of a run's report: each one small panel, so that a page can lay them out by its width."""
+"""Draw the pictures of a run's report, as small panels that a page can lay out by its width."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,13 +16,15 @@ from qt_jax.reporting.pivot import title
 from qt_jax.reporting.statistics import Reliability
 
 CURVE = (4.2, 2.5)
+"""Inches of a panel with curves."""
 LAYER = (2.15, 1.4)
+"""Inches of a panel for one layer."""
 LINE = 0.21
 """Inches of height that one layer takes where each has a line of its own."""
 
 
 class Series(NamedTuple):
-    """One line of a panel: values `(points,)` at epochs `(points,)`."""
+    """Describe one line of a panel: values `(points,)` at epochs `(points,)`."""
 
     label: str
     epochs: Sequence[float]
@@ -32,7 +34,7 @@ class Series(NamedTuple):
 
 
 def draw_curves(series: Sequence[Series], name: str) -> Figure:
-    """Lines over epochs, with a legend if there are several; `name` is of the vertical axis.
+    """Draw lines over epochs, with a legend if there are several; `name` labels the vertical axis.
 
     >>> figure = draw_curves([Series("loss", (1, 2), (0.5, 0.25))], "loss")
     >>> figure.axes[0].get_ylabel()
@@ -55,11 +57,11 @@ def draw_curves(series: Sequence[Series], name: str) -> Figure:
 
 
 def draw_threshold(epochs: Sequence[float], values: Sequence[float], limits: tuple[float, float]) -> Figure:
-    """One layer's tau `(epochs,)` over training, its first and last value as numbers.
+    """Draw one layer's tau over training, and print its first and last value.
 
     Args:
-      epochs, values: of the same length.
-      limits: of the vertical axis, the same in the panels of all layers.
+      epochs, values: Epochs and tau at each, of the same length.
+      limits: Ends of the vertical axis, the same in the panels of all layers.
     """
     figure, axes = _layer_panel()
     axes.plot(epochs, values, color=COLOURS["quant-trim"], lw=1.6, marker="o" if len(epochs) == 1 else None)
@@ -77,10 +79,12 @@ def draw_threshold(epochs: Sequence[float], values: Sequence[float], limits: tup
 
 
 def draw_histogram(weights: Mapping[str, np.ndarray]) -> Figure:
-    """One layer's weights over their root mean square, a line a method, counts on a logarithmic axis.
+    """Draw one layer's weights over their root mean square, with one line per method.
+
+    The counts are on a logarithmic axis.
 
     Args:
-      weights: method -> values `(size,)`.
+      weights: Values `(size,)` by method.
     """
     figure, axes = _layer_panel()
     scaled = {method: over_rms(values) for method, values in weights.items()}
@@ -95,10 +99,10 @@ def draw_histogram(weights: Mapping[str, np.ndarray]) -> Figure:
 
 
 def draw_tails(weights: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """A line a layer: its largest weight over its root mean square, a mark a method.
+    """Draw the largest weight over the root mean square, with one line per layer and one mark per method.
 
     Args:
-      weights: method -> layer -> values `(size,)`.
+      weights: Values `(size,)` by method and layer.
     """
     layers = list(dict.fromkeys(layer for values in weights.values() for layer in values))
     figure = canvas(4.6, LINE * len(layers) + 1.0)
@@ -123,7 +127,7 @@ def draw_tails(weights: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 
 
 def draw_ranges(tensors: Mapping[str, Encoding]) -> Figure:
-    """A bar a tensor from the least to the largest number of its grid; learned ones stand out."""
+    """Draw one bar per tensor from the least to the largest number of its grid; learned ones stand out."""
     shades = {"learned": COLOURS["quant-trim"], "calibrated": "0.75"}
     figure = canvas(4.6, LINE * len(tensors) + 1.0)
     axes = figure.add_subplot()
@@ -144,7 +148,7 @@ def draw_ranges(tensors: Mapping[str, Encoding]) -> Figure:
 
 
 def draw_reliability(item: Reliability, colour: str) -> Figure:
-    """One reliability diagram."""
+    """Draw one reliability diagram."""
     figure = canvas(2.55, 2.55)
     axes = figure.add_subplot()
     draw_diagram(axes, item, colour)
@@ -154,7 +158,7 @@ def draw_reliability(item: Reliability, colour: str) -> Figure:
 
 
 def tail(values: np.ndarray) -> float:
-    """The largest magnitude over the root mean square.
+    """Return the largest magnitude over the root mean square.
 
     >>> tail(np.float32([1, 1, 1, 1]))
     1.0

@@ -1,6 +1,6 @@
-"""One training run as one HTML file: what was trained, what became of it, and how to repeat it.
+"""Report one training run as one HTML file: what was trained, what became of it, and how to repeat it.
 
-What training did, epoch by epoch and layer by layer: the sections of a run's report drawn from it.
+`run_page` builds the page from sections. Each section is a function of what the folder of the run holds.
 """
 
 import dataclasses
@@ -55,31 +55,169 @@ from qt_jax.reporting.tables import (
 )
 
 MOST_PANELS = 48
-"""Layers beyond which only those of the heaviest tails have a panel."""
+"""Number of layers beyond which only those of the heaviest tails have a panel."""
+
+MOST_ROWS = 30
+"""Rows of one heat map. More rows become several maps, so that each fits a sheet of paper."""
 
 COLOUR_NAMES = {"quant-trim": "blue", "float": "orange"}
+"""Name of the colour of each known method on the page."""
 
 Weights = Mapping[str, Mapping[str, np.ndarray]]
-"""Method -> layer -> values `(size,)` of its kernel."""
+"""Values `(size,)` of each kernel, by method and layer."""
 
 
 class Section(NamedTuple):
-    """Markdown, and the SVG of each picture that it names."""
+    """Hold Markdown, and the SVG of each picture that it names."""
 
     text: str
     drawings: Mapping[str, str]
 
 
+NO_RECORDS = Section("There are no records yet: the run has not deployed its networks.", {})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunContents:
+    """Hold what the folder of a run contains.
+
+    What the folder lacks is empty or None, and its section says so.
+
+    Attributes:
+      name: Name of the run.
+      folder: Folder of the pictures of `diagnosis` and `pictures`.
+      facts: What was trained, as values by name, in the order to show.
+      metrics: Rows of metrics.jsonl.
+      records: Records of this run.
+      others: Records of further backends.
+      metric: Metric that the run is judged by, a key of `METRICS`.
+      validation: Prefix of the keys of this metric in `metrics`.
+      weights: Values `(size,)` of each kernel, by method and layer.
+      weights_source: Sentence that says where the weights are from.
+      ranges: Ranges of the Quant-Trim network's exported graph.
+      pictures: Further pictures of the folder, by caption.
+      diagnosis: Markdown of a diagnosis.
+      diagnosis_drawings: SVG of each picture of `diagnosis`, as `qt_jax.reporting.figures.to_svg` makes it.
+    """
+
+    name: str
+    folder: Path
+    facts: Mapping[str, str]
+    metrics: Sequence[Record] = ()
+    records: Sequence[Record] = ()
+    others: Sequence[Record] = ()
+    metric: str = "top1"
+    validation: str = "validation"
+    weights: Weights = dataclasses.field(default_factory=dict)
+    weights_source: str = ""
+    ranges: Ranges | None = None
+    pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    diagnosis: str | None = None
+    diagnosis_drawings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def run_page(run: RunContents) -> str:
+    """Write the report of `run` as one HTML file.
+
+    Raises:
+      InvalidInput: A record is not a deployment record, or holds decisions that cannot be decoded.
+
+    >>> page = run_page(RunContents("a run", Path("."), {"data set": "digits"}))
+    >>> "digits" in page, "no records yet" in page
+    (True, True)
+    """
+    sections = {
+        "Results": _results(run),
+        "Training": training_section(run.metrics, run.metric, run.validation, _layers(run)),
+        "Weight tails": weight_section(run.weights, run.weights_source),
+        "Activation ranges": range_section(run.ranges),
+        "Vendors": _vendors(run),
+        "Calibration": _calibration(run),
+        "Diagnosis": _diagnosis(run.diagnosis, run.diagnosis_drawings),
+        "Reproduce": _reproduce(run),
+    }
+    heading = f"Run {run.name}"
+    parts = [f"# {escaped(heading)}"]
+    drawings: dict[str, str] = {}
+    for name, section in sections.items():
+        if section is not None:
+            parts.append(f"## {name}\n\n{section.text}")
+            drawings |= section.drawings
+    return to_html("\n\n".join(parts) + "\n", heading, run.folder, drawings)
+
+
+def _layers(run: RunContents) -> list[str]:
+    """Return the layers in the order of the network."""
+    return list(dict.fromkeys(layer for values in run.weights.values() for layer in values))
+
+
+def _results(run: RunContents) -> Section:
+    """Show what was trained, and FP32, the worst INT8 and the worst INT4 row of each network."""
+    facts = markdown_table(
+        ["trained", ""], ([escaped(key), escaped(text)] for key, text in run.facts.items()), words=2
+    )
+    if not run.records:
+        return Section("\n\n".join([facts, NO_RECORDS.text]), {})
+    networks = {record.get("checkpoint") for record in run.records}
+    mine = arrange([*run.records, *(r for r in run.others if r.get("checkpoint") in networks)])
+    header = [f"{METRICS[run.metric]} in %", *(title(column.method) or "network" for column in mine.columns)]
+    rows = [["FP32", *(_reached(mine.seeds(column, REFERENCE), run.metric) for column in mine.columns)]]
+    for name in ("INT8", "INT4"):
+        rows.append([f"worst {name}", *(_worst(mine, column, name, run.metric) for column in mine.columns)])
+    note = (
+        "In brackets: points below the network's own FP32 on the same images, and the row. Rows on integer "
+        "grids in all layers; INT4: weights at 4 bits, activations at any width."
+    )
+    parts = [markdown_table(header, rows), note, facts]
+    if run.metric != "top1":
+        parts.insert(2, to_markdown(run.records, run.metric))
+    parts += [f"![{escaped(text)}]({name})" for text, name in run.pictures.items()]
+    return Section("\n\n".join(parts), {})
+
+
+def _reached(seeds: Seeds, metric: str) -> str:
+    return with_spread([record[metric] for record in seeds.values() if record.get(metric) is not None], 100)
+
+
+def _worst(deployment: DeploymentTable, column: Column, name: str, metric: str) -> str:
+    """Write the row with the largest drop of one precision: its metric, its drop and its name."""
+    own = deployment.seeds(column, REFERENCE)
+    found: dict[Row, float] = {}
+    for row, seeds in deployment.cells[column].items():
+        if precision(seeds) != name or _reached(seeds, metric) == ABSENT:
+            continue
+        lost = drops(seeds) if metric == "top1" else _lost(own, seeds, metric)
+        if lost:
+            found[row] = sum(lost) / len(lost)
+    if not found:
+        return ABSENT
+    worst = max(found, key=found.__getitem__)
+    drop = f"{100 * found[worst]:.2f}".replace("-", MINUS)
+    counts = {
+        record.get("n") for seeds in (own, deployment.seeds(column, worst)) for record in seeds.values()
+    }
+    images = f", on {min(filter(None, counts))} images" if len(counts) > 1 else ""
+    name = str(worst) if worst.backend != REFERENCE.backend else worst.scheme
+    return f"{_reached(deployment.seeds(column, worst), metric)} ({drop}; {escaped(name)}{images})"
+
+
+def _lost(own: Seeds, seeds: Seeds, metric: str) -> list[float]:
+    """Return the losses against the FP32 record of the same seed and number of images."""
+    both = [(own[seed], record) for seed, record in seeds.items() if seed in own]
+    return [a[metric] - b[metric] for a, b in both if a.get("n") == b.get("n") and a.get(metric) is not None]
+
+
 def training_section(
     metrics: Sequence[Record], metric: str, validation: str, layers: Sequence[str] = ()
 ) -> Section:
-    """Curves of loss, accuracy, lambda, learning rate, and a panel of tau for each layer.
+    """Draw loss, accuracy, lambda, learning rate, and tau of each layer over training.
 
     Args:
-      metrics: rows of metrics.jsonl, one an epoch and method; of two for the same epoch the later counts.
-      metric: a key of `METRICS`.
-      validation: what its keys begin with, `validation` for `validation_fp32`.
-      layers: their names in the order of the network; others follow as they come.
+      metrics: Rows of metrics.jsonl, one per epoch and method. Of two for the same epoch the later one
+        counts.
+      metric: Key of `METRICS`.
+      validation: Prefix of the metric's keys, such as `validation` for `validation_fp32`.
+      layers: Names of layers in the order of the network. Others follow in the order of `metrics`.
     """
     if not metrics:
         return Section("metrics.jsonl holds no epoch yet.", {})
@@ -142,8 +280,36 @@ def training_section(
     return Section("\n\n".join(parts), {key: svg for key, svg in drawings.items() if svg})
 
 
+def _points(rows: Mapping[int, Record], key: str) -> tuple[list[float], list[float]] | None:
+    """Return the epochs and values of one key; None if there are none."""
+    found = {epoch: row[key] for epoch, row in sorted(rows.items()) if row.get(key) is not None}
+    return (list(found), list(found.values())) if found else None
+
+
+def _percent(series: Sequence[Series]) -> list[Series]:
+    return [line._replace(values=[100 * value for value in line.values]) for line in series]
+
+
+def _thresholds(
+    epochs: Mapping[str, Mapping[int, Record]], order: Sequence[str]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return epochs and tau of each layer, for the first method that has any."""
+    for rows in epochs.values():
+        named = dict.fromkeys(layer for row in rows.values() for layer in row.get("tau") or {})
+        layers = [layer for layer in order if layer in named]
+        layers += [layer for layer in named if layer not in layers]
+        if layers:
+            by_layer = {
+                layer: {epoch: {"tau": (row.get("tau") or {}).get(layer)} for epoch, row in rows.items()}
+                for layer in layers
+            }
+            found = {layer: _points(taus, "tau") for layer, taus in by_layer.items()}
+            return {layer: points for layer, points in found.items() if points}
+    return {}
+
+
 def weight_section(weights: Weights, source: str) -> Section:
-    """Largest weight over root mean square, as figure and table, and a histogram for each layer."""
+    """Show the largest weight over the root mean square, and a histogram for each layer."""
     weights = {method: layers for method, layers in weights.items() if layers}
     if not weights:
         return Section("The folder holds neither checkpoints nor ONNX graphs to read weights from.", {})
@@ -184,7 +350,7 @@ def weight_section(weights: Weights, source: str) -> Section:
 
 
 def range_section(ranges: Ranges | None) -> Section:
-    """The grid of every activation of the exported graph."""
+    """Show the grid of every activation of the exported graph."""
     if ranges is None:
         return Section("The folder holds no model.ranges.json, the ranges that training learns.", {})
     kernels = set(ranges.kernels.values())
@@ -211,174 +377,8 @@ def range_section(ranges: Ranges | None) -> Section:
     return Section("\n\n".join(part for part in parts if part), {"ranges.svg": svg} if svg else {})
 
 
-def _pictures(captions: Mapping[str, str]) -> str:
-    return "\n".join(f"![{escaped(caption)}]({name})" for name, caption in captions.items())
-
-
-def _points(rows: Mapping[int, Record], key: str) -> tuple[list[float], list[float]] | None:
-    """Epochs and values where there are any."""
-    found = {epoch: row[key] for epoch, row in sorted(rows.items()) if row.get(key) is not None}
-    return (list(found), list(found.values())) if found else None
-
-
-def _percent(series: Sequence[Series]) -> list[Series]:
-    return [line._replace(values=[100 * value for value in line.values]) for line in series]
-
-
-def _thresholds(
-    epochs: Mapping[str, Mapping[int, Record]], order: Sequence[str]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Layer -> epochs and tau, of the first method that has any."""
-    for rows in epochs.values():
-        named = dict.fromkeys(layer for row in rows.values() for layer in row.get("tau") or {})
-        layers = [layer for layer in order if layer in named]
-        layers += [layer for layer in named if layer not in layers]
-        if layers:
-            by_layer = {
-                layer: {epoch: {"tau": (row.get("tau") or {}).get(layer)} for epoch, row in rows.items()}
-                for layer in layers
-            }
-            found = {layer: _points(taus, "tau") for layer, taus in by_layer.items()}
-            return {layer: points for layer, points in found.items() if points}
-    return {}
-
-
-MOST_ROWS = 30
-"""Rows of one heat map; more become several, so that each fits a sheet of paper."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
-    """What the folder of a run holds. What is not there is empty or None, and its section says so.
-
-    Attributes:
-      name: of the run.
-      folder: where the pictures of `diagnosis` and `pictures` lie.
-      facts: what was trained, name -> value, in the order to show.
-      metrics: rows of metrics.jsonl.
-      records: of this run.
-      others: records of further backends.
-      metric: what the run is judged by, a key of `METRICS`.
-      validation: what its keys in `metrics` begin with.
-      weights: method -> layer -> values `(size,)` of its kernel.
-      weights_source: a sentence that says where they are from.
-      ranges: of the Quant-Trim network's exported graph.
-      pictures: caption -> further picture of the folder.
-      diagnosis: Markdown.
-      diagnosis_drawings: picture of `diagnosis` -> its SVG, as `qt_jax.reporting.figures.to_svg` makes it.
-    """
-
-    name: str
-    folder: Path
-    facts: Mapping[str, str]
-    metrics: Sequence[Record] = ()
-    records: Sequence[Record] = ()
-    others: Sequence[Record] = ()
-    metric: str = "top1"
-    validation: str = "validation"
-    weights: Weights = dataclasses.field(default_factory=dict)
-    weights_source: str = ""
-    ranges: Ranges | None = None
-    pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    diagnosis: str | None = None
-    diagnosis_drawings: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-def run_page(run: Run) -> str:
-    """The report of `run` as one HTML file.
-
-    Raises InvalidInput if a record is no deployment record or holds decisions that cannot be decoded.
-
-    >>> page = run_page(Run("a run", Path("."), {"data set": "digits"}))
-    >>> "digits" in page, "no records yet" in page
-    (True, True)
-    """
-    sections = {
-        "Results": _results(run),
-        "Training": training_section(run.metrics, run.metric, run.validation, _layers(run)),
-        "Weight tails": weight_section(run.weights, run.weights_source),
-        "Activation ranges": range_section(run.ranges),
-        "Vendors": _vendors(run),
-        "Calibration": _calibration(run),
-        "Diagnosis": _diagnosis(run.diagnosis, run.diagnosis_drawings),
-        "Reproduce": _reproduce(run),
-    }
-    heading = f"Run {run.name}"
-    parts = [f"# {escaped(heading)}"]
-    drawings: dict[str, str] = {}
-    for name, section in sections.items():
-        if section is not None:
-            parts.append(f"## {name}\n\n{section.text}")
-            drawings |= section.drawings
-    return to_html("\n\n".join(parts) + "\n", heading, run.folder, drawings)
-
-
-NO_RECORDS = Section("There are no records yet: the run has not deployed its networks.", {})
-
-
-def _results(run: Run) -> Section:
-    """What was trained, and FP32, the worst INT8 and the worst INT4 row of each network."""
-    facts = markdown_table(
-        ["trained", ""], ([escaped(key), escaped(text)] for key, text in run.facts.items()), words=2
-    )
-    if not run.records:
-        return Section("\n\n".join([facts, NO_RECORDS.text]), {})
-    networks = {record.get("checkpoint") for record in run.records}
-    mine = arrange([*run.records, *(r for r in run.others if r.get("checkpoint") in networks)])
-    header = [f"{METRICS[run.metric]} in %", *(title(column.method) or "network" for column in mine.columns)]
-    rows = [["FP32", *(_reached(mine.seeds(column, REFERENCE), run.metric) for column in mine.columns)]]
-    for name in ("INT8", "INT4"):
-        rows.append([f"worst {name}", *(_worst(mine, column, name, run.metric) for column in mine.columns)])
-    note = (
-        "In brackets: points below the network's own FP32 on the same images, and the row. Rows on integer "
-        "grids in all layers; INT4: weights at 4 bits, activations at any width."
-    )
-    parts = [markdown_table(header, rows), note, facts]
-    if run.metric != "top1":
-        parts.insert(2, to_markdown(run.records, run.metric))
-    parts += [f"![{escaped(text)}]({name})" for text, name in run.pictures.items()]
-    return Section("\n\n".join(parts), {})
-
-
-def _reached(seeds: Seeds, metric: str) -> str:
-    return with_spread([record[metric] for record in seeds.values() if record.get(metric) is not None], 100)
-
-
-def _worst(deployment: DeploymentTable, column: Column, name: str, metric: str) -> str:
-    """The largest drop among the rows of one precision: what is reached, the drop and the row."""
-    own = deployment.seeds(column, REFERENCE)
-    found: dict[Row, float] = {}
-    for row, seeds in deployment.cells[column].items():
-        if precision(seeds) != name or _reached(seeds, metric) == ABSENT:
-            continue
-        lost = drops(seeds) if metric == "top1" else _lost(own, seeds, metric)
-        if lost:
-            found[row] = sum(lost) / len(lost)
-    if not found:
-        return ABSENT
-    worst = max(found, key=found.__getitem__)
-    drop = f"{100 * found[worst]:.2f}".replace("-", MINUS)
-    counts = {
-        record.get("n") for seeds in (own, deployment.seeds(column, worst)) for record in seeds.values()
-    }
-    images = f", on {min(filter(None, counts))} images" if len(counts) > 1 else ""
-    name = str(worst) if worst.backend != REFERENCE.backend else worst.scheme
-    return f"{_reached(deployment.seeds(column, worst), metric)} ({drop}; {escaped(name)}{images})"
-
-
-def _lost(own: Seeds, seeds: Seeds, metric: str) -> list[float]:
-    """What is lost against the FP32 record of the same seed and number of images."""
-    both = [(own[seed], record) for seed, record in seeds.items() if seed in own]
-    return [a[metric] - b[metric] for a, b in both if a.get("n") == b.get("n") and a.get(metric) is not None]
-
-
-def _layers(run: Run) -> list[str]:
-    """The layers in the order of the network."""
-    return list(dict.fromkeys(layer for values in run.weights.values() for layer in values))
-
-
-def _vendors(run: Run) -> Section:
-    """Heat maps and tables of every row, of all backends that have been tried."""
+def _vendors(run: RunContents) -> Section:
+    """Show heat maps and tables of every row, for all backends that have been tried."""
     records = [*run.records, *run.others]
     if not records:
         return NO_RECORDS
@@ -410,8 +410,8 @@ def _vendors(run: Run) -> Section:
     return Section("\n\n".join(p for p in parts if p), {key: svg for key, svg in drawn.items() if svg})
 
 
-def _calibration(run: Run) -> Section:
-    """Reliability diagrams of each network, and ECE, Brier score and NLL of every row."""
+def _calibration(run: RunContents) -> Section:
+    """Show reliability diagrams of each network, and ECE, Brier score and NLL of every row."""
     records = [record for record in run.records if record.get("ece") is not None]
     if not records:
         return Section("No record holds a calibration error.", {})
@@ -451,7 +451,7 @@ def _calibration(run: Run) -> Section:
 
 
 def _diagnosis(markdown: str | None, drawings: Mapping[str, str]) -> Section | None:
-    """`markdown` without its title, its other headings one level further down."""
+    """Drop the title of `markdown`, and move its other headings one level down."""
     if markdown is None:
         return None
     lines, fenced = [], False
@@ -464,8 +464,8 @@ def _diagnosis(markdown: str | None, drawings: Mapping[str, str]) -> Section | N
     return Section("\n".join(lines).strip(), drawings)
 
 
-def _reproduce(run: Run) -> Section:
-    """The command, the commit, the machines and the versions."""
+def _reproduce(run: RunContents) -> Section:
+    """Show the command, the commit, the machines and the versions."""
     commands = dict.fromkeys(record["command"] for record in run.records if record.get("command"))
     fence = "\n".join(commands)
     parts = [f"```\n{fence}\n```" if commands else "No record says which command made this run."]
@@ -480,3 +480,7 @@ def _reproduce(run: Run) -> Section:
     if run.records:
         parts += ["### Deployment", provenance(arrange([*run.records, *run.others]))]
     return Section("\n\n".join(parts), {})
+
+
+def _pictures(captions: Mapping[str, str]) -> str:
+    return "\n".join(f"![{escaped(caption)}]({name})" for name, caption in captions.items())

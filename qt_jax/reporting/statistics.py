@@ -1,14 +1,13 @@
-"""Calibration of deployments from the bins that records keep.
+"""Compare deployments image by image, and measure their calibration, from what records keep.
+
+A record's `predictions` are the argmax classes of its n images, the first n of one ordered test set. They are
+stored as base64 of zlib of little-endian uint16. Records of equal `data` saw the same images, so two of them
+can be compared on the first min(n). Two deployments of equal accuracy may still decide many images
+differently.
 
 A record's `reliability` lists, for equal-width bins of the top softmax probability, the number of images,
-their mean confidence and their accuracy; an empty bin is [0, null, null]. The expected calibration error is
+their mean confidence and their accuracy. An empty bin is [0, null, null]. The expected calibration error is
 ECE = Σ_b n_b / n · |accuracy_b - confidence_b| (Naeini, Cooper and Hauskrecht, AAAI 2015).
-
-Image-by-image comparison of deployments from the decisions that records keep.
-
-A record's `predictions` are the argmax classes of its n images, the first n of one ordered test set: base64
-of zlib of little-endian uint16. Records of equal `data` saw the same images, so two of them can be compared
-on the first min(n). Two deployments of equal accuracy may still decide many images differently.
 """
 
 import base64
@@ -26,11 +25,11 @@ from qt_jax.records import Record
 from qt_jax.reporting.pivot import REFERENCE, Column, DeploymentTable, Row, Seeds, measured, spread
 
 EQUAL_ACCURACY = 0.002
-"""Largest difference of top-1 between two rows that are called equally accurate."""
+"""Largest difference of top-1 between two rows that count as equally accurate."""
 
 
-class Pair(NamedTuple):
-    """Two rows, the fraction of images they decide differently, and how far their top-1 lie apart."""
+class Disagreement(NamedTuple):
+    """Name two rows, the fraction of images they decide differently, and the distance of their top-1."""
 
     first: Row
     second: Row
@@ -38,15 +37,29 @@ class Pair(NamedTuple):
     apart: float
 
 
-@functools.lru_cache(maxsize=1024)
-def _decode(text: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<u2")
+class Reliability(NamedTuple):
+    """Hold a row of a reliability diagram.
+
+    Attributes:
+      why: Reason to show the row, such as "best".
+      row: Row.
+      bins: `(bins, 3)`: count, confidence and accuracy of each bin, 0 where the bin is empty.
+    """
+
+    why: str
+    row: Row
+    bins: np.ndarray
+
+    @property
+    def ece(self) -> float:
+        return expected_calibration_error(self.bins)
 
 
 def predictions(record: Record) -> np.ndarray | None:
-    """The decisions of a record, `(n,)` uint16, or None where it keeps none or does not name its data.
+    """Return the decisions of a record, uint16 `(n,)`; None where it keeps none or does not name its data.
 
-    Raises InvalidInput if they cannot be decoded or are not n.
+    Raises:
+      InvalidInput: The decisions cannot be decoded, or there are not n of them.
 
     >>> text = base64.b64encode(zlib.compress(np.array([3, 1], "<u2").tobytes())).decode()
     >>> predictions({"predictions": text, "data": "hash", "n": 2}).tolist()
@@ -66,8 +79,13 @@ def predictions(record: Record) -> np.ndarray | None:
     return decoded
 
 
+@functools.lru_cache(maxsize=1024)
+def _decode(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<u2")
+
+
 def agreement(first: Record, second: Record) -> float | None:
-    """The fraction of images that both decide alike; None if they did not see the same images."""
+    """Return the fraction of images that both decide alike; None if they did not see the same images."""
     if first.get("data") != second.get("data"):
         return None
     one, other = predictions(first), predictions(second)
@@ -78,10 +96,10 @@ def agreement(first: Record, second: Record) -> float | None:
 
 
 def standard_error(alike: float, difference: float, n: int) -> float:
-    """An upper bound on the standard error of a difference d of two top-1 on the same n images.
+    """Bound the standard error of a difference d between two top-1 on the same n images from above.
 
     Only images that the two decide differently, a fraction q = 1 - `alike`, can be right for one and wrong
-    for the other, so the paired difference has a variance of at most (q - d²) / n. No labels are needed.
+    for the other. So the paired difference has a variance of at most (q - d²) / n. No labels are needed.
 
     >>> standard_error(alike=0.75, difference=0.0, n=100)
     0.05
@@ -90,14 +108,17 @@ def standard_error(alike: float, difference: float, n: int) -> float:
 
 
 def cell_agreement(first: Seeds, second: Seeds) -> float | None:
-    """Agreement of two cells, the mean over the seeds that both have."""
+    """Return the agreement of two cells, averaged over the seeds that both have."""
     found = [agreement(first[seed], second[seed]) for seed in first if seed in second]
     values = [value for value in found if value is not None]
     return spread(values)[0] if values else None
 
 
 def agreement_matrix(deployment: DeploymentTable, column: Column) -> tuple[list[Row], np.ndarray]:
-    """The rows that keep their decisions, and their `(rows, rows)` agreements, NaN where there is none."""
+    """Return the rows that keep their decisions, and the agreement of every two of them.
+
+    The agreements are `(rows, rows)`, NaN where two rows cannot be compared.
+    """
     cells = deployment.cells[column]
     rows = [
         row
@@ -112,10 +133,11 @@ def agreement_matrix(deployment: DeploymentTable, column: Column) -> tuple[list[
     return rows, matrix
 
 
-def disagreeing_pairs(deployment: DeploymentTable, column: Column, most: int = 5) -> list[Pair]:
-    """The pairs of rows within `EQUAL_ACCURACY` that disagree most, largest first, no row named twice.
+def disagreeing_pairs(deployment: DeploymentTable, column: Column, most: int = 5) -> list[Disagreement]:
+    """Return the pairs of rows within `EQUAL_ACCURACY` that disagree most, largest first.
 
-    Only rows of the same number of images: without labels, top-1 on a part of them is not known.
+    No row is named twice. Only rows on the same number of images are paired, because the top-1 on a part of
+    the images is not known without labels.
     """
     rows, matrix = agreement_matrix(deployment, column)
     cells = deployment.cells[column]
@@ -127,28 +149,16 @@ def disagreeing_pairs(deployment: DeploymentTable, column: Column, most: int = 5
             continue
         apart = abs(spread(values[0])[0] - spread(values[1])[0])
         if apart <= EQUAL_ACCURACY + 1e-9:
-            found.append(Pair(rows[i], rows[j], 1 - matrix[i, j], apart))
-    chosen: list[Pair] = []
+            found.append(Disagreement(rows[i], rows[j], 1 - matrix[i, j], apart))
+    chosen: list[Disagreement] = []
     for pair in sorted(found, key=lambda pair: -pair.differ):
         if not {row for other in chosen for row in other[:2]} & {pair.first, pair.second}:
             chosen.append(pair)
     return chosen[:most]
 
 
-class Reliability(NamedTuple):
-    """Why a row is shown, the row, and its bins `(bins, 3)`: count, confidence, accuracy (0 where empty)."""
-
-    why: str
-    row: Row
-    bins: np.ndarray
-
-    @property
-    def ece(self) -> float:
-        return expected_calibration_error(self.bins)
-
-
 def pooled(seeds: Seeds) -> np.ndarray | None:
-    """The bins of a cell, `(bins, 3)`, with the images of all seeds together; None where no record has any.
+    """Pool the bins of a cell over its seeds, `(bins, 3)`; None where no record has any.
 
     >>> pooled({0: {"reliability": [[1, 0.5, 1.0]]}, 1: {"reliability": [[3, 0.5, 0.0]]}}).tolist()
     [[4.0, 0.5, 0.25]]
@@ -163,7 +173,7 @@ def pooled(seeds: Seeds) -> np.ndarray | None:
 
 
 def expected_calibration_error(bins: np.ndarray) -> float:
-    """ECE of `(bins, 3)`, as the module defines it.
+    """Return the ECE of bins `(bins, 3)`, as the module defines it.
 
     >>> expected_calibration_error(np.array([[1.0, 0.5, 1.0], [3.0, 1.0, 1.0]]))
     0.125
@@ -173,7 +183,7 @@ def expected_calibration_error(bins: np.ndarray) -> float:
 
 
 def representative(deployment: DeploymentTable, column: Column) -> list[Reliability]:
-    """The float model, and of all other rows those of the smallest, the median and the largest ECE."""
+    """Return the float model, and of all other rows those of the smallest, the median and the largest ECE."""
     found = {row: pooled(seeds) for row, seeds in deployment.cells[column].items()}
     kept = [Reliability("", row, bins) for row, bins in found.items() if bins is not None]
     shown = [item._replace(why="FP32") for item in kept if item.row == REFERENCE]

@@ -1,6 +1,7 @@
-"""Accuracy by scheme, Quant-Trim beside its float twin: on the terminal and as Markdown.
+"""Tabulate records for the terminal and as Markdown, with Quant-Trim beside its float twin.
 
-Deployment records row by row, Quant-Trim beside its float twin: on the terminal and as Markdown.
+`accuracy_table` and `to_markdown` show the accuracy of one task and model by scheme. `deployment_table` and
+`full_table` show deployment records row by row.
 """
 
 import re
@@ -41,20 +42,32 @@ LEGEND = (
 AGREEMENT = "agreement: images on which the decision is that of the network's own FP32, in %"
 
 COLUMNS = ("top-1", "drop", "SQNR", "agreement")
+"""Columns of each method in the table by scheme."""
 
 TERMINAL_COLUMNS = COLUMNS[:3]
 
+TERMINAL_NETWORKS = 3
+"""Number of networks beyond which the terminal shows their drops alone."""
+
+BRIEF = {"unavailable": "unavail."}
+"""Short forms of statuses that are too long for a column of the terminal."""
+
 ABSENT = "–"
+"""Stands in a cell without a number."""
 
 MINUS = "−"
+"""Minus sign of negative numbers."""
 
 
 def accuracy_table(records: Sequence[Record], metric: str = "top1") -> Table:
-    """A rich table that fits 80 columns: a row a scheme; top-1, drop and SQNR of each method; the gain.
+    """Make a rich table that fits 80 columns, with one row per scheme.
 
-    With `metric` "miou" it is mIoU instead of top-1. With several seeds every number is mean ± sample
-    standard deviation; drop and gain are paired by seed.
-    Raises InvalidInput as `qt_jax.reporting.pivot.compare` does.
+    It shows top-1, drop and SQNR of each method, and the gain. With `metric` "miou" it shows mIoU instead of
+    top-1. With several seeds every number is mean ± sample standard deviation. Drop and gain are paired by
+    seed.
+
+    Raises:
+      InvalidInput: The records cannot be compared, as `qt_jax.reporting.pivot.compare` says.
 
     >>> record = {"backend": "b", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.5, "status": "ok"}
     >>> accuracy_table([record]).row_count
@@ -84,7 +97,8 @@ def accuracy_table(records: Sequence[Record], metric: str = "top1") -> Table:
 
 
 def to_markdown(records: Sequence[Record], metric: str = "top1") -> str:
-    """The same table as GitHub-flavoured Markdown, with its legend and the reasons of failed rows below.
+    """Write the same table as GitHub-flavoured Markdown, with its legend and the reasons of failed rows
+    below.
 
     >>> record = {"backend": "b", "scheme": "fp32", "method": "float", "seed": 0, "top1": 0.5, "status": "ok"}
     >>> print(to_markdown([record]).splitlines()[2])
@@ -108,7 +122,7 @@ def to_markdown(records: Sequence[Record], metric: str = "top1") -> str:
 
 
 def markdown_line(cells: Iterable[str]) -> str:
-    """One row of a Markdown table.
+    """Write one row of a Markdown table.
 
     >>> markdown_line(["scheme", "top-1"])
     '| scheme | top-1 |'
@@ -117,24 +131,24 @@ def markdown_line(cells: Iterable[str]) -> str:
 
 
 def _paired(comparison: Comparison) -> bool:
-    """Whether both Quant-Trim and its twin are there."""
+    """Tell whether both Quant-Trim and its twin are there."""
     return all(method in comparison.cells for method in METHOD_TITLES)
 
 
 def _name(comparison: Comparison, metric: str) -> str:
-    """What the metric is called; the top-1 of segmentation is over pixels."""
+    """Return the name of the metric; the top-1 of segmentation is taken over pixels."""
     cells = (seeds for schemes in comparison.cells.values() for seeds in schemes.values())
     segmentation = any(measured(seeds, "miou") for seeds in cells)
     return "pixel accuracy" if segmentation and metric == "top1" else METRICS[metric]
 
 
 def _named(text: str, name: str) -> str:
-    """A text on a table of top-1, said of what is called `name`; a decision is a pixel's there."""
+    """Rephrase a text about top-1 for the metric called `name`, whose decisions are of pixels."""
     return text if name == METRICS["top1"] else text.replace("top-1", name).replace("images", "pixels")
 
 
 def _grid(comparison: Comparison, columns: tuple[str, ...], metric: str) -> list[list[str]]:
-    """Header and rows, as text."""
+    """Return the header and the rows, as text."""
     paired = _paired(comparison)
     names = [_named(column, _name(comparison, metric)) for column in columns]
     header = ["scheme", *[f"{title(m)} {name}" for m in comparison.methods for name in names]]
@@ -152,7 +166,7 @@ def _grid(comparison: Comparison, columns: tuple[str, ...], metric: str) -> list
 
 
 def _method_cells(comparison: Comparison, method: str, scheme: str, metric: str) -> dict[str, str]:
-    """The cells of one method and scheme, by column."""
+    """Return the cells of one method and scheme, by column."""
     schemes = comparison.cells[method]
     seeds = schemes.get(scheme, {})
     reached = measured(seeds, metric)
@@ -172,7 +186,7 @@ def _method_cells(comparison: Comparison, method: str, scheme: str, metric: str)
 
 
 def with_spread(values: Iterable[float], scale: float, digits: int = 2, signed: bool = False) -> str:
-    """`mean ± spread`, or the mean alone for one value, or a dash for none."""
+    """Write `mean ± spread`, or the mean alone for one value, or a dash for none."""
     values = [scale * value for value in values]
     if not values:
         return ABSENT
@@ -183,7 +197,7 @@ def with_spread(values: Iterable[float], scale: float, digits: int = 2, signed: 
 
 
 def _notes(comparison: Comparison, metric: str) -> list[str]:
-    """What the reader must know: the units, how much stands behind the numbers, and what failed why."""
+    """List the units, the seeds and images behind the numbers, and the reasons of failures."""
     records = [
         r for schemes in comparison.cells.values() for seeds in schemes.values() for r in seeds.values()
     ]
@@ -205,15 +219,8 @@ def _notes(comparison: Comparison, metric: str) -> list[str]:
     return notes
 
 
-TERMINAL_NETWORKS = 3
-"""With more networks side by side, the terminal shows their drops only."""
-
-BRIEF = {"unavailable": "unavail."}
-"""Statuses too long for a column of the terminal."""
-
-
 def escaped(text: object) -> str:
-    """`text` on one line, with what Markdown would take for markup escaped.
+    """Put `text` on one line, and escape what Markdown would take for markup.
 
     >>> escaped("two   words")
     'two words'
@@ -222,7 +229,7 @@ def escaped(text: object) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table whose first `words` columns are text, the others numbers.
+    """Write a Markdown table whose first `words` columns are text and whose other columns are numbers.
 
     >>> print(markdown_table(["row", "n"], [["a", "1"]]))
     | row | n |
@@ -234,12 +241,14 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: 
 
 
 def deployment_table(records: Sequence[Record]) -> Table:
-    """A rich table: rows by backend, scheme and runtime; for each network top-1, drop, SQNR, or its status.
+    """Make a rich table with one row per backend, scheme and runtime.
 
-    With Quant-Trim and its twin there is the gain in points of top-1. Of several seeds the means are shown.
-    Two networks fit 80 columns; more than three show their drops alone.
+    For each network it shows top-1, drop and SQNR, or the status. With Quant-Trim and its twin it shows the
+    gain in points of top-1. Of several seeds the means are shown. Two networks fit 80 columns. More than
+    three networks show their drops alone.
 
-    Raises InvalidInput as `qt_jax.reporting.pivot.arrange` does.
+    Raises:
+      InvalidInput: The records cannot be arranged, as `qt_jax.reporting.pivot.arrange` says.
 
     >>> record = {"backend": "b", "scheme": "int8", "status": "ok", "top1": 0.5}
     >>> deployment_table([record]).row_count
@@ -278,7 +287,7 @@ def deployment_table(records: Sequence[Record]) -> Table:
 
 
 def full_table(deployment: DeploymentTable) -> str:
-    """All rows as Markdown, a table a task and model, methods side by side."""
+    """Write all rows as Markdown, with one table per task and model and the methods side by side."""
     parts = []
     for subject in dict.fromkeys(column[:2] for column in deployment.columns):
         columns = [column for column in deployment.columns if column[:2] == subject]
@@ -307,7 +316,7 @@ def full_table(deployment: DeploymentTable) -> str:
 
 
 def failures(deployment: DeploymentTable) -> str | None:
-    """What did not end ok and what was said: a line a reason, with all rows that it stopped."""
+    """List the reasons of rows that did not end ok, with one line per reason and all rows that it stopped."""
     found: dict[tuple[str, str, str], dict[str, None]] = {}
     for column in deployment.columns:
         for row in deployment.rows:
@@ -327,14 +336,14 @@ def failures(deployment: DeploymentTable) -> str | None:
 
 
 def sizes(deployment: DeploymentTable, row: Row, columns: Iterable[Column] | None = None) -> str:
-    """The numbers of images of a row, as text."""
+    """Write the numbers of images of a row."""
     chosen = deployment.columns if columns is None else columns
     found = {n for column in chosen for n in images(deployment.seeds(column, row))}
     return ", ".join(map(str, sorted(found))) or ABSENT
 
 
 def numbers(seeds: Seeds, row: Row, mean: bool = False) -> dict[str, str]:
-    """The cells of one network and row, with the spread over seeds or the `mean` alone."""
+    """Return the cells of one network and row, with the spread over seeds or the mean alone."""
     found = {key: measured(seeds, key).values() for key in ("top1", "sqnr_db", "agreement", "ece")}
     return {
         "top-1": _text(found["top1"], 100, mean=mean),
@@ -346,7 +355,7 @@ def numbers(seeds: Seeds, row: Row, mean: bool = False) -> dict[str, str]:
 
 
 def gain(deployment: DeploymentTable, pair: tuple[Column, Column], row: Row, mean: bool = False) -> str:
-    """By how many points of top-1 the first network of a pair leads in a row."""
+    """Write by how many points of top-1 the first network of a pair leads in a row."""
     both = comparable(*(deployment.seeds(column, row) for column in pair))
     return _text([a["top1"] - b["top1"] for a, b in both], 100, signed=True, mean=mean)
 

@@ -1,4 +1,4 @@
-"""The summary figure: written, of its stated size, and drawn from the numbers it was given."""
+"""Check that the summary figure has its stated size and is drawn from the numbers it was given."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ RECORDS = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figure behind the file, to look at what was drawn."""
+    """Keep the figure behind the file, to see what was drawn."""
     kept = []
     save = Figure.savefig
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The deployment report against hand-made records: numbers, figures, the page, and what is refused."""
+"""Check the deployment report on hand-made records: numbers, figures, the page, and what is refused."""
 
 import base64
 import io
@@ -46,7 +46,7 @@ def encoded(decisions):
 
 
 def deciding(method, scheme, wrong, **extra):
-    """A row that decides as the labels say but for the images in `wrong`."""
+    """Make a row that decides as the labels say, except for the images in `wrong`."""
     n = extra.get("n", 1000)
     decisions = LABELS[:n].copy()
     decisions[wrong] = (decisions[wrong] + 1) % 10
@@ -74,7 +74,7 @@ RECORDS = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures behind the files, by file name."""
+    """Keep the figures behind the files, by file name."""
     kept = {}
     save = Figure.savefig
 
@@ -86,7 +86,7 @@ def drawn(monkeypatch):
     return kept
 
 
-def test_rows_and_columns_have_an_order_of_their_own():
+def test_rows_and_columns_are_sorted():
     found = arrange(RECORDS[::-1])
     assert [str(r) for r in found.rows] == [
         *("onnxruntime fp32 reference", "onnxruntime int8-pc reference", "onnxruntime int8-pt reference"),
@@ -96,7 +96,7 @@ def test_rows_and_columns_have_an_order_of_their_own():
     assert found.rows[0] == REFERENCE
 
 
-def test_columns_are_named_by_what_tells_them_apart():
+def test_columns_are_named_by_what_distinguishes_them():
     several = [
         row("float", "fp32", 0.5),
         row("float", "fp32", 0.5, model="n"),
@@ -163,7 +163,7 @@ def test_matrix_and_pairs_of_equal_accuracy():
 
 
 def test_standard_error_bounds_the_paired_one():
-    """Against the discordant pairs themselves, which need the labels."""
+    """Compare the bound with the discordant pairs themselves, which need the labels."""
     rng = np.random.default_rng(1)
     one, two = (np.where(rng.random(1000) < p, LABELS, rng.integers(0, 10, 1000)) for p in (0.8, 0.7))
     difference = (one == LABELS).astype(float) - (two == LABELS)
@@ -171,7 +171,7 @@ def test_standard_error_bounds_the_paired_one():
     assert difference.std() / np.sqrt(1000) <= bound < 0.03
 
 
-def test_the_winner_is_named_and_noise_is_said():
+def test_the_winner_is_named_with_the_noise():
     found = arrange(RECORDS)
     int8, int4 = contests(found, "INT8"), contests(found, "INT4")
     assert [(c.row.scheme, c.winner, c.certain) for c in int8] == [("int8-pc", "Quant-Trim", False)]
@@ -233,7 +233,7 @@ def test_terminal_table_shows_means_over_seeds():
 
 
 class Page(HTMLParser):
-    """Tags in order, the text, and the sources of pictures; end tags must match."""
+    """Keep the tags in order, the text, and the sources of pictures, and check that end tags match."""
 
     def __init__(self, text):
         super().__init__()
@@ -309,7 +309,7 @@ def test_labels_lie_inside_the_picture(tmp_path, drawn):
                 assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
 
 
-def test_what_is_no_deployment_record_is_refused(tmp_path):
+def test_other_records_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match="no records"):
         write_report([], tmp_path)
     with pytest.raises(InvalidInput, match="without backend and scheme"):

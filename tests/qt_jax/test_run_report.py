@@ -1,4 +1,4 @@
-"""The page of a run from hand-made data: its sections, what is missing, and markup in names."""
+"""Check the page of a run on hand-made data: its sections, what is missing, and markup in names."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from qt_jax.reporting.page import to_html
 from qt_jax.reporting.run_figures import Series, draw_curves
 from qt_jax.reporting.run_report import (
     MOST_PANELS,
-    Run,
+    RunContents,
     range_section,
     run_page,
     training_section,
@@ -52,7 +52,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     diagnosis = "# Diagnosis\n\n## Advice\n\n```text\n## no heading\n```\n\n![Plot](gone.png)\n"
     return run_page(
-        Run(
+        RunContents(
             "a_run",
             folder,
             {"data set": "<b>digits</b>"},
@@ -82,7 +82,7 @@ def test_every_section_is_in_the_contents(page):
         assert f'<h2 id="{anchor}">{name}</h2>' in page
 
 
-def test_the_worst_rows_are_told_with_their_drop(page):
+def test_the_worst_rows_are_shown_with_their_drop(page):
     assert "89.00 (1.00; int8-pt)" in page and "50.00 (40.00; int4w-pt)" in page
 
 
@@ -101,7 +101,7 @@ def test_the_command_is_there_to_copy(page):
 
 
 def test_a_run_without_data_says_so(tmp_path):
-    bare = run_page(Run("bare", tmp_path, {"seed": "0"}))
+    bare = run_page(RunContents("bare", tmp_path, {"seed": "0"}))
     for said in (
         "There are no records yet",
         "metrics.jsonl holds no epoch",
@@ -117,14 +117,16 @@ def test_a_run_without_data_says_so(tmp_path):
 def test_records_of_other_backends_enter_the_results_of_their_network_alone(tmp_path):
     own = record("quant-trim", "int8-x", 0.5, backend="npu", runtime="simulator", n=50)
     other = record("quant-trim", "int8-y", 0.1, backend="npu", checkpoint="of another run", model="n")
-    page = run_page(Run("r", tmp_path, {}, records=RECORDS, others=[own, other]))
+    page = run_page(RunContents("r", tmp_path, {}, records=RECORDS, others=[own, other]))
     assert "50.00 (40.00; npu int8-x simulator, on 50 images)" in page
     assert "10.00 (80.00" not in page and "int8-y" in page
 
 
 def test_segmentation_is_judged_by_its_miou(tmp_path):
     records = [record(*row, miou=row[2] / 2) for row in (("float", "fp32", 0.9), ("float", "int8-pt", 0.7))]
-    page = run_page(Run("r", tmp_path, {}, records=records, metric="miou", validation="validation_miou"))
+    page = run_page(
+        RunContents("r", tmp_path, {}, records=records, metric="miou", validation="validation_miou")
+    )
     assert "mIoU in %" in page and "35.00 (10.00; int8-pt)" in page
 
 

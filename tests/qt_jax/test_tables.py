@@ -1,4 +1,4 @@
-"""The table's numbers against hand-computed ones."""
+"""Compare the tables' numbers with hand-computed ones."""
 
 import io
 
@@ -17,7 +17,7 @@ def row(method, scheme, top1, seed=0, **extra):
 
 
 def cells(records):
-    """Markdown table as {scheme: {column: text}}."""
+    """Parse the Markdown table as {scheme: {column: text}}."""
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in to_markdown(records).splitlines()
