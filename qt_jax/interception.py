@@ -79,8 +79,10 @@ def intercept(handler: Handler, *, every_method: bool = False) -> Iterator[None]
 
     >>> def double(call, *args, **kwargs):
     ...     return 2 * call(*args, **kwargs) if isinstance(call.module, nn.Dense) else call(*args, **kwargs)
+    >>> import jax.numpy as jnp
+    >>> variables = {"params": {"kernel": jnp.full((1, 1), 3.0), "bias": jnp.ones(1)}}
     >>> with intercept(double):
-    ...     nn.Dense(1).apply({"params": {"kernel": [[3.0]], "bias": [1.0]}}, [[1.0]]).item()
+    ...     nn.Dense(1).apply(variables, jnp.ones((1, 1))).item()
     8.0
     """
     running: set[int] = set()
