@@ -1,4 +1,4 @@
-"""Every command of the project: what its help says, and how it ends."""
+"""Test every command of the project: what its help says, and how it ends."""
 
 import ast
 import dataclasses
@@ -19,12 +19,12 @@ from qt_jax.errors import InvalidInput
 
 ROOT = Path(__file__).parents[1]
 WORKER = "qt_jax.backends.worker"
-"""Is started by its path with a job's file, not by users."""
+"""The harness starts this module by its path with the file of a job. Users do not."""
 SUBCOMMANDS = {"qt_jax.backends": ("list", "doctor", "install", "run")}
 
 
 def commands() -> list[str]:
-    """The modules that `python -m` runs."""
+    """Return the modules that `python -m` runs."""
     files = (path for package in ("qt_jax", "experiments") for path in (ROOT / package).rglob("*.py"))
     ending = 'if __name__ == "__main__":\n    sys.exit(main())\n'
     modules = (path.relative_to(ROOT).with_suffix("") for path in files if ending in path.read_text())
@@ -37,14 +37,14 @@ CASES += [(module, (name,)) for module, names in SUBCOMMANDS.items() for name in
 
 
 def main_of(module: str) -> Any:
-    """`main` of a command."""
+    """Return `main` of a command."""
     package = (ROOT / module.replace(".", "/")).is_dir()
     return importlib.import_module(f"{module}.__main__" if package else module).main
 
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """What tyro is asked to parse, last."""
+    """Collect what tyro is asked to parse."""
     asked: list[Any] = []
     original = tyro.cli
 
@@ -57,7 +57,7 @@ def parsed(monkeypatch):
 
 
 def options_of(asked: Any, subcommand: tuple[str, ...]) -> type:
-    """The dataclass of a command's flags."""
+    """Return the dataclass of a command's flags."""
     for choice in get_args(asked) if subcommand else ():
         bare = get_args(choice)[0]
         if bare.__name__.lower() == subcommand[0]:
@@ -66,7 +66,7 @@ def options_of(asked: Any, subcommand: tuple[str, ...]) -> type:
 
 
 def flags(options: type) -> list[tuple[type, str]]:
-    """(class, field) of every flag, those of nested classes too."""
+    """Return (class, field) of every flag, also of nested classes."""
     hints, found = get_type_hints(options), []
     for field in dataclasses.fields(options):
         inner = hints[field.name]
@@ -78,7 +78,7 @@ def flags(options: type) -> list[tuple[type, str]]:
 
 
 def documented(options: type) -> set[str]:
-    """The fields of a class that a string follows."""
+    """Return the fields of a class that a string follows."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(options))).body
     assert isinstance(definition, ast.ClassDef)
     pairs = zip(definition.body, definition.body[1:], strict=False)
@@ -94,7 +94,7 @@ def documented(options: type) -> set[str]:
 
 
 def positional(options: type, name: str) -> bool:
-    """Whether a field is given by its place, without a flag."""
+    """Tell whether a field is given by its place, without a flag."""
     hint = get_type_hints(options, include_extras=True)[name]
     return get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
 
@@ -176,7 +176,7 @@ def test_help_has_colours_on_a_terminal_unless_told_otherwise(no_color, monkeypa
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", no_color)
     with pytest.raises(SystemExit):
-        main_of("experiments.layers")(["--help"])
+        main_of("experiments.diagnose")(["--help"])
     assert ("\x1b[" in capsys.readouterr().out) is (no_color == "")
 
 

@@ -6,9 +6,8 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 
-from qt_jax.backends.inputs import read_arrays
+from qt_jax.backends.inputs import load, read_arrays
 from qt_jax.diagnosis.layers import InputBounds
 from qt_jax.diagnosis.loading import prepared
 from qt_jax.errors import InvalidInput
@@ -87,10 +86,7 @@ def load_subject(
       InvalidInput: The file is not a graph that can be diagnosed, the images do not fit it, or learned ranges
         are asked for and there are none.
     """
-    try:
-        written = onnx.load(path)
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        raise InvalidInput(f"{path} is not an ONNX graph ({error}).") from error
+    written = load(path)
     bounds = {} if ranges == "minmax" else _learned(path, written)
     model = prepared(written)
     for what, arrays in (("calibration", calibration), ("test", images)):

@@ -1,4 +1,4 @@
-"""Findings, remedies, sensitivities, budgets and cut graphs on networks small enough to know the answer."""
+"""Check findings, remedies, sensitivities, budgets and cut graphs on networks whose answer is known."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 import qt_jax as qt
 from qt_jax.diagnosis import deployed, figures, mixed_precision, snippets, toolchains
-from qt_jax.diagnosis.advice import Measurement, Meter, gains, kernel_bytes
+from qt_jax.diagnosis.advice import Measurement, Meter, gains, kernel_bytes, sensitivities
 from qt_jax.diagnosis.diagnosis import calibrated, diagnose
 from qt_jax.diagnosis.layers import activations, kernels, layers_of
 from qt_jax.diagnosis.loading import prepared
@@ -129,6 +129,21 @@ def test_the_qdq_graph_computes_what_the_simulation_does(precision):
     assert np.mean(error < 1e-2) > 0.9 and error.max() < 2 * step
     kept = deployed.restated(whole).model
     assert [node.name for node in kept.graph.node] == [node.name for node in model.graph.node]
+
+
+def test_all_but_one_of_two_layers_is_the_other_alone(tmp_path):
+    whole = deployment(two_layers(), Precision(4, 8))
+    judge = meter(whole.model, tmp_path)
+    found = sensitivities(whole, judge, lambda _: None)
+    assert list(found) == ["body/dense", "head"]
+    for one, other in (("body/dense", "head"), ("head", "body/dense")):
+        assert found[one].all_but.sqnr_db == found[other].alone.sqnr_db
+        assert found[one].all_but.top1 == found[other].alone.top1
+        np.testing.assert_array_equal(found[one].all_but.correct, found[other].alone.correct)
+    both = judge.measure(whole.simulated(), "all")
+    assert both.sqnr_db < min(item.alone.sqnr_db for item in found.values())
+    none = judge.measure(dataclasses.replace(whole, precisions={}).simulated(), "float")
+    assert none.sqnr_db is None
 
 
 def test_the_diagnosis_of_a_network_resumes(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Graphs of other origins: prepared for the diagnosis they compute the same; what cannot be taken is said."""
+"""Check that graphs of other origins compute the same once prepared, or are refused with a reason."""
 
 import numpy as np
 import onnx

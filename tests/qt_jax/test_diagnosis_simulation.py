@@ -1,4 +1,4 @@
-"""A float graph that computes what a low-bit one would."""
+"""Check the layers of a graph, and the float graph that computes what a low-bit one would."""
 
 from pathlib import Path
 
@@ -59,14 +59,22 @@ def test_simulation_rounds_what_it_is_told_to(model):
     same = np.isclose(found[name], expected, atol=1e-5)  # but for ties, which float32 may tip
     assert np.mean(same) > 0.999 and np.abs(found[name] - expected).max() < 1.01 * step
 
-    errors = [
-        np.mean(
-            (
-                logits_of(simulated(model, everywhere(layers, SIMULATED_SCHEMES[scheme]), {}), images)
-                - reference
-            )
-            ** 2
-        )
-        for scheme in ("int8-pc", "int4w-pc")
-    ]
+    errors = []
+    for scheme in ("int8-pc", "int4w-pc"):
+        rounded = simulated(model, everywhere(layers, SIMULATED_SCHEMES[scheme]), {})
+        errors.append(np.mean((logits_of(rounded, images) - reference) ** 2))
     assert 0 < errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("name", ["stem", "head"])
+def test_only_the_named_kernel_is_rounded_and_to_the_stated_grid(model, name):
+    """The grid of 4 bits is [-7, 7] with s = max|w| / 7, one scale per tensor."""
+    only = simulated(model, {name: Precision(4, None)}, {})
+    before, after, layers = graph.constants(model), graph.constants(only), layers_of(only)
+    for other, layer in layers_of(model).items():
+        if other != name:
+            np.testing.assert_array_equal(after[layers[other].kernel], before[layer.kernel])
+    kernel = before[layers_of(model)[name].kernel]
+    scale = np.abs(kernel).max() / 7
+    expected = np.clip(np.round(kernel / scale), -7, 7) * scale
+    np.testing.assert_allclose(after[layers[name].kernel], expected, rtol=1e-5, atol=1e-6)
