@@ -1,4 +1,4 @@
-"""What the command lines share: how flags are read, where text and rows go, how a command ends."""
+"""Read flags, print text and rows, and end with an exit status: what all commands of the project share."""
 
 import inspect
 import json
@@ -14,23 +14,23 @@ from rich.console import Console
 from qt_jax.errors import InvalidInput
 
 PIPED_WIDTH = 130
-"""Characters of a table's lines where no terminal says how many there are."""
+"""Columns of text that goes to a file or a pipe."""
 
 Options = TypeVar("Options")
 
 
 class Failed(Exception):
-    """A command did what it was asked, and what came of it is a failure; the message says which."""
+    """Report that a command did what it was asked and the result is a failure. The message says which."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: the processes it has started end first."""
+    """Report a SIGTERM. It ends a command as Ctrl-C does: the processes it has started end first."""
 
     status = 143
 
 
 def terminate_like_interrupt() -> None:
-    """SIGTERM raises `Terminated` in the main thread from now on."""
+    """Make SIGTERM raise `Terminated` in the main thread from now on."""
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -39,7 +39,10 @@ def terminate_like_interrupt() -> None:
 
 
 def statuses(failure: str | None = None) -> str:
-    """What `--help` says of the exit status.
+    """Return what `--help` says about the exit status.
+
+    Args:
+      failure: What exit status 1 means, if the command has it.
 
     >>> statuses("no row ended well")
     'Exit status: 0 done, 1 no row ended well, 2 wrong input, 130 Ctrl-C, 143 SIGTERM.'
@@ -57,19 +60,19 @@ def parse(
     failure: str | None = None,
     default: Options | None = None,
 ) -> Options:
-    """The options of one command line of `python -m module`.
+    """Read the options of one command line of `python -m module`.
 
     Args:
-      options: dataclass of the flags.
-      arguments: of the command line; None: those of this process.
-      module: after `python -m`.
-      about: what `--help` begins with, with an example; None: the docstring of `options`.
-      failure: what exit status 1 means, if the command has it.
-      default: the values of flags that are not given; None: those of the dataclass.
+      options: Dataclass of the flags.
+      arguments: Arguments of the command line; None for those of this process.
+      module: Name of the module after `python -m`.
+      about: Text that `--help` begins with, with an example; None for the docstring of `options`.
+      failure: What exit status 1 means, if the command has it.
+      default: Values of flags that are not given; None for those of the dataclass.
 
     Raises:
-      SystemExit: an unknown flag or choice, or a value out of range (status 2), after tyro has printed what
-        it takes instead; `--help` (status 0).
+      SystemExit: A flag or choice is unknown, or a value is out of range (status 2); tyro has printed what it
+        takes instead. Or `--help` is given (status 0).
     """
     about = f"{inspect.cleandoc(about or options.__doc__ or '')}\n\n{statuses(failure)}"
     given = {} if default is None else {"default": default}
@@ -77,25 +80,25 @@ def parse(
 
 
 def read_flags(options: Any, arguments: list[str] | None, module: str, **settings: Any) -> Any:
-    """`tyro.cli`, which by itself knows nothing of NO_COLOR, nor that its errors may go to a file.
+    """Read flags with `tyro.cli`, without colours under NO_COLOR or where its errors go to a file.
 
     Args:
-      options: as `tyro.cli` takes them, subcommands too.
-      arguments: of the command line; None: those of this process.
-      module: after `python -m`.
-      **settings: further ones of `tyro.cli`.
+      options: As `tyro.cli` takes them, subcommands too.
+      arguments: Arguments of the command line; None for those of this process.
+      module: Name of the module after `python -m`.
+      **settings: Further arguments of `tyro.cli`.
     """
     tyro._experimental_options["ansi_codes"] = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     return tyro.cli(options, args=arguments, prog=f"python -m {module}", **settings)
 
 
 def text_console(*, stderr: bool = False, width: int = PIPED_WIDTH, soft_wrap: bool = False) -> Console:
-    """Where text goes: as wide as the terminal, or `width` columns, without colours, into a file or a pipe.
+    """Return a console as wide as the terminal, or plain and `width` columns wide in a file or a pipe.
 
     Args:
-      stderr: of a command whose stdout is for rows that a machine reads.
-      width: into a file or a pipe.
-      soft_wrap: leave lines as long as they are.
+      stderr: Print to stderr, for a command whose stdout is for rows that a machine reads.
+      width: Columns in a file or a pipe.
+      soft_wrap: Leave lines as long as they are.
     """
     stream = sys.stderr if stderr else sys.stdout
     return Console(
@@ -108,7 +111,7 @@ def text_console(*, stderr: bool = False, width: int = PIPED_WIDTH, soft_wrap: b
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Each row as one line of JSON on stdout.
+    """Print each row as one line of JSON on stdout.
 
     >>> print_rows([{"backend": "onnxruntime", "ready": True}])
     {"backend": "onnxruntime", "ready": true}
@@ -118,15 +121,16 @@ def print_rows(rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def exit_status(command: Callable[[], object], interrupted: str = "interrupted") -> int:
-    """Runs `command`; returns the exit status, after a sentence on stderr if it is not 0.
+    """Run `command` and return the exit status, after a sentence on stderr if it is not 0.
 
-    0 done; 1 `Failed`, or the reader of a pipe has gone; 2 wrong input; 130 Ctrl-C; 143 SIGTERM, after
-    `terminate_like_interrupt`. A KeyboardInterrupt that has a message and a `status` ends with
-    these. Any other exception is a defect and keeps its traceback.
+    The status is 0 if the command is done, 1 after `Failed` or if the reader of a pipe has gone, 2 after
+    InvalidInput, 130 after Ctrl-C, and 143 after SIGTERM if `terminate_like_interrupt` was called. A
+    KeyboardInterrupt with a message and a `status` prints the one and gives the other. Any other exception is
+    a defect and keeps its traceback.
 
     Args:
-      command: takes nothing; what it returns is not looked at.
-      interrupted: what to say after Ctrl-C or SIGTERM.
+      command: A function without arguments. Its result is ignored.
+      interrupted: The sentence after Ctrl-C or SIGTERM.
     """
     console = text_console(stderr=True, soft_wrap=True)
     try:
@@ -141,7 +145,7 @@ def exit_status(command: Callable[[], object], interrupted: str = "interrupted")
     except KeyboardInterrupt as error:
         console.print(str(error) or interrupted)
         return getattr(error, "status", 130)
-    except BrokenPipeError:  # of `| head`, say; the interpreter would complain once more at its end
+    except BrokenPipeError:  # such as `| head`; the interpreter would complain again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
@@ -157,20 +161,20 @@ def command(
     interrupted: str = "interrupted",
     soft_wrap: bool = False,
 ) -> int:
-    """Runs `python -m module`; returns the exit status, as `exit_status` does.
+    """Run `python -m module` and return the exit status, as `exit_status` does.
 
     Args:
-      module: after `python -m`.
-      options: dataclass of the flags, as `parse` takes it.
-      run: what is run with them, and where its text goes: stderr where `--json` gives stdout to rows.
-      arguments: of the command line; None: those of this process.
-      failure: what exit status 1 means, if the command has it.
-      interrupted: what to say after Ctrl-C or SIGTERM.
-      soft_wrap: leave lines as long as they are.
+      module: Name of the module after `python -m`.
+      options: Dataclass of the flags, as `parse` takes it.
+      run: Called with the options and a console, which prints to stderr if `--json` gives stdout to rows.
+      arguments: Arguments of the command line; None for those of this process.
+      failure: What exit status 1 means, if the command has it.
+      interrupted: The sentence after Ctrl-C or SIGTERM.
+      soft_wrap: Leave lines as long as they are.
     """
 
-    def whole() -> None:
+    def parse_and_run() -> None:
         given = parse(options, arguments, module, failure=failure)
         run(given, text_console(stderr=getattr(given, "json", False), soft_wrap=soft_wrap))
 
-    return exit_status(whole, interrupted)
+    return exit_status(parse_and_run, interrupted)

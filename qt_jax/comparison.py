@@ -1,4 +1,4 @@
-"""Several models through the toolchains that settings name: progress, a line for each row, the report."""
+"""Compare several models under chosen toolchains, with progress, one line per row, and a report."""
 
 import dataclasses
 import hashlib
@@ -13,56 +13,56 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qt_jax import records
-from qt_jax.backends.evaluation import RECORDS, evaluate, offered
-from qt_jax.backends.steps import MOST_GIBIBYTES, Limits
+from qt_jax.backends.evaluation import RECORDS, evaluate, select_rows
+from qt_jax.backends.steps import MAX_GIBIBYTES, Limits
 from qt_jax.command_line import Failed, print_rows, terminate_like_interrupt
 from qt_jax.files import write_whole
 from qt_jax.records import Record
 from qt_jax.scheduler import HERE, Scheduler
 
-GOES_ON = "Interrupted. What is finished is kept: the same command goes on from here."
-NO_ROW = "no row ended well"
+INTERRUPTED = "Interrupted. What is finished is kept: the same command goes on from here."
+ALL_ROWS_FAILED = "no row ended well"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which toolchains, on how much data, within which limits."""
+    """Choose toolchains, the amount of data, and limits."""
 
     out: Path
-    """Folder for records.jsonl, the report, logs and compiled models; what is there is not done again."""
+    """Folder for records.jsonl, the report, logs and compiled models. What is there is not done again."""
     backends: tuple[str, ...] = ("all",)
-    """Names, or "all"."""
+    """Names of backends, or "all"."""
     schemes: tuple[str, ...] | None = None
-    """Names, as `list` gives them; default: all."""
+    """Names of schemes, as `list` gives them. The default is all."""
     runtimes: tuple[str, ...] | None = None
-    """Names, as `list` gives them; default: all."""
+    """Names of runtimes, as `list` gives them. The default is all."""
     limit: int | None = None
-    """Test images, from the first; default: all."""
+    """Number of test images, from the first. The default is all."""
     simulated_limit: int | None = 500
-    """Test images on simulators and emulators, which are slow. "None": as many as elsewhere."""
+    """Number of test images on simulators and emulators, which are slow. "None": as many as elsewhere."""
     calibration_size: int | None = None
-    """Calibration images, from the first; default: all. Every vendor gets the same."""
+    """Number of calibration images, from the first. The default is all. Every vendor gets the same."""
     jobs: int = 1
     """Rows, or jobs of a scheduler, at a time. Latency is measured afterwards, one row at a time."""
     timeout: float = 1800.0
     """Seconds for each compile, run or timing."""
-    memory: float = MOST_GIBIBYTES
-    """GiB of private memory for each process of them."""
+    memory: float = MAX_GIBIBYTES
+    """GiB of private memory for each process that compiles, runs or times."""
     price_per_hour: float | None = None
-    """USD for an hour of this machine; default: 0.05 for each CPU, a round figure."""
+    """USD for an hour of this machine. The default is 0.05 per CPU, a round figure."""
     retry: bool = False
-    """Run again what did not end well the last time."""
+    """Run rows again that did not end well the last time."""
     json: bool = False
     """Print the records as JSON lines on stdout, and all text on stderr."""
     scheduler: Annotated[Scheduler, tyro.conf.OmitArgPrefixes] = HERE
-    """Who does compiles and runs of simulators."""
+    """Runs the compiles and the simulators."""
 
     def selection(self) -> tuple[str | tuple[str, ...], tuple[str, ...] | None, tuple[str, ...] | None]:
-        """Backends, schemes and runtimes, as `evaluation.offered` takes them."""
+        """Return backends, schemes and runtimes, as `evaluation.select_rows` takes them."""
         return "all" if "all" in self.backends else self.backends, self.schemes, self.runtimes
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `qt_jax.evaluate` that these settings stand for."""
+        """Return the keyword arguments of `qt_jax.evaluate` that these settings stand for."""
         backends, schemes, runtimes = self.selection()
         return {
             "backends": backends,
@@ -86,74 +86,85 @@ def evaluate_all(
     settings: Settings,
     console: Console,
 ) -> list[Record]:
-    """Each (model, identity) under the settings, with progress; then the report, if anything is new.
+    """Evaluate every model under the settings with progress, then write the report if anything is new.
+
+    Args:
+      models: (path of a float ONNX model, its identity) for each model; see `qt_jax.evaluate`.
+      calibration: As `qt_jax.evaluate` takes it.
+      test_set: As `qt_jax.evaluate` takes it.
+      settings: Toolchains, data and limits.
+      console: Prints the progress, one line per new row, and the table.
+
+    Returns:
+      The records of all models.
 
     Raises:
-      InvalidInput: as `evaluate` does.
-      Failed: no row ended well, the references in FP32 aside.
+      InvalidInput: As for `qt_jax.evaluate`.
+      Failed: No row ended well, apart from the references in FP32.
     """
     from qt_jax.reporting.report import write_report
     from qt_jax.reporting.tables import deployment_table
 
     terminate_like_interrupt()
     rows: list[Record] = []
-    judged: list[Record] = []
-    fresh: list[Record] = []
-    total = len(models) * len(offered(*settings.selection()))
+    quantized: list[Record] = []
+    new: list[Record] = []
+    total = len(models) * len(select_rows(*settings.selection()))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("rows", total=total)
 
         def keep(record: Record) -> None:
-            fresh.append(record)
-            progress.update(task, completed=len(rows) + len(fresh))
+            new.append(record)
+            progress.update(task, completed=len(rows) + len(new))
             progress.console.print(_line(record), soft_wrap=True)
 
         for model, identity in models:
-            made = evaluate(
+            found = evaluate(
                 model, calibration, test_set, **settings.arguments(), identity=identity, on_record=keep
             )
-            rows += made
-            judged += made[1:] or made  # the reference comes first
+            rows += found
+            quantized += found[1:] or found  # the reference comes first
             progress.update(task, completed=len(rows))
     console.print(deployment_table(rows))
     reported = _comparable(records.read(settings.out / RECORDS), rows)
     key = hashlib.sha256(json.dumps(reported).encode()).hexdigest()
-    mark = settings.out / "work" / "report.sha256"
-    if not mark.exists() or mark.read_text() != key:
+    written = settings.out / "work" / "report.sha256"
+    if not written.exists() or written.read_text() != key:
         write_report(reported, settings.out)
-        write_whole(mark, key)
+        write_whole(written, key)
     where = f"{settings.out}/report.html, summary.md, {RECORDS}"
-    console.print(f"{len(fresh)} of {len(rows)} rows are new. {where}", soft_wrap=True)
+    console.print(f"{len(new)} of {len(rows)} rows are new. {where}", soft_wrap=True)
     if settings.json:
         print_rows(rows)
-    if not any(row["status"] == "ok" for row in judged):
-        raise Failed(f"{NO_ROW}: the table above says why")
+    if not any(row["status"] == "ok" for row in quantized):
+        raise Failed(f"{ALL_ROWS_FAILED}: the table above says why")
     return rows
 
 
 def _comparable(kept: list[Record], rows: list[Record]) -> list[Record]:
-    """`rows`, after what earlier commands found of these networks and of others on the same data.
+    """Return `rows`, preceded by what earlier commands found on the same data.
 
-    Of a network that has changed since, under the same name, the earlier rows are left out.
+    The earlier rows of a network that has changed since, under the same name, are left out.
     """
     data = {row["data"] for row in rows}
-    asked = {row["key"] for row in rows}
+    keys = {row["key"] for row in rows}
     current = {_named(row): row["checkpoint"] for row in rows}
     earlier = (
         row
         for row in kept
         if row["data"] in data and current.get(_named(row), row["checkpoint"]) == row["checkpoint"]
     )
-    return [row for row in earlier if row["key"] not in asked] + rows
+    return [row for row in earlier if row["key"] not in keys] + rows
 
 
 def _named(row: Record) -> tuple[Any, ...]:
+    """Return what names the network of a row."""
     return row["run"], row["model"], row["method"], row["seed"]
 
 
 def _line(record: Record) -> str:
-    """One finished row, in one line."""
+    """Describe a finished row in one line."""
     head = f"{record['method']} {record['backend']} {record['scheme']} {record['runtime']}"
     if record["status"] != "ok":
         log = f" (log: {record['log']})" if record.get("log") else ""

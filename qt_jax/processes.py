@@ -1,9 +1,11 @@
-"""Command lines as processes: started on a core of their own, and stopped with all that they have started.
+"""Start command lines as processes, each on one core if asked, and end them with all that they have started.
 
-The standard library and psutil are all that this module loads: a scheduler's jobs run its functions.
+This module loads nothing but the standard library and psutil, because the jobs of a scheduler run its
+functions.
 """
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,17 +14,22 @@ from pathlib import Path
 import psutil
 
 PATIENCE = 20.0
-"""Seconds that a process has to end those it has started, before all are killed."""
+"""Seconds that a process gets to end its own children before all of them are killed."""
 
 
 def start(
     command: Sequence[str], log: Path, environment: Mapping[str, str], core: int | None = None
 ) -> subprocess.Popen:
-    """Starts a command line in a session of its own; what it prints is added to `log`.
+    """Start a command line in a new session and append its output to a log.
 
     Args:
-      environment: all of its variables.
-      core: the one it computes on; None: wherever this thread may.
+      command: The program and its arguments.
+      log: The file that stdout and stderr are appended to. Its folder is made.
+      environment: All environment variables of the process.
+      core: The core that the process computes on. None leaves it the cores of this thread.
+
+    Returns:
+      The running process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as out, _bound(core):
@@ -37,10 +44,18 @@ def start(
 
 
 def run(command: Sequence[str], log: Path, changes: Mapping[str, str], core: int | None = None) -> int:
-    """The exit status of a command line, started as `start` does and stopped if an exception ends the wait.
+    """Run a command line to its end and return its exit status.
+
+    The process is started as `start` does it. An exception that ends the wait stops the process first.
 
     Args:
-      changes: variables that it has beside those of this process.
+      command: The program and its arguments.
+      log: The file that stdout and stderr are appended to.
+      changes: Environment variables on top of those of this process.
+      core: The core that the process computes on. None leaves it the cores of this thread.
+
+    Returns:
+      The exit status, negative for a signal.
 
     >>> import sys, tempfile
     >>> log = Path(tempfile.mkdtemp()) / "log.txt"
@@ -58,7 +73,7 @@ def run(command: Sequence[str], log: Path, changes: Mapping[str, str], core: int
 
 
 def stop(pids: Iterable[int]) -> None:
-    """Asks processes to end, waits, and kills what is left of them and of what they have started."""
+    """Ask processes to end, wait for `PATIENCE`, then kill what is left of them and of their descendants."""
     families: dict[psutil.Process, list[psutil.Process]] = {}
     for pid in pids:
         with suppress(psutil.Error):
@@ -77,9 +92,23 @@ def stop(pids: Iterable[int]) -> None:
     psutil.wait_procs(families, timeout=PATIENCE)
 
 
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process that leads a session, its descendants, and what is left of the session."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:
+        family = []
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for member in family:
+        with suppress(psutil.Error):
+            member.kill()
+    process.wait()
+
+
 @contextmanager
 def _bound(core: int | None) -> Iterator[None]:
-    """What is started inside computes on this core alone; None: wherever this thread may."""
+    """Bind this thread to one core, so that processes started inside inherit it. None changes nothing."""
     if core is None:
         yield
         return

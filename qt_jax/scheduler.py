@@ -1,12 +1,13 @@
-"""Jobs for a scheduler that is there already, through submitit: processes of this machine, or Slurm's queue.
+"""Submit jobs to an existing scheduler through submitit: processes of this machine, or Slurm's queue.
 
-Slurm's jobs run on other hosts: the folders they work in must lie on a file system that all hosts share.
-Records and steps are written under `flock`. Lustre grants it if mounted so; NFS does unless mounted with
-`local_lock`, but a host may for a while see a file as it was before another host replaced it, over version 3
-above all, so that a record can get lost: the same command then makes it again. This was tried on one host.
+Slurm's jobs run on other hosts. The folders they work in must lie on a file system that all hosts share.
+Records and steps are written under `flock`. Lustre grants it where it is mounted with locks. NFS grants it
+unless it is mounted with `local_lock`. Over NFS, version 3 above all, a host may for a while see a file as it
+was before another host replaced it, and a record can get lost. The same command then makes that record again.
+All of this was tried on one host only.
 
-A job whose time is up is told shortly before (local: 30 s, Slurm: 90 s), ends what it has started, and has
-failed. One that is preempted has failed, too, unless Slurm queues it again.
+A job is warned shortly before its time limit (local: 30 s, Slurm: 90 s). It then ends the processes it has
+started and counts as failed. A preempted job counts as failed too, unless Slurm queues it again.
 """
 
 import logging
@@ -28,95 +29,106 @@ from qt_jax import processes
 from qt_jax.errors import InvalidInput
 
 LAST_LINES = 5
+"""Lines of a failed job's log that its error repeats."""
 SLURM_TOOLS = ("sbatch", "srun", "sacct", "scancel")
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Who runs the jobs, and what each of them may take."""
+    """Choose who runs the jobs, and what each job may use."""
 
     launcher: Literal["here", "local", "slurm", "debug"] = "here"
-    """here: processes of this one. Through submitit: local: jobs on this machine; slurm: jobs in Slurm's
-    queue; debug: one after the other inside this process."""
+    """here: child processes of this one. The others go through submitit. local: jobs on this machine; slurm:
+    jobs in Slurm's queue; debug: one after the other inside this process."""
     partition: str | None = None
-    """Of Slurm."""
+    """Slurm's partition."""
     job_minutes: int = 1440
-    """Time limit of each job, local or Slurm's, which it is told shortly before."""
+    """Time limit of each local or Slurm job. A job is warned shortly before."""
     job_cpus: int | None = None
-    """CPUs of each of Slurm's jobs."""
+    """CPUs of each Slurm job."""
     job_gpus: int | None = None
-    """GPUs of each of Slurm's jobs; local ones see those that this process sees."""
+    """GPUs of each Slurm job. Local jobs see the GPUs that this process sees."""
     job_memory: float | None = None
-    """GiB of each of Slurm's jobs."""
+    """GiB of memory of each Slurm job."""
 
 
 HERE = Scheduler()
 
 
 class JobFailed(Exception):
-    """A job that ended without a result; the message names it and says its last words."""
+    """Report a job that ended without a result. The message names it and repeats its last lines."""
 
 
 @dataclass
 class Job:
-    """A call that a scheduler performs."""
+    """Follow one call that a scheduler performs.
+
+    Attributes:
+      name: The launcher and submitit's number of the job, for messages.
+      handle: submitit's own job.
+      succeeded: Whether the result has been fetched.
+    """
 
     name: str
     handle: Any
-    """As submitit knows it."""
-    well: bool = False
-    """Whether its result has been fetched."""
+    succeeded: bool = False
 
     def done(self) -> bool:
-        """Whether it has ended, well or not. In debug mode this is what performs it."""
+        """Tell whether the job has ended, well or not. In debug mode, asking performs the call."""
         with warnings.catch_warnings():
             # submitit leaves the log files of its debug mode to the garbage collector
             warnings.simplefilter("ignore", ResourceWarning)
             return self.handle.done()
 
     def result(self) -> Any:
-        """What the function has returned, once `done`. Raises JobFailed if it has not."""
+        """Return what the function of a job that is `done` has returned.
+
+        Raises:
+          JobFailed: The function raised, or its process ended before it returned.
+        """
         if self.handle.exception() is None:
-            self.well = True
+            self.succeeded = True
             return self.handle.result()
         log = self.handle.paths.stdout
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        words = [line for line in lines if line.strip()][-LAST_LINES:] or ["it has left no log"]
-        told = "\n".join(words)
-        raise JobFailed(f"{self.name} ended without a result ({self.handle.state}):\n{told}")
+        last = [line for line in lines if line.strip()][-LAST_LINES:] or ["it has left no log"]
+        text = "\n".join(last)
+        raise JobFailed(f"{self.name} ended without a result ({self.handle.state}):\n{text}")
 
 
 @dataclass
 class Queue:
-    """An open connection to a scheduler, see `open_queue`.
+    """Submit jobs to a scheduler and cancel them. `open_queue` makes one.
 
     Attributes:
-      launcher: as in `Scheduler`.
-      executor: submitit's.
-      interval: seconds between two looks at a job.
-      jobs: all that were submitted.
+      launcher: As in `Scheduler`.
+      executor: submitit's executor.
+      interval: Seconds between two looks at a job.
+      jobs: All jobs that were submitted.
+      lock: Held by the thread that is submitting.
     """
 
     launcher: str
     executor: Any
     interval: float
     jobs: list[Job] = field(default_factory=list)
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Job:
-        """Hands `function(*arguments)` over; both are pickled. Several threads may do so.
+        """Submit the call `function(*arguments)`; both are pickled. Several threads may submit.
 
-        Raises InvalidInput if Slurm refuses the job.
+        Raises:
+          InvalidInput: Slurm refuses the job.
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
         from submitit.helpers import clean_env
 
         call = (function, *arguments)
         if self.launcher != "debug":
-            # submitit's local jobs see no GPU but those it counts out
+            # submitit would hide from a local job all GPUs that it has not assigned itself
             kept = {"CUDA_VISIBLE_DEVICES"} if self.launcher == "local" else ()
             call = (_perform, {name: os.environ.get(name) for name in kept}, *call)
-        with self.turn, _uninterrupted(), clean_env():
+        with self.lock, _uninterrupted(), clean_env():
             try:
                 handle = self.executor.submit(*call)
             except (FailedJobError, FailedSubmissionError) as error:
@@ -126,7 +138,7 @@ class Queue:
         return job
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """Ends those jobs that have not ended; local ones are gone afterwards, Slurm's have been told."""
+        """End jobs that are still running. On return, local ones are gone and Slurm's have been signalled."""
         if self.launcher == "debug":
             return
         live = [job for job in jobs if not job.done()]
@@ -141,12 +153,18 @@ class Queue:
 
 @contextmanager
 def open_queue(scheduler: Scheduler, folder: Path) -> Iterator[Queue | None]:
-    """The scheduler of these settings; None for `here`. Jobs that have not ended are cancelled at the end.
+    """Open a queue of the scheduler, and cancel at the end the jobs that are still running.
 
     Args:
-      folder: gets a folder with submitit's files and logs, which goes again if all jobs have ended well.
+      scheduler: Who runs the jobs.
+      folder: The folder in which a new folder gets submitit's files and logs. The new folder is deleted at
+        the end if all jobs have succeeded.
 
-    Raises InvalidInput for settings that do not go together, without submitit, and without Slurm's tools.
+    Yields:
+      The queue. None for the launcher `here`, which needs none.
+
+    Raises:
+      InvalidInput: The settings do not go together, submitit is not installed, or Slurm's tools are missing.
 
     >>> with open_queue(Scheduler("local"), Path(tempfile.mkdtemp())) as queue:
     ...     job = queue.submit(divmod, 7, 2)
@@ -158,7 +176,7 @@ def open_queue(scheduler: Scheduler, folder: Path) -> Iterator[Queue | None]:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # a folder of its own: local jobs are named by process ids, which come back
+    # local jobs are named by process ids, which repeat, so every queue gets a new folder
     own = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=folder))
     slurm = scheduler.launcher == "slurm"
     queue = Queue(scheduler.launcher, _executor(scheduler, own), interval=5.0 if slurm else 0.2)
@@ -166,12 +184,24 @@ def open_queue(scheduler: Scheduler, folder: Path) -> Iterator[Queue | None]:
         yield queue
     finally:
         queue.cancel(queue.jobs)
-    if all(job.well for job in queue.jobs):
+    if all(job.succeeded for job in queue.jobs):
         shutil.rmtree(own, ignore_errors=True)
 
 
 def wait(queue: Queue, job: Job, stopping: threading.Event | None = None) -> Any:
-    """The result of a job; None, after cancelling it, once `stopping` is set. Raises JobFailed as it does."""
+    """Wait for a job and return its result.
+
+    Args:
+      queue: The queue that the job was submitted to.
+      job: The job.
+      stopping: Setting this event ends the wait.
+
+    Returns:
+      The result. None if `stopping` was set: the job is then cancelled.
+
+    Raises:
+      JobFailed: The job ended without a result.
+    """
     stopping = threading.Event() if stopping is None else stopping
     while not job.done():
         if stopping.wait(queue.interval):
@@ -181,12 +211,13 @@ def wait(queue: Queue, job: Job, stopping: threading.Event | None = None) -> Any
 
 
 def _check(scheduler: Scheduler) -> None:
+    """Raise InvalidInput for settings that do not go together, or that this machine cannot meet."""
     given = {f.name for f in fields(scheduler) if getattr(scheduler, f.name) != f.default} - {"launcher"}
     understood = {"slurm": given, "local": {"job_minutes"}}.get(scheduler.launcher, set())
     if foreign := sorted(given - understood):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
         raise InvalidInput(
-            f"--launcher {scheduler.launcher} knows no {flags}: leave out, or --launcher slurm"
+            f"--launcher {scheduler.launcher} does not take {flags}: leave out, or use --launcher slurm"
         )
     for name in sorted(given - {"partition"}):
         if getattr(scheduler, name) <= 0 and name != "job_gpus":
@@ -203,8 +234,8 @@ def _check(scheduler: Scheduler) -> None:
 
 
 def _executor(scheduler: Scheduler, folder: Path) -> Any:
-    """submitit's executor. Raises InvalidInput where it is not installed."""
-    # its own logging would close the handlers of everybody else
+    """Make submitit's executor. Raises InvalidInput where submitit is not installed."""
+    # submitit's own logging configuration would close the handlers of other loggers
     quiet = os.environ.get("SUBMITIT_LOG_LEVEL")
     os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"
     try:
@@ -217,7 +248,7 @@ def _executor(scheduler: Scheduler, folder: Path) -> Any:
         os.environ.update({} if quiet is None else {"SUBMITIT_LOG_LEVEL": quiet})
     logging.getLogger("submitit").setLevel(logging.ERROR)
     for module in (sys.modules[__name__], processes):
-        cloudpickle.register_pickle_by_value(module)  # so that a job need not load JAX to start a command
+        cloudpickle.register_pickle_by_value(module)  # a job then starts a command without loading JAX
     if scheduler.launcher == "debug":
         return submitit.DebugExecutor(folder)
     if scheduler.launcher == "local":
@@ -238,7 +269,11 @@ def _executor(scheduler: Scheduler, folder: Path) -> Any:
 
 
 def _perform(variables: Mapping[str, str | None], function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a job: the call, under these variables; SIGTERM, which submitit ignores, ends it as Ctrl-C does."""
+    """Perform a call inside a job, under these environment variables.
+
+    submitit ignores SIGTERM. Here it raises KeyboardInterrupt, as Ctrl-C does. A variable that is None is
+    unset.
+    """
 
     def end(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -253,7 +288,7 @@ def _perform(variables: Mapping[str, str | None], function: Callable[..., Any], 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Processes started inside are deaf to the terminal's Ctrl-C: they end when they are told."""
+    """Block the terminal's Ctrl-C in the processes started inside, so that only `cancel` ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

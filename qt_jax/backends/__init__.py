@@ -1,8 +1,8 @@
-"""One float ONNX model through every vendor toolchain on this machine, each with its own quantizer.
+"""Run a float ONNX model through every vendor's toolchain on this machine, each with its own quantizer.
 
-`protocol` says what a backend is, one module a vendor implements it, `registry` lists them, `environments`
-builds what they need, `worker` and `steps` run them in processes of their own, `rows` makes a record of
-each, `evaluation` runs a model through all of them.
+`protocol` defines what a backend is, and one module per vendor implements it. `registry` lists the backends.
+`environments` builds the virtual environments they need. `worker` and `steps` run them in separate processes.
+`rows` makes one record per backend, scheme and runtime. `evaluation` runs a model through all of them.
 """
 
 from qt_jax.errors import extra

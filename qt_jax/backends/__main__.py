@@ -1,4 +1,4 @@
-"""`python -m qt_jax.backends list | doctor | install NAME... | run MODEL.onnx ...`."""
+"""Run `python -m qt_jax.backends list | doctor | install NAME... | run MODEL.onnx ...`."""
 
 import dataclasses
 import inspect
@@ -10,64 +10,64 @@ import tyro
 from rich.console import Console
 
 from qt_jax.backends import environments, registry
-from qt_jax.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
 from qt_jax.backends.inputs import read_arrays
 from qt_jax.backends.protocol import Environment
 from qt_jax.command_line import Failed, exit_status, print_rows, read_flags, statuses, text_console
+from qt_jax.comparison import ALL_ROWS_FAILED, INTERRUPTED, Settings, evaluate_all
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting.pivot import METHOD_TITLES
 
 PIPED_WIDTH = 120
-"""Columns of the tables of `list` and `doctor` in a file or a pipe."""
-LACKING = "something is missing"
+"""Columns of text that goes to a file or a pipe."""
+NOT_READY = "something is missing"
 
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """What there is: every toolchain, what it stands for, its schemes and runtimes.
+    """List every toolchain, what it stands for, its schemes and its runtimes.
 
     Example:
         python -m qt_jax.backends list --json
     """
 
     json: bool = False
-    """Print a JSON line for each toolchain on stdout."""
+    """Print one JSON line per toolchain on stdout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """What each toolchain lacks on this machine, and the command that mends it.
+    """Tell what each toolchain lacks on this machine, and the command that mends it.
 
     Example:
         python -m qt_jax.backends doctor openvino litert
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("all",)
-    """Backends, as `list` names them, or "all"."""
+    """Names of backends, as `list` gives them, or "all"."""
     json: bool = False
-    """Print a JSON line for each toolchain on stdout."""
+    """Print one JSON line per toolchain on stdout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Install:
-    """Build isolated environments for toolchains, with uv, after saying their size and licence.
+    """Build isolated environments for toolchains with uv, after showing their size and licence.
 
     Example:
         python -m qt_jax.backends install openvino --yes
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Backends or environments, as `list` and `doctor` name them, or "all"."""
+    """Names of backends or environments, as `list` and `doctor` give them, or "all"."""
     yes: Annotated[bool, tyro.conf.arg(aliases=["-y"])] = False
     """Do not ask before downloading."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Float ONNX models through every toolchain, scheme and runtime; a report of what each made of them.
+    """Run float ONNX models through every toolchain, scheme and runtime, and report how each treats them.
 
-    Relaunching the same command goes on where it stopped. A toolchain that refuses, crashes or is not
-    installed is a row that says so.
+    Relaunching the same command goes on where it stopped. A toolchain that refuses a model, crashes or is not
+    installed gives a row that says so.
 
     Example:
         python -m qt_jax.backends run model.onnx --calibration c.npz --test t.npz --out deployed \\
@@ -75,33 +75,35 @@ class Run:
     """
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Float ONNX classifiers with one input, compared by the names of their files."""
+    """Float ONNX classifiers with one input. The file's name is the model's name in tables."""
     calibration: Path
-    """.npz with "images" (or a single array): float32, as the model takes them."""
+    """.npz file with "images" (or a single array), float32, as the model takes them."""
     test: Path
-    """.npz with "images" and integer "labels"."""
+    """.npz file with "images" and integer "labels"."""
     settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]
 
 
 def _described(name: str, options: type, failure: str | None = None) -> Any:
-    """A subcommand whose help also tells the exit statuses."""
+    """Return tyro's configuration of a subcommand whose help also tells the exit statuses."""
     return tyro.conf.subcommand(name, description=f"{inspect.getdoc(options)}\n\n{statuses(failure)}")
 
 
 Command = (
     Annotated[List, _described("list", List)]
-    | Annotated[Doctor, _described("doctor", Doctor, LACKING)]
+    | Annotated[Doctor, _described("doctor", Doctor, NOT_READY)]
     | Annotated[Install, _described("install", Install)]
-    | Annotated[Run, _described("run", Run, NO_ROW)]
+    | Annotated[Run, _described("run", Run, ALL_ROWS_FAILED)]
 )
-ABOUT = "Float ONNX models through vendors' own toolchains, each in an environment of its own."
+ABOUT = "Run float ONNX models through vendors' own toolchains, each in a separate environment."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command_line.exit_status` does; 1 if `doctor` finds
-    that something is missing, or `run` has no row that ended well."""
+    """Run the command line and return the exit status, as `command_line.exit_status` does.
 
-    def whole() -> None:
+    The status is 1 if `doctor` finds that something is missing, or `run` has no row that ended well.
+    """
+
+    def parse_and_run() -> None:
         given = read_flags(Command, arguments, "qt_jax.backends", description=ABOUT)
         match given:
             case List():
@@ -113,30 +115,30 @@ def main(arguments: list[str] | None = None) -> int:
             case Run():
                 run(given, text_console(width=PIPED_WIDTH, stderr=given.settings.json))
 
-    return exit_status(whole, GOES_ON)
+    return exit_status(parse_and_run, INTERRUPTED)
 
 
 def show_list(command: List, console: Console) -> None:
-    """All backends with their schemes and runtimes."""
-    rows = registry.offers()
+    """Print all backends with their schemes and runtimes."""
+    rows = registry.descriptions()
     if command.json:
         print_rows(rows)
     else:
-        console.print(registry.offers_table(rows))
+        console.print(registry.descriptions_table(rows))
 
 
 def show_doctor(command: Doctor, console: Console) -> None:
-    """What each backend lacks here.
+    """Print what each backend lacks on this machine.
 
     Raises:
-      InvalidInput: an unknown name.
-      Failed: something is missing.
+      InvalidInput: A name is unknown.
+      Failed: Something is missing.
     """
-    rows = registry.conditions("all" if "all" in command.names else command.names)
+    rows = registry.readiness("all" if "all" in command.names else command.names)
     if command.json:
         print_rows(rows)
     else:
-        console.print(registry.conditions_table(rows))
+        console.print(registry.readiness_table(rows))
         console.print(f"Environments lie in {environments.root()} (QT_JAX_ENVIRONMENTS).")
     lacking = [row["backend"] for row in rows if not row["ready"]]
     if lacking:
@@ -144,9 +146,10 @@ def show_doctor(command: Doctor, console: Console) -> None:
 
 
 def install(command: Install, console: Console) -> None:
-    """Build what is missing of the environments named, once the user agrees.
+    """Build those of the named environments that are missing, once the user agrees.
 
-    Raises InvalidInput for unknown names, without consent, and as `environments.install` does.
+    Raises:
+      InvalidInput: A name is unknown, the user does not agree, or `environments.install` fails.
     """
     wanted = {environment.name: environment for name in command.names for environment in _named(name)}
     if not wanted:
@@ -154,7 +157,7 @@ def install(command: Install, console: Console) -> None:
         raise InvalidInput(f"{names}: no environment to install. `doctor` says what each backend lacks.")
     wanted = {name: it for name, it in wanted.items() if environments.missing(it) is not None}
     if not wanted:
-        console.print("Nothing to do: all of it is installed.")
+        console.print("Nothing to do: everything is installed.")
         return
     for environment in wanted.values():
         console.print(f"{environment.name}: {environment.megabytes} MB, Python {environment.python}")
@@ -170,7 +173,7 @@ def install(command: Install, console: Console) -> None:
 
 
 def _named(name: str) -> list[Environment]:
-    """The environments that `name` stands for."""
+    """Return the environments that `name` stands for."""
     if name == "all":
         return [it for backend in registry.BACKENDS.values() for it in registry.environments_of(backend)]
     if name in registry.BACKENDS:
@@ -183,10 +186,10 @@ def _named(name: str) -> list[Environment]:
 
 
 def run(command: Run, console: Console) -> None:
-    """The models and the arrays of the files through `evaluate_all`. Raises InvalidInput as that does."""
+    """Read models and arrays from their files and evaluate them. Raises as `evaluate_all` does."""
     names = [_label(path) for path in command.models]
     if not names or len(set(names)) != len(names):
-        raise InvalidInput(f"Give float ONNX models whose files have names of their own, got {names}.")
+        raise InvalidInput(f"Give float ONNX models whose files have different names, got {names}.")
     calibration = read_arrays(command.calibration, ("images",))["images"][: command.settings.calibration_size]
     test = read_arrays(command.test, ("images", "labels"))
     for path in command.models:
@@ -202,7 +205,7 @@ def run(command: Run, console: Console) -> None:
 
 
 def _label(path: Path) -> str:
-    """The file's name without its suffix, unless tables would take that for one of our methods."""
+    """Return the file's name, without its suffix unless tables would take that for one of our methods."""
     return path.name if path.stem in METHOD_TITLES else path.stem
 
 

@@ -1,17 +1,21 @@
-"""What an inference costs in energy and money: by counters where they can be read, else by stated models.
+"""Estimate what an inference costs in energy and money: by counters where they can be read, else by models.
 
 Energy model
-    E = MACs (e_mul + e_add) + weight bytes e_DRAM + 2 activation bytes e_SRAM: every weight is fetched from
-    DRAM once an image, every layer's output is written to and read from a 1 MB SRAM once. The constants are
-    those of a 45 nm process at 0.9 V, from M. Horowitz, "Computing's energy problem (and what we can do
-    about it)", ISSCC 2014: integer multiplication 0.2 pJ at 8 bits, taken as proportional to the product of
-    the operands' bits; a 32-bit integer addition 0.1 pJ; float multiply and add 3.7 + 0.9 pJ at 32 bits, 1.1
-    + 0.4 pJ at 16; 64 bits from a 1 MB SRAM 100 pJ, from DRAM 1.3 nJ (the lower end of the range given). It
-    ranks schemes of one network; it is no statement about any chip.
+    E = MACs (e_mul + e_add) + weight bytes e_DRAM + 2 activation bytes e_SRAM. Every weight is fetched from
+    DRAM once per image. Every layer's output is written to a 1 MB SRAM once and read from it once. The
+    constants are those of a 45 nm process at 0.9 V, from M. Horowitz, "Computing's energy problem (and what
+    we can do about it)", ISSCC 2014:
+
+    - Integer multiplication: 0.2 pJ at 8 bits, taken as proportional to the product of the operands' bits.
+    - Integer addition: 0.1 pJ at 32 bits.
+    - Float multiply and add: 3.7 + 0.9 pJ at 32 bits, 1.1 + 0.4 pJ at 16 bits.
+    - 64 bits from a 1 MB SRAM: 100 pJ. From DRAM: 1.3 nJ, the lower end of the range given.
+
+    The model ranks schemes of one network. It makes no statement about any chip.
 
 Price model
-    USD per million inferences = price of an hour / (3600 throughput) x 1e6. The default price is 0.05 USD for
-    each virtual CPU and hour, a round figure for rented servers, not a quotation.
+    USD per million inferences = price of an hour / (3600 throughput) x 1e6. The default price is 0.05 USD per
+    virtual CPU and hour, a round figure for rented servers, not a quotation.
 """
 
 import math
@@ -28,16 +32,24 @@ from qt_jax.export.operators import WEIGHTED, multiply_accumulates
 PICOJOULE = 1e-9
 """Millijoules in one picojoule."""
 FLOAT_MAC = {32: 3.7 + 0.9, 16: 1.1 + 0.4}
+"""Bits -> picojoules of a float multiply and add."""
 SRAM_BYTE, DRAM_BYTE = 100 / 8, 1300 / 8
+"""Picojoules of one byte."""
 MODEL = "model: Horowitz, ISSCC 2014, 45 nm"
 COUNTER = "RAPL, all CPU packages, batch 1"
 PRICE_PER_CPU_HOUR = 0.05
+"""USD."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one image costs, whatever the bits: multiply-accumulates, elements of kernels, and elements that
-    layers put out."""
+    """Count what one image needs, whatever the bits.
+
+    Attributes:
+      macs: Multiply-accumulates.
+      weights: Elements of kernels.
+      activations: Elements of the outputs of layers.
+    """
 
     macs: int
     weights: int
@@ -45,7 +57,7 @@ class Work:
 
 
 def work(model: onnx.ModelProto) -> Work | None:
-    """Of convolutions and matrix products; None if a shape is unknown.
+    """Count the work of a graph's convolutions and matmuls; None if a shape is unknown.
 
     >>> import onnx.parser
     >>> graph = 'g (float[b, 3] x) => (float[b, 2] y) <float[3, 2] k = {1,2,3,4,5,6}> { y = MatMul(x, k) }'
@@ -68,7 +80,7 @@ def work(model: onnx.ModelProto) -> Work | None:
 
 
 def energy_mj(work: Work, scheme: Scheme) -> float:
-    """Millijoules of one image by the model above.
+    """Return the millijoules of one image by the energy model above.
 
     >>> layer, int8 = Work(1000, weights=100, activations=10), Scheme("int8", 8, 8, False, "minmax")
     >>> round(energy_mj(layer, int8) / PICOJOULE)  # 300 + 16250 + 250 picojoules
@@ -91,8 +103,14 @@ def keys(
     scheme: Scheme,
     price_per_hour: float,
 ) -> dict[str, Any]:
-    """The record's keys of speed, energy and cost, from what the clock of the `time` step says (if it
-    ran)."""
+    """Return the record's keys of speed, energy and cost.
+
+    Args:
+      clock: The result of the step `time`; empty if it did not run.
+      work: Operations and elements of one image; None if a shape is unknown.
+      scheme: The scheme, whose bits decide the energy.
+      price_per_hour: Price of the machine, in USD.
+    """
     found: dict[str, Any] = {name: value for name, value in clock.items() if name != "energy_mj"}
     counted = clock.get("energy_mj")
     if counted is not None:

@@ -1,8 +1,9 @@
-"""Virtual environments of vendors' toolchains: where they are, what is missing, how uv builds them.
+"""Find the virtual environments of vendors' toolchains, tell what is missing, and build them with uv.
 
-Environments lie under `$QT_JAX_ENVIRONMENTS`, or in the user's cache directory. One counts as installed when
-its `installed.json`, written last, names the requirements of today: an interrupted or outdated one does not,
-and installing again goes on where it stopped, because uv keeps what it has downloaded.
+Environments lie under `$QT_JAX_ENVIRONMENTS`, or in the user's cache directory. An environment counts as
+installed when its `installed.json`, which is written last, names the requirements of today. An interrupted or
+outdated installation does not count. Installing again goes on where it stopped, because uv keeps what it has
+downloaded.
 """
 
 import functools
@@ -21,11 +22,12 @@ from qt_jax.errors import InvalidInput
 from qt_jax.files import write_whole
 
 MARKER = "installed.json"
+"""The file that an installation writes last: its requirements and the versions that were installed."""
 INSTALL = "python -m qt_jax.backends install"
 
 
 def root() -> Path:
-    """The folder that holds the environments."""
+    """Return the folder that holds the environments."""
     chosen = os.environ.get("QT_JAX_ENVIRONMENTS")
     return (
         Path(chosen).expanduser().absolute()
@@ -35,18 +37,21 @@ def root() -> Path:
 
 
 def location(environment: Environment) -> Path:
-    """The folder of `environment`, whether installed or not."""
+    """Return the folder of `environment`, whether it is installed or not."""
     return root() / environment.name
 
 
 def interpreter(environment: Environment | None) -> Path:
-    """The Python that runs a backend: that of its environment, or this one."""
+    """Return the Python that runs a backend: that of its environment, or this one for None."""
     return Path(sys.executable) if environment is None else location(environment) / "bin" / "python"
 
 
 def missing(environment: Environment | None) -> str | None:
-    """None if `environment` is installed as described today, else what is wrong and the command that mends
-    it."""
+    """Return what is wrong with the installation of `environment`, and the command that mends it.
+
+    Returns:
+      None if `environment` is installed as it is described today, or is None.
+    """
     if environment is None:
         return None
     remedy = f"{INSTALL} {environment.name}"
@@ -64,7 +69,7 @@ def missing(environment: Environment | None) -> str | None:
 
 
 def versions(backend: Backend) -> dict[str, str | None]:
-    """The versions of Python and of the backend's packages in the environment that runs it."""
+    """Return the versions of Python and of the backend's packages in the environment that runs it."""
     if backend.environment is None:
         return provenance.versions(backend.packages)
     marker = _marker(backend.environment) or {"versions": {}}
@@ -73,7 +78,10 @@ def versions(backend: Backend) -> dict[str, str | None]:
 
 
 def variables(environment: Environment | None) -> dict[str, str]:
-    """The environment variables of a worker: those of this process, and what the environment asks for."""
+    """Return the environment variables of a worker: those of this process, and those of the environment.
+
+    Variables that start with PYTHON are not inherited.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     if environment is None:
         return inherited
@@ -84,9 +92,10 @@ def variables(environment: Environment | None) -> dict[str, str]:
 
 
 def install(environment: Environment) -> Path:
-    """Build `environment` with uv, whose progress goes to the terminal; returns its folder.
+    """Build `environment` with uv, whose progress goes to the terminal, and return its folder.
 
-    Raises InvalidInput if there is no such Python here, too little space, or uv fails.
+    Raises:
+      InvalidInput: The Python is not found, there is too little space, or uv fails.
     """
     folder = location(environment)
     if missing(environment) is None:
@@ -106,12 +115,13 @@ def install(environment: Environment) -> Path:
     for pattern in environment.remove:
         for file in _site(environment).glob(pattern):
             file.unlink()
-    content = {"requirements": _requirements(environment), "versions": _frozen(environment)}
+    content = {"requirements": _requirements(environment), "versions": _installed_versions(environment)}
     write_whole(folder / MARKER, json.dumps(content, indent=1))
     return folder
 
 
 def _requirements(environment: Environment) -> list[str]:
+    """List everything that decides what an installation holds."""
     return [
         f"python=={environment.python}.*",
         *environment.requirements,
@@ -121,6 +131,7 @@ def _requirements(environment: Environment) -> list[str]:
 
 
 def _marker(environment: Environment) -> dict | None:
+    """Read the marker of an installation; None if it is missing or damaged."""
     try:
         return json.loads((location(environment) / MARKER).read_text())
     except (OSError, ValueError):
@@ -131,8 +142,8 @@ def _site(environment: Environment) -> Path:
     return location(environment) / "lib" / f"python{environment.python}" / "site-packages"
 
 
-def _frozen(environment: Environment) -> dict[str, str]:
-    """Every distribution of `environment` with its version, and that of Python."""
+def _installed_versions(environment: Environment) -> dict[str, str]:
+    """Return every distribution of `environment` with its version, and that of Python."""
     code = (
         "import json, platform; from importlib.metadata import distributions as d;"
         "print(json.dumps([['python', platform.python_version()]] + [[x.name, x.version] for x in d()]))"
@@ -146,7 +157,7 @@ def _normalized(name: str) -> str:
 
 
 def _python(version: str) -> str:
-    """An interpreter of `version` on this machine, or the version itself for uv to find or fetch."""
+    """Return an interpreter of `version` on this machine, or the version itself for uv to find or fetch."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = (
         sys.executable,
@@ -162,12 +173,12 @@ def _python(version: str) -> str:
 
 
 def _uv(*arguments: str) -> None:
-    """Run uv; raises InvalidInput, with uv's own words above it in the terminal, if it fails."""
+    """Run uv, whose output goes to the terminal. Raises InvalidInput if it fails."""
     try:
         import uv
     except ImportError as error:
         raise InvalidInput("Environments are built with uv: pip install uv.") from error
-    finished = subprocess.run([uv.find_uv_bin(), *arguments], env=os.environ | _sources())
+    finished = subprocess.run([uv.find_uv_bin(), *arguments], env=os.environ | _uv_settings())
     if finished.returncode:
         raise InvalidInput(
             f"uv {' '.join(arguments[:2])} failed with status {finished.returncode} (see above). What was "
@@ -176,10 +187,12 @@ def _uv(*arguments: str) -> None:
 
 
 @functools.cache
-def _sources() -> dict[str, str]:
-    """What uv is told beyond its own settings: to trust the certificates that this machine trusts, as pip
-    does; to look into local folders that pip looks into; or else to take PyTorch's builds for CPUs, since no
-    simulator uses a GPU."""
+def _uv_settings() -> dict[str, str]:
+    """Return environment variables for uv, except those that the user has set.
+
+    uv trusts the certificates that this machine trusts, as pip does. It looks into the local folders that pip
+    looks into. Without such folders it takes PyTorch's builds for CPUs, because no simulator uses a GPU.
+    """
     asked = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
     )

@@ -1,4 +1,7 @@
-"""Run one float model through backends, schemes and runtimes; one record for each, whatever becomes of it."""
+"""Run one float model through backends, schemes and runtimes, and return one record for each of them.
+
+A row that is refused, crashes, hangs or lacks its toolchain has a record that says so.
+"""
 
 import hashlib
 import os
@@ -19,7 +22,7 @@ from qt_jax.backends import cost, ort, steps
 from qt_jax.backends.inputs import fixed_batch, load, prepare
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
-from qt_jax.backends.rows import Evaluation, Job
+from qt_jax.backends.rows import Evaluation, EvaluationJob
 from qt_jax.errors import InvalidInput
 from qt_jax.files import staged
 from qt_jax.records import Record
@@ -48,44 +51,45 @@ def evaluate(
     scheduler: Scheduler = HERE,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Accuracy, fidelity and speed of a float network under every backend, scheme and runtime.
+    """Measure accuracy, fidelity and speed of a float network under every backend, scheme and runtime.
 
-    The network is a classifier, or a segmenter: then `top1` is the pixel accuracy, `miou` is filled, all
-    other metrics are over pixels (see `qt_jax.metrics`), and a record holds no `predictions`.
+    The network is a classifier or a segmenter. For a segmenter `top1` is the pixel accuracy, `miou` is
+    filled, all other metrics are over pixels (see `qt_jax.metrics`), and a record holds no `predictions`.
 
-    FP32 in ONNX Runtime comes first and always: it is the reference of `logit_mse`, `sqnr_db`, `agreement`
-    and `reference_top1`. Every other row compiles, runs and is timed in processes of their own: one that is
-    refused, crashes, hangs or lacks its toolchain gives a record with its status and reason; the others go
-    on.
+    The first row is always FP32 in ONNX Runtime. It is the reference of `logit_mse`, `sqnr_db`, `agreement`
+    and `reference_top1`. Every other row compiles, runs and is timed in separate processes. A row that is
+    refused, crashes, hangs or lacks its toolchain gives a record with its status and reason, and the other
+    rows go on.
 
     Args:
-        model: a float ONNX model, or the path of one, with one input and logits `(n, classes)` as its first
-            output; of a segmenter `(n, classes, height, width)`.
-        calibration: `(n, ...)` float32, as the model's input takes it (NCHW for our exports); every vendor's
-            quantizer gets these same images.
-        test_set: images `(n, ...)` float32, as `calibration`, and labels `(n,)` integers; of segmentation
-            `(n, height, width)`.
+        model: A float ONNX model, or the path of one. It has one input, and its first output is logits
+            `(n, classes)`, or `(n, classes, height, width)` for a segmenter.
+        calibration: Images `(n, ...)` float32, as the model's input takes them (NCHW for our exports). Every
+            vendor's quantizer gets these same images.
+        test_set: Images `(n, ...)` float32, as `calibration`, and labels `(n,)`, or `(n, height, width)` for
+            a segmenter, integers.
         backends: "all", or names from `BACKENDS`.
-        schemes: names of the schemes to run besides the reference; None for all.
-        runtimes: names of the runtimes to run besides the reference's; None for all.
-        limit: the first so many test images; None for all.
-        simulated_limit: the same for runtimes that imitate hardware, which are slow.
-        jobs: rows at a time. Timing always has the machine for itself, after all rows have run.
-        limits: seconds and GiB of each process; None for those of `Limits`.
-        folder: keeps records.jsonl, logs, compiled models and logits; what is found there is not done again.
-            None: a temporary folder.
-        identity: keys that say whose records these are: run, task, model, method, seed, checkpoint.
-        price_per_hour: of this machine, in USD; None for `cost.PRICE_PER_CPU_HOUR` each CPU.
-        retry: run again what did not end well the last time.
-        scheduler: who does compiles and runs of simulators, `jobs` at a time; all else is done here.
-        on_record: called with each record that is new, as soon as it is complete.
+        schemes: Names of the schemes to run besides the reference; None for all.
+        runtimes: Names of the runtimes to run besides the reference's; None for all.
+        limit: Number of test images, from the first; None for all.
+        simulated_limit: Number of test images on runtimes that imitate hardware, which are slow; None for as
+            many as elsewhere.
+        jobs: Rows at a time. Timing always has the machine to itself, after all rows have run.
+        limits: Seconds and GiB of each process; None for the defaults of `Limits`.
+        folder: Keeps records.jsonl, logs, compiled models and logits. What is found there is not done again.
+            None uses a temporary folder.
+        identity: Keys of the records that say what was evaluated: run, task, model, method, seed, checkpoint.
+        price_per_hour: Price of this machine, in USD; None for `cost.PRICE_PER_CPU_HOUR` per CPU.
+        retry: Run rows again that did not end well the last time.
+        scheduler: Runs the compiles and the simulators, `jobs` at a time. All other steps run here.
+        on_record: Called with each new record as soon as it is complete.
 
-    Returns records (see `qt_jax.records`), the reference first, then by backend, scheme and
-    runtime.
+    Returns:
+        The records (see `qt_jax.records`), the reference first, then by backend, scheme and runtime.
 
     Raises:
-        InvalidInput: an unknown backend, scheme or runtime, arrays that do not fit, a model that does not
-            run, a scheduler that is not there.
+        InvalidInput: A backend, scheme or runtime is unknown, the arrays do not fit, the model does not run,
+            or the scheduler is not there.
 
     Example:
         >>> import onnx.parser
@@ -96,7 +100,7 @@ def evaluate(
         >>> record["scheme"], record["top1"], record["seed"]
         ('fp32', 1.0, 0)
     """
-    chosen = offered(backends, schemes, runtimes)
+    chosen = select_rows(backends, schemes, runtimes)
     limits = steps.Limits() if limits is None else limits
     price = cost.PRICE_PER_CPU_HOUR * (os.cpu_count() or 1) if price_per_hour is None else price_per_hour
     _check_settings(limit, simulated_limit, jobs, limits, price)
@@ -106,16 +110,56 @@ def evaluate(
     if folder is None and scheduler.launcher == "slurm":
         raise InvalidInput("Slurm's jobs need a folder that all hosts share: give one.")
     with _home(folder) as home, open_queue(scheduler, home / "work" / "jobs") as queue:
-        job = _job(home, model, calibration, images, labels, identity, limits, price, retry)
+        job = _prepare_job(home, model, calibration, images, labels, identity, limits, price, retry)
         job = replace(job, queue=queue)
-        few = len(images) if simulated_limit is None else min(simulated_limit, len(images))
-        rows = [Evaluation(job, b, s, r, few if r.simulated else len(images)) for b, s, r in chosen]
+        simulated = len(images) if simulated_limit is None else min(simulated_limit, len(images))
+        rows = [Evaluation(job, b, s, r, simulated if r.simulated else len(images)) for b, s, r in chosen]
         return _finish(job, rows, jobs, on_record)
+
+
+def select_rows(
+    backends: str | Sequence[str] = "all",
+    schemes: Sequence[str] | None = None,
+    runtimes: Sequence[str] | None = None,
+) -> list[tuple[Backend, Scheme, Runtime]]:
+    """Return the backend, scheme and runtime of every row that `evaluate` makes of one model.
+
+    Args:
+      backends: As `evaluate` takes them.
+      schemes: As `evaluate` takes them.
+      runtimes: As `evaluate` takes them.
+
+    Returns:
+      The rows, the reference first.
+
+    Raises:
+      InvalidInput: A backend, scheme or runtime is unknown.
+
+    >>> [(b.name, s.name, r.name) for b, s, r in select_rows("onnxruntime", ["int8-dynamic"], ["optimized"])]
+    [('onnxruntime', 'fp32', 'reference'), ('onnxruntime', 'int8-dynamic', 'optimized')]
+    """
+    reference = (BACKENDS[ort.BACKEND.name], ort.FP32, ort.REFERENCE)
+    rows = [(b, s, r) for b in select(backends) for s in b.schemes for r in b.runtimes]
+    for what, names, name_of in (
+        ("schemes", schemes, lambda row: row[1].name),
+        ("runtimes", runtimes, lambda row: row[2].name),
+    ):
+        if names is None:
+            continue
+        known = {name_of(row) for row in [*rows, reference]}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise InvalidInput(
+                f"No chosen backend offers the {what} {unknown}: choose among {sorted(known)}."
+            )
+        rows = [row for row in rows if name_of(row) in names]
+    return [reference, *(row for row in rows if row != reference)]
 
 
 def _check_settings(
     limit: int | None, simulated_limit: int | None, jobs: int, limits: steps.Limits, price: float
 ) -> None:
+    """Raise InvalidInput for a setting that is out of range."""
     positive: dict[str, float | None] = {"limit": limit, "simulated_limit": simulated_limit, "jobs": jobs}
     positive |= {"the time limit": limits.seconds, "the memory limit": limits.gibibytes}
     for name, value in positive.items():
@@ -125,10 +169,77 @@ def _check_settings(
         raise InvalidInput(f"The price of an hour cannot be {price}: give 0 or more.")
 
 
+@contextmanager
+def _home(folder: str | Path | None) -> Iterator[Path]:
+    """Make the folder of an evaluation, or a temporary one that is deleted afterwards."""
+    if folder is not None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(f"{folder} cannot be made: {error.strerror}. Choose another.") from error
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="qt_jax-") as temporary:
+        yield Path(temporary)
+
+
+def _prepare_job(
+    home: Path,
+    model: onnx.ModelProto,
+    calibration: np.ndarray,
+    images: np.ndarray,
+    labels: np.ndarray,
+    identity: Mapping[str, Any],
+    limits: steps.Limits,
+    price: float,
+    retry: bool,
+) -> EvaluationJob:
+    """Write the model and the arrays to files named by their content, and return what all rows share."""
+    data = home / "data"
+    data.mkdir(exist_ok=True)
+    payload = model.SerializeToString()
+    arrays = {"calibration": calibration, "images": images, "labels": labels}
+    hashes = {"model": hashlib.sha256(payload).hexdigest()}
+    hashes |= {name: _digest(array) for name, array in arrays.items()}
+    paths = {name: data / f"{name}-{hashes[name][:12]}.npy" for name in ("calibration", "images")}
+    paths["model"] = data / f"model-{hashes['model'][:12]}.onnx"
+    for name, path in paths.items():
+        if path.exists():
+            continue
+        with staged(path) as scratch, scratch.open("wb") as file:
+            if name == "model":
+                file.write(payload)
+            else:
+                np.save(file, arrays[name])
+    return EvaluationJob(
+        home,
+        model=paths["model"],
+        calibration=paths["calibration"],
+        images=paths["images"],
+        labels=labels,
+        hashes=hashes,
+        limits=limits,
+        identity=identity,
+        calibration_size=len(calibration),
+        max_batch=fixed_batch(model),
+        work=cost.work(model),
+        price_per_hour=price,
+        retry=retry,
+    )
+
+
+def _digest(array: np.ndarray) -> str:
+    description = f"{array.dtype} {array.shape} ".encode()
+    return hashlib.sha256(description + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
 def _finish(
-    job: Job, rows: list[Evaluation], jobs: int, on_record: Callable[[Record], None] | None
+    job: EvaluationJob, rows: list[Evaluation], jobs: int, on_record: Callable[[Record], None] | None
 ) -> list[Record]:
-    """The records of all rows: those found, then those made now, in parallel but for the clock."""
+    """Return the records of all rows: those found in the folder, and those made now.
+
+    Rows run in parallel, except that timed ones are timed one by one after all rows have run.
+    """
     steps.STOPPING.clear()
     path = job.folder / RECORDS
     found = {record.get("key"): record for record in records.read(path)}
@@ -170,7 +281,7 @@ def _finish(
 
 
 def _in_parallel(rows: Sequence[Evaluation], jobs: int) -> Iterator[Evaluation]:
-    """Rows once they have run, in their order. An interruption ends all workers first."""
+    """Run rows in a pool of `jobs` threads and yield each, in order. An interruption ends all workers."""
     with ThreadPoolExecutor(jobs) as pool:
         running = [(row, pool.submit(row.run)) for row in rows]
         try:
@@ -184,7 +295,7 @@ def _in_parallel(rows: Sequence[Evaluation], jobs: int) -> Iterator[Evaluation]:
 
 
 def _reference(row: Evaluation) -> np.ndarray:
-    """Float logits. Raises InvalidInput where they are nothing to compare with."""
+    """Return the logits of the float model. Raises InvalidInput if they cannot serve as a reference."""
     answer = row.run()
     if answer.status != "ok":
         log = answer.folder / steps.LOG
@@ -203,98 +314,7 @@ def _reference(row: Evaluation) -> np.ndarray:
     broken = int(np.sum(~np.isfinite(logits.reshape(row.n, -1)).all(axis=1)))
     if broken:
         raise InvalidInput(
-            f"The float model is no reference to compare with: logits of {broken} of {row.n} images are not "
+            f"The float model cannot serve as a reference: logits of {broken} of {row.n} images are not "
             "finite."
         )
     return logits
-
-
-def offered(
-    backends: str | Sequence[str] = "all",
-    schemes: Sequence[str] | None = None,
-    runtimes: Sequence[str] | None = None,
-) -> list[tuple[Backend, Scheme, Runtime]]:
-    """The rows that `evaluate` makes of one model, the reference first. Raises InvalidInput as it does.
-
-    >>> [(b.name, s.name, r.name) for b, s, r in offered("onnxruntime", ["int8-dynamic"], ["optimized"])]
-    [('onnxruntime', 'fp32', 'reference'), ('onnxruntime', 'int8-dynamic', 'optimized')]
-    """
-    reference = (BACKENDS[ort.BACKEND.name], ort.FP32, ort.REFERENCE)
-    rows = [(b, s, r) for b in select(backends) for s in b.schemes for r in b.runtimes]
-    for what, names, name_of in (
-        ("schemes", schemes, lambda row: row[1].name),
-        ("runtimes", runtimes, lambda row: row[2].name),
-    ):
-        if names is None:
-            continue
-        known = {name_of(row) for row in [*rows, reference]}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise InvalidInput(
-                f"No chosen backend offers the {what} {unknown}: choose among {sorted(known)}."
-            )
-        rows = [row for row in rows if name_of(row) in names]
-    return [reference, *(row for row in rows if row != reference)]
-
-
-@contextmanager
-def _home(folder: str | Path | None) -> Iterator[Path]:
-    if folder is not None:
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidInput(f"{folder} cannot be made: {error.strerror}. Choose another.") from error
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="qt_jax-") as temporary:
-        yield Path(temporary)
-
-
-def _job(
-    home: Path,
-    model: onnx.ModelProto,
-    calibration: np.ndarray,
-    images: np.ndarray,
-    labels: np.ndarray,
-    identity: Mapping[str, Any],
-    limits: steps.Limits,
-    price: float,
-    retry: bool,
-) -> Job:
-    """The job, with its model and arrays in files named by their content."""
-    data = home / "data"
-    data.mkdir(exist_ok=True)
-    payload = model.SerializeToString()
-    arrays = {"calibration": calibration, "images": images, "labels": labels}
-    hashes = {"model": hashlib.sha256(payload).hexdigest()}
-    hashes |= {name: _digest(array) for name, array in arrays.items()}
-    paths = {name: data / f"{name}-{hashes[name][:12]}.npy" for name in ("calibration", "images")}
-    paths["model"] = data / f"model-{hashes['model'][:12]}.onnx"
-    for name, path in paths.items():
-        if path.exists():
-            continue
-        with staged(path) as scratch, scratch.open("wb") as file:
-            if name == "model":
-                file.write(payload)
-            else:
-                np.save(file, arrays[name])
-    return Job(
-        home,
-        model=paths["model"],
-        calibration=paths["calibration"],
-        images=paths["images"],
-        labels=labels,
-        hashes=hashes,
-        limits=limits,
-        identity=identity,
-        calibration_size=len(calibration),
-        most_batch=fixed_batch(model),
-        work=cost.work(model),
-        price_per_hour=price,
-        retry=retry,
-    )
-
-
-def _digest(array: np.ndarray) -> str:
-    description = f"{array.dtype} {array.shape} ".encode()
-    return hashlib.sha256(description + np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,7 +1,4 @@
-"""A float model and its data, checked and made fit for toolchains that other people wrote.
-
-Images and labels in .npz files, as the command lines take them.
-"""
+"""Read a float model and its data, check that they fit, and prepare the model for all toolchains."""
 
 from pathlib import Path
 from zipfile import BadZipFile
@@ -12,11 +9,17 @@ from onnx import version_converter
 
 from qt_jax.errors import InvalidInput
 
+OLDEST_OPSET = 13
+"""The first opset with a per-channel QuantizeLinear. Older graphs are converted to it."""
+
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays called `names` of an .npz file; a file with one array alone needs no name for it.
+    """Read the arrays called `names` from an .npz file.
 
-    Raises InvalidInput if the file cannot be read, or lacks one.
+    The name does not matter if one array is asked for and the file holds one.
+
+    Raises:
+      InvalidInput: The file cannot be read, or lacks an array.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "c.npz"
@@ -37,12 +40,8 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     return {name: found[name] for name in names}
 
 
-OLDEST_OPSET = 13
-"""Per-channel QuantizeLinear begins here; older graphs are converted."""
-
-
 def load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
-    """The model, read if it is a path. Raises InvalidInput if it cannot be."""
+    """Return the model, read from its file if it is a path. Raises InvalidInput if it cannot be read."""
     if isinstance(model, onnx.ModelProto):
         return model
     try:
@@ -56,13 +55,22 @@ def load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
 def prepare(
     model: onnx.ModelProto, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray
 ) -> onnx.ModelProto:
-    """A copy of `model` as all toolchains get it, once it is sure that the data fit.
+    """Check that the data fit the model, and return the model as all toolchains get it.
 
-    Of several outputs the first is kept. Sizes of the input that the graph leaves open, but for the batch,
-    are those of the images; weights are not listed among the inputs; an opset before 13 is raised to 13.
-    Graphs that need none of it stay as they are.
+    Of several outputs the first is kept. Open sizes of the input, except the batch, become those of the
+    images. Weights are no longer listed among the inputs. An opset before `OLDEST_OPSET` is converted to it.
 
-    Raises InvalidInput for several inputs, for arrays that do not fit, and for a batch fixed above 1.
+    Args:
+      model: A float ONNX model.
+      calibration: Images `(n, ...)` float32.
+      images: Test images `(n, ...)` float32.
+      labels: Labels `(n,)`, or `(n, height, width)` for segmentation; integers.
+
+    Returns:
+      A changed copy, or `model` itself if it needs no change.
+
+    Raises:
+      InvalidInput: The model has several inputs, the arrays do not fit, or the batch is fixed above 1.
     """
     given = single_input(model)
     _check_images(given, calibration, images)
@@ -92,10 +100,17 @@ def prepare(
     return prepared
 
 
-def single_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    """The graph's one input; weights listed among the inputs do not count.
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Return how many images the graph takes at once; None if it takes any number."""
+    size = single_input(model).type.tensor_type.shape.dim[0].dim_value
+    return size if size > 0 else None
 
-    Raises InvalidInput if there is none, or more than one.
+
+def single_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    """Return the graph's one input. Weights listed among the inputs do not count.
+
+    Raises:
+      InvalidInput: There is no input, or more than one.
     """
     weights = {initializer.name for initializer in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
@@ -107,17 +122,8 @@ def single_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     return inputs[0]
 
 
-def fixed_batch(model: onnx.ModelProto) -> int | None:
-    """How many images the graph takes at once; None if any number."""
-    size = single_input(model).type.tensor_type.shape.dim[0].dim_value
-    return size if size > 0 else None
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-
-
 def _check_images(given: onnx.ValueInfoProto, calibration: np.ndarray, images: np.ndarray) -> None:
+    """Raise InvalidInput for images that the model's input does not take, or that are not finite."""
     dims = given.type.tensor_type.shape.dim
     expected = [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
     for what, array in (("calibration", calibration), ("test images", images)):
@@ -134,8 +140,8 @@ def _check_images(given: onnx.ValueInfoProto, calibration: np.ndarray, images: n
             raise InvalidInput(f"{what} has values that are not finite (NaN or infinite): mend the data.")
     if calibration.shape[1:] != images.shape[1:]:
         raise InvalidInput(
-            f"calibration has images of {calibration.shape[1:]}, the test set of {images.shape[1:]}: they "
-            "must be alike."
+            f"calibration has images of shape {calibration.shape[1:]}, the test set of {images.shape[1:]}: "
+            "give images of one shape."
         )
     if expected[0] not in (None, 1):
         raise InvalidInput(
@@ -144,9 +150,14 @@ def _check_images(given: onnx.ValueInfoProto, calibration: np.ndarray, images: n
 
 
 def _check_labels(images: np.ndarray, labels: np.ndarray) -> None:
+    """Raise InvalidInput for labels that are not integers, or not one per image or pixel."""
     whole = labels.ndim in (1, 3) and np.issubdtype(labels.dtype, np.integer)
     if not len(images) or labels.shape[:1] != (len(images),) or not whole:
         raise InvalidInput(
-            f"test labels must be one integer an image, or for segmentation (n, height, width), for at least "
-            f"one image, got {labels.dtype} {labels.shape} for {len(images)} images."
+            f"test labels must be one integer per image, or (n, height, width) for segmentation, for at "
+            f"least one image, got {labels.dtype} {labels.shape} for {len(images)} images."
         )
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

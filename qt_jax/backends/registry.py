@@ -1,6 +1,6 @@
-"""Every backend this package knows. A new vendor is one file beside this one and one entry here.
+"""List every backend of this package, what each offers, and what this machine lacks to run it.
 
-What backends there are and what this machine lacks of them, as rows; the tables of these rows.
+A new vendor is one file beside this one and one entry in `_MODULES`.
 """
 
 import inspect
@@ -19,12 +19,15 @@ from qt_jax.errors import InvalidInput
 _MODULES = (ort, openvino, litert, ethos_u, k230, sophgo, ryzen_ai, tensorrt)
 
 BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in _MODULES}
-"""Name -> backend. Your own goes in with `BACKENDS[backend.name] = backend`; the file that defines its class
-must define `BACKEND`."""
+"""Name -> backend. To register your own, set `BACKENDS[backend.name] = backend`. The file that defines its
+class must define `BACKEND`."""
 
 
 def select(names: str | Sequence[str]) -> list[Backend]:
-    """The backends of these names, or all of them for "all". Raises InvalidInput for an unknown name.
+    """Return the backends of these names, or all of them for "all".
+
+    Raises:
+      InvalidInput: A name is unknown.
 
     >>> [backend.vendor for backend in select(["onnxruntime"])]
     ['Microsoft']
@@ -39,27 +42,27 @@ def select(names: str | Sequence[str]) -> list[Backend]:
 
 
 def scheme_of(backend: Backend, name: str) -> Scheme:
-    """The scheme of this name, which `backend` is known to offer."""
+    """Return the scheme of this name, which `backend` must offer."""
     [found] = [scheme for scheme in backend.schemes if scheme.name == name]
     return found
 
 
 def file_of(backend: Backend) -> Path:
-    """The module a worker loads to get `backend`."""
+    """Return the file of the module that defines `backend`, which a worker loads."""
     return Path(inspect.getfile(type(backend)))
 
 
 def environments_of(backend: Backend) -> list[Environment]:
-    """What `backend` needs installed: its own environment, and those of the backends it starts from."""
+    """Return the environments that `backend` needs: its own, and those of the backends it starts from."""
     sources = {scheme.source[0] for scheme in backend.schemes if scheme.source} - {backend.name}
     needed = [BACKENDS[name].environment for name in sorted(sources)] + [backend.environment]
     return [environment for environment in needed if environment is not None]
 
 
-def offers() -> list[dict[str, Any]]:
-    """One row for each backend: backend, vendor, kind, stands_for, packages, schemes, runtimes.
+def descriptions() -> list[dict[str, Any]]:
+    """Describe every backend: backend, vendor, kind, stands_for, packages, schemes, runtimes.
 
-    >>> row = offers()[0]
+    >>> row = descriptions()[0]
     >>> row["backend"], row["runtimes"][0]["name"]
     ('onnxruntime', 'reference')
     """
@@ -77,36 +80,8 @@ def offers() -> list[dict[str, Any]]:
     ]
 
 
-def conditions(names: str | Sequence[str] = "all") -> list[dict[str, Any]]:
-    """One row for each backend of these names: backend, environments, megabytes, ready, lacks.
-
-    `lacks` holds a sentence for each thing that is missing here, with the command that mends it.
-
-    Raises:
-      InvalidInput: there is no such backend.
-
-    >>> conditions(["onnxruntime"])
-    [{'backend': 'onnxruntime', 'environments': [], 'megabytes': 0, 'ready': True, 'lacks': []}]
-    """
-    rows = []
-    for backend in select(names):
-        needed = environments_of(backend)
-        lacks = [*(environments.missing(environment) for environment in needed), backend.available()]
-        found = [lack for lack in lacks if lack is not None]
-        rows.append(
-            {
-                "backend": backend.name,
-                "environments": [environment.name for environment in needed],
-                "megabytes": sum(environment.megabytes for environment in needed),
-                "ready": not found,
-                "lacks": found,
-            }
-        )
-    return rows
-
-
-def offers_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What `list` shows of `offers`."""
+def descriptions_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Arrange the rows of `descriptions` as a table for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0))
     for heading in ("backend", "vendor, kind", "stands for", "schemes", "runtimes"):
         table.add_column(heading, no_wrap=heading == "backend", overflow="fold")
@@ -116,8 +91,39 @@ def offers_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def conditions_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What `doctor` shows of `conditions`."""
+def readiness(names: str | Sequence[str] = "all") -> list[dict[str, Any]]:
+    """Tell for each backend whether it can run here: backend, environments, megabytes, ready, lacks.
+
+    `lacks` holds one sentence for each thing that is missing, with the command that mends it.
+
+    Args:
+      names: As `select` takes them.
+
+    Raises:
+      InvalidInput: A name is unknown.
+
+    >>> readiness(["onnxruntime"])
+    [{'backend': 'onnxruntime', 'environments': [], 'megabytes': 0, 'ready': True, 'lacks': []}]
+    """
+    rows = []
+    for backend in select(names):
+        needed = environments_of(backend)
+        missing = [*(environments.missing(environment) for environment in needed), backend.available()]
+        lacks = [reason for reason in missing if reason is not None]
+        rows.append(
+            {
+                "backend": backend.name,
+                "environments": [environment.name for environment in needed],
+                "megabytes": sum(environment.megabytes for environment in needed),
+                "ready": not lacks,
+                "lacks": lacks,
+            }
+        )
+    return rows
+
+
+def readiness_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Arrange the rows of `readiness` as a table for a terminal."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("backend", "environment", "size", "state, and what mends it"):
         table.add_column(heading, no_wrap=heading != "state, and what mends it")

@@ -1,6 +1,7 @@
-"""One row: a scheme of a backend on one of its runtimes, from the float graph to a record.
+"""Make one row: compile a scheme of a backend, run it on one runtime, and write down the result as a record.
 
-The program of a backend: what, beside its input, decides what it compiles.
+A row has a key, the hash of everything that decides what its record says. The code of the backend is part of
+the key, so that a changed backend compiles anew (`code`).
 """
 
 import ast
@@ -28,64 +29,36 @@ from qt_jax.records import Record, new_record
 from qt_jax.scheduler import Queue
 
 PACKAGE = Path(__file__).parents[1]
-
-
-@functools.cache
-def code(file: Path) -> tuple[str, ...]:
-    """The module in `file` and those of qt_jax that it imports, directly or not, as syntax trees.
-
-    Without comments, docstrings and the types of functions, which change no number.
-
-    >>> any("Refused" in module for module in code(PACKAGE / "backends" / "litert_graph.py"))
-    True
-    """
-    found: dict[Path, str] = {}
-    ahead = [file.resolve()]
-    while ahead:
-        path = ahead.pop()
-        if path not in found:
-            tree = _bare(ast.parse(path.read_text()))
-            found[path] = ast.dump(tree)
-            ahead += [other for node in ast.walk(tree) for other in _imported(node)]
-    return tuple(found[path] for path in sorted(found))
-
-
-def _bare(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            body[:] = [part for part in body if not _is_text(part)] or [ast.Pass()]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return tree
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    value = statement.value if isinstance(statement, ast.Expr) else None
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def _imported(node: ast.AST) -> list[Path]:
-    """The files of qt_jax that `from ... import ...` reads; of a package none but the modules it names."""
-    first, *parts = (getattr(node, "module", None) or "").split(".")
-    if not isinstance(node, ast.ImportFrom) or first != PACKAGE.name:
-        return []
-    place = PACKAGE.joinpath(*parts)
-    candidates = [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
-    return [path for path in candidates if path.is_file()]
-
-
-REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
-
+"""The folder of qt_jax, whose modules `code` follows."""
 LOGITS = "logits.npy"
-
+"""The file of logits in the folder of a run step."""
+NO_REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
 UNTIMED = "no product runs like this runtime, so that it is not timed"
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every row of one evaluation shares: files, their hashes, limits, and whose records these are."""
+class EvaluationJob:
+    """Hold what all rows of one evaluation share.
+
+    Attributes:
+      folder: The folder of the evaluation, which gets its steps.
+      model: The ONNX file.
+      calibration: The `.npy` file of calibration images.
+      images: The `.npy` file of test images.
+      labels: Labels `(n,)`, or `(n, height, width)` for segmentation; integers.
+      hashes: SHA-256 of "model", "calibration", "images" and "labels".
+      limits: What each step may take.
+      identity: Keys of the records that say what was evaluated: run, task, model, method, seed, checkpoint.
+      calibration_size: How many calibration images there are.
+      max_batch: How many images the graph takes at once, if it fixes that number; else None.
+      work: Operations and elements of one image; None if a shape is unknown.
+      price_per_hour: Price of this machine, in USD.
+      retry: Whether to perform a step again whose answer is not "ok".
+      retried: Folders of the steps that were already retried. Rows that share a step retry it once.
+      queue: The scheduler's queue, which takes the steps that do not depend on the machine; None without one.
+      locks: With a queue, one lock per step, so that each is submitted once, and one (None) for all steps
+        performed here, so that they take turns.
+    """
 
     folder: Path
     model: Path
@@ -96,38 +69,38 @@ class Job:
     limits: steps.Limits
     identity: Mapping[str, Any]
     calibration_size: int
-    most_batch: int | None
-    """Images that the graph takes at once, where it says so."""
+    max_batch: int | None
     work: cost.Work | None
     price_per_hour: float
     retry: bool = False
     retried: set[Path] = field(default_factory=set)
-    """Steps that were tried again already, so that rows that share one do not each try it."""
     queue: Queue | None = None
-    """Takes the steps that do not depend on the machine."""
-    turns: dict[Path | None, Lock] = field(default_factory=dict)
-    """With a queue, a step is handed over once, and the steps done here take turns (None)."""
+    locks: dict[Path | None, Lock] = field(default_factory=dict)
 
     def perform(self, name: str, backend: Backend, step: Mapping[str, Any], anywhere: bool) -> steps.Answer:
-        """The answer of the step of this name, from its folder or from a process of its own.
+        """Return the answer of a step, from its folder or by performing it.
 
-        With a queue that process is a job of it, if the step may be done `anywhere`.
+        Args:
+          name: The name of the step's folder.
+          backend: The backend whose environment runs the step.
+          step: What the worker reads.
+          anywhere: Whether the step may run on another machine. With a queue it is then submitted.
         """
         folder = self.folder / "work" / name
         again = self.retry and folder not in self.retried
         self.retried.add(folder)
         if self.queue is None:
             return steps.perform(folder, backend.environment, step, self.limits, again)
-        with self.turns.setdefault(folder if anywhere else None, Lock()):
+        with self.locks.setdefault(folder if anywhere else None, Lock()):
             how = partial(steps.submit, self.queue) if anywhere else steps.perform
             return how(folder, backend.environment, step, self.limits, again)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A scheme of a backend on one runtime, over the first `n` test images of a job."""
+    """Evaluate a scheme of a backend on one runtime, over the first `n` test images of a job."""
 
-    job: Job = field(repr=False)
+    job: EvaluationJob = field(repr=False)
     backend: Backend
     scheme: Scheme
     runtime: Runtime
@@ -135,7 +108,7 @@ class Evaluation:
 
     @cached_property
     def key(self) -> str:
-        """The hash of everything that decides what the record says, but for the clock and for limits."""
+        """Hash everything that decides what the record says, except the clock and the limits."""
         identity = sorted((name, str(value)) for name, value in self.job.identity.items() if name != "run")
         price = self.job.price_per_hour if self.runtime.timed else None
         return _hash(self._run_key, self.job.hashes["labels"], identity, price)
@@ -147,17 +120,17 @@ class Evaluation:
         return _hash(compiled, self.job.hashes["images"], self.n, asdict(self.runtime), machine)
 
     def missing(self) -> str | None:
-        """Why this row cannot run here, or None."""
+        """Return why this row cannot run on this machine, or None."""
         reasons = [environments.missing(needed) for needed in environments_of(self.backend)]
         return next(filter(None, [*reasons, self.backend.available()]), None)
 
     def run(self) -> steps.Answer:
-        """Compile and run; the answer of the last step that was reached."""
+        """Compile and run; return the answer of the last step that was reached."""
         compiled = compile_scheme(self.job, self.backend, self.scheme)
         return compiled if compiled.status != "ok" else self._step("run", compiled)
 
     def logits(self) -> np.ndarray:
-        """What a successful `run` left; run again if the file has been damaged since."""
+        """Return the logits of a successful `run`, which is repeated if their file is damaged."""
         try:
             return np.load(self.run().folder / LOGITS)
         except (OSError, ValueError, EOFError):
@@ -165,7 +138,11 @@ class Evaluation:
             return np.load(self.run().folder / LOGITS)
 
     def record(self, reference: np.ndarray | None) -> Record:
-        """The finished row; `reference` is None where this row is the reference itself."""
+        """Run the row and return its record.
+
+        Args:
+          reference: Float logits of all test images; None if this row is the reference itself.
+        """
         reason = self.missing()
         if reason is not None:
             return self._record({"status": "unavailable", "reason": reason}, 0.0)
@@ -180,23 +157,24 @@ class Evaluation:
         found = measure(self.logits(), labels, None if reference is None else reference[: self.n])
         seconds = compiled.seconds + answer.seconds
         if found["status"] == "ok":
-            speed, lack = self._speed(compiled)
+            speed, reason = self._speed(compiled)
             found |= speed | dict(compiled.result["measured"])
-            found["reason"] = "; ".join(filter(None, [found["reason"], lack])) or None
+            found["reason"] = "; ".join(filter(None, [found["reason"], reason])) or None
         return self._record({"log": log} | about | found, seconds)
 
     def _speed(self, compiled: steps.Answer) -> tuple[Record, str | None]:
-        """Latency, throughput, energy and cost; and why some of them are lacking."""
+        """Return latency, throughput, energy and cost, and why some of them are missing."""
         timed = self._step("time", compiled) if self.runtime.timed else None
         clock = dict(timed.result) if timed is not None else {}
-        lacks = [UNTIMED if timed is None else timed.reason]
+        reasons = [UNTIMED if timed is None else timed.reason]
         if self.job.work is None:
-            lacks.append("energy: the graph leaves the shape of a layer open")
+            reasons.append("energy: the graph leaves the shape of a layer open")
         speed = cost.keys(clock, self.job.work, self.scheme, self.job.price_per_hour)
-        return speed, "; ".join(filter(None, lacks)) or None
+        return speed, "; ".join(filter(None, reasons)) or None
 
     def _step(self, step: str, compiled: steps.Answer) -> steps.Answer:
-        job = {
+        """Perform the step "run" or "time" on what was compiled."""
+        description = {
             "step": step,
             "backend_file": str(file_of(self.backend)),
             "scheme": self.scheme.name,
@@ -204,13 +182,14 @@ class Evaluation:
             "compiled": str((compiled.folder / "compiled").absolute()),
             "inputs": str(self.job.images.absolute()),
             "n": self.n,
-            "most_batch": self.job.most_batch,
+            "max_batch": self.job.max_batch,
             "logits": f"./{LOGITS}",
         }
         name = f"{self.backend.name}-{self.scheme.name}-{self.runtime.name}-{step}-{self._run_key[:12]}"
-        return self.job.perform(name, self.backend, job, anywhere=not self.runtime.timed)
+        return self.job.perform(name, self.backend, description, anywhere=not self.runtime.timed)
 
     def _record(self, measured: Record, seconds: float) -> Record:
+        """Return the record of this row: what was measured, and what it was measured on."""
         backend, scheme = self.backend, self.scheme
         calibration = {"n": self.job.calibration_size, "method": scheme.calibration}
         about = provenance(backend.packages) | {"versions": environments.versions(backend)}
@@ -238,12 +217,14 @@ class Evaluation:
         )
 
 
-def compile_scheme(job: Job, backend: Backend, scheme: Scheme) -> steps.Answer:
-    """The compile step of `scheme`, after those it starts from; each is done once for all rows."""
+def compile_scheme(job: EvaluationJob, backend: Backend, scheme: Scheme) -> steps.Answer:
+    """Compile a scheme, after those it starts from, and return the answer of the last step reached.
+
+    Each scheme is compiled once for all rows.
+    """
     source = job.model
     if scheme.source is not None:
-        origin = BACKENDS.get(scheme.source[0], backend)
-        parent = compile_scheme(job, origin, scheme_of(origin, scheme.source[1]))
+        parent = compile_scheme(job, *_source(backend, scheme.source))
         if parent.status != "ok":
             return parent
         source = parent.folder / "compiled"
@@ -259,11 +240,15 @@ def compile_scheme(job: Job, backend: Backend, scheme: Scheme) -> steps.Answer:
     return job.perform(name, backend, description, anywhere=True)
 
 
-def _compile_key(job: Job, backend: Backend, scheme: Scheme) -> str:
-    parent = None
-    if scheme.source is not None:
-        origin = BACKENDS.get(scheme.source[0], backend)
-        parent = _compile_key(job, origin, scheme_of(origin, scheme.source[1]))
+def _source(backend: Backend, source: tuple[str, str]) -> tuple[Backend, Scheme]:
+    """Return the backend and the scheme that a scheme of `backend` starts from."""
+    origin = BACKENDS.get(source[0], backend)
+    return origin, scheme_of(origin, source[1])
+
+
+def _compile_key(job: EvaluationJob, backend: Backend, scheme: Scheme) -> str:
+    """Hash everything that decides what a scheme compiles to."""
+    parent = None if scheme.source is None else _compile_key(job, *_source(backend, scheme.source))
     own = [code(file_of(backend)), code(steps.WORKER), asdict(scheme), environments.versions(backend)]
     return _hash(job.hashes["model"], job.hashes["calibration"], parent, own)
 
@@ -272,29 +257,93 @@ def _hash(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def measure(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
-    """The record keys that come from logits; `reference` is None where these are the reference themselves.
+@functools.cache
+def code(file: Path) -> tuple[str, ...]:
+    """Return the syntax trees of a module and of those of qt_jax that it imports, directly or not.
 
-    Raises InvalidInput for labels that are no classes of the logits.
+    Comments, docstrings and type annotations of functions are left out, because they change no number. The
+    modules must be imported by `from ... import ...`.
+
+    Args:
+      file: The module's file.
+
+    Returns:
+      One dumped tree per module, ordered by path.
+
+    >>> any("Refused" in module for module in code(PACKAGE / "backends" / "litert.py"))
+    True
+    """
+    found: dict[Path, str] = {}
+    ahead = [file.resolve()]
+    while ahead:
+        path = ahead.pop()
+        if path not in found:
+            tree = _bare(ast.parse(path.read_text()))
+            found[path] = ast.dump(tree)
+            ahead += [other for node in ast.walk(tree) for other in _imported(node)]
+    return tuple(found[path] for path in sorted(found))
+
+
+def _bare(tree: ast.Module) -> ast.Module:
+    """Remove docstrings and the types of functions from a tree, in place, and return it."""
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            body[:] = [part for part in body if not _is_text(part)] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    """Tell whether a statement is a string alone."""
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _imported(node: ast.AST) -> list[Path]:
+    """Return the modules of qt_jax that a `from ... import ...` names, without the `__init__` of packages."""
+    first, *parts = (getattr(node, "module", None) or "").split(".")
+    if not isinstance(node, ast.ImportFrom) or first != PACKAGE.name:
+        return []
+    place = PACKAGE.joinpath(*parts)
+    candidates = [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
+    return [path for path in candidates if path.is_file()]
+
+
+def measure(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
+    """Return the record keys that come from logits.
+
+    Args:
+      logits: `(n, classes)`, or `(n, classes, height, width)` for segmentation; float.
+      labels: `(n,)`, or `(n, height, width)` for segmentation; integers.
+      reference: Logits of the float model, of the same shape; None where `logits` are the reference.
+
+    Returns:
+      The metrics, status and reason. The status is "invalid" if the shape is wrong or a value is not finite.
+
+    Raises:
+      InvalidInput: A label is not one of the classes.
     """
     alone = (len(labels), *logits.shape[1:2], *labels.shape[1:])
     expected = alone if reference is None else reference.shape
     if logits.shape != expected:
-        shapes = f"logits have shape {logits.shape}, expected {expected}"
-        return {"status": "invalid", "reason": shapes}
+        reason = f"logits have shape {logits.shape}, expected {expected}"
+        return {"status": "invalid", "reason": reason}
     broken = int(np.sum(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1)))
     if broken:
-        lack = f"logits of {broken} of {len(labels)} images are not finite"
-        return {"status": "invalid", "reason": lack}
-    judge = _of_images if labels.ndim == 1 else dense_metrics
-    return judge(logits, labels, reference) | {
+        reason = f"logits of {broken} of {len(labels)} images are not finite"
+        return {"status": "invalid", "reason": reason}
+    metrics = _classifier_metrics if labels.ndim == 1 else dense_metrics
+    return metrics(logits, labels, reference) | {
         "status": "ok",
-        "reason": REFERENCE if reference is None else None,
+        "reason": NO_REFERENCE if reference is None else None,
     }
 
 
-def _of_images(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
-    """The metrics of a classifier, and what it decided for each image."""
+def _classifier_metrics(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
+    """Return the metrics of a classifier, its reliability diagram, and its decision for each image."""
     own = classification_metrics(logits, labels, reference)
     floating = own if reference is None else classification_metrics(reference, labels)
     decisions = logits.argmax(axis=1).astype("<u2").tobytes()

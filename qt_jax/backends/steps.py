@@ -1,18 +1,16 @@
-"""One step of a vendor job (compile, run, time) in a process of its own, with limits, a log and a cache.
+"""Perform one step of a vendor's toolchain (compile, run or time) in a process with limits, log and cache.
 
-A step lives in a folder named by the hash of everything that decides its outcome. The worker writes into a
-folder beside it, which gets the step's name only when its `answer.json` is complete: a kill at any moment
-leaves no half step behind that could be taken for a whole one. A lock file beside it makes everybody else
-who wants the same step, in this process or in another, wait for the first.
+A step has a folder, named by the hash of everything that decides its outcome. The worker writes into a
+scratch folder beside it, which is renamed only when its `answer.json` is complete. A kill at any moment
+therefore leaves no half step that could be taken for a whole one. A lock file beside the folder makes
+everybody else who wants the same step, in this process or in another, wait for the first.
 
-Steps of vendor jobs handed to a scheduler: every compile, and the runs of simulators.
-
-What depends on the machine, the runs and timings of what is timed, stays with the process that asks, so that
-records are those of a run on one machine. Whether a toolchain is there is asked on that machine, too. The
-folder of the steps must be one that all hosts share; a step's lock keeps others from it on all of them.
+`perform` starts the worker on this machine. `submit` sends the step to a scheduler, whose hosts must all
+share the folder of the steps; the lock works across them. The harness submits every compile and the runs of
+simulators. Runs and timings that depend on the machine stay with the process that asks, so that the records
+are those of one machine. Whether a toolchain is installed is also asked on that machine.
 """
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -21,8 +19,8 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +29,49 @@ import psutil
 from qt_jax.backends import environments
 from qt_jax.backends.protocol import Environment
 from qt_jax.files import write_whole
+from qt_jax.processes import kill
 from qt_jax.scheduler import JobFailed, Queue, wait
 
 WORKER = Path(__file__).with_name("worker.py")
-
 ANSWER, REPLY, LOG = "answer.json", "reply.json", "log.txt"
+"""Files of a step's folder: how it ended, what the worker replied, and what the worker printed."""
+MAX_GIBIBYTES = round(min(12.0, 0.8 * psutil.virtual_memory().total / 2**30), 1)
+"""The default memory limit in GiB: 12, or 80 % of this machine's memory where that is less."""
+STOPPING = threading.Event()
+"""Set by `stop_all`. Whoever starts steps clears it first."""
 
-MOST_GIBIBYTES = round(min(12.0, 0.8 * psutil.virtual_memory().total / 2**30), 1)
+_RUNNING: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may take."""
+    """Limit what one step may take."""
 
     seconds: float = 1800.0
-    gibibytes: float = MOST_GIBIBYTES
-    """Private memory of each process of the step: an allocation beyond it fails."""
+    """Wall-clock time of the step."""
+    gibibytes: float = MAX_GIBIBYTES
+    """Private memory of each process of the step, in GiB. An allocation beyond it fails."""
 
     def exceed(self, others: Mapping[str, float]) -> bool:
-        """Whether a step that failed under `others`, as a dict of these fields, may do better now."""
+        """Tell whether one of these limits is above its counterpart in `others`, a dict of these fields.
+
+        A step that failed under `others` may then do better now.
+        """
         return self.seconds > others["seconds"] or self.gibibytes > others["gibibytes"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How a step ended: `status` as in a record, `result` if it is "ok", else `reason`."""
+    """Tell how a step ended.
+
+    Attributes:
+      status: As in a record, see `qt_jax.records`.
+      result: What the worker found, if the status is "ok"; else empty.
+      reason: Why the status is not "ok"; else None.
+      seconds: How long the step took.
+      limits: The fields of the `Limits` that it ran under.
+      folder: The folder of the step.
+    """
 
     status: str
     result: Mapping[str, Any]
@@ -66,20 +82,29 @@ class Answer:
 
 
 class Stopped(Exception):
-    """The step was given up because `stop_all` was called; nothing of it is kept."""
+    """Report a step that was given up because `stop_all` was called. Nothing of it is kept."""
 
 
 def perform(
     folder: Path, environment: Environment | None, job: Mapping[str, Any], limits: Limits, retry: bool = False
 ) -> Answer:
-    """The answer of the step whose home is `folder`: the one found there, or that of a new worker process.
+    """Return the answer of a step, from its folder or from a new worker process.
 
-    `job` is what the worker reads; paths in it that start with "./" lie in the folder. With `retry` an answer
-    that is not "ok" does not count; one that lacked time or memory never does when more is given now.
-    Raises Stopped after `stop_all`.
+    Args:
+      folder: The folder of the step.
+      environment: The environment whose interpreter runs the worker; None for this one.
+      job: What the worker reads, as JSON. A path that starts with "./" lies in the folder.
+      limits: What the step may take.
+      retry: Perform a step again whose answer is not "ok".
+
+    Returns:
+      The answer. One in the folder that lacked time or memory does not count when more is given now.
+
+    Raises:
+      Stopped: `stop_all` was called.
     """
     with _lock(folder):
-        found = kept(folder, limits, retry)
+        found = cached(folder, limits, retry)
         if found is not None:
             return found
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,71 +117,90 @@ def perform(
         if STOPPING.is_set():
             shutil.rmtree(scratch, ignore_errors=True)
             raise Stopped
-        answer = _answer(scratch, job["step"], status, limits)
-        (scratch / ANSWER).write_text(json.dumps(answer | {"limits": asdict(limits)}))
+        answer = _outcome(scratch, job["step"], status, limits)
+        (scratch / ANSWER).write_text(json.dumps(answer))
         os.replace(scratch, folder)
-        return _parsed(answer | {"limits": asdict(limits)}, folder)
+        return _parse(answer, folder)
 
 
-def kept(folder: Path, limits: Limits, retry: bool = False) -> Answer | None:
-    """The answer that `perform` finds in the folder and takes for good, or None."""
-    found = _read(folder)
-    stale = found is not None and found.status != "ok" and (retry or _starved(found, limits))
+def submit(
+    queue: Queue,
+    folder: Path,
+    environment: Environment | None,
+    job: Mapping[str, Any],
+    limits: Limits,
+    retry: bool = False,
+) -> Answer:
+    """Return the answer of a step, from its folder or by performing it in a job of a scheduler.
+
+    Args:
+      queue: The scheduler's queue.
+      folder: The folder of the step, and the other arguments as `perform` takes them.
+      environment: As for `perform`.
+      job: As for `perform`.
+      limits: As for `perform`.
+      retry: As for `perform`.
+
+    Returns:
+      The answer. A job that ends without one counts as crashed.
+
+    Raises:
+      Stopped: `stop_all` was called; the job has been cancelled.
+      InvalidInput: The scheduler refuses the job.
+    """
+    found = cached(folder, limits, retry)
+    if found is not None:
+        return found
+    submitted = queue.submit(perform, folder.absolute(), environment, dict(job), limits, retry)
+    try:
+        answer = wait(queue, submitted, STOPPING)
+    except JobFailed as error:
+        return _record_crash(folder, f"{job['step']}: {' '.join(str(error).split())}", limits)
+    if answer is None:
+        raise Stopped
+    return replace(answer, folder=folder)
+
+
+def cached(folder: Path, limits: Limits, retry: bool = False) -> Answer | None:
+    """Return the answer in a step's folder if it still counts, else None.
+
+    With `retry`, an answer that is not "ok" does not count. A timeout or a crash never counts when `limits`
+    give more time or memory than it had.
+    """
+    try:
+        found = _parse(json.loads((folder / ANSWER).read_text()), folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    starved = found.status in ("timeout", "crashed") and limits.exceed(found.limits)
+    stale = found.status != "ok" and (retry or starved)
     return None if stale else found
 
 
-def give_up(folder: Path, reason: str, limits: Limits) -> Answer:
-    """Leaves the answer of a step whose process has left none: it counts as crashed."""
-    answer = {"status": "crashed", "result": {}, "reason": reason, "seconds": 0.0, "limits": asdict(limits)}
-    with _lock(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        (folder / LOG).write_text(f"{reason}\n")
-        write_whole(folder / ANSWER, json.dumps(answer))
-        return _parsed(answer, folder)
-
-
-STOPPING = threading.Event()
-"""Set by `stop_all`; whoever starts steps clears it first."""
-
-_LIVE: set[subprocess.Popen] = set()
-
-
 def stop_all() -> None:
-    """End every worker that runs now; what they were at is done again next time."""
+    """Kill every worker that runs now. The interrupted steps are performed again next time."""
     STOPPING.set()
-    for process in list(_LIVE):
-        _kill(process)
+    for process in list(_RUNNING):
+        kill(process)
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock file of a step."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         yield
 
 
-def _read(folder: Path) -> Answer | None:
-    try:
-        return _parsed(json.loads((folder / ANSWER).read_text()), folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _parsed(found: Mapping[str, Any], folder: Path) -> Answer:
-    keys = ("status", "result", "reason", "seconds", "limits")
-    return Answer(**{key: found[key] for key in keys}, folder=folder)
-
-
-def _starved(found: Answer, limits: Limits) -> bool:
-    return found.status in ("timeout", "crashed") and limits.exceed(found.limits)
-
-
 def _execute(
     scratch: Path, environment: Environment | None, job: Mapping[str, Any], limits: Limits
 ) -> int | str | None:
-    """The worker's exit status, negative for a signal; None if its time ran out; why it did not start."""
+    """Run the worker in a scratch folder.
+
+    Returns:
+      The worker's exit status, negative for a signal. None if its time ran out. A message if it did not
+      start.
+    """
     places = {
         name: str(scratch.absolute() / value[2:])
         for name, value in job.items()
@@ -180,92 +224,77 @@ def _execute(
             )
         except OSError as error:
             return f"could not start: {error}"
-        _LIVE.add(process)
+        _RUNNING.add(process)
         try:
             return process.wait(limits.seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _kill(process)
-            _LIVE.discard(process)
+            kill(process)
+            _RUNNING.discard(process)
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """End the worker, its descendants, and what is left of its session."""
+def _outcome(scratch: Path, step: str, exit_status: int | str | None, limits: Limits) -> dict[str, Any]:
+    """Return the content of `answer.json`, from the worker's reply or, without one, from how it ended."""
+    if exit_status is None:
+        reason = f"{step} was stopped after {limits.seconds:g} s (--timeout)"
+        return _failed("timeout", reason, limits, limits.seconds)
     try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.Error:
-        family = []
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for member in family:
-        with suppress(psutil.Error):
-            member.kill()
-    process.wait()
+        reply = json.loads((scratch / REPLY).read_text())
+        seconds = float(reply["seconds"])
+        if "result" not in reply:
+            status = "refused" if reply["refused"] else "crashed"
+            return _failed(status, f"{step}: {reply['error']}", limits, seconds)
+        answer = {"status": "ok", "result": dict(reply["result"]), "reason": None, "seconds": seconds}
+        return answer | {"limits": asdict(limits)}
+    except (OSError, ValueError, KeyError, TypeError):  # not what a worker writes
+        end = exit_status if isinstance(exit_status, str) else _describe_exit(exit_status)
+        return _failed("crashed", f"{step} {end}{_last_line(scratch)}", limits)
 
 
-def _answer(scratch: Path, step: str, status: int | str | None, limits: Limits) -> dict[str, Any]:
-    """What the worker replied, or what its end says where it could not reply."""
-    if status is None:
-        stopped = f"{step} was stopped after {limits.seconds:g} s (--timeout)"
-        return {"status": "timeout", "result": {}, "reason": stopped, "seconds": limits.seconds}
-    try:
-        return _reply(scratch, step)
-    except (OSError, ValueError, KeyError, TypeError):
-        reason = f"{step} {status if isinstance(status, str) else _end(status)}{_last_words(scratch)}"
-        return {"status": "crashed", "result": {}, "reason": reason, "seconds": 0.0}
+def _failed(status: str, reason: str, limits: Limits, seconds: float = 0.0) -> dict[str, Any]:
+    """Return the content of `answer.json` for a step that is not "ok"."""
+    return {
+        "status": status,
+        "result": {},
+        "reason": reason,
+        "seconds": seconds,
+        "limits": asdict(limits),
+    }
 
 
-def _reply(scratch: Path, step: str) -> dict[str, Any]:
-    """The worker's own account. Raises one of several errors if it is not what a worker writes."""
-    reply = json.loads((scratch / REPLY).read_text())
-    seconds = float(reply["seconds"])
-    if "result" in reply:
-        return {"status": "ok", "result": dict(reply["result"]), "reason": None, "seconds": seconds}
-    status = "refused" if reply["refused"] else "crashed"
-    return {"status": status, "result": {}, "reason": f"{step}: {reply['error']}", "seconds": seconds}
-
-
-def _end(status: int) -> str:
+def _describe_exit(status: int) -> str:
+    """Say how a worker ended that gave no reply."""
     if status >= 0:
         return f"ended with exit status {status} and no answer"
     known = {number.value: number.name for number in signal.Signals}
     return f"was killed by {known.get(-status, f'signal {-status}')}"
 
 
-def _last_words(scratch: Path) -> str:
-    """The last line of the log, for a process that could not say itself what was wrong."""
+def _last_line(scratch: Path) -> str:
+    """Quote the last line of the log, for a worker that gave no reply."""
     try:
         with open(scratch / LOG, "rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4000))
             lines = log.read().decode(errors="replace").split("\n")
     except OSError:
         return ""
-    spoken = [line.strip() for line in lines if line.strip()]
-    return f"; its last words: {spoken[-1][:300]}" if spoken else ""
+    printed = [line.strip() for line in lines if line.strip()]
+    return f"; its last words: {printed[-1][:300]}" if printed else ""
 
 
-def submit(
-    queue: Queue,
-    folder: Path,
-    environment: Environment | None,
-    job: Mapping[str, Any],
-    limits: Limits,
-    retry: bool = False,
-) -> Answer:
-    """As `steps.perform`, in a job of the queue; one that ends without an answer has crashed.
+def _record_crash(folder: Path, reason: str, limits: Limits) -> Answer:
+    """Write the answer of a step whose job left none: it counts as crashed."""
+    answer = _failed("crashed", reason, limits)
+    with _lock(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / LOG).write_text(f"{reason}\n")
+        write_whole(folder / ANSWER, json.dumps(answer))
+        return _parse(answer, folder)
 
-    Raises Stopped, after cancelling the job, once `steps.stop_all` was called; InvalidInput if the scheduler
-    refuses it.
-    """
-    found = kept(folder, limits, retry)
-    if found is not None:
-        return found
-    submitted = queue.submit(perform, folder.absolute(), environment, dict(job), limits, retry)
-    try:
-        answer = wait(queue, submitted, STOPPING)
-    except JobFailed as error:
-        return give_up(folder, f"{job['step']}: {' '.join(str(error).split())}", limits)
-    if answer is None:
-        raise Stopped
-    return dataclasses.replace(answer, folder=folder)
+
+def _parse(found: Mapping[str, Any], folder: Path) -> Answer:
+    """Turn the content of `answer.json` into an Answer. Raises KeyError or TypeError if it is not one."""
+    keys = ("status", "result", "reason", "seconds", "limits")
+    return Answer(**{key: found[key] for key in keys}, folder=folder)

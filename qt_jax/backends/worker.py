@@ -1,8 +1,9 @@
-"""One step of one vendor job, in a process and an interpreter of its own: `python worker.py JOB.json`.
+"""Perform one step of a backend (compile, run or time) in a separate process: `python worker.py JOB.json`.
 
-The harness (`qt_jax.backends.steps`) writes JOB.json and starts this file by its path, because the
-interpreter may be a vendor's environment without jax: `qt_jax` and `qt_jax.backends` are then bare packages
-whose `__init__` is not run. The answer goes to `answer` of the job, whole or not at all.
+The harness (`qt_jax.backends.steps`) writes JOB.json and starts this file by its path. The interpreter may
+be that of a vendor's environment, without jax. `qt_jax`, `qt_jax.backends` and `qt_jax.export` are therefore
+bare packages here, whose `__init__` is not run, and this file imports nothing of the project. The reply goes
+to the file that the job names as its `answer`, whole or not at all.
 """
 
 import ctypes
@@ -21,13 +22,17 @@ import numpy as np
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 LARGEST_FILE = 16 * 2**30
-"""Bytes; a tool that writes without end is stopped here."""
-WARM_UP, MOST_CALLS, MOST_SECONDS = 10, 300, 3.0
+"""The largest file in bytes that a step may write. It stops a tool that writes without end."""
+WARM_UP, MAX_CALLS, MAX_SECONDS = 10, 300, 3.0
 """Calls before the clock starts; calls and seconds after which timing ends."""
 
 
 def main(path: str) -> None:
-    """Do the step that the job file at `path` describes, and write the answer it asks for."""
+    """Perform the step that the job file at `path` describes, and write the reply.
+
+    The reply holds `result`, or `error` and `refused`, and `seconds`. What a tool raises while it compiles
+    counts as a refusal, unless the machine failed: out of memory, OSError or ImportError.
+    """
     job = json.loads(Path(path).read_text())
     _die_with_parent()
     limit = job["memory_bytes"]
@@ -38,30 +43,33 @@ def main(path: str) -> None:
     step = {"compile": _compile, "run": _run, "time": _time}[job["step"]]
     started = time.perf_counter()
     try:
-        answer: dict[str, Any] = {"result": step(backend, scheme, job)}
+        reply: dict[str, Any] = {"result": step(backend, scheme, job)}
     except MemoryError as error:
-        lack = f"out of memory at its limit of {limit / 2**30:g} GiB {error}".rstrip()
-        answer = {"error": lack, "refused": False}
+        message = f"out of memory at its limit of {limit / 2**30:g} GiB {error}".rstrip()
+        reply = {"error": message, "refused": False}
     except Exception as error:
         import traceback
 
         traceback.print_exc()
         name = "" if type(error).__name__ == "Refused" else f"{type(error).__name__}: "
         machine_failed = isinstance(error, OSError | ImportError)
-        answer = {"error": f"{name}{error}", "refused": job["step"] == "compile" and not machine_failed}
-    answer["seconds"] = round(time.perf_counter() - started, 3)
-    _write(Path(job["answer"]), json.dumps(answer, allow_nan=False).encode())
+        reply = {"error": f"{name}{error}", "refused": job["step"] == "compile" and not machine_failed}
+    reply["seconds"] = round(time.perf_counter() - started, 3)
+    _write(Path(job["answer"]), json.dumps(reply, allow_nan=False).encode())
 
 
 def _die_with_parent() -> None:
-    """A harness that is killed must not leave simulators behind (Linux only)."""
+    """End this process with its parent, so that a killed harness leaves no simulator behind (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def load_backend(file: str) -> Any:
-    """`BACKEND` of the module at `file`, with the modules beside it and of qt_jax.export importable, but not
-    what these packages themselves say, which needs jax."""
+    """Load the module at `file` and return its `BACKEND`.
+
+    The modules beside it and those of `qt_jax` and `qt_jax.export` can be imported. The `__init__` of these
+    packages is not run, because it needs jax.
+    """
     folder = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
     places = {"qt_jax": folder.parent, "qt_jax.backends": folder, "qt_jax.export": folder.parent / "export"}
@@ -71,7 +79,7 @@ def load_backend(file: str) -> Any:
         sys.modules[name] = package
     spec = importlib.util.spec_from_file_location(f"qt_jax.backends.{Path(file).stem}", file)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no module of Python")
+        raise ImportError(f"{file} is not a Python module")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -79,6 +87,7 @@ def load_backend(file: str) -> Any:
 
 
 def _compile(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Compile the source; return model_bytes, operators and measured."""
     calibration = np.asarray(np.load(job["calibration"], mmap_mode="r"))
     Path(job["compiled"]).mkdir()
     compiled = backend.compile(Path(job["source"]), calibration, scheme, Path(job["compiled"]))
@@ -90,6 +99,7 @@ def _compile(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Run all images, save their logits, and return how many there are. Progress goes to the log."""
     session, batch, inputs = _session(backend, scheme, job)
     logits, reported = [], time.perf_counter()
     for start in range(0, len(inputs), batch):
@@ -104,7 +114,7 @@ def _run(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _time(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of single images, images a second at the larger batch."""
+    """Measure milliseconds and millijoules of single images, and images per second at the larger batch."""
     session, batch, inputs = _session(backend, scheme, job)
     before = _joules()
     single = _clock(session, inputs[:1])
@@ -126,20 +136,21 @@ def _time(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _session(backend: Any, scheme: Any, job: dict[str, Any]) -> tuple[Any, int, np.ndarray]:
+    """Load what was compiled; return its session, the batch to run it at, and the inputs."""
     [runtime] = [runtime for runtime in backend.runtimes if runtime.name == job["runtime"]]
-    batch = 1 if scheme.dynamic else min(runtime.batch, job["most_batch"] or runtime.batch)
+    batch = 1 if scheme.dynamic else min(runtime.batch, job["max_batch"] or runtime.batch)
     inputs = np.load(job["inputs"], mmap_mode="r")[: job["n"]]
     return backend.load(Path(job["compiled"]), scheme, runtime), batch, inputs
 
 
 def _clock(session: Any, images: np.ndarray) -> np.ndarray:
-    """Seconds of each call."""
+    """Return the seconds of each of several calls."""
     images = np.ascontiguousarray(images)
     for _ in range(WARM_UP):
         session(images)
     seconds: list[float] = []
-    ends = time.perf_counter() + MOST_SECONDS
-    while len(seconds) < MOST_CALLS and (not seconds or time.perf_counter() < ends):
+    ends = time.perf_counter() + MAX_SECONDS
+    while len(seconds) < MAX_CALLS and (not seconds or time.perf_counter() < ends):
         started = time.perf_counter()
         session(images)
         seconds.append(time.perf_counter() - started)
@@ -147,7 +158,7 @@ def _clock(session: Any, images: np.ndarray) -> np.ndarray:
 
 
 def _joules() -> float | None:
-    """Energy all CPU packages have used so far, by RAPL's counters; None where they cannot be read."""
+    """Return the joules that all CPU packages have used so far, by RAPL; None where it cannot be read."""
     try:
         zones = Path("/sys/class/powercap").glob("*-rapl:*")
         packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
@@ -158,6 +169,7 @@ def _joules() -> float | None:
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     scratch = path.with_name(f"{path.name}.partial")
     scratch.write_bytes(content)
     os.replace(scratch, path)

@@ -1,4 +1,4 @@
-"""A vendor toolchain that fails in the way its scheme is named after; loaded by worker processes."""
+"""Fail in the way that the scheme is named after, as a vendor's toolchain that workers load."""
 
 import ctypes
 import os

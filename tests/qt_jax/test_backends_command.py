@@ -1,4 +1,4 @@
-"""`python -m qt_jax.backends`: list, doctor, install, run."""
+"""Test `python -m qt_jax.backends`: list, doctor, install, run."""
 
 import dataclasses
 import importlib.util
@@ -11,8 +11,8 @@ import onnx
 import onnx.parser
 import pytest
 
-from qt_jax import records
-from qt_jax.backends import BACKENDS, comparison, environments
+from qt_jax import comparison, records
+from qt_jax.backends import BACKENDS, environments
 from qt_jax.backends.__main__ import main
 from qt_jax.backends.protocol import Environment
 
@@ -26,7 +26,7 @@ TOY = Environment("toy", "3.11", ("six==1.17.0",), 1, "MIT", remove=("six.p*",),
 
 @pytest.fixture
 def fake(monkeypatch):
-    """The fake vendor, with an environment that is quick to install."""
+    """Register the fake vendor."""
     spec = importlib.util.spec_from_file_location("fake_vendor", Path(__file__).with_name("fake_vendor.py"))
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "fake_vendor", module)
@@ -92,12 +92,12 @@ def test_json_lines_for_machines(fake, files, tmp_path, monkeypatch, capsys):
     assert "2 of 2 rows are new" in read.err and "\x1b" not in read.err
 
 
-def test_no_row_that_ended_well_is_a_failure(fake, files, capsys):
+def test_it_is_a_failure_if_no_row_ended_well(fake, files, capsys):
     assert run(files, "--backends", "fake", "--schemes", "refused") == 1
     assert "failed: no row ended well" in capsys.readouterr().err
 
 
-def test_install_says_size_and_licence_first_and_does_nothing_twice(fake, tmp_path, monkeypatch, capfd):
+def test_install_shows_size_and_licence_first_and_does_nothing_twice(fake, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
     monkeypatch.setattr(type(fake), "environment", TOY)
     assert main(["install", "fake", "--yes"]) == 0
@@ -111,7 +111,7 @@ def test_install_says_size_and_licence_first_and_does_nothing_twice(fake, tmp_pa
     assert "Nothing to do" in capfd.readouterr().out
 
 
-def test_install_is_honest_about_what_cannot_be_done(fake, tmp_path, monkeypatch, capfd):
+def test_install_says_what_cannot_be_done(fake, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("QT_JAX_ENVIRONMENTS", str(tmp_path))
     assert main(["install", "no-such", "-y"]) == 2
     assert "no backend or environment 'no-such'" in capfd.readouterr().err
@@ -142,7 +142,7 @@ def test_run_writes_records_and_a_report_and_nothing_the_second_time(fake, files
 
 
 def test_several_models_are_compared_and_earlier_ones_stay(fake, files):
-    """The second command adds a network; the third has changed one, whose old rows leave the report."""
+    """Add a network with a second command, then change it with a third: its old rows leave the report."""
     schemes = ("--backends", "fake", "--schemes", "exact")
     assert run(files, *schemes) == 0
     other = onnx.ModelProto()
@@ -164,7 +164,7 @@ def test_several_models_are_compared_and_earlier_ones_stay(fake, files):
     assert run_of(files, ["toy-net.onnx", "toy-net.onnx"], *schemes) == 2
 
 
-def test_interruption_is_told_in_a_line(fake, files, monkeypatch, capsys):
+def test_an_interruption_is_reported_in_one_line(fake, files, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -173,7 +173,7 @@ def test_interruption_is_told_in_a_line(fake, files, monkeypatch, capsys):
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
-def test_calibration_size_and_limits_are_settings(fake, files):
+def test_calibration_size_and_limits(fake, files):
     assert (
         run(
             files,
@@ -207,7 +207,7 @@ def test_calibration_size_and_limits_are_settings(fake, files):
         ),
     ],
 )
-def test_input_the_user_can_mend(damage, message, files, capsys):
+def test_wrong_input(damage, message, files, capsys):
     damage(files)
     assert run(files, "--backends", "onnxruntime", "--schemes", "fp32") == 2
     assert message in capsys.readouterr().err

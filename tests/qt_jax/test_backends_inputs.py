@@ -1,4 +1,4 @@
-"""Models that other people exported, made fit for toolchains: open sizes, old opsets, listed weights."""
+"""Test models from other exporters, prepared for toolchains: open sizes, old opsets, listed weights."""
 
 import numpy as np
 import onnx
@@ -50,7 +50,7 @@ def test_open_sizes_are_those_of_the_images_and_the_batch_stays_open():
 
 
 def test_a_negative_batch_is_an_open_one():
-    """As PaddlePaddle writes it."""
+    """Write the open batch as PaddlePaddle does."""
     model = network()
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
     assert dims(fit(model)) == ["batch", 3, 8, 8] and fixed_batch(fit(model)) is None
@@ -101,8 +101,8 @@ def test_a_batch_of_one_is_kept_and_every_image_still_runs(tmp_path):
     [
         ({"model": network("4, 3, 8, 8")}, "batches of exactly 4"),
         ({"model": network(), "images": IMAGES[:, :2]}, "takes float32"),
-        ({"model": network(), "calibration": IMAGES[:2, :, :4]}, "must be alike"),
-        ({"model": network(), "labels": LABELS[:2]}, "one integer an image"),
+        ({"model": network(), "calibration": IMAGES[:2, :, :4]}, "give images of one shape"),
+        ({"model": network(), "labels": LABELS[:2]}, "one integer per image"),
     ],
 )
 def test_data_that_do_not_fit(arguments, message):

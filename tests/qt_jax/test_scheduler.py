@@ -1,4 +1,4 @@
-"""Jobs through submitit: on this machine, in this process, and in a Slurm that these tests imitate."""
+"""Test jobs through submitit: on this machine, in this process, and in an imitation of Slurm."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ TOOLS = {
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Slurm's tools on PATH, as far as submitit uses them; jobs start at once, on this machine."""
+    """Put Slurm's tools on PATH, as far as submitit uses them. Jobs start at once, on this machine."""
     fake = tmp_path / "slurm"
     fake.mkdir()
     for name, script in TOOLS.items():
@@ -62,7 +62,7 @@ def launcher(request, slurm):
 
 @pytest.fixture(autouse=True)
 def no_long_wait(monkeypatch):
-    """submitit waits 15 s for the results of jobs that have died, in case the file system is slow."""
+    """Shorten the 15 s that submitit waits for the result of a dead job, in case the file system is slow."""
     monkeypatch.setattr(SubmititJob, "_results_timeout_s", 1)
 
 
@@ -91,7 +91,7 @@ def test_a_local_job_sees_the_gpus_that_this_process_sees(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("launcher", ["local", "slurm"])
-def test_a_job_without_a_result_tells_its_last_words_and_keeps_its_log(launcher, slurm, tmp_path):
+def test_a_job_without_a_result_quotes_its_last_lines_and_keeps_its_log(launcher, slurm, tmp_path):
     with open_queue(Scheduler(launcher), tmp_path / "jobs") as queue:
         queue.interval = 0.1
         raised = queue.submit(int, "seven")
@@ -139,7 +139,7 @@ def test_the_terminals_interrupt_does_not_reach_a_local_job(tmp_path):
         wait(queue, job)
 
 
-def test_waiting_ends_when_it_is_told(tmp_path):
+def test_waiting_ends_when_the_event_is_set(tmp_path):
     stopping = threading.Event()
     with open_queue(Scheduler("local"), tmp_path) as queue:
         job = queue.submit(processes.run, SLEEP, tmp_path / "log", {})
@@ -148,7 +148,7 @@ def test_waiting_ends_when_it_is_told(tmp_path):
         assert job.done()
 
 
-def test_slurm_is_asked_for_what_the_user_says(slurm, tmp_path):
+def test_slurm_gets_the_settings_of_the_user(slurm, tmp_path):
     asked = Scheduler("slurm", "fast", job_minutes=7, job_cpus=2, job_gpus=1, job_memory=1.5)
     with open_queue(asked, tmp_path / "jobs") as queue:
         queue.interval = 0.1
@@ -158,7 +158,7 @@ def test_slurm_is_asked_for_what_the_user_says(slurm, tmp_path):
         assert f"#SBATCH --{line}\n" in script
 
 
-def test_a_job_that_sbatch_refuses_is_told(slurm, tmp_path):
+def test_a_job_that_sbatch_refuses_is_reported(slurm, tmp_path):
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: fast' >&2\nexit 1\n")
     with (
         pytest.raises(InvalidInput, match=r"sbatch refused a job: .*invalid partition specified: fast"),
@@ -171,8 +171,8 @@ def test_a_job_that_sbatch_refuses_is_told(slurm, tmp_path):
     ("settings", "says"),
     [
         ({"launcher": "slurm"}, "no sbatch on PATH: --launcher slurm works on a host from which"),
-        ({"launcher": "local", "job_gpus": 1}, "--launcher local knows no --job-gpus: leave out"),
-        ({"job_minutes": 3, "partition": "a"}, "--launcher here knows no --job-minutes, --partition"),
+        ({"launcher": "local", "job_gpus": 1}, "--launcher local does not take --job-gpus: leave out"),
+        ({"job_minutes": 3, "partition": "a"}, "--launcher here does not take --job-minutes, --partition"),
         ({"launcher": "local", "job_minutes": 0}, "--job-minutes must be above 0, got 0"),
     ],
 )
@@ -191,7 +191,7 @@ def test_submitit_must_be_there(tmp_path, monkeypatch):
 
 
 def test_a_job_starts_without_loading_jax(tmp_path):
-    """In a process of its own, where nothing has been loaded before."""
+    """Submit from a new process, where nothing has been loaded before."""
     program = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The key of a compilation follows the code that makes it, wherever in the package that is."""
+"""Test that the key of a compilation follows the code that makes it, wherever in the package that is."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PASSES = "def fold(x):\n    return 2 * x\n"
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package like this one: a backend, a module beside it and one of the exporter's."""
+    """Write a package like this one: a backend, a module beside it, and one of the exporter's."""
     root = tmp_path / "qt_jax"
     for folder in ("backends", "export"):
         (root / folder).mkdir(parents=True)
@@ -39,7 +39,7 @@ def compiled_by(package: Path) -> tuple[str, ...]:
         ("export/__init__.py", "import numpy\n", True),
     ],
 )
-def test_code_of_all_that_is_imported(package, name, text, same):
+def test_code_covers_everything_that_is_imported(package, name, text, same):
     before = compiled_by(package)
     assert len(before) == 3
     (package / name).write_text(text)

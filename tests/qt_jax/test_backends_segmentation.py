@@ -1,4 +1,4 @@
-"""The harness on a segmenter: logits (n, classes, height, width), a class for every pixel."""
+"""Test the harness on a segmenter: logits (n, classes, height, width), one class per pixel."""
 
 import json
 
@@ -94,10 +94,10 @@ def test_broken_logits_make_a_record():
         ),
         ({"test_set": (IMAGES, LABELS[:, 0, 0])}, r"labels of shape \(12,\) need logits \(n, classes\)"),
         ({"model": POOLED}, r"has shape \(12, 3\) for 12 images"),
-        ({"test_set": (IMAGES, LABELS[:, 0])}, r"or for segmentation \(n, height, width\)"),
+        ({"test_set": (IMAGES, LABELS[:, 0])}, r"or \(n, height, width\) for segmentation"),
         ({"test_set": (IMAGES, LABELS + 1)}, r"labels must be integers in \[0, 3\]"),
     ],
 )
-def test_input_the_user_can_mend(change, message, tmp_path):
+def test_wrong_input(change, message, tmp_path):
     with pytest.raises(InvalidInput, match=message):
         run(tmp_path, **change)

@@ -1,8 +1,9 @@
-"""Vendor jobs through a scheduler: the same records as without one, whatever becomes of the jobs."""
+"""Test steps in worker processes and in the jobs of a scheduler, which give the same records."""
 
 import importlib.util
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from submitit.core.core import Job as SubmititJob
 
 from qt_jax import records
-from qt_jax.backends import BACKENDS, evaluate, steps
+from qt_jax.backends import BACKENDS, environments, evaluate, steps
 from qt_jax.backends.steps import Limits
 from qt_jax.errors import InvalidInput
 from qt_jax.scheduler import Scheduler, open_queue
@@ -24,7 +25,7 @@ MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
     }""")
 IMAGES = np.random.default_rng(0).normal(0, 1, (30, 6)).astype(np.float32)
 CLOCK = ("seconds", "date", "latency_ms_p50", "latency_ms_p99", "throughput_ips", "cost")
-"""What no two runs agree on."""
+"""Keys of a record that differ from run to run."""
 
 
 @pytest.fixture
@@ -46,6 +47,31 @@ def settled(rows: list[records.Record]) -> list[records.Record]:
     return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
 
+def test_two_workers_at_a_time_do_not_wait_for_each_other(tmp_path):
+    """Run `hang` twice. The limit stops both at about the same time."""
+    path = Path(__file__).with_name("fake_vendor.py")
+    job = {
+        "step": "compile",
+        "backend_file": str(path),
+        "scheme": "hang",
+        "source": "x",
+        "calibration": str(tmp_path / "c.npy"),
+        "compiled": "./compiled",
+    }
+    np.save(tmp_path / "c.npy", IMAGES[:9])
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda n: steps.perform(tmp_path / n, None, job, Limits(5)), ("a", "b")))
+    assert [answer.status for answer in answers] == ["timeout"] * 2
+    assert time.monotonic() - started < 9.5
+
+
+def test_an_interpreter_that_does_not_start_is_a_crash(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "interpreter", lambda _: Path("no-such-python"))
+    answer = steps.perform(tmp_path / "step", None, {"step": "run"}, Limits())
+    assert answer.status == "crashed" and "could not start" in answer.reason
+
+
 @pytest.mark.parametrize(
     ("launcher", "timed"), [("local", {}), ("debug", {"int8-pt-minmax": "optimized"})], ids=("local", "debug")
 )
@@ -63,14 +89,14 @@ def test_records_are_those_of_a_run_without_a_scheduler(launcher, timed, fake, t
     assert list((tmp_path / "through" / "work" / "jobs").iterdir()) == []
 
 
-def test_what_is_timed_is_not_handed_over_and_nothing_is_twice(fake, tmp_path, monkeypatch):
+def test_timed_steps_are_not_submitted_and_nothing_runs_twice(fake, tmp_path, monkeypatch):
     given = []
 
     def note(queue, folder, environment, job, *more):
         given.append((Path(job["backend_file"]).stem, job["step"], job.get("runtime")))
         return steps.perform(folder, environment, job, *more)
 
-    monkeypatch.setattr(steps, "perform", note)
+    monkeypatch.setattr(steps, "submit", note)
     chosen = {"backends": ["onnxruntime", "fake"], "schemes": ["exact", "int8-pt-minmax"]}
     run(tmp_path, runtimes=["optimized", "simulator"], scheduler=Scheduler("local"), **chosen)
     runs = {entry for entry in given if entry[1] != "compile"}
@@ -85,7 +111,7 @@ def test_what_is_timed_is_not_handed_over_and_nothing_is_twice(fake, tmp_path, m
     assert ("ort", "compile", None) in given
 
 
-def test_a_step_that_is_there_needs_no_job(fake, tmp_path, monkeypatch):
+def test_a_finished_step_needs_no_job(fake, tmp_path, monkeypatch):
     chosen = {"backends": "fake", "schemes": ["exact"]}
     run(tmp_path, **chosen)
     (tmp_path / "records.jsonl").unlink()
@@ -131,7 +157,7 @@ def test_an_interruption_ends_the_workers_of_all_jobs(fake, tmp_path):
                 time.sleep(0.05)
             raise KeyboardInterrupt
 
-    run(tmp_path, backends="fake", schemes=["exact"])  # the reference is there, then
+    run(tmp_path, backends="fake", schemes=["exact"])  # the reference is then there
     chosen = {"backends": "fake", "schemes": ["refused", "hang"], "jobs": 2}
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, **chosen, scheduler=Scheduler("local"), limits=Limits(60.0), on_record=interrupt)
@@ -140,6 +166,6 @@ def test_an_interruption_ends_the_workers_of_all_jobs(fake, tmp_path):
     assert not list(tmp_path.glob("work/*hang*/answer.json"))
 
 
-def test_slurm_needs_a_folder_that_hosts_share():
+def test_slurm_needs_a_folder_that_all_hosts_share():
     with pytest.raises(InvalidInput, match="Slurm's jobs need a folder that all hosts share"):
         run(None, scheduler=Scheduler("slurm"))
