@@ -381,9 +381,10 @@ def miou(decisions: ArrayLike, labels: ArrayLike, num_classes: int) -> float:
 def mean_iou(confusion: np.ndarray) -> float:
     """Return the mean over classes of intersection / union, from a confusion matrix (c, c).
 
-    For one class it is TP / (TP + FP + FN). Pixels are summed over the whole test set before they are divided,
-    so that the result is not a mean over images. A class that is neither in the labels nor in the decisions
-    is left out. A class that is in only one of the two counts 0. Everingham et al. 2015, "The PASCAL Visual Object Classes Challenge".
+    For one class it is TP / (TP + FP + FN). Pixels are summed over the whole test set before they are
+    divided, so that the result is not a mean over images. A class that is neither in the labels nor in the
+    decisions is left out. A class that is in only one of the two counts 0. Everingham et al. 2015, "The
+    PASCAL Visual Object Classes Challenge".
 
     >>> mean_iou(np.array([[1, 1, 0], [0, 2, 0], [0, 0, 0]])) == (1 / 2 + 2 / 3) / 2
     True

@@ -1,4 +1,4 @@
-"""Batch norm re-estimated: float64 numpy over the union of the batches, and nothing else touched."""
+"""Check re-estimated statistics against float64 numpy over all batches, and that the rest is unchanged."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ BATCHES = [X[:16], X[16:32], X[32:]]
 
 
 class Deep(nn.Module):
-    """Two layers, each with batch norm, of momenta that must not matter."""
+    """Hold two layers with batch norms whose momenta must not matter."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -36,7 +36,7 @@ def training(model):
 
 @pytest.fixture(scope="module")
 def variables():
-    """With ranges of Quant-Trim, and statistics that training on other data left."""
+    """Return variables with Quant-Trim's ranges, and statistics that training on other data left."""
 
     @jax.jit
     def make():
@@ -49,7 +49,7 @@ def variables():
 
 
 def reference(variables, batches):
-    """float64: mean and variance of each norm's inputs, normalised above by their own batch's statistics."""
+    """Compute in float64 mean and variance of each norm's inputs, normalised by their batch's statistics."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     found, xs = {}, [batch.astype(np.float64) for batch in batches]
     for name in ("first", "second"):
@@ -111,7 +111,7 @@ def test_bfloat16_network_keeps_float32_statistics(variables):
 
 
 class Shared(nn.Module):
-    """One batch norm on inputs of two sizes, and one that stays with its running averages."""
+    """Apply one batch norm to inputs of two sizes, and keep another on its running averages."""
 
     @nn.compact
     def __call__(self, x, train=False):

@@ -1,10 +1,6 @@
-"""Rules: first match wins, and one that does nothing is an error."""
+"""Check the rules: the first match wins, and a rule that does nothing is an error."""
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import pytest
-from rich.console import Console
 
 import qt_jax as qt
 from qt_jax.config import check_rules_used
@@ -64,39 +60,3 @@ def test_an_unused_rule_is_an_error_that_names_near_misses(rules, message):
 def test_bad_configs_are_refused(make, message):
     with pytest.raises(qt.InvalidInput, match=message):
         make()
-
-
-class Mixed(nn.Module):
-    """Layers that are reached beside some that are not."""
-
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(5, 4, name="embed")(tokens)
-        x = nn.RNN(nn.OptimizedLSTMCell(4, name="lstm"))(x)
-        x = nn.Dense(4, name="hidden")(x)
-        if tokens.shape[0] > 100:
-            x = nn.Dense(4, name="rare")(x)
-        return nn.Dense(2, name="head")(x)
-
-
-def test_coverage_says_what_is_reached_and_why_the_rest_is_not():
-    tokens = jnp.zeros((2, 3), jnp.int32)
-    variables = Mixed().init(jax.random.key(0), tokens)
-    variables["params"]["rare"] = {"kernel": jnp.ones((4, 4))}
-    console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    config = qt.QuantConfig(weights=qt.QuantSpec(4, axis=-1), rules=(qt.Rule("head", skip=True),))
-    with console.file:
-        rows = {
-            row.path: row for row in qt.coverage(Mixed(), variables, tokens, config=config, console=console)
-        }
-        text = console.export_text()
-    assert rows["hidden"].weights == "int4 symmetric per-channel"
-    assert rows["hidden"].inputs == "uint8 asymmetric per-tensor" and rows["hidden"].reason == ""
-    assert rows["head"].weights == "-" and "rule 'head'" in rows["head"].reason
-    assert "look-up" in rows["embed"].reason
-    assert "never called" in rows["rare"].reason
-    unreached = [row for path, row in rows.items() if "lstm" in path]
-    assert unreached and all(
-        "multiplies in its own code" in row.reason or row.weights != "-" for row in unreached
-    )
-    assert "Quant-Trim coverage" in text and "quantized" in text

@@ -1,4 +1,4 @@
-"""Every example in a docstring of the package runs and prints what it says."""
+"""Run every example in the package's docstrings, and compare what it prints."""
 
 import doctest
 import importlib

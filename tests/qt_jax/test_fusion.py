@@ -1,4 +1,4 @@
-"""What a vendor folds, found in the program: against the exporter, and against batch norm's own formula."""
+"""Check what `find_fusion` finds against the exporter, and against batch norm's own formula."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ IMAGES = (2, 8, 8, 3)
 
 
 class Net(nn.Module):
-    """Every way in which a layer meets, or does not meet, a batch norm."""
+    """Show every way in which a layer meets, or does not meet, a batch norm."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def network(seed=0):
-    """The network and variables in which no batch norm is trivial."""
+    """Return the network, and variables in which no batch norm is trivial."""
     x = jax.random.normal(jax.random.key(seed), IMAGES)
     variables = Net().init(jax.random.key(1), x)
     key = jax.random.key(2)
@@ -76,7 +76,7 @@ def test_models_without_batch_norm_have_no_gains():
 
 
 class Shallow(nn.Module):
-    """One convolution, one batch norm."""
+    """Hold one convolution and one batch norm."""
 
     transposed: bool = False
 
@@ -91,7 +91,7 @@ FOLDED = qt.QuantConfig(weights=qt.QuantSpec(4, quantile=1.0), activations=None,
 
 
 def prepared(transposed=False, config=FOLDED):
-    """The shallow network with gains far from one, its statistics filled by a training pass."""
+    """Return the shallow network with gains far from one and statistics filled by a training pass."""
     model = Shallow(transposed)
     x = jax.random.normal(jax.random.key(3), IMAGES)
     variables = model.init(jax.random.key(4), x)
@@ -243,7 +243,7 @@ def test_a_rule_that_skips_a_layer_skips_its_fused_output():
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_exported_scales_are_those_of_the_folded_kernel(fold):
-    """A graph that keeps its batch norm gets, by channel, the scale that folding would have brought about."""
+    """Check a graph that keeps its batch norm: it gets, by channel, the scale that folding would give it."""
     config = qt.QuantConfig(
         weights=qt.QuantSpec(8, axis=-1, quantile=1.0),
         activations=qt.QuantSpec(8, symmetric=False),

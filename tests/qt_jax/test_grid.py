@@ -1,4 +1,4 @@
-"""The affine grid against numpy in float64 and ONNX's reference evaluator."""
+"""Check the affine grid against numpy in float64 and ONNX's reference evaluator."""
 
 import hypothesis
 import hypothesis.strategies as st

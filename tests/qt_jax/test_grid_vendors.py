@@ -1,4 +1,4 @@
-"""The drawn grids are onnxruntime's and the narrow one, per tensor and per channel, and nothing else."""
+"""Check that the drawn grids are onnxruntime's and the narrow one, each per tensor and per channel."""
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ SPEC = qt.QuantSpec(4, axis=-1, quantile=1.0, grids="vendors")
 
 
 def images(w):
-    """The four images of a kernel in float64."""
+    """Return the four images of a kernel in float64."""
     found = {}
     for scope, peak in (("tensor", np.abs(w).max()), ("channel", np.abs(w).max(axis=0))):
         found[scope, "full"] = np.clip(np.round(w / (peak / 7.5)), -8, 7) * peak / 7.5

@@ -1,3 +1,5 @@
+"""Check reverse pruning: thresholds, exact bounds, schedules, dtypes and bad settings."""
+
 import re
 
 import flax.serialization
@@ -123,7 +125,7 @@ def test_acts_on_its_steps_only_and_is_traced_once(settings, due):
 
 
 def primitives(jaxpr):
-    """Names of the primitives of this level, calls such as jit entered, branches of a cond not."""
+    """Return the primitives of this level. Enter calls such as jit, but not the branches of a cond."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         if "jaxpr" in equation.params:
@@ -181,7 +183,7 @@ def project(param, update, tau):
 
 
 def check_projection(param, update, tau):
-    """|w| <= tau in the params' dtype, w within rounding of the clipped value, small weights as they were."""
+    """Check that |w| <= tau in the params' dtype, that clipped weights are right and small ones unchanged."""
     changed, inside = project(param, update, tau)
     with jax.numpy_dtype_promotion("standard"):
         outside = optax.apply_updates(param, changed)

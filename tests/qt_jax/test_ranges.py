@@ -1,4 +1,4 @@
-"""The sub-sample is fair whatever the shape, and the quantiles are numpy's."""
+"""Check that the sub-sample is fair whatever the shape, and that the quantiles are numpy's."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -20,7 +20,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_axis_is_sampled_evenly(shape):
-    """On every axis, the share of each index (or of each of 16 bins of it) is what it should be."""
+    """Compare the share of each index (or of each of 16 bins of it) on every axis with its expectation."""
     size = 4096
     for axis, length in enumerate(shape):
         if length == 1:
@@ -40,7 +40,7 @@ def test_every_axis_is_sampled_evenly(shape):
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1], ids=str)
 def test_ranges_of_channel_structured_tensors_against_exact_quantiles(shape):
-    """Channels of very different gain and offset, rows of different gain: what ruined a prototype's run."""
+    """Give channels different gains and offsets, and rows different gains, which ruined a prototype's run."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(np.float32)
     x *= np.exp(rng.normal(0, 0.7, shape[-1])).astype(np.float32)
@@ -68,7 +68,7 @@ def test_quantiles_are_numpys(size, levels, seed):
 @pytest.mark.parametrize("levels", [(0.001, 0.999), (0.999,), (0.95,), (0.03, 0.97), (0.2, 0.999)], ids=str)
 @pytest.mark.parametrize("shape", [(4096,), (3, 256)], ids=str)
 def test_tails_hold_what_sorting_puts_there(shape, levels):
-    """Bit for bit, ties, infinities and NaN included; robust levels do not sort."""
+    """Compare bit for bit, with ties, infinities and NaN. Robust levels must not sort."""
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32).round(2)
     x[..., [0, 7, 9]], x[..., 1] = np.inf, -np.inf
     for bad in (False, True):
@@ -100,7 +100,7 @@ def test_per_channel_sample_holds_its_own_channel():
 
 
 def test_observation_cost_does_not_grow_with_the_tensor():
-    """The compiled observation reads the sample, not the tensor."""
+    """Check that the compiled observation reads the sample, not the tensor."""
 
     def flops(shape):
         observed = jax.jit(lambda x: qt.observe(x, quantile=0.999, symmetric=False))

@@ -1,3 +1,5 @@
+"""Check the schedules of lambda in closed form: at begin and end, at joints, and for degenerate phases."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

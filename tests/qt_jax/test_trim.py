@@ -1,4 +1,4 @@
-"""The interceptor on every kind of layer and transformation it promises to reach."""
+"""Check `quant_trim` on every kind of layer and transformation that it promises to reach."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ CONFIG = qt.QuantConfig()
 
 
 def ready(model, x, config=CONFIG, **options):
-    """Variables with statistics, after one training pass that fills them."""
+    """Return variables with statistics, after one training pass that fills them."""
     variables = qt.attach_statistics(model, model.init(jax.random.key(0), x, **options), config, x, **options)
     with qt.quant_trim(config, 0.0, train=True):
         _, updated = model.apply(variables, x, mutable=["batch_stats"], **options)
@@ -56,7 +56,7 @@ def test_layer_equals_plain_layer_on_quantized_tensors(name):
 
 
 class Block(nn.Module):
-    """A convolution and a batch norm, as in the networks of the experiments."""
+    """Hold a convolution and a batch norm, as the networks of the experiments do."""
 
     dtype: Any = jnp.float32
 
@@ -140,7 +140,7 @@ def test_statistics_are_float32_and_params_untouched_in_bfloat16():
 
 
 class SharedAndSetup(nn.Module):
-    """A setup-style module that calls one layer twice."""
+    """Call one layer twice, in the style of `setup`."""
 
     def setup(self):
         self.layer = nn.Dense(7)
@@ -150,7 +150,7 @@ class SharedAndSetup(nn.Module):
 
 
 class Remat(nn.Module):
-    """A rematerialised layer."""
+    """Rematerialise a layer."""
 
     @nn.compact
     def __call__(self, x):
@@ -158,7 +158,7 @@ class Remat(nn.Module):
 
 
 class Scan(nn.Module):
-    """Three layers in one nn.scan, with a statistics axis."""
+    """Run three layers in one nn.scan, with a statistics axis."""
 
     @nn.compact
     def __call__(self, x):
@@ -172,7 +172,7 @@ class Scan(nn.Module):
 
 
 class Vmap(nn.Module):
-    """Three layers side by side in one nn.vmap."""
+    """Run three layers side by side in one nn.vmap."""
 
     @nn.compact
     def __call__(self, x):
@@ -286,7 +286,7 @@ def test_attach_keeps_what_is_there():
 
 
 class Scaled(nn.Dense):
-    """A layer that calls the layer it inherits from."""
+    """Call the layer that this layer inherits from."""
 
     @nn.compact
     def __call__(self, inputs):
@@ -324,7 +324,7 @@ def test_missing_statistics_of_the_model_itself_are_not_invented():
 
 
 class Normalized(nn.Module):
-    """A layer under a transformation that lifts parameters alone."""
+    """Put a layer under a transformation that lifts parameters alone."""
 
     @nn.compact
     def __call__(self, x):

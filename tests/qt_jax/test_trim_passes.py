@@ -1,4 +1,4 @@
-"""The points of one forward pass: whose ranges they round with, when these move, what is shared."""
+"""Check the points of one forward pass: the ranges they round with, when these move, what is shared."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ CONFIG = qt.QuantConfig(momentum=0.5)
 
 
 class Branches(nn.Module):
-    """Three layers on one tensor, whose sum goes into a fourth."""
+    """Apply three layers to one tensor, and a fourth to their sum."""
 
     lifted: bool = False
     activation: Callable = nn.relu
@@ -43,14 +43,14 @@ def trained(model, variables, x, lam=1.0, config=CONFIG):
 
 
 def eqns(jaxpr, name: str) -> int:
-    """How many equations of a primitive a jaxpr has, inner ones included."""
+    """Count the equations of a primitive in a jaxpr, inner ones included."""
     inner = [sub for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params)]
     return sum(eqn.primitive.name == name for eqn in jaxpr.eqns) + sum(eqns(sub, name) for sub in inner)
 
 
 @pytest.mark.parametrize("lifted", [False, True])
 def test_a_pass_rounds_with_the_ranges_it_began_with(lifted):
-    """The first passes its tensors through, the second rounds as an evaluation before it would have."""
+    """Check that the first pass rounds nothing, and the second as an evaluation before it does."""
     model, x, larger = Branches(lifted), data(), 3.0 * data(1)
     variables = attached(model, x)
     y, variables = trained(model, variables, x)
@@ -85,7 +85,7 @@ def test_ranges_are_those_of_single_observations():
 
 
 def test_a_tensor_that_enters_three_layers_is_sampled_once():
-    """Four kernels and two inputs are larger than a sample: six gathers, and as many for `key` by itself."""
+    """Expect six gathers for four kernels and two inputs, and one more if `key` cannot share its input."""
     model, x = Branches(), data(size=5000)
     config = qt.QuantConfig(sample_size=16)
     rules = (qt.Rule("key", inputs=qt.QuantSpec(4, symmetric=False, quantile=0.99)),)
@@ -97,7 +97,7 @@ def test_a_tensor_that_enters_three_layers_is_sampled_once():
 
 
 class Siamese(nn.Module):
-    """`both` sees two tensors, `one` the smaller of them."""
+    """Apply `both` to two tensors, and `one` to the smaller of them."""
 
     @nn.compact
     def __call__(self, x):
@@ -106,7 +106,7 @@ class Siamese(nn.Module):
 
 
 def test_layers_on_one_tensor_hold_one_range_also_when_one_of_them_is_called_again():
-    """The range that a pass rounds with, the one that is kept and the one that is exported are one."""
+    """Check that a pass rounds with the range that is kept and exported."""
     model, x = Siamese(), data()
     _, variables = trained(model, attached(model, x), x)
     one, both = (variables["batch_stats"][name]["quant_input"] for name in ("one", "both"))
@@ -118,7 +118,7 @@ def test_layers_on_one_tensor_hold_one_range_also_when_one_of_them_is_called_aga
 
 
 def test_frozen_ranges_are_each_layers_own():
-    """As after attaching the statistics of one layer alone, or training under other rules."""
+    """Set ranges as they are after attaching one layer's statistics alone, or training under other rules."""
     model, x = Branches(), data()
     config = qt.QuantConfig(weights=None)
     _, variables = trained(model, attached(model, x, config), x, config=config)
@@ -170,7 +170,7 @@ def test_gradients_of_a_shared_input_add_up():
 
 
 def test_one_network_takes_its_quantiles_in_one_selection():
-    """Of all tensors of one size; the number of layers does not matter."""
+    """Count selections: tensors of one size share one, however many layers there are."""
 
     class Deep(nn.Module):
         depth: int
@@ -201,7 +201,7 @@ def test_a_pass_that_fails_leaves_nothing_behind():
 
 
 class Scanned(nn.Module):
-    """One layer, three times over."""
+    """Scan over one layer three times."""
 
     @nn.compact
     def __call__(self, x):
@@ -214,7 +214,7 @@ class Scanned(nn.Module):
 
 
 class Mapped(nn.Module):
-    """Lifted without a trace of JAX's own."""
+    """Lift a layer, also by transformations in which JAX traces nothing."""
 
     lift: Callable
 
@@ -259,7 +259,7 @@ def test_no_tracer_outlives_its_trace(name):
 
 
 class Student(nn.Module):
-    """A layer, and a teacher applied inside, on the same tensor."""
+    """Apply a layer, and inside the module a teacher, to the same tensor."""
 
     teacher: nn.Module
     taught: dict
@@ -293,7 +293,7 @@ def test_an_apply_inside_a_module_is_a_pass_of_its_own(moves):
 
 
 class Arranged(nn.Module):
-    """Layers made in `setup`, called from a method that is not `__call__`."""
+    """Make layers in `setup`, and call them from a method that is not `__call__`."""
 
     def setup(self):
         self.first, self.second = nn.Dense(6), nn.Dense(6)
@@ -317,7 +317,7 @@ def test_any_method_is_a_pass():
 
 
 def test_whole_kernels_are_not_copied():
-    """At quantile 1 they are observed whole: an extreme of each, no array that holds all."""
+    """Check that kernels at quantile 1 are reduced one by one, without an array that holds them all."""
 
     class Deep(nn.Module):
         @nn.compact
