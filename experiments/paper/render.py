@@ -7,6 +7,7 @@ comments: `<!-- paper-cpu cifar10-fast8 main -->` ... `<!-- end -->`.
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,9 @@ BLOCK = re.compile(r"(<!-- (paper-[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DIGESTS = "figures.json"
 """For each figure the SHA-256 of its data, of the program that draws it, and of its file."""
 
+COLUMNS = 100
+"""Width of paragraphs in Markdown."""
+
 OVER = {BASELINES: FLOAT, "points": RECOMMENDED}
 """The method that the methods of a table are paired with. For other tables it is the published recipe."""
 
@@ -37,13 +41,14 @@ METHODS_NOTE = (
 )
 
 EDGE_NOTE = (
-    "Latency at batch 1, on a machine that computed another row at the same time: compare within a column. "
-    "Energy is a model (Horowitz, ISSCC 2014)."
+    "Latency is that of batch 1, on a machine that computed another row at the same time: compare numbers "
+    "within a column. Energy is a model (Horowitz, ISSCC 2014)."
 )
 
 LAYER_NOTE = (
-    "SQNR in dB of each layer's output, behind the activation that is fused with it, in onnxruntime's "
-    "deployment against the float graph, on validation images; means over the seeds that all methods have."
+    "Numbers are the SQNR in dB of each layer's output, after the activation that is fused with it: "
+    "onnxruntime's deployment against the float graph, on validation images. They are means over the seeds "
+    "that all methods have."
 )
 
 
@@ -102,7 +107,19 @@ def pages(evidence: Evidence, study: str, pictures: list[str]) -> dict[str, str]
 
 
 def _page(title: str, parts: list[str]) -> str:
-    return "\n\n".join([f"# {title}", *filter(None, parts)]) + "\n"
+    """Join a title and the parts that are not empty."""
+    return "\n\n".join([f"# {title}", *map(wrapped, filter(None, parts))]) + "\n"
+
+
+def wrapped(part: str) -> str:
+    """Wrap a paragraph, and return tables, headings and figures as they are.
+
+    >>> wrapped("word " * 25).count("\\n"), wrapped("| " + "word " * 25).count("\\n")
+    (1, 0)
+    """
+    if part.startswith(("|", "#", "!")):
+        return part
+    return textwrap.fill(part, COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def _accuracy(evidence: Evidence) -> list[str]:
@@ -143,7 +160,7 @@ def _layers(evidence: Evidence) -> list[str]:
 
 def _search(evidence: Evidence) -> list[str]:
     if not evidence.search:
-        return ["No learning rate was searched: every method has the task's own."]
+        return ["No learning rate was searched. Every method has the task's rate."]
     return ["## Search", tables.search(evidence)]
 
 
@@ -207,6 +224,6 @@ def filled(text: str, contents: Mapping[str, str]) -> str:
         if name not in contents:
             known = ", ".join(sorted(contents))
             raise qt.InvalidInput(f"the page asks for a table {name!r} that the records do not give: {known}")
-        return f"{match[1]}\n{contents[name]}\n\n{match[3]}"
+        return f"{match[1]}\n{wrapped(contents[name])}\n\n{match[3]}"
 
     return BLOCK.sub(replaced, text)

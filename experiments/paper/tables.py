@@ -27,11 +27,12 @@ from qt_jax.reporting.pivot import REFERENCE, Row
 from qt_jax.reporting.tables import ABSENT, escaped, markdown_table
 
 LEGEND = (
-    "Mean ± half the 95 % t-interval over seeds. pt, pc: one weight scale a tensor, a channel. INT8: 8-bit "
-    "weights and activations; INT4: 4-bit weights. A group is the mean over all its deployments (backend and "
-    "scheme; their number in brackets) that every method of the table has. Worst: the deployment that is "
-    "worst for the method, found anew for each seed. Simulators run on fewer images: their accuracy is the "
-    "network's FP32 accuracy less what they lose on theirs."
+    "Numbers are means ± half the 95 % t-interval over seeds. pt and pc stand for one weight scale per "
+    "tensor and per channel. INT8 has 8-bit weights and activations, INT4 has 4-bit weights. A group is the "
+    "mean over the deployments (backend and scheme; their number is in brackets) that every method of the "
+    "table has. Worst is the deployment that is worst for the method, determined for each seed. Simulators "
+    "run on fewer images: their accuracy is the network's FP32 accuracy minus what they lose on their own "
+    "images."
 )
 
 WORST = {"worst INT8": ("INT8 pt", "INT8 pc"), "worst INT4": ("INT4 pt", "INT4 pc")}
@@ -159,7 +160,9 @@ def left_out(evidence: Evidence, task: str, table: str = BASELINES) -> str:
         if deployment not in kept and without and len(without) < len(methods):
             absent[" ".join(deployment)] = ", ".join(METHODS[m].title for m in without)
     listed = "; ".join(f"{deployment} ({names})" for deployment, names in absent.items())
-    return f"In no mean, for want of some method's seeds there: {listed}." if listed else ""
+    return (
+        f"No mean includes these deployments, because methods lack seeds there: {listed}." if listed else ""
+    )
 
 
 def quality(evidence: Evidence, task: str, key: str) -> str:
