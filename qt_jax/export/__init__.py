@@ -1,6 +1,6 @@
-"""Linen to standard ONNX, in small passes: each a pure function from ModelProto to ModelProto.
+"""Convert Linen models to standard ONNX in small passes, each a pure function from ModelProto to ModelProto.
 
-`to_onnx` converts; `verify` compares the result with the JAX forward; `save_verified` gives a file its name
+`to_onnx` converts. `verify` compares the result with the JAX forward. `save_verified` gives a file its name
 only once what it holds has been verified.
 """
 
@@ -12,7 +12,6 @@ from qt_jax.errors import InvalidInput, extra
 with extra("export"):
     import onnx
 
-    from qt_jax.export import folding
     from qt_jax.export.activations import fold_activations
     from qt_jax.export.folding import (
         drop_absent_bias,
@@ -23,13 +22,14 @@ with extra("export"):
         known_shapes,
         written_axes,
     )
-    from qt_jax.export.graph import aside, attached, save, with_shapes
+    from qt_jax.export.folding import fold_batch_norm as fold_batch_norms
+    from qt_jax.export.graph import save, weights_by_reference, with_shapes, with_weights
     from qt_jax.export.layout import channels_first
     from qt_jax.export.lowering import lower, symbolic_batch
     from qt_jax.export.naming import name_by_path
     from qt_jax.export.operators import refuse_unsupported
     from qt_jax.export.opsets import OPSETS, at_opset
-    from qt_jax.export.padding import explicit_windows, fold_pad, resize_by_scale
+    from qt_jax.export.padding import explicit_padding, fold_pad, resize_by_scale
     from qt_jax.export.rewrites import (
         drop_expands,
         drop_identities,
@@ -69,10 +69,11 @@ PASSES = (
     drop_identities,
     fold_activations,
     fold_shift,
-    explicit_windows,
+    explicit_padding,
     fold_pad,
     resize_by_scale,
 )
+"""Passes between lowering and the folding of batch norm, in order."""
 
 
 def to_onnx(
@@ -87,33 +88,33 @@ def to_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> onnx.ModelProto:
-    """A standard FP32 ONNX graph of a Flax Linen model.
+    """Convert a Flax Linen model to a standard FP32 ONNX graph.
 
-    The graph holds operators of ai.onnx alone: batch norm is folded into the layer before it, layout changes
-    are gone, nodes, tensors and initializers bear Flax paths (`stage1_block1/conv1/kernel`), shapes are
-    inferred anew. Inside, images are always channels-first, as ONNX's convolutions are.
+    The graph holds operators of ai.onnx alone. Batch norm is folded into the layer before it, and layout
+    changes are gone. Nodes, tensors and initializers bear Flax paths (`stage1_block1/conv1/kernel`), and
+    shapes are inferred anew. Inside the graph images are always channels-first, as ONNX's convolutions are.
 
     Args:
-      apply_fn: `(variables, *inputs) -> array or a pytree of arrays`, the forward of inference; every array
+      apply_fn: `(variables, *inputs) -> array or a pytree of arrays`, the forward of inference. Every array
         leads with the batch, images are `(batch, height, width, channels)`.
       variables: Flax collections of arrays. Leaves that `apply_fn` does not read, such as Quant-Trim's
         statistics, do not appear in the graph.
-      input_shape: shape of the input without batch, `(height, width, channels)` for images; for several
+      input_shape: Shape of the input without batch, `(height, width, channels)` for images; for several
         inputs a sequence of shapes. A `jax.ShapeDtypeStruct` states a dtype other than float32.
-      opset: of ai.onnx, 13 to 21. Operators that came later are decomposed.
-      dynamic_batch: a symbolic dimension "batch"; otherwise the batch is fixed to 1.
-      layout: of the graph's inputs and outputs of rank 4: "nchw" for channels-first, "nhwc" as in Flax.
-      fold_batch_norm: whether batch norm disappears in the layer before it. One that has none (before an
-        activation, after a concat) stays a BatchNormalization.
-      input_names: of the graph's inputs; by default "input", or "input_0", "input_1" and so on.
-      output_names: of the graph's outputs; by default "logits", or "output_0", "output_1" and so on.
+      opset: Opset of ai.onnx, 13 to 21. Operators that came later are decomposed.
+      dynamic_batch: Whether the batch is the symbolic dimension "batch"; otherwise it is fixed to 1.
+      layout: Layout of inputs and outputs of rank 4: "nchw" for channels-first, "nhwc" as in Flax.
+      fold_batch_norm: Whether batch norm disappears in the layer before it. One that has no layer before it
+        (before an activation, after a concat) stays a BatchNormalization.
+      input_names: Names of the graph's inputs; by default "input", or "input_0", "input_1" and so on.
+      output_names: Names of the graph's outputs; by default "logits", or "output_0", "output_1" and so on.
 
     Returns:
-      The graph, checked for its operators; `verify` compares its numbers.
+      The graph, checked for its operators. `verify` compares its numbers.
 
     Raises:
-      InvalidInput: an argument out of range, variables that `apply_fn` does not take, or a model that does
-        not lower to the supported operators; the message names the node and what to change.
+      InvalidInput: An argument is out of range, `apply_fn` does not take the variables, or the model does not
+        lower to the supported operators. The message names the node and what to change.
 
     >>> import flax.linen as nn, jax
     >>> class Net(nn.Module):
@@ -137,7 +138,7 @@ def to_onnx(
         raise InvalidInput(f"opset {opset!r} is not supported: choose {OPSETS[0]} to {OPSETS[-1]}")
     if layout not in ("nchw", "nhwc"):
         raise InvalidInput(f'layout {layout!r} is not supported: choose "nchw" or "nhwc"')
-    with aside():
+    with weights_by_reference():
         model = lower(
             apply_fn,
             variables,
@@ -147,12 +148,12 @@ def to_onnx(
             input_names=input_names,
             output_names=output_names,
         )
-        for improve in PASSES:
-            model = improve(model)
+        for apply_pass in PASSES:
+            model = apply_pass(model)
         if fold_batch_norm:
-            model = fold_affine(folding.fold_batch_norm(model))
+            model = fold_affine(fold_batch_norms(model))
         if dynamic_batch:
             model = symbolic_batch(model)
         model = name_by_path(at_opset(drop_identities(model), opset))
         refuse_unsupported(model)
-        return attached(with_shapes(model))
+        return with_weights(with_shapes(model))

@@ -1,7 +1,7 @@
-"""Activations that were traced as arithmetic, made the operators they are.
+"""Recognize activations that were traced as arithmetic, and write them as the operators they are.
 
-jax2onnx knows `nn.hard_swish` by that name alone: a model that keeps the function in a field of its own, as
-many do, is traced through to its arithmetic.
+jax2onnx knows `nn.hard_swish` by that name alone. In a model that keeps the function in a field, as many do,
+it traces through to the arithmetic.
 """
 
 import functools
@@ -13,18 +13,25 @@ from onnx import NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qt_jax.export import graph
+from qt_jax.export.graph import Constants
 from qt_jax.export.operators import BINARY, UNARY
 
-Values = dict[str, np.ndarray]
 Producers = dict[str, NodeProto]
+"""Maps a tensor to the node that writes it, in the order of the graph."""
 
 FAR = np.array([15, 17, 20, 25, 30, 40, 60, 80, 1e2, 3e2, 7e2], np.float32)
 PROBES = np.concatenate([np.linspace(-12.0, 12.0, 97, dtype=np.float32), FAR, -FAR])
+"""Numbers at which an expression is compared with a curve."""
+
 TOLERANCE = 4e-6
-"""Largest difference at a probe x, times max(1, |x|)."""
+"""Largest difference at a probe x, divided by max(1, |x|)."""
+
 OPSET = 21
+"""Opset at which expressions and curves are evaluated."""
+
 LONGEST = 16
-"""Nodes of the longest expression that is looked at."""
+"""Largest number of nodes of an expression that is tried."""
+
 LAST = frozenset({"Add", "Div", "Mul", "Where"})
 """Operators that such an expression ends with."""
 
@@ -37,13 +44,15 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "selu": ("Selu", {}),
     "softplus": ("Softplus", {}),
 }
+"""Maps the name of a curve to its operator and attributes."""
 
 
 def fold_activations(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with the arithmetic of activations made their operators.
+    """Turn the arithmetic of activations into their operators.
 
-    Relu, Clip and LeakyRelu, which have parameters, are known by their form; those of `CURVES` by their
-    values: an expression of one tensor and of numbers that has a curve's values at every probe is that curve.
+    Relu, Clip and LeakyRelu, which have parameters, are recognized by their form. The `CURVES` are recognized
+    by their values: an expression of one tensor and of numbers that has a curve's values at every probe is
+    that curve.
 
     >>> from onnx import numpy_helper
     >>> bounds = [numpy_helper.from_array(np.array(bound, np.float32), str(bound)) for bound in (0, 6)]
@@ -57,15 +66,15 @@ def fold_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     producers: Producers = {}
     nodes = []
     for node in model.graph.node:
-        for recognised in (_relu, _clip, _leaky_relu, _by_value):
-            node = recognised(node, producers, values) or node
+        for recognized in (_relu, _clip, _leaky_relu, _by_value):
+            node = recognized(node, producers, values) or node
         producers[node.output[0]] = node
         nodes.append(node)
     return graph.rebuild(model, nodes, values)
 
 
-def _joined(node: NodeProto | None, values: Values) -> tuple[float | None, str]:
-    """The number and the tensor that a binary node joins; None without such a number."""
+def _joined(node: NodeProto | None, values: Constants) -> tuple[float | None, str]:
+    """Return the number and the tensor that a binary node joins; (None, "") where it joins others."""
     if node is None or len(node.input) != 2:
         return None, ""
     numbers = [name for name in node.input if name in values and values[name].size == 1]
@@ -75,14 +84,14 @@ def _joined(node: NodeProto | None, values: Values) -> tuple[float | None, str]:
     return (values[numbers[0]].item(), tensors[0]) if len(numbers) == len(tensors) == 1 else (None, "")
 
 
-def _relu(node: NodeProto, _: Producers, values: Values) -> NodeProto | None:
-    """max(x, 0)."""
+def _relu(node: NodeProto, _: Producers, values: Constants) -> NodeProto | None:
+    """Recognize max(x, 0)."""
     number, tensor = _joined(node, values) if node.op_type == "Max" else (None, "")
     return helper.make_node("Relu", [tensor], node.output) if number == 0.0 else None
 
 
-def _bounds(node: NodeProto | None, values: Values) -> tuple[float, float, str] | None:
-    """The interval that a node bounds a tensor to, and the tensor."""
+def _bounds(node: NodeProto | None, values: Constants) -> tuple[float, float, str] | None:
+    """Return the interval that a node bounds a tensor to, and the tensor; None for any other node."""
     if node is None or node.op_type not in ("Clip", "Max", "Min", "Relu"):
         return None
     if node.op_type == "Relu":
@@ -99,8 +108,8 @@ def _bounds(node: NodeProto | None, values: Values) -> tuple[float, float, str] 
     return (number, np.inf, tensor) if node.op_type == "Max" else (-np.inf, number, tensor)
 
 
-def _clip(node: NodeProto, producers: Producers, values: Values) -> NodeProto | None:
-    """min(max(x, low), high), max(min(x, high), low), and bounds within bounds."""
+def _clip(node: NodeProto, producers: Producers, values: Constants) -> NodeProto | None:
+    """Recognize min(max(x, low), high), max(min(x, high), low), and bounds within bounds."""
     outer = _bounds(node, values)
     inner = _bounds(producers.get(outer[2]), values) if outer else None
     if outer is None or inner is None or outer[0] > inner[1] or outer[1] < inner[0]:
@@ -113,8 +122,8 @@ def _clip(node: NodeProto, producers: Producers, values: Values) -> NodeProto | 
     return helper.make_node("Clip", [inner[2], *names], node.output)
 
 
-def _leaky_relu(node: NodeProto, producers: Producers, values: Values) -> NodeProto | None:
-    """where(x >= 0, x, slope * x)."""
+def _leaky_relu(node: NodeProto, producers: Producers, values: Constants) -> NodeProto | None:
+    """Recognize where(x >= 0, x, slope * x)."""
     if node.op_type != "Where":
         return None
     condition, x, scaled = node.input
@@ -128,8 +137,8 @@ def _leaky_relu(node: NodeProto, producers: Producers, values: Values) -> NodePr
     return helper.make_node("LeakyRelu", [x], node.output, alpha=slope)
 
 
-def _by_value(node: NodeProto, producers: Producers, values: Values) -> NodeProto | None:
-    """The curve of `CURVES` that the expression ending in `node` computes of a tensor before it."""
+def _by_value(node: NodeProto, producers: Producers, values: Constants) -> NodeProto | None:
+    """Recognize a curve of `CURVES` that the expression ending in `node` computes from a tensor before it."""
     if node.op_type not in LAST:
         return None
     order = {name: position for position, name in enumerate(producers)}
@@ -153,14 +162,17 @@ def _by_value(node: NodeProto, producers: Producers, values: Values) -> NodeProt
     return None
 
 
-def _tensors(node: NodeProto, values: Values) -> set[str] | None:
-    """What `node` reads besides numbers; None if that includes a constant tensor."""
+def _tensors(node: NodeProto, values: Constants) -> set[str] | None:
+    """Return what `node` reads besides numbers; None if that includes a constant tensor."""
     constants = [values[name].size for name in node.input if name in values]
     return None if any(size != 1 for size in constants) else {x for x in node.input if x and x not in values}
 
 
-def _curve(expression: list[NodeProto], source: str, values: Values) -> str | None:
-    """The name of the curve that nodes in order compute of `source`, by its values at the probes."""
+def _curve(expression: list[NodeProto], source: str, values: Constants) -> str | None:
+    """Return the name of the curve that nodes, in order, compute from `source`; None if it is another.
+
+    The values at the probes decide.
+    """
     numbers = {name: values[name] for node in expression for name in node.input if name in values}
     if any(value.dtype != np.float32 for value in numbers.values()):
         return None
@@ -173,12 +185,14 @@ def _curve(expression: list[NodeProto], source: str, values: Values) -> str | No
 
 @functools.cache
 def _wanted(curve: str) -> np.ndarray:
+    """Evaluate a curve at the probes, in float64."""
     operator, stated = CURVES[curve]
     curve_node = helper.make_node(operator, ["x"], ["y"], **stated)
     return _evaluated([curve_node], {"x": PROBES.astype(np.float64)})
 
 
 def _evaluated(nodes: list[NodeProto], given: dict[str, np.ndarray]) -> np.ndarray:
+    """Evaluate the last of `nodes` on the tensors `given`, by ONNX's reference evaluator."""
     inputs = [helper.make_empty_tensor_value_info(name) for name in given]
     output = helper.make_empty_tensor_value_info(nodes[-1].output[0])
     body = helper.make_graph(nodes, "expression", inputs, [output])

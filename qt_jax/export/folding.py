@@ -1,6 +1,11 @@
-"""Arithmetic done at export: constant subgraphs, batch norm into convolutions, bounds and biases."""
+"""Compute at export what does not depend on the images, and fold it into the constants.
+
+Shapes that are known, subgraphs of constants, batch norm, and arithmetic by feature disappear into
+initializers. The kernel behind a flattened image is permuted instead of the image.
+"""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,15 +14,17 @@ from onnx import NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qt_jax.export import graph
+from qt_jax.export.graph import Constants, Shapes
 from qt_jax.export.layout import TO_CHANNELS_LAST
+from qt_jax.export.operators import channel_axis
 from qt_jax.export.rewrites import is_absent
 
-FEATURE_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
-"""Axis of a kernel's output features."""
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+"""Operators into whose kernel and bias a gain and a shift by feature are folded."""
 
 
 def known_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with each Shape whose sizes are all known made a constant."""
+    """Turn each Shape whose sizes are all known into a constant."""
     values, shapes = graph.constants(model), graph.shapes(model)
     nodes = []
     for node in model.graph.node:
@@ -29,8 +36,8 @@ def known_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.rebuild(model, nodes, values)
 
 
-def _sizes(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    """What a Shape writes; None for any other node, and where a size is open."""
+def _sizes(node: NodeProto, shapes: Shapes) -> tuple[int, ...] | None:
+    """Return what a Shape writes; None for any other node, and where a size is open."""
     if node.op_type != "Shape" or node.input[0] not in shapes:
         return None
     stated = graph.attributes(node)
@@ -39,7 +46,7 @@ def _sizes(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ..
 
 
 def written_axes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with the axes of each reduction over all of them written out, as opset 18 reads them."""
+    """Write out the axes of each reduction over all axes, as an input, where opset 18 reads them."""
     values, shapes = graph.constants(model), graph.shapes(model)
     nodes = []
     for node in model.graph.node:
@@ -51,38 +58,35 @@ def written_axes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with every node computed that depends on constants alone (by ONNX's reference evaluator), but
-    for one that writes an output of the graph.
+    """Compute every node that depends on constants alone, by ONNX's reference evaluator.
 
-    A result that stems from leaves of the variables keeps their origin, as `graph.common_origin` has it.
+    A node that writes an output of the graph stays. A result that stems from leaves of the variables keeps
+    their common origin (`Constants.common_origin`).
     """
     values = graph.constants(model)
     known = set(values)
     outputs = {output.name for output in model.graph.output}
-    names: dict[str, str] = {}  # a computed tensor -> the constant it becomes
     constant: list[NodeProto] = []
     variable: list[NodeProto] = []
     for node in model.graph.node:
-        inputs = [names.get(name, name) for name in node.input if name]
+        inputs = [name for name in node.input if name]
         if known.issuperset(inputs) and outputs.isdisjoint(node.output):
-            origin = graph.common_origin(name for name in inputs if graph.flax_path(name))
-            names |= {output: graph.derived(origin, output) if origin else output for output in node.output}
-            known.update(names[output] for output in node.output)
+            origin = values.common_origin(inputs)
+            values.origins |= dict.fromkeys(node.output, origin) if origin else {}
+            known.update(node.output)
             constant.append(node)
         else:
             variable.append(node)
     read = {name for node in variable for name in node.input}
-    wanted = [name for name in names if name in read]
-    computed = _evaluate(constant, wanted, values, model.opset_import)
-    values |= {names[name]: value for name, value in computed.items()}
-    nodes = [graph.rewired(node, [names.get(name, name) for name in node.input]) for node in variable]
-    return graph.rebuild(model, nodes, values)
+    wanted = [name for node in constant for name in node.output if name in read]
+    values |= _evaluate(constant, wanted, values, model.opset_import)
+    return graph.rebuild(model, variable, values)
 
 
 def _evaluate(
-    nodes: list[NodeProto], wanted: list[str], values: dict[str, np.ndarray], opset_imports: Any
+    nodes: list[NodeProto], wanted: list[str], values: Mapping[str, np.ndarray], opset_imports: Any
 ) -> dict[str, np.ndarray]:
-    """The tensors `wanted` as `nodes` compute them from the constants `values`."""
+    """Compute the tensors `wanted` with `nodes`, which read the constants `values`."""
     read = {name for node in nodes for name in node.input}
     given = {name: value for name, value in values.items() if name in read}
     inputs, outputs = (
@@ -93,64 +97,81 @@ def _evaluate(
     return dict(zip(wanted, map(np.asarray, evaluator.run(None, given)), strict=True))
 
 
+def drop_absent_bias(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let layers that have no bias in Flax read none, so that a bias folded into them counts.
+
+    jax2onnx writes zeros or a beta of 0 for such a layer.
+    """
+    values = graph.constants(model)
+
+    def plain(node: NodeProto) -> NodeProto:
+        stated = graph.attributes(node)
+        absent = stated.get("beta") == 0.0 or (len(node.input) > 2 and is_absent(node.input[2], values))
+        if node.op_type not in LAYERS or not absent:
+            return node
+        stated.pop("beta", None)
+        return helper.make_node(node.op_type, node.input[:2], node.output, **stated)
+
+    return graph.rebuild(model, [plain(node) for node in model.graph.node], values)
+
+
 def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with each BatchNormalization that alone reads a layer folded into it.
+    """Fold each BatchNormalization that alone reads a layer into this layer: Conv, ConvTranspose or Gemm.
 
     With gain = scale / sqrt(var + epsilon): kernel' = kernel * gain and bias' = (bias - mean) * gain + shift,
-    computed in float64 (Jacob et al. 2018, arXiv 1712.05877, section 3.2), for Conv, ConvTranspose and Gemm.
-    Kernel and batch norm may be shared: every layer gets its own folded copy. A batch norm without such a
-    layer before it stays.
+    computed in float64 (Jacob et al. 2018, arXiv 1712.05877, section 3.2). Kernel and batch norm may be
+    shared: every layer gets its own folded copy. A batch norm without such a layer before it stays.
     """
     values = graph.constants(model)
 
     def folded(norm: NodeProto, before: NodeProto) -> NodeProto | None:
-        if before.op_type not in FEATURE_AXIS or not values.keys() >= {*norm.input[1:], *before.input[1:]}:
+        if before.op_type not in LAYERS or not values.keys() >= {*norm.input[1:], *before.input[1:]}:
             return None
         scale, shift, mean, variance = (values[name].astype(np.float64) for name in norm.input[1:])
         gain = scale / np.sqrt(variance + graph.attributes(norm)["epsilon"])
-        kernel_name = before.input[1]
+        name, how = before.input[1], norm.output[0]
         kernel, *bias = (values[name] for name in before.input[1:])
-        new = {
-            graph.derived(kernel_name, norm.output[0]): _scaled(kernel, gain, before),
-            graph.derived(_sibling(kernel_name, "bias"), norm.output[0]): (sum(bias) - mean) * gain + shift,
-        }
-        values.update({name: value.astype(np.float32) for name, value in new.items()})
-        return graph.rewired(before, [before.input[0], *new], norm.output)
+        folded_kernel = values.derive(name, how, _scaled(kernel, gain, before).astype(np.float32))
+        folded_bias = values.add(
+            f"{how}#bias", ((sum(bias) - mean) * gain + shift).astype(np.float32), _bias_of(name, values)
+        )
+        return graph.rewired(before, [before.input[0], folded_kernel, folded_bias], norm.output)
 
     return graph.fuse(model, values, frozenset({"BatchNormalization"}), folded)
 
 
 def _scaled(kernel: np.ndarray, gain: np.ndarray, node: NodeProto) -> np.ndarray:
-    """`kernel` with each output feature times its gain, in the layout that `node` reads."""
+    """Multiply each output feature of `kernel` by its gain, in the layout that `node` reads."""
     stated = graph.attributes(node)
     if node.op_type == "ConvTranspose":
         groups = stated.get("group", 1)
         grouped = kernel.reshape(groups, -1, *kernel.shape[1:])
         return (grouped * gain.reshape(groups, 1, -1, *[1] * (kernel.ndim - 2))).reshape(kernel.shape)
-    axis = 0 if stated.get("transB") else FEATURE_AXIS[node.op_type]
+    axis = channel_axis(node, kernel.ndim)
     return kernel * gain.reshape([-1 if axis == other else 1 for other in range(kernel.ndim)])
 
 
 def fold_shift(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with a constant added to each feature of a layer made part of the layer's bias."""
+    """Fold a constant that is added to each feature of a layer into the layer's bias."""
     return _fold_affine(model, frozenset({"Add", "Sub"}))
 
 
 def fold_affine(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with constants that scale and shift each feature of a layer folded into kernel and bias.
+    """Fold constants that scale and shift each feature of a layer into its kernel and bias.
 
-    What a batch norm written out by hand leaves behind. A product of rows by a constant matrix becomes Gemm;
-    on longer tensors MatMul and Add stay two.
+    A batch norm that is written out by hand leaves such constants behind. A product of rows by a constant
+    matrix becomes Gemm. On longer tensors MatMul and Add stay two nodes.
     """
     return _fold_affine(model, frozenset({"Add", "Div", "Mul", "Sub"}))
 
 
 def _fold_affine(model: onnx.ModelProto, operators: frozenset[str]) -> onnx.ModelProto:
+    """Fold arithmetic by feature, in these operators, into the layer before it."""
     values, shapes = graph.constants(model), graph.shapes(model)
 
     def folded(node: NodeProto, layer: NodeProto) -> NodeProto | None:
         constant = next((name for name in node.input if name in values), "")
-        fixed = layer.op_type in (*FEATURE_AXIS, "MatMul") and values.keys() >= {*layer.input[1:]}
+        fixed = layer.op_type in (*LAYERS, "MatMul") and values.keys() >= {*layer.input[1:]}
         reversed_ = node.op_type in ("Div", "Sub") and node.input[0] == constant
         if not constant or not fixed or reversed_:
             return None
@@ -166,7 +187,16 @@ def _fold_affine(model: onnx.ModelProto, operators: frozenset[str]) -> onnx.Mode
 
 
 def _by_feature(value: np.ndarray, shape: tuple[int, ...], layer: NodeProto) -> np.ndarray | None:
-    """A constant as one number for each feature of the layer's output of that shape; None if it is not."""
+    """Return a constant as one number for each feature of a layer's output; None if it is not one.
+
+    Args:
+      value: The constant, which broadcasts against the output.
+      shape: Shape of the output.
+      layer: Writes the output.
+
+    Returns:
+      float64 `(features,)`.
+    """
     axis = len(shape) - 1 if layer.op_type in ("Gemm", "MatMul") else 1
     if value.ndim > len(shape):
         return None
@@ -182,53 +212,51 @@ def _affine(
     constant: str,
     layer: NodeProto,
     output: str,
-    values: dict[str, np.ndarray],
+    values: Constants,
 ) -> NodeProto:
-    """`layer` followed by one arithmetic operator, as one layer that writes `output`."""
+    """Write a layer and the arithmetic behind it as one layer.
+
+    Args:
+      operator: "Add", "Sub", "Mul" or "Div".
+      number: Second operand, float64 `(features,)`.
+      constant: Its name.
+      layer: Computes the first operand.
+      output: Tensor to write.
+      values: Constants; the new kernel and bias are added.
+    """
     gain = {"Mul": lambda: number, "Div": lambda: 1.0 / number}.get(operator, lambda: None)()
     shift = {"Add": number, "Sub": -number}.get(operator, 0.0)
     kernel, *bias = layer.input[1:]
     before = sum(values[name].astype(np.float64) for name in bias)
     inputs = [layer.input[0], kernel]
     if gain is not None:
-        inputs[1] = graph.derived(kernel, output)
-        values[inputs[1]] = _scaled(values[kernel], gain, layer).astype(np.float32)
+        inputs[1] = values.derive(kernel, output, _scaled(values[kernel], gain, layer).astype(np.float32))
     after = before * (1.0 if gain is None else gain) + shift
     if bias or gain is None:
-        own = graph.flax_path(constant) and not bias
-        inputs.append(graph.derived(constant if own else _sibling(kernel, "bias"), output))
-        values[inputs[2]] = np.broadcast_to(after, number.shape).astype(np.float32)
+        own = "" if bias else values.origins.get(constant, "")
+        value = np.broadcast_to(after, number.shape).astype(np.float32)
+        inputs.append(values.add(f"{output}#bias", value, own or _bias_of(kernel, values)))
     stated = graph.attributes(layer) if layer.op_type != "MatMul" else {}
     return helper.make_node(
         "Gemm" if layer.op_type == "MatMul" else layer.op_type, inputs, [output], **stated
     )
 
 
-def drop_absent_bias(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with layers that have no bias in Flax, for which jax2onnx writes zeros or a beta of 0, reading
-    none, so that a bias folded into them counts."""
-    values = graph.constants(model)
-
-    def plain(node: NodeProto) -> NodeProto:
-        stated = graph.attributes(node)
-        absent = stated.get("beta") == 0.0 or (len(node.input) > 2 and is_absent(node.input[2], values))
-        if node.op_type not in FEATURE_AXIS or not absent:
-            return node
-        stated.pop("beta", None)
-        return helper.make_node(node.op_type, node.input[:2], node.output, **stated)
-
-    return graph.rebuild(model, [plain(node) for node in model.graph.node], values)
+def _bias_of(kernel: str, values: Constants) -> str:
+    """Return the leaf `bias` beside the leaf of a kernel; "" for a kernel that stems from none."""
+    module = values.origins.get(kernel, "").rpartition("/")[0]
+    return module and f"{module}/bias"
 
 
 def fold_flatten(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with images flattened channels-first: the kernel of the Gemm that follows is permuted instead.
+    """Flatten images channels-first, and permute the kernel of the Gemm that follows instead.
 
     In Flax `x.reshape(batch, -1)` orders the features (height, width, channel).
     """
     values, shapes = graph.constants(model), graph.shapes(model)
     transposes = {node.output[0]: node for node in model.graph.node if node.op_type == "Transpose"}
-    read = graph.uses(model)
-    reordered: dict[str, tuple[int, ...]] = {}  # a flattened tensor -> sizes of its features as they were
+    read, readers = graph.uses(model), graph.readers(model)
+    reordered: Shapes = {}  # maps a flattened tensor to the sizes of its features as they were
 
     def flattened(node: NodeProto) -> NodeProto:
         transpose = transposes.get(node.input[0]) if node.op_type == "Reshape" else None
@@ -236,7 +264,7 @@ def fold_flatten(model: onnx.ModelProto) -> onnx.ModelProto:
             shape = shapes[transpose.output[0]]
             last = tuple(graph.attributes(transpose)["perm"]) == TO_CHANNELS_LAST.get(len(shape))
             rows = shapes[node.output[0]] == (shape[0], math.prod(shape[1:]))
-            layers = readers.get(node.output[0], [])
+            layers = readers[node.output[0]]
             fixed = all(by_constant(reader, node.output[0]) for reader in layers)
             if last and rows and layers and fixed and read[node.output[0]] == len(layers):
                 reordered[node.output[0]] = shape[1:]
@@ -244,8 +272,7 @@ def fold_flatten(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "Gemm" and node.input[0] in reordered and node.input[1] in values:
             kernel, sizes = values[node.input[1]], reordered[node.input[0]]
             permuted = np.moveaxis(kernel.reshape(*sizes, -1), len(sizes) - 1, 0)
-            name = graph.derived(node.input[1], node.output[0])
-            values[name] = permuted.reshape(kernel.shape)
+            name = values.derive(node.input[1], node.output[0], permuted.reshape(kernel.shape))
             return graph.rewired(node, [node.input[0], name, *node.input[2:]])
         return node
 
@@ -253,13 +280,4 @@ def fold_flatten(model: onnx.ModelProto) -> onnx.ModelProto:
         plain = reader.op_type == "Gemm" and not graph.attributes(reader).get("transB")
         return plain and reader.input[0] == rows and reader.input[1] in values
 
-    readers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
     return graph.rebuild(model, [flattened(node) for node in model.graph.node], values)
-
-
-def _sibling(name: str, leaf: str) -> str:
-    """The leaf of that name in the module of the constant `name`."""
-    return f"{graph.origin(name).rpartition('/')[0]}/{leaf}"

@@ -1,8 +1,12 @@
-"""jax2onnx, corrected where it falls short, and kept from leaving traces in the process.
+"""Correct jax2onnx where it falls short, and keep it from leaving traces in the process.
 
-It replaces functions of JAX and Flax for good, takes pooling arguments by keyword only, reads a pooling's
-explicit padding as "VALID", refuses `jax.image.resize` with its default antialiasing even where that changes
-nothing, turns scans into loops, and spends most of its time on an optimiser whose work is done here anew.
+Without these corrections jax2onnx
+
+- replaces functions of JAX and Flax for good,
+- takes pooling arguments by keyword only, and reads a pool's explicit padding as "VALID",
+- refuses `jax.image.resize` with its default antialiasing even where that changes nothing,
+- turns scans into loops,
+- spends most of its time on an optimizer whose work our own passes do again.
 """
 
 import logging
@@ -21,15 +25,15 @@ from flax.linen.linear import canonicalize_padding
 from qt_jax.errors import InvalidInput
 
 MAX_UNROLLED = 256
-"""Longest scan that is unrolled: each step writes its nodes once more."""
+"""Number of steps of the longest scan that is unrolled. Each step writes its nodes once more."""
 
 _inside_jax2onnx = jax.make_user_context(default_value=False)
-"""Part of every jit cache's key: a trace made under jax2onnx's patches is not reused outside them."""
+"""Part of the key of every jit cache. A trace made under jax2onnx's patches is not reused outside them."""
 
 
 @contextmanager
 def jax2onnx_corrected() -> Iterator[Callable[..., onnx.ModelProto]]:
-    """`jax2onnx.to_onnx`, whose patches, traces and log end with the context."""
+    """Yield `jax2onnx.to_onnx`, whose patches, traces and log end with the context."""
     with ExitStack() as stack:
         stack.enter_context(_functions_restored())
         stack.enter_context(_quiet_logging())
@@ -56,6 +60,7 @@ def jax2onnx_corrected() -> Iterator[Callable[..., onnx.ModelProto]]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute inside the context."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -66,7 +71,10 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _functions_restored() -> Iterator[None]:
-    """Undo what jax2onnx replaces for good: its import leaves a `jnp.cumsum` without positional axis."""
+    """Undo what jax2onnx replaces for good.
+
+    Its import alone leaves a `jnp.cumsum` that does not take the axis by position.
+    """
     layers = [value for value in vars(nn).values() if isinstance(value, type)]
     before = [(owner, dict(vars(owner))) for owner in (jnp, jax.lax, jax.nn, jax.image, nn, *layers)]
     try:
@@ -82,7 +90,8 @@ def _functions_restored() -> Iterator[None]:
 def _pooling() -> Iterator[None]:
     """Give `nn.max_pool` and `nn.avg_pool` their own signatures, and explicit padding.
 
-    A maximum is padded with -inf first; a mean, whose pads count, with zeros (`windows` joins the two).
+    A maximum is padded with -inf first, and a mean, whose pads count, with zeros. `padding.fold_pad` folds
+    the padding into the pool.
     """
     lowered = nn.max_pool, nn.avg_pool, linen_pooling.pool
 
@@ -129,7 +138,7 @@ def _pooling() -> Iterator[None]:
 
 @contextmanager
 def _resize() -> Iterator[None]:
-    """Let `jax.image.resize` enlarge: antialiasing acts on reductions only."""
+    """Let `jax.image.resize` enlarge with antialiasing, which acts on reductions only."""
     lowered = jax.image.resize
 
     def resize(
@@ -149,9 +158,13 @@ def _resize() -> Iterator[None]:
 
 
 def _concrete() -> list[AbstractContextManager[None]]:
-    """Scans unrolled; `jnp.shape` a tuple of numbers, which jax2onnx makes a traced array; padding in tuples,
-    where jax2onnx passes Flax's list on; and random keys, with which a recurrent cell "draws" the zeros that
-    it starts from, not split."""
+    """Keep four functions from tracing what is known before.
+
+    - Scans are unrolled.
+    - `jnp.shape` is a tuple of numbers, where jax2onnx makes it a traced array.
+    - Padding is a tuple of tuples, where jax2onnx passes Flax's list on.
+    - Random keys are not split. A recurrent cell "draws" with them the zeros that it starts from.
+    """
     return [
         _replaced(jax.lax, "scan", _unrolled_scan),
         _replaced(jnp, "shape", np.shape),
@@ -161,6 +174,7 @@ def _concrete() -> list[AbstractContextManager[None]]:
 
 
 def _hashable_padding(padding: Any, rank: int) -> Any:
+    """Return Flax's canonical padding as a tuple of tuples."""
     found = canonicalize_padding(padding, rank)
     return found if isinstance(found, str) else tuple(map(tuple, found))
 
@@ -174,7 +188,7 @@ def _unrolled_scan(
     unroll: Any = 1,
     **_: Any,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` as a Python loop, for a graph without loops."""
+    """Run `jax.lax.scan` as a Python loop, for a graph without loops."""
     leaves = jax.tree.leaves(xs)
     steps = leaves[0].shape[0] if leaves else length
     if steps > MAX_UNROLLED:

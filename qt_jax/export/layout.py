@@ -1,11 +1,8 @@
-"""Channels-last to channels-first: the Transposes that JAX's layout leaves behind are carried away.
+"""Move images from channels-last to channels-first, and leave none of the Transposes of JAX's layout behind.
 
-A Transpose emits nothing: its output is noted as a view of the tensor before it. Operators that can work on
-that tensor instead do so and hand the view on (`carrying`); a Transpose is written only where one cannot.
-
-Tensors known as transposes of others, while a pass walks through a graph.
-
-How each operator works on the source of a view instead of on the view (see `layout`).
+The pass walks through the graph and removes every Transpose that it meets. The output of a Transpose is
+recorded as a view of the tensor before it (`View`). An operator that can work on that tensor instead does so,
+and its output becomes a view in turn (`_on_sources`). A Transpose is written only where an operator cannot.
 """
 
 import dataclasses
@@ -17,15 +14,25 @@ import onnx
 from onnx import NodeProto, helper
 
 from qt_jax.export import graph
+from qt_jax.export.graph import Constants, Shapes
 from qt_jax.export.operators import BINARY, UNARY
 
 TO_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
+"""Maps a rank to the permutation that brings the channels to the last axis."""
 
 TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
+"""Maps a rank to the permutation that brings the channels to the second axis."""
+
+GLOBAL_POOLS = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
+
+REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"})
+
+AXIS_ATTRIBUTE = frozenset({"Concat", "LogSoftmax", "Softmax", "Split"})
+"""Operators that name the axis they work along in an attribute."""
 
 
 def as_graph(array: Any, layout: str) -> np.ndarray:
-    """An array as JAX has it, as a graph of that layout has it: rank 4 channels-first, if "nchw"."""
+    """Return an array of JAX as a graph takes it: rank 4 is channels-first where `layout` is "nchw"."""
     array = np.asarray(array)
     moved = layout == "nchw" and array.ndim == 4
     return np.ascontiguousarray(array.transpose(TO_CHANNELS_FIRST[4])) if moved else array
@@ -33,51 +40,54 @@ def as_graph(array: Any, layout: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A tensor equal to Transpose(source, permutation): its axis `i` is the source's `permutation[i]`."""
+    """Describe a tensor that equals Transpose(source, permutation).
+
+    Attributes:
+      source: Name of the tensor that the graph holds.
+      permutation: Axis `i` of the view is axis `permutation[i]` of the source.
+    """
 
     source: str
     permutation: tuple[int, ...]
 
     @property
     def inverse(self) -> tuple[int, ...]:
-        """The permutation that leads from the view to its source."""
+        """Return the permutation that leads from the view to its source."""
         return tuple(int(axis) for axis in np.argsort(self.permutation))
 
 
 @dataclasses.dataclass
 class Views:
-    """What is known at one point of the walk.
+    """Hold what is known at one point of the walk through the graph.
 
     Attributes:
-      values: constants by name; new ones are added.
-      shapes: of the tensors of the graph, with a concrete batch.
-      views: tensors that nothing wrote yet.
-      renamed: tensors that are others under a second name.
-      written: views that were written out after all.
+      values: Constants by name; new ones are added.
+      shapes: Shapes of the tensors of the graph, with a concrete batch.
+      views: Tensors that equal a Transpose of another, by name.
+      renamed: Maps a tensor to the tensor that it equals.
+      written: Views that a node of the new graph writes after all.
     """
 
-    values: dict[str, np.ndarray]
-    shapes: dict[str, tuple[int, ...]]
+    values: Constants
+    shapes: Shapes
     views: dict[str, View] = dataclasses.field(default_factory=dict)
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     written: set[str] = dataclasses.field(default_factory=set)
 
     def constant(self, base: str, value: Sequence[int] | np.ndarray) -> str:
-        """The name of a new constant."""
-        name = graph.derived(base, f"layout{len(self.values)}")
-        self.values[name] = np.asarray(value)
-        return name
+        """Add a constant derived from the constant `base`, or called after that word; return its name."""
+        return self.values.derive(base, f"layout{len(self.values)}", np.asarray(value))
 
     def trivial(self, view: View) -> bool:
-        """Whether the view moves axes of size 1 only, so that a Reshape does what its Transpose would."""
+        """Tell whether the view moves axes of size 1 only: a Reshape then does what its Transpose would."""
         shape = self.shapes.get(view.source)
         if shape is None:
             return False
         moved = [axis for axis in view.permutation if shape[axis] != 1]
         return moved == sorted(moved)
 
-    def written_out(self, name: str) -> list[NodeProto]:
-        """The node that writes the tensor `name`, if it is a view that was not written before."""
+    def materialize(self, name: str) -> list[NodeProto]:
+        """Make the node that writes the tensor `name`, if it is a view that was not written before."""
         view = self.views.get(name)
         if view is None or name in self.written:
             return []
@@ -89,27 +99,63 @@ class Views:
         return [helper.make_node("Transpose", [view.source], [name], perm=view.permutation)]
 
     def constant_for_source(self, name: str, view: View) -> str:
-        """The constant `name`, which broadcasts against the view, for its source."""
+        """Return the constant that broadcasts against the source as `name` does against the view."""
         return name if self.values[name].size == 1 else self.transposed(name, view)
 
     def transposed(self, name: str, view: View) -> str:
-        """The constant `name`, in the layout of the view, in that of its source."""
+        """Add the constant `name`, which has the view's layout, in that of the source; return its name."""
         value = self.values[name]
         full = (1,) * (len(view.permutation) - value.ndim) + value.shape
         return self.constant(name, value.reshape(full).transpose(view.inverse))
 
 
-GLOBAL_POOLS = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
+def channels_first(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put convolutions, elementwise operators, pools, concats and resizes on channels-first tensors.
 
-REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"})
+    A mean (maximum) over height and width becomes GlobalAveragePool (GlobalMaxPool), followed by Flatten
+    where the two axes were dropped. A matrix product over the channels of an image becomes a 1x1 convolution.
+    Two Transposes that cancel vanish. A Transpose that only moves axes of size 1 becomes a Reshape.
+    """
+    views = Views(graph.constants(model), graph.shapes(model))
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        inputs = [views.renamed.get(name, name) for name in node.input]
+        node = graph.rewired(node, inputs)
+        if node.op_type == "Transpose" and inputs[0] not in views.values:
+            _record(node, views)
+            continue
+        rewritten = _on_sources(node, views)
+        if rewritten is None:
+            for name in inputs:
+                nodes.extend(views.materialize(name))
+            nodes.append(node)
+        else:
+            nodes.extend(rewritten)
+    for output in model.graph.output:
+        nodes.extend(views.materialize(output.name))
+        if output.name in views.renamed:
+            nodes.append(helper.make_node("Identity", [views.renamed[output.name]], [output.name]))
+    return graph.rebuild(model, nodes, views.values)
 
-AXIS_ATTRIBUTE = frozenset({"Concat", "LogSoftmax", "Softmax", "Split"})
+
+def _record(transpose: NodeProto, views: Views) -> None:
+    """Record the output of `transpose` as a view, or as the tensor that an earlier Transpose started from."""
+    (source,), (output,) = transpose.input, transpose.output
+    permutation = tuple(graph.attributes(transpose)["perm"])
+    if source in views.views:
+        earlier = views.views[source]
+        source, permutation = earlier.source, tuple(earlier.permutation[axis] for axis in permutation)
+    if permutation == tuple(range(len(permutation))):
+        views.renamed[output] = source
+    else:
+        views.views[output] = View(source, permutation)
 
 
-def carry(node: NodeProto, views: Views) -> list[NodeProto] | None:
-    """`node` working on the sources of the views it reads; None if it cannot, or reads none.
+def _on_sources(node: NodeProto, views: Views) -> list[NodeProto] | None:
+    """Rewrite `node` to work on the sources of the views that it reads, and record its outputs as views.
 
-    Its outputs are noted as views.
+    Returns:
+      The nodes that replace it. None where it cannot work on the sources, or reads no view.
     """
     data = [name for name in node.input if name and name not in views.values]
     seen = {views.views[name].permutation for name in data if name in views.views}
@@ -128,15 +174,23 @@ def carry(node: NodeProto, views: Views) -> list[NodeProto] | None:
             views.transposed(name, view) if node.op_type == "Concat" and name in views.values else name
             for name in node.input
         ]
-        return _moved(graph.rewired(node, inputs), view, views, axis=axis)
+        return _rewritten(graph.rewired(node, inputs), view, views, axis=axis)
     handler = HANDLERS.get(node.op_type)
     return None if handler is None else handler(node, view, views)
 
 
-def _moved(
+def _rewritten(
     node: NodeProto, view: View, views: Views, extra: list[str] | None = None, **attributes: Any
 ) -> list[NodeProto]:
-    """`node` on the sources of its views, with other constant inputs and attributes; outputs become views."""
+    """Copy `node` to read the sources of its views, and record its outputs as views.
+
+    Args:
+      node: Reads views of one permutation.
+      view: One of these views.
+      views: Extended by the outputs.
+      extra: Inputs that replace all but the first, where they are given.
+      attributes: Attributes that replace those of the node.
+    """
     sources = [views.views[name].source if name in views.views else name for name in node.input]
     if extra is not None:
         sources = [sources[0], *extra]
@@ -151,7 +205,7 @@ def _moved(
 
 
 def _elementwise(node: NodeProto, data: list[str], view: View, views: Views) -> list[NodeProto] | None:
-    """Every input brought to the layout of the source: constants now, small tensors by a Reshape."""
+    """Bring every input to the layout of the source: constants at export, small tensors by a Reshape."""
     before, sources = [], []
     for name in node.input:
         if name in views.views:
@@ -159,19 +213,19 @@ def _elementwise(node: NodeProto, data: list[str], view: View, views: Views) -> 
         elif name in views.values:
             sources.append(views.constant_for_source(name, view))
         elif name:
-            brought = _brought(name, view, views)
-            if brought is None:
+            aligned = _align(name, view, views)
+            if aligned is None:
                 return None
-            before.append(brought)
-            sources.append(brought.output[0])
+            before.append(aligned)
+            sources.append(aligned.output[0])
         else:
             sources.append(name)
     node = graph.rewired(node, sources)
-    return before + _moved(node, view, views)
+    return before + _rewritten(node, view, views)
 
 
-def _brought(name: str, view: View, views: Views) -> NodeProto | None:
-    """The node that brings a tensor beside a view to the source's layout."""
+def _align(name: str, view: View, views: Views) -> NodeProto | None:
+    """Make the node that brings a tensor beside a view to the layout of the source; None if none does."""
     shape, rank = views.shapes.get(name), len(view.permutation)
     if shape is None:
         return None
@@ -189,13 +243,14 @@ def _brought(name: str, view: View, views: Views) -> NodeProto | None:
 
 
 def _reshape(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
-    """Where only axes of size 1 moved, the source holds the same elements in the same order."""
+    """Reshape the source where only axes of size 1 moved: it holds the same elements in the same order."""
     if node.input[0] in views.views and views.trivial(view):
         return [graph.rewired(node, [view.source, node.input[1]])]
     return None
 
 
 def _reduction(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
+    """Reduce the axes of the source; over height and width that is a global pool."""
     rank = len(view.permutation)
     axes = {view.permutation[axis % rank] for axis in views.values[node.input[1]].ravel().tolist()}
     kept = graph.attributes(node).get("keepdims", 1)
@@ -212,27 +267,29 @@ def _reduction(node: NodeProto, view: View, views: Views) -> list[NodeProto] | N
         return [pool, helper.make_node("Flatten", list(pool.output), list(node.output), axis=1)]
     moved = views.constant(node.input[1], np.array(sorted(axes), np.int64))
     if kept:
-        return _moved(node, view, views, [moved])
+        return _rewritten(node, view, views, [moved])
     return [graph.rewired(node, [view.source, moved])]
 
 
 def _expand(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
+    """Expand the source to the target shape in the source's order."""
     target = views.values.get(node.input[1])
     if target is None or target.size != len(view.permutation):
         return None
-    return _moved(node, view, views, [views.constant(node.input[1], target[list(view.inverse)])])
+    return _rewritten(node, view, views, [views.constant(node.input[1], target[list(view.inverse)])])
 
 
 def _pad(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
+    """Pad every axis of the source, with the pads in its order."""
     pads = views.values[node.input[1]].reshape(2, -1)
     if len(node.input) > 3 or pads.shape[1] != len(view.permutation):
         return None
     moved = views.constant(node.input[1], pads[:, list(view.inverse)].ravel())
-    return _moved(node, view, views, [moved, *node.input[2:]])
+    return _rewritten(node, view, views, [moved, *node.input[2:]])
 
 
 def _resize(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
-    """Scales or sizes of every axis, in the source's order."""
+    """Resize the source, with the scales or sizes of every axis in its order."""
     if "axes" in graph.attributes(node):
         return None
     moved = [
@@ -241,34 +298,35 @@ def _resize(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None
         else name
         for name in node.input[1:]
     ]
-    return _moved(node, view, views, moved)
+    return _rewritten(node, view, views, moved)
 
 
 def _slice(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
+    """Slice the axes of the source that the axes of the view come from."""
     starts, ends, axes, *steps = node.input[1:]
     if axes not in views.values:
         return None
     rank = len(view.permutation)
     moved = np.array([view.permutation[axis % rank] for axis in views.values[axes].tolist()], np.int64)
-    return _moved(node, view, views, [starts, ends, views.constant(axes, moved), *steps])
+    return _rewritten(node, view, views, [starts, ends, views.constant(axes, moved), *steps])
 
 
 def _gather(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
-    """Entries along one axis, all axes kept, as in `x[:, ::-1]`."""
+    """Gather entries along one axis where all axes are kept, as in `x[:, ::-1]`."""
     if views.values.get(node.input[1], np.zeros(())).ndim != 1:
         return None
     axis = graph.attributes(node).get("axis", 0) % len(view.permutation)
-    return _moved(node, view, views, axis=view.permutation[axis])
+    return _rewritten(node, view, views, axis=view.permutation[axis])
 
 
 def _matmul(node: NodeProto, view: View, views: Views) -> list[NodeProto] | None:
-    """A product over the channels of an image, `(.., C) @ (C, N)`, is a 1x1 convolution."""
+    """Turn a product over the channels of an image, `(.., C) @ (C, N)`, into a 1x1 convolution."""
     rank = len(view.permutation)
     kernel = views.values.get(node.input[1])
     if rank < 4 or view.permutation != TO_CHANNELS_LAST.get(rank) or kernel is None or kernel.ndim != 2:
         return None
     points = kernel.T.reshape(*kernel.T.shape, *(1,) * (rank - 2))
-    moved = _moved(node, view, views, [views.constant(node.input[1], points)])[0]
+    moved = _rewritten(node, view, views, [views.constant(node.input[1], points)])[0]
     return [helper.make_node("Conv", moved.input, moved.output, kernel_shape=[1] * (rank - 2))]
 
 
@@ -281,47 +339,4 @@ HANDLERS: dict[str, Callable[[NodeProto, View, Views], list[NodeProto] | None]] 
     "Resize": _resize,
     "Slice": _slice,
 }
-
-__all__ = ["TO_CHANNELS_FIRST", "TO_CHANNELS_LAST", "channels_first"]
-
-
-def channels_first(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with convolutions, elementwise operators, pools, concats and resizes on channels-first tensors.
-
-    A mean (maximum) over height and width becomes GlobalAveragePool (GlobalMaxPool), followed by Flatten
-    where the two axes were dropped; a matrix product over the channels of an image a 1x1 convolution. Two
-    Transposes that cancel vanish, one that only moves axes of size 1 becomes a Reshape.
-    """
-    views = Views(graph.constants(model), graph.shapes(model))
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        inputs = [views.renamed.get(name, name) for name in node.input]
-        node = graph.rewired(node, inputs)
-        if node.op_type == "Transpose" and inputs[0] not in views.values:
-            _note(node, views)
-            continue
-        carried = carry(node, views)
-        if carried is None:
-            for name in inputs:
-                nodes.extend(views.written_out(name))
-            nodes.append(node)
-        else:
-            nodes.extend(carried)
-    for output in model.graph.output:
-        nodes.extend(views.written_out(output.name))
-        if output.name in views.renamed:
-            nodes.append(helper.make_node("Identity", [views.renamed[output.name]], [output.name]))
-    return graph.rebuild(model, nodes, views.values)
-
-
-def _note(transpose: NodeProto, views: Views) -> None:
-    """Remember the output of `transpose` as a view, or as the tensor that an earlier one started from."""
-    (source,), (output,) = transpose.input, transpose.output
-    permutation = tuple(graph.attributes(transpose)["perm"])
-    if source in views.views:
-        earlier = views.views[source]
-        source, permutation = earlier.source, tuple(earlier.permutation[axis] for axis in permutation)
-    if permutation == tuple(range(len(permutation))):
-        views.renamed[output] = source
-    else:
-        views.views[output] = View(source, permutation)
+"""Maps an operator to the function that puts it on the source of the view it reads."""

@@ -1,10 +1,9 @@
-"""From a Linen apply function to a raw ONNX graph, through jax2onnx.
+"""Lower a Linen apply function to a raw ONNX graph through jax2onnx, and leave the batch open at the end.
 
 The variables enter jax2onnx as named graph inputs and are then frozen into initializers, so that each keeps
-its path (`params/stem/kernel`) as its name. The batch is lowered as one concrete, unmistakable number, which
-leaves no shape arithmetic in the graph; `batch.symbolic_batch` makes it a symbol at the end.
-
-From the one concrete batch a graph was lowered with to a symbolic one.
+its leaf (`params/stem/kernel`) as its origin. The batch is lowered as one concrete number that no size of the
+model can be taken for, which leaves no shape arithmetic in the graph. When all passes have run,
+`symbolic_batch` replaces that number by a symbol.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,169 +20,24 @@ from onnx import NodeProto, helper
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
+from qt_jax.export.graph import Constants
 from qt_jax.export.jax2onnx_patches import jax2onnx_corrected
 from qt_jax.export.layout import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 from qt_jax.export.operators import BINARY
 
+OPSET = 21
+"""Opset at which every model is lowered; `opsets.at_opset` restates it in an older one."""
+
 MARKS = (1009, 1013, 1019, 1021)
 """Batches to lower with: primes. A size that is a multiple of the one chosen holds the batch."""
 
-NAME = "batch"
-
-Values = dict[str, np.ndarray]
-
-
-def unmistakable(sizes: Iterable[int]) -> int:
-    """A batch that no size of a model can be taken for.
-
-    >>> unmistakable([3, 2 * 1009])
-    1013
-    """
-    sizes = set(sizes)
-    return next(mark for mark in MARKS if all(size % mark for size in sizes))
-
-
-def _mark(model: onnx.ModelProto) -> int:
-    return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-
-
-def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` for batches of any size: "batch" leads every input and output.
-
-    A Reshape infers the axis that holds the batch; an Expand leaves it to its input. A constant that is
-    repeated for each image is kept once: where broadcasting does not repeat it (a class token), an Expand
-    takes the batch from the graph's input.
-
-    Raises:
-      InvalidInput: the batch is held where it cannot be left open; names the node.
-    """
-    values, shapes, mark = graph.constants(model), graph.shapes(model), _mark(model)
-    repeated = {name for name, value in values.items() if _repeats(value, mark)}
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        if node.op_type in ("Expand", "Reshape") and _holds_batch(values.get(node.input[1]), mark):
-            target = values[node.input[1]]
-            if node.op_type == "Reshape":
-                node = graph.rewired(
-                    node, [node.input[0], _shape(values, _inferred(node, target, mark).tolist())]
-                )
-            elif shapes[node.input[0]][:1] == (mark,) and len(target) == len(shapes[node.input[0]]):
-                node = graph.rewired(node, [node.input[0], _shape(values, [1, *target[1:].tolist()])])
-            else:
-                nodes.extend(_expanded(node.input[0], node.output[0], target.tolist(), values))
-                continue
-        broadcasts = node.op_type in BINARY and any(
-            shapes[name][:1] == (mark,) for name in node.input if name not in repeated
-        )
-        if not broadcasts:
-            for name in repeated.intersection(node.input):
-                whole = f"{node.output[0]}/{len(nodes)}"
-                nodes.extend(_expanded(name, whole, values[name].shape, values))
-                node = graph.rewired(node, [whole if other == name else other for other in node.input])
-        nodes.append(node)
-    for name in repeated:
-        values[name] = values[name][:1]
-    size = helper.make_node("Shape", [model.graph.input[0].name], ["batch_size"], start=0, end=1)
-    result = graph.rebuild(model, [size, *nodes], values)
-    _refuse_held(result, mark)
-    return _with_boundary(result)
-
-
-def _holds_batch(value: np.ndarray | None, mark: int) -> bool:
-    """Whether a constant is a shape that holds the batch."""
-    if value is None or value.dtype != np.int64 or value.ndim != 1:
-        return False
-    return bool(np.any((value > 0) & (value % mark == 0)))
-
-
-def _repeats(value: np.ndarray, mark: int) -> bool:
-    """Whether a constant holds the same for each image."""
-    batched = value.ndim > 0 and value.shape[0] == mark
-    floating = np.issubdtype(value.dtype, np.floating)
-    return batched and np.array_equal(value, np.broadcast_to(value[:1], value.shape), equal_nan=floating)
-
-
-def _shape(values: Values, sizes: Sequence[int]) -> str:
-    name = f"shape#{len(values)}"
-    values[name] = np.array(sizes, np.int64)
-    return name
-
-
-def _inferred(node: NodeProto, target: np.ndarray, mark: int) -> np.ndarray:
-    inferred = np.where((target > 0) & (target % mark == 0), -1, target)
-    if np.sum(inferred == -1) > 1:
-        raise InvalidInput(f'the reshape of "{node.input[0]}" to {target.tolist()} splits the batch in two')
-    return inferred
-
-
-def _expanded(source: str, output: str, target: Sequence[int], values: Values) -> list[NodeProto]:
-    """`source` repeated to (batch, *target[1:])."""
-    sizes = ["batch_size", *([_shape(values, target[1:])] if len(target) > 1 else [])]
-    return [
-        helper.make_node("Concat", sizes, [f"{output}/shape"], axis=0),
-        helper.make_node("Expand", [source, f"{output}/shape"], [output]),
-    ]
-
-
-def _refuse_held(model: onnx.ModelProto, mark: int) -> None:
-    for name, value in graph.constants(model).items():
-        counted = value.size == 1 and value.item() in (mark, np.float32(1 / mark))
-        if _holds_batch(value, mark) or mark in value.shape or counted:
-            reader = next(node for node in model.graph.node if name in node.input)
-            raise InvalidInput(
-                f"the batch is a fixed number in the {reader.op_type} that reads {list(reader.input)[:1]}: "
-                "use x.shape[0] only in reshape and broadcast_to"
-            )
-
-
-def _with_boundary(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with the symbol "batch" as the leading size of inputs and outputs."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    for entry in (*result.graph.input, *result.graph.output):
-        leading = entry.type.tensor_type.shape.dim[0]
-        leading.Clear()
-        leading.dim_param = NAME
-    return result
-
-
-OPSET = 21
-"""Every model is lowered to this one dialect; `opsets.at_opset` restates it in an older one."""
+BATCH = "batch"
+"""Symbol of the open batch."""
 
 RANDOM = ("Bernoulli", "Multinomial", "Random")
-"""What operators that draw numbers are called."""
+"""Beginnings of the names of operators that draw numbers."""
 
 Inputs = tuple[jax.ShapeDtypeStruct, ...]
-
-
-def input_specs(input_shape: Any, batch: int) -> Inputs:
-    """One spec with batch for each input of the model.
-
-    Args:
-      input_shape: one shape without batch, or a sequence of them; an entry that is a `jax.ShapeDtypeStruct`
-        (shape without batch) states its dtype too, the others are float32.
-      batch: size of the leading axis.
-
-    >>> input_specs((32, 32, 3), 1)
-    (ShapeDtypeStruct(shape=(1, 32, 32, 3), dtype=float32),)
-    >>> [spec.shape for spec in input_specs([(8, 8, 3), (5,)], 2)]
-    [(2, 8, 8, 3), (2, 5)]
-    """
-    if not isinstance(input_shape, jax.ShapeDtypeStruct | list | tuple):
-        raise InvalidInput(f"input_shape {input_shape!r} must be a tuple of sizes without batch: (32, 32, 3)")
-    if isinstance(input_shape, jax.ShapeDtypeStruct) or all(
-        isinstance(size, int | np.integer) for size in input_shape
-    ):
-        entries: Any = [input_shape]
-    else:
-        entries = input_shape
-    specs = []
-    for entry in entries:
-        shape, dtype = getattr(entry, "shape", entry), getattr(entry, "dtype", jnp.float32)
-        if not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
-            raise InvalidInput(f"input_shape {input_shape!r}: sizes must be positive whole numbers, no batch")
-        specs.append(jax.ShapeDtypeStruct((batch, *shape), dtype))
-    return tuple(specs)
 
 
 def lower(
@@ -196,22 +50,22 @@ def lower(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> onnx.ModelProto:
-    """The graph as jax2onnx writes it at opset `OPSET`, every variable that is read an initializer.
+    """Let jax2onnx write the graph at opset `OPSET`, with an initializer for every variable that is read.
 
-    Batch norm, layout changes and constant subgraphs are still there, and recorded shapes are not.
+    The graph still holds batch norm, layout changes and constant subgraphs. It records no shapes.
 
     Args:
       apply_fn: `(variables, *inputs) -> array, or a pytree of arrays`.
       variables: Flax collections of arrays.
-      input_shape: as in `qt_jax.export.to_onnx`.
-      batch: to lower with; None for one that no size of the model can be taken for.
-      channels_first: whether tensors of rank 4 pass the graph's boundary as NCHW.
-      input_names: of the graph's inputs, one for each; None for the defaults of `qt_jax.export.to_onnx`.
-      output_names: of the graph's outputs, one for each leaf that `apply_fn` returns, or None.
+      input_shape: Shapes as `qt_jax.export.to_onnx` takes them.
+      batch: Batch to lower with; None for one that no size of the model can be taken for.
+      channels_first: Whether tensors of rank 4 pass the graph's boundary as NCHW.
+      input_names: One name for each input of the graph; None for the defaults of `qt_jax.export.to_onnx`.
+      output_names: One name for each leaf that `apply_fn` returns, or None.
 
     Raises:
-      InvalidInput: variables or inputs that `apply_fn` does not take, an output without batch, or an
-        operation that jax2onnx does not lower.
+      InvalidInput: `apply_fn` does not take these variables or inputs, an output has no batch, or jax2onnx
+        does not lower an operation.
     """
     leaves = flatten_dict(unfreeze(dict(variables)))
     sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
@@ -256,32 +110,63 @@ def lower(
         positional, [*boundary, *specs], input_names=[*input_names, *names], output_names=[*output_names]
     )
     _refuse_unlowered(raw)
-    frozen = {name: np.asarray(leaf) for name, leaf in zip(names, leaves.values(), strict=True)}
-    return graph.rebuild(raw, raw.graph.node, graph.constants(raw) | frozen)
-
-
-def _refuse_unlowered(raw: onnx.ModelProto) -> None:
-    """Raise where the forward draws random numbers or branches on data."""
     values = graph.constants(raw)
-    for node in raw.graph.node:
-        training = node.op_type == "Dropout" and np.any(values.get("".join(node.input[2:3]), False))
-        if training or node.op_type.startswith(RANDOM):
-            raise InvalidInput(
-                "the forward draws random numbers"
-                + (" in Dropout: call it with train=False or deterministic=True" if training else "")
-                + ("" if training else ": give them as an input, or hold them in the variables")
-            )
-        if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
-            raise InvalidInput(
-                f"the model holds control flow that becomes a {node.op_type} (lax.while_loop, lax.cond or "
-                "fori_loop), which vendors' compilers do not take: unroll it in Python or use nn.scan."
-            )
+    for name, leaf in zip(names, leaves.values(), strict=True):
+        values.add(name, np.asarray(leaf), name if "/" in name else "")
+    return graph.rebuild(raw, raw.graph.node, values)
+
+
+def input_specs(input_shape: Any, batch: int) -> Inputs:
+    """Make one spec with batch for each input of the model.
+
+    Args:
+      input_shape: One shape without batch, or a sequence of them. An entry that is a `jax.ShapeDtypeStruct`
+        (shape without batch) states its dtype too; the others are float32.
+      batch: Size of the leading axis.
+
+    Raises:
+      InvalidInput: A shape is not a sequence of positive whole numbers.
+
+    >>> input_specs((32, 32, 3), 1)
+    (ShapeDtypeStruct(shape=(1, 32, 32, 3), dtype=float32),)
+    >>> [spec.shape for spec in input_specs([(8, 8, 3), (5,)], 2)]
+    [(2, 8, 8, 3), (2, 5)]
+    """
+    if not isinstance(input_shape, jax.ShapeDtypeStruct | list | tuple):
+        raise InvalidInput(f"input_shape {input_shape!r} must be a tuple of sizes without batch: (32, 32, 3)")
+    if isinstance(input_shape, jax.ShapeDtypeStruct) or all(
+        isinstance(size, int | np.integer) for size in input_shape
+    ):
+        entries: Any = [input_shape]
+    else:
+        entries = input_shape
+    specs = []
+    for entry in entries:
+        shape, dtype = getattr(entry, "shape", entry), getattr(entry, "dtype", jnp.float32)
+        if not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
+            raise InvalidInput(f"input_shape {input_shape!r}: sizes must be positive whole numbers, no batch")
+        specs.append(jax.ShapeDtypeStruct((batch, *shape), dtype))
+    return tuple(specs)
+
+
+def unmistakable(sizes: Iterable[int]) -> int:
+    """Choose a batch that no size of a model can be taken for.
+
+    >>> unmistakable([3, 2 * 1009])
+    1013
+    """
+    sizes = set(sizes)
+    return next(mark for mark in MARKS if all(size % mark for size in sizes))
 
 
 def _outputs(
     apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs
 ) -> tuple[list[jax.ShapeDtypeStruct], list[float]]:
-    """What the forward returns, checked, and the floating-point numbers that it computes with."""
+    """Trace the forward, and check what it returns.
+
+    Returns:
+      The outputs, and the floating-point numbers that the forward computes with.
+    """
     shapes = ", ".join(str((1, *spec.shape[1:])) for spec in inputs)
     try:
         traced, returned = jax.make_jaxpr(apply_fn, return_shape=True)(variables, *inputs)
@@ -316,11 +201,15 @@ def _outputs(
 
 
 def _is_number(value: Any) -> bool:
+    """Tell whether `value` is one floating-point number."""
     return np.size(value) == 1 and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def _numbers(jaxpr: Any) -> Iterator[float]:
-    """The floating-point literals of a trace, in order, but for those by which a sum is made a mean."""
+    """Yield the floating-point literals of a trace, in order.
+
+    Those by which a sum is divided, which makes it a mean, are left out.
+    """
     sums: set[int] = set()
     for equation in jaxpr.eqns:
         kept = equation.primitive.name in ("broadcast_in_dim", "reshape") and id(equation.invars[0]) in sums
@@ -339,6 +228,14 @@ def _numbers(jaxpr: Any) -> Iterator[float]:
 
 
 def _names(kind: str, given: Sequence[str] | None, number: int, single: str) -> list[str]:
+    """Return the names of the graph's inputs or outputs.
+
+    Args:
+      kind: "input" or "output".
+      given: The names that the user gave, or None.
+      number: How many there are.
+      single: Name of an only one, where none is given.
+    """
     if given is None:
         return [single] if number == 1 else [f"{kind}_{index}" for index in range(number)]
     named = isinstance(given, list | tuple) and all(isinstance(name, str) and name for name in given)
@@ -348,7 +245,7 @@ def _names(kind: str, given: Sequence[str] | None, number: int, single: str) -> 
 
 
 def _convert(function: Callable, inputs: Sequence[Any], **options: Any) -> onnx.ModelProto:
-    """jax2onnx's result, its errors made readable."""
+    """Call jax2onnx, and make its errors readable."""
     with jax2onnx_corrected() as to_onnx:
         try:
             return to_onnx(function, inputs, opset=OPSET, normalization_mode="prefer_native", **options)
@@ -360,3 +257,123 @@ def _convert(function: Callable, inputs: Sequence[Any], **options: Any) -> onnx.
                 f"jax2onnx cannot lower this model: {type(error).__name__}: {reason}. "
                 "Write the step it names with layers and functions of flax.linen."
             ) from error
+
+
+def _refuse_unlowered(raw: onnx.ModelProto) -> None:
+    """Refuse a forward that draws random numbers or branches on data."""
+    values = graph.constants(raw)
+    for node in raw.graph.node:
+        training = node.op_type == "Dropout" and np.any(values.get("".join(node.input[2:3]), False))
+        if training or node.op_type.startswith(RANDOM):
+            raise InvalidInput(
+                "the forward draws random numbers"
+                + (" in Dropout: call it with train=False or deterministic=True" if training else "")
+                + ("" if training else ": give them as an input, or hold them in the variables")
+            )
+        if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
+            raise InvalidInput(
+                f"the model holds control flow that becomes a {node.op_type} (lax.while_loop, lax.cond or "
+                "fori_loop), which vendors' compilers do not take: unroll it in Python or use nn.scan."
+            )
+
+
+def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Open `model` to batches of any size, so that the symbol "batch" leads every input and output.
+
+    A Reshape infers the axis that holds the batch. An Expand leaves it to its input. A constant that is
+    repeated for each image is kept once. Where broadcasting does not repeat it, as for a class token, an
+    Expand takes the batch from the graph's input.
+
+    Raises:
+      InvalidInput: The batch is held where it cannot be left open. The message names the node.
+    """
+    values, shapes = graph.constants(model), graph.shapes(model)
+    mark = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    repeated = {name for name, value in values.items() if _repeats(value, mark)}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type in ("Expand", "Reshape") and _holds_batch(values.get(node.input[1]), mark):
+            target = values[node.input[1]]
+            if node.op_type == "Reshape":
+                node = graph.rewired(
+                    node, [node.input[0], _shape(values, _inferred(node, target, mark).tolist())]
+                )
+            elif shapes[node.input[0]][:1] == (mark,) and len(target) == len(shapes[node.input[0]]):
+                node = graph.rewired(node, [node.input[0], _shape(values, [1, *target[1:].tolist()])])
+            else:
+                nodes.extend(_expanded(node.input[0], node.output[0], target.tolist(), values))
+                continue
+        broadcasts = node.op_type in BINARY and any(
+            shapes[name][:1] == (mark,) for name in node.input if name not in repeated
+        )
+        if not broadcasts:
+            for name in repeated.intersection(node.input):
+                whole = f"{node.output[0]}/{len(nodes)}"
+                nodes.extend(_expanded(name, whole, values[name].shape, values))
+                node = graph.rewired(node, [whole if other == name else other for other in node.input])
+        nodes.append(node)
+    for name in repeated:
+        values[name] = values[name][:1]
+    size = helper.make_node("Shape", [model.graph.input[0].name], ["batch_size"], start=0, end=1)
+    result = graph.rebuild(model, [size, *nodes], values)
+    _refuse_held(result, mark)
+    return _with_open_batch(result)
+
+
+def _holds_batch(value: np.ndarray | None, mark: int) -> bool:
+    """Tell whether a constant is a shape that holds the batch."""
+    if value is None or value.dtype != np.int64 or value.ndim != 1:
+        return False
+    return bool(np.any((value > 0) & (value % mark == 0)))
+
+
+def _repeats(value: np.ndarray, mark: int) -> bool:
+    """Tell whether a constant holds the same for each image."""
+    batched = value.ndim > 0 and value.shape[0] == mark
+    floating = np.issubdtype(value.dtype, np.floating)
+    return batched and np.array_equal(value, np.broadcast_to(value[:1], value.shape), equal_nan=floating)
+
+
+def _shape(values: Constants, sizes: Sequence[int]) -> str:
+    """Add a shape to the constants; return its name."""
+    return values.add(f"shape#{len(values)}", np.array(sizes, np.int64))
+
+
+def _inferred(node: NodeProto, target: np.ndarray, mark: int) -> np.ndarray:
+    """Return the target of a Reshape with -1 in place of the size that holds the batch."""
+    inferred = np.where((target > 0) & (target % mark == 0), -1, target)
+    if np.sum(inferred == -1) > 1:
+        raise InvalidInput(f'the reshape of "{node.input[0]}" to {target.tolist()} splits the batch in two')
+    return inferred
+
+
+def _expanded(source: str, output: str, target: Sequence[int], values: Constants) -> list[NodeProto]:
+    """Make the nodes that repeat `source` to (batch, *target[1:]), as `output`."""
+    sizes = ["batch_size", *([_shape(values, target[1:])] if len(target) > 1 else [])]
+    return [
+        helper.make_node("Concat", sizes, [f"{output}/shape"], axis=0),
+        helper.make_node("Expand", [source, f"{output}/shape"], [output]),
+    ]
+
+
+def _refuse_held(model: onnx.ModelProto, mark: int) -> None:
+    """Refuse a graph in which a constant still holds the batch."""
+    for name, value in graph.constants(model).items():
+        counted = value.size == 1 and value.item() in (mark, np.float32(1 / mark))
+        if _holds_batch(value, mark) or mark in value.shape or counted:
+            reader = next(node for node in model.graph.node if name in node.input)
+            raise InvalidInput(
+                f"the batch is a fixed number in the {reader.op_type} that reads {list(reader.input)[:1]}: "
+                "use x.shape[0] only in reshape and broadcast_to"
+            )
+
+
+def _with_open_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put the symbol "batch" in the place of the leading size of inputs and outputs."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for entry in (*result.graph.input, *result.graph.output):
+        leading = entry.type.tensor_type.shape.dim[0]
+        leading.Clear()
+        leading.dim_param = BATCH
+    return result

@@ -1,6 +1,10 @@
-"""Names a reader can trace back: nodes, tensors and initializers called by their Flax path."""
+"""Name nodes, tensors and initializers by their Flax path, so that a reader can trace them back.
 
-from collections.abc import Iterator
+`name_by_path` gives the names; `leaf_of` finds the leaf that an exported constant is called after.
+"""
+
+import re
+from collections.abc import Container, Iterator
 from itertools import chain, count
 
 import numpy as np
@@ -11,17 +15,23 @@ from qt_jax.export import graph
 from qt_jax.export.operators import NORMALIZING, WEIGHTED
 
 MODULES = WEIGHTED | NORMALIZING | {"Gather"}
-"""Operators that stand for a module of their own, if a leaf of the variables is among their inputs."""
+"""Operators that stand for a Flax module where a leaf of the variables is among their inputs."""
+
+NUMBER = re.compile(r"_\d+$")
+"""Ending of a name that was taken already."""
 
 
 def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with names that are Flax paths.
+    """Give every node, tensor and constant a name made of Flax paths, and drop the origins of constants.
 
-    A convolution or Gemm is called after its module (`stage1_block1/conv1`), its weights after their leaves
-    (`stage1_block1/conv1/kernel`). A node without weights takes the scope of the latest node that feeds it
-    and its operator (`stage1_block1/Relu`); any other constant its node and the operator's name for it
-    (`stage1_block1/Clip/min`). A tensor has its node's name, graph inputs and outputs keep theirs. A name
-    that is taken gets `_1`, `_2` and so on; equal constants of one name are one.
+    - A convolution or Gemm is called after its module (`stage1_block1/conv1`).
+    - Its weights are called after their leaves (`stage1_block1/conv1/kernel`).
+    - A node without weights takes the scope of the latest node that feeds it, and its operator
+      (`stage1_block1/Relu`).
+    - Any other constant takes the name of its node, and the operator's name for it
+      (`stage1_block1/Clip/min`).
+    - A tensor has the name of its node. Graph inputs and outputs keep their names.
+    - A name that is taken gets `_1`, `_2` and so on. Equal constants of one name become one.
     """
     values = graph.constants(model)
     interface = {entry.name for entry in (*model.graph.input, *model.graph.output)}
@@ -52,7 +62,8 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
         inputs = [tensors.get(source, "") for source in node.input]
         for index, source in enumerate(node.input):
             if source in values:
-                inputs[index] = constant(_constant_base(node, index, name), values[source])
+                base = values.flax_path(source) or f"{name}/{_argument(node, index)}"
+                inputs[index] = constant(base, values[source])
         for index, output in enumerate(node.output):
             tensors.setdefault(output, f"{name}/{index}" if index else name)
             scopes[output], order[output] = scope, position
@@ -62,9 +73,9 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.rebuild(model, nodes, named)
 
 
-def _place(node: NodeProto, values: dict[str, np.ndarray], scope: str, taken: set[str]) -> tuple[str, str]:
-    """The wanted name of `node`, and the scope of its output: the module that called it."""
-    leaves = filter(None, (graph.flax_path(name) for name in node.input if name in values))
+def _place(node: NodeProto, values: graph.Constants, scope: str, taken: set[str]) -> tuple[str, str]:
+    """Return the name that `node` wants, and the scope of its output: the module that called it."""
+    leaves = filter(None, map(values.flax_path, node.input))
     module = next((path.rpartition("/")[0] for path in leaves), "")
     caller = module.rpartition("/")[0]
     if module and node.op_type in MODULES:
@@ -75,11 +86,28 @@ def _place(node: NodeProto, values: dict[str, np.ndarray], scope: str, taken: se
     return base, scope
 
 
-def _constant_base(node: NodeProto, index: int, name: str) -> str:
+def _argument(node: NodeProto, index: int) -> str:
+    """Return the operator's own name for an input of `node`, in lower case."""
     formal = defs.get_schema(node.op_type).inputs
-    argument = formal[min(index, len(formal) - 1)].name.lower()
-    return graph.flax_path(node.input[index]) or f"{name}/{argument}"
+    return formal[min(index, len(formal) - 1)].name.lower()
 
 
 def _candidates(base: str) -> Iterator[str]:
+    """Yield `base`, then `base` with numbers."""
     return chain([base], (f"{base}_{number}" for number in count(1)))
+
+
+def leaf_of(name: str, leaves: Container[str]) -> str:
+    """Return the leaf that a constant of an exported graph is called after.
+
+    Args:
+      name: Name that `name_by_path` gave.
+      leaves: Paths in one collection, such as `stem/kernel`.
+
+    Returns:
+      `name` where it is a leaf, otherwise `name` without the number at its end.
+
+    >>> leaf_of("stem/kernel_1", {"stem/kernel"}), leaf_of("kernel_1", {"kernel_1"})
+    ('stem/kernel', 'kernel_1')
+    """
+    return name if name in leaves else NUMBER.sub("", name)

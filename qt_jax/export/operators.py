@@ -1,7 +1,4 @@
-"""What an exported graph may hold, and what to change in the model where it holds something else.
-
-What an exported graph holds and costs.
-"""
+"""Sort operators by kind, refuse those outside the supported ones, and count what a graph holds and costs."""
 
 import math
 from collections import Counter
@@ -31,23 +28,15 @@ BINARY = frozenset(
 POOLING = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators that multiply by a kernel."""
 
 NORMALIZING = frozenset(
     {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 )
 
 REDUCING = frozenset(
-    {
-        "ArgMax",
-        "LogSoftmax",
-        "LpNormalization",
-        "ReduceL2",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "Softmax",
-    }
+    {"ArgMax", "LogSoftmax", "LpNormalization", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin"}
+    | {"ReduceSum", "Softmax"}
 )
 
 SHAPING = frozenset(
@@ -56,6 +45,7 @@ SHAPING = frozenset(
 )
 
 SUPPORTED = UNARY | BINARY | POOLING | WEIGHTED | NORMALIZING | REDUCING | SHAPING
+"""Operators that low-bit compilers can be relied on to take."""
 
 REMEDIES = {
     "CastLike": "build the module with dtype=jnp.float32 for export",
@@ -66,15 +56,17 @@ REMEDIES = {
     "Range": 'pad with numbers, "SAME" or "CIRCULAR" in place of "REFLECT"; make positions a constant',
     "TopK": "move the selection out of the model",
 }
+"""Maps an operator to what to change in the model that holds it."""
 
 ANY_REMEDY = "write this step with layers and functions of flax.linen, or move it out of the model"
 
 
 def refuse_unsupported(model: onnx.ModelProto) -> None:
-    """Raise where `model` holds what low-bit compilers cannot be relied on to take.
+    """Refuse a graph that holds operators that low-bit compilers cannot be relied on to take.
 
     Raises:
-      InvalidInput: an operator outside `SUPPORTED`; names the node, what feeds it and the remedy.
+      InvalidInput: An operator is outside `SUPPORTED`. The message names the node, what feeds it and the
+        remedy.
     """
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or node.op_type not in SUPPORTED:
@@ -86,13 +78,36 @@ def refuse_unsupported(model: onnx.ModelProto) -> None:
             )
 
 
+def weighted_nodes(model: onnx.ModelProto) -> dict[str, NodeProto]:
+    """Return the nodes that multiply by a kernel held in the graph, by name."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    return {
+        node.name: node for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in held
+    }
+
+
+def channel_axis(node: NodeProto, rank: int) -> int:
+    """Return the axis of the output channels in a kernel of that rank, as ONNX lays it out.
+
+    >>> channel_axis(onnx.helper.make_node("ConvTranspose", ["x", "w"], ["y"]), 4)
+    1
+    """
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return 0 if node.op_type == "Conv" else 1
+    return 0 if graph.attributes(node).get("transB") else rank - 1
+
+
 def count_operators(model: onnx.ModelProto) -> dict[str, int]:
-    """How often each operator occurs, most frequent first."""
+    """Count how often each operator occurs, most frequent first."""
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
 def summarize(model: onnx.ModelProto, size: int | None = None) -> dict[str, Any]:
-    """Operators, size and work of `model`; its `size` in bytes is counted anew unless it is given.
+    """Summarize the operators, size and work of a graph.
+
+    Args:
+      model: Any graph.
+      size: Size of the serialized graph in bytes. It is computed where it is not given.
 
     Returns:
       `operators` (name -> count), `parameters` (elements of the constants of floating point), `macs`
@@ -121,7 +136,11 @@ def summarize(model: onnx.ModelProto, size: int | None = None) -> dict[str, Any]
 
 
 def multiply_accumulates(model: onnx.ModelProto) -> int | None:
-    """Multiplications of convolutions and matrix products for one image; None if a size is unknown."""
+    """Count the multiplications of convolutions and matrix products for one image.
+
+    Returns:
+      The number, or None if a size is unknown.
+    """
     shapes = graph.shapes(model)
     try:
         return sum(_macs(node, shapes) for node in model.graph.node if node.op_type in WEIGHTED)
@@ -129,8 +148,8 @@ def multiply_accumulates(model: onnx.ModelProto) -> int | None:
         return None
 
 
-def _macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Elements of one image's output times the terms of each, or the same counted from the input."""
+def _macs(node: NodeProto, shapes: graph.Shapes) -> int:
+    """Multiply the elements of one image's output by the terms of each, or count the same from the input."""
     left, right, output = (shapes[name] for name in (*node.input[:2], node.output[0]))
     if node.op_type == "ConvTranspose":
         return math.prod(left[2:]) * math.prod(right)

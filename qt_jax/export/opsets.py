@@ -1,4 +1,4 @@
-"""One dialect into another: graphs are built at opset 21 and restated for older compilers here."""
+"""Restate a graph, which every other pass builds at opset 21, in the operators of an older opset."""
 
 from collections.abc import Callable
 
@@ -8,22 +8,26 @@ from onnx import NodeProto, defs, helper
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
+from qt_jax.export.graph import Constants, Shapes
 
 OPSETS = range(13, 22)
-REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"})
+"""Opsets of ai.onnx that an export may have."""
 
-Values = dict[str, np.ndarray]
-Shapes = dict[str, tuple[int, ...]]
+REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"})
+"""Operators that take their axes as an input from opset 18 on; ReduceSum does so from 13 on."""
 
 
 def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """`model`, written at opset 21, in the operators of an earlier opset.
+    """Restate `model`, written at opset 21, in the operators of an earlier opset.
 
-    Operators that came later are decomposed: GroupNormalization (21), Gelu (20), LayerNormalization (17),
-    HardSwish (14), Shape with a start (15). Reductions take their axes as an attribute before 18.
+    Operators that came later are decomposed: GroupNormalization (21), Gelu (20), Mish (18),
+    LayerNormalization (17), HardSwish (14), Shape with a start (15). Reductions take their axes as an
+    attribute before 18.
+
+    Raises:
+      InvalidInput: The graph holds an operator that ONNX does not have at that opset.
     """
-    values = graph.constants(model)
-    shapes = graph.shapes(model)
+    values, shapes = graph.constants(model), graph.shapes(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         since, restate = RESTATED.get(node.op_type, (0, None))
@@ -40,14 +44,19 @@ def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     return graph.rebuild(target, nodes, values)
 
 
-def _scalar(values: Values, number: float) -> str:
-    name = f"constant#{number}"
-    values[name] = np.array(number, np.float32)
-    return name
+def _scalar(values: Constants, number: float) -> str:
+    """Add a float32 number to the constants; return its name."""
+    return values.add(f"constant#{number}", np.array(number, np.float32))
 
 
 def _chain(output: str, *steps: tuple) -> list[NodeProto]:
-    """Nodes `(operator, inputs, attributes)`; an input `...` is the output of the step before."""
+    """Make a chain of nodes, of which the last writes `output`.
+
+    Args:
+      output: Tensor to write.
+      steps: `(operator, inputs, attributes)` for each node, attributes being optional. An input `...` is the
+        output of the step before.
+    """
     nodes: list[NodeProto] = []
     for index, (operator, inputs, *attributes) in enumerate(steps):
         before = nodes[-1].output[0] if nodes else ""
@@ -57,14 +66,17 @@ def _chain(output: str, *steps: tuple) -> list[NodeProto]:
     return nodes
 
 
-def _hard_swish(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
-    """x * max(0, min(1, x / 6 + 1 / 2))."""
+def _hard_swish(node: NodeProto, values: Constants, _: Shapes) -> list[NodeProto]:
+    """Compute x * max(0, min(1, x / 6 + 1 / 2))."""
     (x,), (y,) = node.input, node.output
     return _chain(y, ("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}), ("Mul", [x, ...]))
 
 
-def _gelu(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
-    """x / 2 * (1 + erf(x / sqrt(2))), or its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415)."""
+def _gelu(node: NodeProto, values: Constants, _: Shapes) -> list[NodeProto]:
+    """Compute x / 2 * (1 + erf(x / sqrt(2))), or its tanh approximation.
+
+    Both are by Hendrycks and Gimpel, arXiv 1606.08415.
+    """
     (x,), (y,) = node.input, node.output
     one, half = _scalar(values, 1.0), _scalar(values, 0.5)
     if graph.attributes(node).get("approximate", b"none") == b"none":
@@ -81,14 +93,14 @@ def _gelu(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
     return _chain(y, *inner, ("Add", [..., one]), ("Mul", [x, ...]), ("Mul", [..., half]))
 
 
-def _mish(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
-    """x * tanh(softplus(x))."""
+def _mish(node: NodeProto, values: Constants, _: Shapes) -> list[NodeProto]:
+    """Compute x * tanh(softplus(x))."""
     (x,), (y,) = node.input, node.output
     return _chain(y, ("Softplus", [x]), ("Tanh", [...]), ("Mul", [x, ...]))
 
 
-def _layer_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto]:
-    """(x - mean) / sqrt(var + epsilon) * scale + bias, over the axes from `axis` on."""
+def _layer_norm(node: NodeProto, values: Constants, shapes: Shapes) -> list[NodeProto]:
+    """Compute (x - mean) / sqrt(var + epsilon) * scale + bias, over the axes from `axis` on."""
     (x, scale, *bias), y = node.input, node.output[0]
     stated = graph.attributes(node)
     rank = len(shapes[x])
@@ -111,8 +123,8 @@ def _layer_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto
     ]
 
 
-def _group_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto]:
-    """Each group an instance, then the scale and bias of each channel."""
+def _group_norm(node: NodeProto, values: Constants, shapes: Shapes) -> list[NodeProto]:
+    """Normalize each group as an instance, then apply the scale and bias of each channel."""
     (x, scale, bias), y = node.input, node.output[0]
     stated = graph.attributes(node)
     groups, trailing = stated["num_groups"], (1,) * (len(shapes[x]) - 2)
@@ -122,26 +134,26 @@ def _group_norm(node: NodeProto, values: Values, shapes: dict) -> list[NodeProto
         f"{y}/groups": np.array((0, groups, -1), np.int64),
         f"{y}/full": np.array((-1, *shapes[x][1:]), np.int64),
     }
-    for name in (scale, bias):
-        values[graph.derived(name, y)] = values[name].reshape(-1, *trailing)
+    scale, bias = (values.derive(name, y, values[name].reshape(-1, *trailing)) for name in (scale, bias))
     return _chain(
         y,
         ("Reshape", [x, f"{y}/groups"]),
         ("InstanceNormalization", [..., f"{y}/ones", f"{y}/zeros"], {"epsilon": stated["epsilon"]}),
         ("Reshape", [..., f"{y}/full"]),
-        ("Mul", [..., graph.derived(scale, y)]),
-        ("Add", [..., graph.derived(bias, y)]),
+        ("Mul", [..., scale]),
+        ("Add", [..., bias]),
     )
 
 
-def _reduction(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
+def _reduction(node: NodeProto, values: Constants, _: Shapes) -> list[NodeProto]:
+    """Reduce over axes that are an attribute."""
     axes = values[node.input[1]].ravel().tolist()
     stated = graph.attributes(node)
     return [helper.make_node(node.op_type, node.input[:1], node.output, axes=axes, **stated)]
 
 
-def _shape(node: NodeProto, values: Values, _: Shapes) -> list[NodeProto]:
-    """Shape from `start` to `end`, by a Slice."""
+def _shape(node: NodeProto, values: Constants, _: Shapes) -> list[NodeProto]:
+    """Slice the whole Shape from `start` to `end`."""
     stated = graph.attributes(node)
     values |= {f"shape#{end}": np.array([stated[end]], np.int64) for end in ("start", "end")}
     return _chain(node.output[0], ("Shape", [node.input[0]]), ("Slice", [..., "shape#start", "shape#end"]))
@@ -156,3 +168,4 @@ RESTATED: dict[str, tuple[int, Callable[..., list[NodeProto]]]] = {
     "Mish": (18, _mish),
     "Shape": (15, _shape),
 }
+"""Maps an operator to the opset it came with, and to the function that decomposes it before."""

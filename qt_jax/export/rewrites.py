@@ -1,8 +1,7 @@
-"""Matrix products in the form compilers know: Gemm on rows, MatMul on sequences and in attention.
+"""Rewrite small groups of nodes into what one operator says better, and drop nodes that do nothing.
 
-jax2onnx writes every dense layer as a Gemm between two Reshapes, and attention as Einsum.
-
-Nodes that do nothing, and small groups of nodes that one operator says better.
+jax2onnx writes every dense layer as a Gemm between two Reshapes, and attention as Einsum. Compilers know
+another form: Gemm on rows, MatMul on sequences and in attention.
 """
 
 import math
@@ -13,19 +12,23 @@ from onnx import NodeProto, helper
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
+from qt_jax.export.graph import Constants, Shapes
 from qt_jax.export.operators import BINARY
 
 IDENTITIES = frozenset({"Dropout", "Identity"})
 
 SAME_SHAPE = frozenset({"Expand", "Reshape", "Slice", "Tile"})
-"""Operators that, given a shape that the tensor has already, return it as it is."""
+"""Operators that return a tensor as it is where they are given the shape that it has already."""
+
+ELLIPSIS = "0123456789"
+"""Labels for the axes that "..." stands for in an Einsum."""
 
 
 def drop_identities(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` without nodes that return their input.
+    """Drop the nodes that return their input.
 
-    Identity, Dropout outside training, a Cast to the type or a Reshape, Expand or Slice to the shape that is
-    there already.
+    These are Identity, Dropout outside training, a Cast to the type that is there already, and a Reshape,
+    Expand, Slice or Tile to the shape that is there already.
     """
     shapes, types = graph.shapes(model), graph.element_types(model)
     outputs = {output.name for output in model.graph.output}
@@ -62,12 +65,13 @@ def drop_identities(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.rebuild(model, nodes, values)
 
 
-def _reverses(node: NodeProto, values: dict[str, np.ndarray]) -> bool:
+def _reverses(node: NodeProto, values: Constants) -> bool:
+    """Tell whether a Slice has a negative step, or one that is not known."""
     return bool(np.any(values.get(node.input[4], np.array(-1)) < 0))
 
 
 def drop_expands(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` without Expands that broadcasting makes superfluous, and ReduceSumSquare written out."""
+    """Drop the Expands that broadcasting makes superfluous, and write ReduceSumSquare out."""
     values, shapes = graph.constants(model), graph.shapes(model)
     expanded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Expand"}
     nodes: list[NodeProto] = []
@@ -88,8 +92,10 @@ def drop_expands(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def plain_reshapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with Squeeze and Unsqueeze made Reshape, Reshapes of Reshapes made one, and a reduction whose
-    axes are put back by a Reshape made one that keeps them."""
+    """Turn Squeeze and Unsqueeze into Reshape, and join a Reshape with the one before it.
+
+    A reduction whose axes are put back by a Reshape becomes a reduction that keeps them.
+    """
     values, shapes = graph.constants(model), graph.shapes(model)
     producers: dict[str, NodeProto] = {}
     read = graph.uses(model)
@@ -107,12 +113,16 @@ def plain_reshapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.rebuild(model, unique.values(), values)
 
 
-def _to_shape(source: str, output: str, values: dict, shapes: dict) -> NodeProto:
+def _to_shape(source: str, output: str, values: Constants, shapes: Shapes) -> NodeProto:
+    """Make the Reshape of `source` to the known shape of `output`."""
     values[f"{output}#shape"] = np.array(shapes[output], np.int64)
     return helper.make_node("Reshape", [source, f"{output}#shape"], [output])
 
 
-def _kept_axes(reduction: NodeProto, reshape: NodeProto, values: dict, shapes: dict) -> NodeProto | None:
+def _kept_axes(
+    reduction: NodeProto, reshape: NodeProto, values: Constants, shapes: Shapes
+) -> NodeProto | None:
+    """Make the reduction that keeps its axes; None where the Reshape does not put back just these."""
     source, result = shapes[reduction.input[0]], shapes[reshape.output[0]]
     axes = {axis % len(source) for axis in values[reduction.input[1]].ravel().tolist()}
     kept = tuple(1 if axis in axes else size for axis, size in enumerate(source))
@@ -122,71 +132,9 @@ def _kept_axes(reduction: NodeProto, reshape: NodeProto, values: dict, shapes: d
     return helper.make_node(reduction.op_type, reduction.input, reshape.output, **stated)
 
 
-def fold_index(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with `x[:, i]`, a Slice of one and a Reshape without its axis, made Gather."""
-    values, shapes = graph.constants(model), graph.shapes(model)
-
-    def gather(reshape: NodeProto, before: NodeProto) -> NodeProto | None:
-        if before.op_type != "Slice":
-            return None
-        whole, part, result = (
-            shapes[name] for name in (before.input[0], before.output[0], reshape.output[0])
-        )
-        cut = [axis for axis, size in enumerate(part) if size != whole[axis]]
-        if len(cut) != 1 or part[cut[0]] != 1 or (*part[: cut[0]], *part[cut[0] + 1 :]) != result:
-            return None
-        starts, _, axes = (values[name].tolist() for name in before.input[1:4])
-        start = starts[[axis % len(whole) for axis in axes].index(cut[0])] % whole[cut[0]]
-        values[f"{reshape.output[0]}#index"] = np.array(start, np.int64)
-        index = [before.input[0], f"{reshape.output[0]}#index"]
-        return helper.make_node("Gather", index, reshape.output, axis=cut[0])
-
-    return graph.fuse(model, values, frozenset({"Reshape"}), gather)
-
-
-def fold_stack(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with one entry of a stack, such as a recurrent cell's last state, read from where it is."""
-    values, shapes = graph.constants(model), graph.shapes(model)
-    stacks = {node.output[0]: node for node in model.graph.node if node.op_type == "Concat"}
-
-    def taken(node: NodeProto) -> NodeProto:
-        stack = stacks.get(node.input[0]) if node.op_type == "Gather" else None
-        index = None if stack is None else values.get(node.input[1])
-        if stack is None or index is None or index.ndim or any(name not in shapes for name in stack.input):
-            return node
-        rank = len(shapes[stack.output[0]])
-        axes = {graph.attributes(each).get("axis", 0) % rank for each in (node, stack)}
-        if len(axes) > 1 or any(shapes[name][min(axes)] != 1 for name in stack.input):
-            return node
-        return _to_shape(stack.input[index.item()], node.output[0], values, shapes)
-
-    return graph.rebuild(model, [taken(node) for node in model.graph.node], values)
-
-
-def short_slices(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with Slices that name only the axes they cut."""
-    values, shapes = graph.constants(model), graph.shapes(model)
-
-    def shortened(node: NodeProto) -> NodeProto:
-        if node.op_type != "Slice" or len(node.input) < 4 or not values.keys() >= {*node.input[1:]}:
-            return node
-        table = [values[name].ravel() for name in node.input[1:]]
-        steps = table[3] if len(table) > 3 else np.ones_like(table[2])
-        whole, part = shapes[node.input[0]], shapes[node.output[0]]
-        cut = [i for i, axis in enumerate(table[2]) if whole[axis] != part[axis] or steps[i] < 0]
-        if not cut or len(cut) == len(steps):
-            return node
-        names = [f"{node.output[0]}#{i}" for i in range(4)]
-        values.update(zip(names, (column[cut] for column in (*table[:3], steps)), strict=True))
-        return graph.rewired(node, [node.input[0], *names])
-
-    return graph.rebuild(model, [shortened(node) for node in model.graph.node], values)
-
-
 def fold_mean(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with a sum divided by the number of its terms, as in `x.mean()`, made ReduceMean."""
-    values = graph.constants(model)
-    shapes = graph.shapes(model)
+    """Turn a sum divided by the number of its terms, as in `x.mean()`, into ReduceMean."""
+    values, shapes = graph.constants(model), graph.shapes(model)
 
     def mean(division: NodeProto, before: NodeProto) -> NodeProto | None:
         if before.op_type != "ReduceSum" or before.input[0] not in shapes:
@@ -202,73 +150,11 @@ def fold_mean(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.fuse(model, values, frozenset({"Div"}), mean)
 
 
-ELLIPSIS = "0123456789"
-"""Labels for the axes that "..." stands for."""
-
-
-def unflatten_dense(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with Reshape to rows, Gemm, Reshape back made MatMul and Add on the tensor as it was.
-
-    The leading axes that the first Reshape merged are kept; where it merged contracted axes (the output
-    projection of attention), a Reshape of those remains. On rows that were never merged Gemm stays.
-    """
-    values, shapes = graph.constants(model), graph.shapes(model)
-    reshapes = {node.output[0]: node for node in model.graph.node if node.op_type == "Reshape"}
-    back = {node.input[0]: shapes.get(node.output[0], ()) for node in reshapes.values()}
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        flattened = reshapes.get(node.input[0]) if node.op_type == "Gemm" else None
-        if flattened is None or node.input[1] not in values:
-            nodes.append(node)
-        else:
-            nodes.extend(_product(node, flattened.input[0], back, values, shapes))
-    return graph.rebuild(model, nodes, values)
-
-
-def _product(
-    gemm: NodeProto,
-    source: str,
-    back: dict[str, tuple[int, ...]],
-    values: dict[str, np.ndarray],
-    shapes: dict[str, tuple[int, ...]],
-) -> list[NodeProto]:
-    rows, width = shapes[gemm.input[0]]
-    leading = _leading_axes(shapes[source], rows, back.get(gemm.output[0], ()))
-    if len(leading) < 2 or graph.attributes(gemm).get("transB"):
-        return [gemm]
-    output, kernel = gemm.output[0], gemm.input[1]
-    nodes = []
-    if shapes[source] != (*leading, width):
-        merged = f"{output}/merged"
-        values[f"{merged}/shape"] = np.array((*leading, width), np.int64)
-        nodes.append(helper.make_node("Reshape", [source, f"{merged}/shape"], [merged]))
-        source = merged
-    product = f"{output}/product"
-    nodes.append(helper.make_node("MatMul", [source, kernel], [product]))
-    bias = gemm.input[2] if len(gemm.input) > 2 else ""
-    if bias and not is_absent(bias, values):
-        nodes.append(helper.make_node("Add", [product, bias], [f"{output}/biased"]))
-        product = f"{output}/biased"
-    values[f"{output}/rows"] = np.array(shapes[output], np.int64)
-    return [*nodes, helper.make_node("Reshape", [product, f"{output}/rows"], [output])]
-
-
-def is_absent(bias: str, values: dict[str, np.ndarray]) -> bool:
-    """Whether a bias is the zeros that jax2onnx puts where a layer has none."""
-    return bias in values and not graph.flax_path(bias) and not np.any(values[bias])
-
-
-def _leading_axes(shape: tuple[int, ...], rows: int, back: tuple[int, ...]) -> tuple[int, ...]:
-    """The leading axes of `shape` that were merged to `rows` and are split again in the shape `back`."""
-    splits = [shape[:axis] for axis in range(1, len(shape)) if math.prod(shape[:axis]) == rows]
-    return max((split for split in splits if back[: len(split)] == split), key=len, default=())
-
-
 def einsum_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with each Einsum of two tensors made MatMul, with the Transposes that it implies.
+    """Turn each Einsum of two tensors into MatMul, with the Transposes that it implies.
 
     Raises:
-      InvalidInput: an equation that is no matrix product between single axes.
+      InvalidInput: An equation is not a matrix product between single axes.
     """
     values, shapes = graph.constants(model), graph.shapes(model)
     nodes: list[NodeProto] = []
@@ -277,10 +163,12 @@ def einsum_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.rebuild(model, nodes, values)
 
 
-def _matmul(
-    einsum: NodeProto, values: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
-) -> list[NodeProto]:
-    """Left as (batch, rows, contracted), right as (batch, contracted, columns), the product as is wanted."""
+def _matmul(einsum: NodeProto, values: Constants, shapes: Shapes) -> list[NodeProto]:
+    """Write an Einsum as MatMul.
+
+    The left operand is brought to (batch, rows, contracted), the right one to (batch, contracted, columns),
+    and the product to the order that the equation wants.
+    """
     equation = graph.attributes(einsum)["equation"].decode().replace(" ", "")
     terms, wanted = equation.split("->")
     operands = terms.split(",")
@@ -325,7 +213,136 @@ def _matmul(
 
 
 def _no_product(einsum: NodeProto, equation: str) -> InvalidInput:
+    """Make the error for an equation that MatMul does not express."""
     return InvalidInput(
-        f'einsum "{equation}" of {list(einsum.input)} is no matrix product between single axes: write it '
+        f'einsum "{equation}" of {list(einsum.input)} is not a matrix product between single axes: write it '
         "with jnp.matmul and reshape, or with nn.Dense or nn.DenseGeneral"
     )
+
+
+def unflatten_dense(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Turn Reshape to rows, Gemm and Reshape back into MatMul and Add on the tensor as it was.
+
+    The leading axes that the first Reshape merged are kept. Where it merged contracted axes, as in the output
+    projection of attention, a Reshape of those remains. On rows that were never merged Gemm stays.
+    """
+    values, shapes = graph.constants(model), graph.shapes(model)
+    reshapes = {node.output[0]: node for node in model.graph.node if node.op_type == "Reshape"}
+    back = {node.input[0]: shapes.get(node.output[0], ()) for node in reshapes.values()}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        flattened = reshapes.get(node.input[0]) if node.op_type == "Gemm" else None
+        if flattened is None or node.input[1] not in values:
+            nodes.append(node)
+        else:
+            nodes.extend(_product(node, flattened.input[0], back, values, shapes))
+    return graph.rebuild(model, nodes, values)
+
+
+def _product(
+    gemm: NodeProto,
+    source: str,
+    back: Shapes,
+    values: Constants,
+    shapes: Shapes,
+) -> list[NodeProto]:
+    """Write one Gemm on merged rows as MatMul and Add, or keep it where its rows are not split again.
+
+    Args:
+      gemm: Reads the rows.
+      source: Tensor that was reshaped to rows.
+      back: Maps the output of a Gemm to the shape it is reshaped to.
+      values: Constants; the shapes of new Reshapes are added.
+      shapes: Shapes of the tensors of the graph.
+    """
+    rows, width = shapes[gemm.input[0]]
+    leading = _leading_axes(shapes[source], rows, back.get(gemm.output[0], ()))
+    if len(leading) < 2 or graph.attributes(gemm).get("transB"):
+        return [gemm]
+    output, kernel = gemm.output[0], gemm.input[1]
+    nodes = []
+    if shapes[source] != (*leading, width):
+        merged = f"{output}/merged"
+        values[f"{merged}/shape"] = np.array((*leading, width), np.int64)
+        nodes.append(helper.make_node("Reshape", [source, f"{merged}/shape"], [merged]))
+        source = merged
+    product = f"{output}/product"
+    nodes.append(helper.make_node("MatMul", [source, kernel], [product]))
+    bias = gemm.input[2] if len(gemm.input) > 2 else ""
+    if bias and not is_absent(bias, values):
+        nodes.append(helper.make_node("Add", [product, bias], [f"{output}/biased"]))
+        product = f"{output}/biased"
+    values[f"{output}/rows"] = np.array(shapes[output], np.int64)
+    return [*nodes, helper.make_node("Reshape", [product, f"{output}/rows"], [output])]
+
+
+def _leading_axes(shape: tuple[int, ...], rows: int, back: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the leading axes of `shape` that were merged to `rows` and are split again in `back`."""
+    splits = [shape[:axis] for axis in range(1, len(shape)) if math.prod(shape[:axis]) == rows]
+    return max((split for split in splits if back[: len(split)] == split), key=len, default=())
+
+
+def is_absent(bias: str, values: Constants) -> bool:
+    """Tell whether a bias is the zeros that jax2onnx puts where a layer has none."""
+    return bias in values and not values.flax_path(bias) and not np.any(values[bias])
+
+
+def fold_index(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Turn `x[:, i]`, a Slice of size 1 and a Reshape that drops its axis, into Gather."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+
+    def gather(reshape: NodeProto, before: NodeProto) -> NodeProto | None:
+        if before.op_type != "Slice":
+            return None
+        whole, part, result = (
+            shapes[name] for name in (before.input[0], before.output[0], reshape.output[0])
+        )
+        cut = [axis for axis, size in enumerate(part) if size != whole[axis]]
+        if len(cut) != 1 or part[cut[0]] != 1 or (*part[: cut[0]], *part[cut[0] + 1 :]) != result:
+            return None
+        starts, _, axes = (values[name].tolist() for name in before.input[1:4])
+        start = starts[[axis % len(whole) for axis in axes].index(cut[0])] % whole[cut[0]]
+        values[f"{reshape.output[0]}#index"] = np.array(start, np.int64)
+        index = [before.input[0], f"{reshape.output[0]}#index"]
+        return helper.make_node("Gather", index, reshape.output, axis=cut[0])
+
+    return graph.fuse(model, values, frozenset({"Reshape"}), gather)
+
+
+def fold_stack(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Read one entry of a stack, such as a recurrent cell's last state, from the tensor that was stacked."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+    stacks = {node.output[0]: node for node in model.graph.node if node.op_type == "Concat"}
+
+    def taken(node: NodeProto) -> NodeProto:
+        stack = stacks.get(node.input[0]) if node.op_type == "Gather" else None
+        index = None if stack is None else values.get(node.input[1])
+        if stack is None or index is None or index.ndim or any(name not in shapes for name in stack.input):
+            return node
+        rank = len(shapes[stack.output[0]])
+        axes = {graph.attributes(each).get("axis", 0) % rank for each in (node, stack)}
+        if len(axes) > 1 or any(shapes[name][min(axes)] != 1 for name in stack.input):
+            return node
+        return _to_shape(stack.input[index.item()], node.output[0], values, shapes)
+
+    return graph.rebuild(model, [taken(node) for node in model.graph.node], values)
+
+
+def short_slices(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let each Slice name only the axes that it cuts."""
+    values, shapes = graph.constants(model), graph.shapes(model)
+
+    def shortened(node: NodeProto) -> NodeProto:
+        if node.op_type != "Slice" or len(node.input) < 4 or not values.keys() >= {*node.input[1:]}:
+            return node
+        table = [values[name].ravel() for name in node.input[1:]]
+        steps = table[3] if len(table) > 3 else np.ones_like(table[2])
+        whole, part = shapes[node.input[0]], shapes[node.output[0]]
+        cut = [i for i, axis in enumerate(table[2]) if whole[axis] != part[axis] or steps[i] < 0]
+        if not cut or len(cut) == len(steps):
+            return node
+        names = [f"{node.output[0]}#{i}" for i in range(4)]
+        values.update(zip(names, (column[cut] for column in (*table[:3], steps)), strict=True))
+        return graph.rewired(node, [node.input[0], *names])
+
+    return graph.rebuild(model, [shortened(node) for node in model.graph.node], values)

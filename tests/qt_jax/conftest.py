@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qt_jax.export import to_onnx, verify
+from qt_jax.export.graph import ORIGIN
 
 SHAPE = (9, 8, 3)
 
@@ -105,7 +106,10 @@ def build(
     output_rank: int = 2,
     opset: int = 17,
 ) -> onnx.ModelProto:
-    """A model from `input` to `output`; a node is (operator, inputs, outputs, attributes)."""
+    """Make a model from `input` to `output`; a node is (operator, inputs, outputs, attributes).
+
+    A constant that is called after a leaf (`params/stem/kernel`) stems from it.
+    """
     made = [
         helper.make_node(operator, inputs.split(" ") if inputs else [], outputs.split(), **attributes)
         for operator, inputs, outputs, attributes in nodes
@@ -113,6 +117,9 @@ def build(
     described = [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)]
     output = [helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * output_rank)]
     initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    for tensor in initializers:
+        if tensor.name.startswith(("params/", "batch_stats/")):
+            tensor.metadata_props.add(key=ORIGIN, value=tensor.name)
     graph = helper.make_graph(made, "main_graph", described, output, initializers)
     opsets = [helper.make_opsetid("", opset)]
     version = helper.find_min_ir_version_for(opsets)

@@ -11,7 +11,7 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export import folding, graph, rewrites
 from qt_jax.export.activations import fold_activations
 from qt_jax.export.naming import name_by_path
-from qt_jax.export.padding import explicit_windows
+from qt_jax.export.padding import explicit_padding
 
 RNG = np.random.default_rng(0)
 
@@ -46,8 +46,9 @@ def test_constants_are_computed_and_keep_their_leaf(build):
     model = build(nodes, constants, [3, 4])
     folded = folding.fold_constants(model)
     assert operators(folded) == ["MatMul"]
-    ((name, value),) = graph.constants(folded).items()
-    assert graph.flax_path(name) == "head/kernel"
+    held = graph.constants(folded)
+    ((name, value),) = held.items()
+    assert held.flax_path(name) == "head/kernel"
     np.testing.assert_array_equal(value, 2 * constants["params/head/kernel"].T)
 
 
@@ -109,7 +110,8 @@ def test_batch_norm_against_float64(bias, group, build):
     ]
     folded = folding.fold_batch_norm(build(nodes, constants, ["batch", 4, 5, 5], 4))
     assert operators(folded) == ["Conv"]
-    values = {graph.flax_path(name): value for name, value in graph.constants(folded).items()}
+    held = graph.constants(folded)
+    values = {held.flax_path(name): value for name, value in held.items()}
     gain = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + 1e-3)
     start = constants["params/c/bias"] if bias else 0.0
     np.testing.assert_allclose(values["c/kernel"][:, :, 0, 0], kernel[:, :, 0, 0] * gain[:, None], rtol=1e-6)
@@ -269,7 +271,7 @@ def test_other_divisions_stay(nodes, build):
 def test_pads_equal_those_of_jax(size, width, stride, mode, build):
     window = {"kernel_shape": [width] * 2, "strides": [stride] * 2}
     nodes = [("MaxPool", "input", "output", {"auto_pad": mode, **window})]
-    model = explicit_windows(build(nodes, {}, ["batch", 3, *size], 4))
+    model = explicit_padding(build(nodes, {}, ["batch", 3, *size], 4))
     pads = jax.lax.padtype_to_pads(size, [width] * 2, [stride] * 2, mode.removesuffix("_UPPER"))
     stated = graph.attributes(model.graph.node[0])
     assert stated["pads"] == [low for low, _ in pads] + [high for _, high in pads]
@@ -279,9 +281,9 @@ def test_pads_equal_those_of_jax(size, width, stride, mode, build):
 def test_windows_that_cannot_be_stated_are_refused(build):
     window = {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"}
     with pytest.raises(InvalidInput, match="unknown height or width"):
-        explicit_windows(build([("MaxPool", "input", "output", window)], {}, ["batch", 3, "h", "w"], 4))
+        explicit_padding(build([("MaxPool", "input", "output", window)], {}, ["batch", 3, "h", "w"], 4))
     with pytest.raises(InvalidInput, match="computed from the images"):
-        explicit_windows(build([("Conv", "input input", "output", {})], {}, [1, 3, 3, 3], 4))
+        explicit_padding(build([("Conv", "input input", "output", {})], {}, [1, 3, 3, 3], 4))
 
 
 def test_names_do_not_collide(build):

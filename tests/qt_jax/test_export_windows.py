@@ -8,7 +8,7 @@ import pytest
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.padding import explicit_windows, fold_pad
+from qt_jax.export.padding import explicit_padding, fold_pad
 
 RNG = np.random.default_rng(0)
 POOL = {"kernel_shape": [3, 3], "pads": [0] * 4, "strides": [2, 2]}
@@ -35,7 +35,7 @@ def test_padding_joins_its_window(name, build, check_equal):
     constants = {"pads": ONE, "value": np.float32(value), "params/c/kernel": normal(4, 3, 3, 3)}
     inputs = "x params/c/kernel" if operator == "Conv" else "x"
     nodes = [("Pad", "input pads value", "x", {}), (operator, inputs, "output", POOL | attributes)]
-    model = explicit_windows(build(nodes, constants, ["batch", 3, 7, 8], 4))
+    model = explicit_padding(build(nodes, constants, ["batch", 3, 7, 8], 4))
     folded = fold_pad(model)
     assert [node.op_type for node in folded.graph.node] == ([operator] if folds else ["Pad", operator])
     if folds:
@@ -57,7 +57,7 @@ def test_other_padding_stays(pads, mode, build, check_equal):
     channels = 3 + pads[1]
     constants = {"pads": np.array(pads), "params/c/kernel": normal(4, channels, 3, 3)}
     nodes = [("Pad", "input pads", "x", {"mode": mode}), ("Conv", "x params/c/kernel", "output", {})]
-    model = explicit_windows(build(nodes, constants, ["batch", 3, 7, 8], 4))
+    model = explicit_padding(build(nodes, constants, ["batch", 3, 7, 8], 4))
     folded = fold_pad(model)
     assert [node.op_type for node in folded.graph.node] == ["Pad", "Conv"]
     check_equal(model, folded, normal(2, 3, 7, 8))
@@ -66,7 +66,7 @@ def test_other_padding_stays(pads, mode, build, check_equal):
 def test_a_pool_takes_pads_below_its_kernel_only(build):
     constants = {"pads": np.array([0, 0, 3, 0, 0, 0, 0, 0]), "value": np.float32(-np.inf)}
     nodes = [("Pad", "input pads value", "x", {}), ("MaxPool", "x", "output", POOL)]
-    folded = fold_pad(explicit_windows(build(nodes, constants, ["batch", 3, 7, 8], 4)))
+    folded = fold_pad(explicit_padding(build(nodes, constants, ["batch", 3, 7, 8], 4)))
     assert [node.op_type for node in folded.graph.node] == ["Pad", "MaxPool"]
 
 
