@@ -42,12 +42,16 @@ OPTIONS = {
 """Module -> the class that its flags are parsed into, with defaults. Other modules have a class `Options`."""
 
 OTHER_COMMANDS = {
-    "python -m venv .venv && source .venv/bin/activate": None,
+    "python -m venv .venv": None,
+    "source .venv/bin/activate": None,
     "pip install -r": ROOT,
+    "pip install -qr": ROOT,
     "pip install -e .": ROOT / "pyproject.toml",
-    "mkdir -p runs/own && cd runs/own": None,
+    "mkdir -p runs/own": None,
+    "cd runs/own": None,
     "python ../../docs/examples/": ROOT / "tests" / "test_own_model.py",  # which runs them
-    "ruff check . && ruff format --check .": ROOT / "pyproject.toml",
+    "ruff check .": ROOT / "pyproject.toml",
+    "ruff format --check .": ROOT / "pyproject.toml",
     "pip download --no-deps rapidocr-onnxruntime==1.4.4": ROOT / "experiments" / "text_direction.py",
 }
 """Command -> the file that holds the command or its requirement. These commands are not run."""
@@ -58,12 +62,20 @@ def blocks(page):
 
 
 def commands(page):
-    """Yield the words of each command in a page's shell blocks. Join continued lines and drop comments."""
+    """Yield the words of each command in a page's shell blocks.
+
+    Continued lines are joined, lines are split at `&&`, and comments are dropped. The programs of `.venv` and
+    `python3` count as the programs of an active environment.
+    """
     for language, text in blocks(page):
         if language == "bash":
             for line in text.replace("\\\n", " ").splitlines():
-                if words := shlex.split(line, comments=True):
-                    yield words
+                words = shlex.split(line, comments=True)
+                while words:
+                    end = words.index("&&") if "&&" in words else len(words)
+                    program = words[0].removeprefix(".venv/bin/").replace("python3", "python")
+                    yield [program, *words[1:end]]
+                    words = words[end + 1 :]
 
 
 def with_language(*languages):
@@ -136,7 +148,7 @@ def test_commands_parse(page, monkeypatch, checkout):
 def check_other(known, line):
     """Check that the file of the command exists and holds what the command needs."""
     where = OTHER_COMMANDS[known]
-    if known == "pip install -r":
+    if known in ("pip install -r", "pip install -qr"):
         assert all((where / name).is_file() for name in line.removeprefix(known).split())
     elif known.startswith("python ../"):
         script = line.split()[1].removeprefix("../../")
