@@ -226,8 +226,8 @@ def test_each_layer_is_rounded_alone_on_the_validation_split(digits_run, capsys)
     assert "all but it" in capsys.readouterr().out
     kept = records.read(digits_run / "diagnosis" / "measurements.jsonl")
     found = {row["what"]: row for row in kept}
-    # with two layers, all but one is the other alone, which is measured once
-    assert {"float", "all", "first alone", "second alone"} <= set(found)
+    # of two layers, all but the first is the second alone, which is measured once
+    assert {"float", "all", "first alone", "all but first"} <= set(found)
     assert {len(row["correct"]) for row in kept} == {2 * 144 // 8}
     assert found["float"]["sqnr_db"] is None
     assert found["all"]["sqnr_db"] < found["first alone"]["sqnr_db"]
@@ -238,8 +238,9 @@ def test_each_layer_is_rounded_alone_on_the_validation_split(digits_run, capsys)
     read = capsys.readouterr()
     rows = [json.loads(line) for line in read.out.splitlines()]
     assert [row["layer"] for row in rows] == ["first", "second"]
-    for row, other in zip(rows, rows[::-1], strict=True):
-        assert row["top1_alone"] == other["top1_all_but"] == found[f"{row['layer']} alone"]["top1"]
+    first, second = rows
+    assert first["top1_alone"] == second["top1_all_but"] == found["first alone"]["top1"]
+    assert second["top1_alone"] == first["top1_all_but"] == found["all but first"]["top1"]
     assert "all but it" in read.err and "\x1b" not in read.err
     assert records.read(digits_run / "diagnosis" / "measurements.jsonl") == kept
 
@@ -260,7 +261,12 @@ def test_a_file_is_diagnosed_alike_by_the_command_of_the_package(digits_run, tmp
 
 
 @pytest.mark.parametrize(
-    ("config", "message"), [(None, "experiments.cifar"), ({"dataset": "digits"}, "finish the run")]
+    ("config", "message"),
+    [
+        (None, "experiments.cifar"),
+        ({"dataset": "digits"}, "experiments.cifar"),
+        ({"dataset": "digits", "model": "linear", "seed": 3}, "finish the run"),
+    ],
 )
 def test_a_folder_without_a_finished_run_is_refused(config, message, tmp_path, capsys):
     if config:
