@@ -16,9 +16,9 @@ from experiments.paper.rows import GRAPH
 from qt_jax.diagnosis.simulation import compare
 from qt_jax.diagnosis.toolchains import LAYER_SCHEMES, quantized
 from qt_jax.export import graph
-from qt_jax.export.kernels import channel_axis, weighted_nodes
 from qt_jax.export.layout import as_graph
 from qt_jax.export.network import Deployable, load
+from qt_jax.export.operators import channel_axis, weighted_nodes
 from qt_jax.export.sessions import named_inputs, run_tensors
 from qt_jax.interception import COLLECTION, INPUT
 

@@ -12,10 +12,8 @@ from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding, logits_of
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.encodings import Ranges, model_sha256, write_ranges
-from qt_jax.export.kernels import least_scale
+from qt_jax.export.encodings import Ranges, activation_encoding, least_scale, model_sha256, write_ranges
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
-from qt_jax.export.ranges import activation_encoding
 from qt_jax.grid import QuantSpec
 
 FILES = {

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 
 from qt_jax.export import graph
-from qt_jax.export.kernels import channel_axis, weighted_nodes
-from qt_jax.export.qdq import ABSORBED, tensor_readers
+from qt_jax.export.operators import channel_axis, weighted_nodes
+from qt_jax.export.qdq import ABSORBED
 from qt_jax.export.sessions import named_inputs, run_tensors
 
 InputBounds = Mapping[str, tuple[float, float]]
@@ -71,7 +71,7 @@ def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
 
 def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
     """Return, for each layer, the tensor that it passes on, as `Layer.output` defines it."""
-    readers = tensor_readers(model)
+    readers = graph.readers(model)
     found = {}
     for node in weighted_nodes(model).values():
         name = node.output[0]

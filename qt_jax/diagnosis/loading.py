@@ -8,8 +8,7 @@ from onnx import NodeProto, inliner, numpy_helper, version_converter
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.kernels import channel_axis
-from qt_jax.export.operators import WEIGHTED
+from qt_jax.export.operators import WEIGHTED, channel_axis
 
 LEAST_OPSET = 13
 """Lowest opset that is diagnosed. Per-channel QuantizeLinear begins here."""

@@ -16,9 +16,7 @@ from onnx import helper
 
 from qt_jax.diagnosis.layers import InputBounds, layer_outputs, layers_of
 from qt_jax.export import graph
-from qt_jax.export.encodings import Encoding
-from qt_jax.export.kernels import folded_kernel, per_tensor
-from qt_jax.export.ranges import activation_encoding
+from qt_jax.export.encodings import Encoding, activation_encoding, folded_kernel, per_tensor
 from qt_jax.export.sessions import named_inputs, open_session, run_batches, run_tensors
 from qt_jax.grid import QuantSpec
 

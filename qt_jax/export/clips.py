@@ -1,9 +1,9 @@
-"""Learned activation ranges in the float graph, as Clip nodes of ai.onnx.
+"""Put learned activation ranges into the float graph, as Clip nodes of ai.onnx.
 
-In training a quantized layer never sees a number outside its learned range: at lambda = 1 its input is
+In training a quantized layer never sees a number outside its learned range. At lambda = 1 its input is
 clip(x, low, high) but for the rounding (Quant-Trim, arXiv 2511.15300, progressive fake quantization). A plain
-float graph has lost that. Clip nodes put it back, in FP32 and for every compiler that calibrates: none then
-finds a wider range than training did.
+float graph has lost that. Clip nodes put it back, in FP32 and for every compiler that calibrates: no compiler
+then finds a wider range than training did.
 """
 
 from collections import Counter, defaultdict
@@ -17,12 +17,12 @@ from onnx import NodeProto, helper
 
 from qt_jax.config import QuantConfig
 from qt_jax.export import graph
-from qt_jax.export.kernels import weighted_nodes
-from qt_jax.export.qdq import tensor_readers
+from qt_jax.export.operators import weighted_nodes
 from qt_jax.export.ranges import learned_encodings
 from qt_jax.interception import LAYERS, Call, intercept
 
 Bounds = tuple[float, float]
+"""The lowest and the highest number of a clipped activation."""
 
 TRANSPARENT = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that move or select numbers: clipped before or after, the result is the same to the bit."""
@@ -31,21 +31,22 @@ TRANSPARENT = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose"
 def learned_clips(
     model: onnx.ModelProto, variables: Mapping[str, Any], config: QuantConfig
 ) -> dict[str, Bounds]:
-    """What may be clipped without any other operator noticing, and to what.
+    """Find the activations that may be clipped without changing what any other operator reads.
 
     Args:
-      model: from `to_onnx`.
-      variables: as given to `to_onnx`, with Quant-Trim's statistics in `batch_stats`.
-      config: as in training.
+      model: Graph from `to_onnx`.
+      variables: Variables as given to `to_onnx`, with Quant-Trim's statistics in `batch_stats`.
+      config: Config of training.
 
     Returns:
       (low, high) for each activation that quantized layers alone read: the widest of their learned ranges,
       zero included. An activation that anything else reads too (a shortcut, a layer in floating point, the
-      end of the graph) is left out: training clipped it on the layer's branch only. So is the graph's input,
-      where a Clip would be an operator on its own, before the first that a compiler could merge it with.
+      end of the graph) is left out, because training clipped it on the layer's branch only. The graph's input
+      is left out too, because its Clip would stand before the first operator that a compiler could merge it
+      with.
 
     Raises:
-      InvalidInput: as `qt_jax.export.ranges.tensor_ranges` for statistics that cannot be used.
+      InvalidInput: The statistics cannot be used, as for `qt_jax.export.ranges.tensor_ranges`.
 
     >>> import flax.linen as nn
     >>> import jax
@@ -66,7 +67,7 @@ def learned_clips(
     given = {entry.name for entry in model.graph.input}
     source = _sources(model)
     found: dict[str, Bounds] = {}
-    for name, readers in tensor_readers(model).items():
+    for name, readers in graph.readers(model).items():
         following = [node for node in readers if node.op_type != "Shape"]
         alone = all(node.name in inputs and node.input[0] == name for node in following)
         if following and alone and name not in outputs and source(name) not in given:
@@ -76,14 +77,14 @@ def learned_clips(
 
 
 def insert_clips(model: onnx.ModelProto, clips: Mapping[str, Bounds]) -> onnx.ModelProto:
-    """`model` with the activations `clips` clipped, in the same operators and at the same opset.
+    """Clip the activations `clips`, at the same opset.
 
-    A Relu becomes Clip(0, high), a Clip is narrowed, any other tensor gets a Clip of its own,
-    `<tensor>/Clip`. What operators make of it that only move or select numbers is clipped before these.
+    A Relu becomes Clip(0, high), a Clip is narrowed, and any other tensor gets a new Clip, `<tensor>/Clip`.
+    Where operators only move or select the numbers of a tensor, the Clip stands before them.
 
     Args:
-      model: from `to_onnx`.
-      clips: from `learned_clips`.
+      model: Graph from `to_onnx`.
+      clips: Bounds from `learned_clips`.
     """
     source = _sources(model)
     writer = _Writer(model, {source(name): bounds for name, bounds in clips.items()})
@@ -93,12 +94,12 @@ def insert_clips(model: onnx.ModelProto, clips: Mapping[str, Bounds]) -> onnx.Mo
 def clipped_forward(
     apply_fn: Callable[..., Any], model: onnx.ModelProto, clips: Mapping[str, Bounds]
 ) -> Callable[..., Any]:
-    """`apply_fn` in which every layer clips its input as `insert_clips` clips the tensor that it reads.
+    """Let every layer in `apply_fn` clip its input as `insert_clips` clips the tensor that it reads.
 
     Args:
       apply_fn: `(variables, *inputs) -> anything`, a forward of the Linen model.
-      model: the graph that `clips` was made from, which tells what each layer reads.
-      clips: from `learned_clips`.
+      model: Graph that `clips` was made from, which tells what each layer reads.
+      clips: Bounds from `learned_clips`.
 
     >>> import flax.linen as nn
     >>> import jax
@@ -132,7 +133,10 @@ def clipped_forward(
 
 
 def _sources(model: onnx.ModelProto) -> Callable[[str], str]:
-    """Tensor -> the start of the chain of `TRANSPARENT` operators, with one reader each, that it ends."""
+    """Return a function from a tensor to the tensor at the start of its chain.
+
+    A chain is made of `TRANSPARENT` operators, and each tensor in it has one reader.
+    """
     makers = {output: node for node in model.graph.node for output in node.output}
     read = graph.uses(model)
 
@@ -145,7 +149,13 @@ def _sources(model: onnx.ModelProto) -> Callable[[str], str]:
 
 
 class _Writer:
-    """The graph as it is rewritten: `values` are its constants, `renamed` says what stands for a tensor."""
+    """Write the clipped graph.
+
+    Attributes:
+      values: Constants by name; the bounds are added.
+      renamed: Maps a tensor to the tensor that replaces it.
+      taken: Names that are taken.
+    """
 
     def __init__(self, model: onnx.ModelProto, clips: Mapping[str, Bounds]):
         self.model, self.clips = model, clips
@@ -155,6 +165,7 @@ class _Writer:
         self.taken = {entry.name for entry in model.graph.input} | self.values.keys() | set(made)
 
     def nodes(self) -> list[NodeProto]:
+        """Return the nodes of the clipped graph, in order."""
         found: list[NodeProto] = []
         for node in self.model.graph.node:
             node = graph.rewired(node, [self.renamed.get(name, name) for name in node.input])
@@ -162,7 +173,7 @@ class _Writer:
         return found
 
     def _clipped(self, node: NodeProto) -> list[NodeProto]:
-        """`node`, its output clipped."""
+        """Return `node` with its output clipped."""
         output = node.output[0]
         low, high = self.clips[output]
         if node.op_type == "Relu":
@@ -178,16 +189,19 @@ class _Writer:
         return [node, self._own(output)]
 
     def _own(self, tensor: str) -> NodeProto:
+        """Make a new Clip behind `tensor`, which replaces it."""
         name = self._free(f"{tensor}/Clip")
         self.renamed[tensor] = name
         return self._clip(name, tensor, name, *self.clips[tensor])
 
     def _clip(self, name: str, source: str, output: str, low: float, high: float) -> NodeProto:
+        """Make a Clip of that name, and add its bounds to the constants."""
         ends = f"{name}/min", f"{name}/max"
         self.values |= dict(zip(ends, (np.asarray(end, np.float32) for end in (low, high)), strict=True))
         return helper.make_node("Clip", [source, *ends], [output], name=name)
 
     def _free(self, base: str) -> str:
+        """Return `base`, with a number where that name is taken."""
         numbered = (f"{base}_{number}" for number in range(1, len(self.taken) + 1))
         name = next(candidate for candidate in (base, *numbered) if candidate not in self.taken)
         self.taken.add(name)

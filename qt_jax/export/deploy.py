@@ -20,10 +20,9 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export import save_verified, to_onnx
 from qt_jax.export.clips import Bounds, clipped_forward, insert_clips, learned_clips
 from qt_jax.export.encodings import Encoding, Ranges, write_ranges
-from qt_jax.export.kernels import weighted_nodes
 from qt_jax.export.layout import as_graph
 from qt_jax.export.network import Deployable, Samples
-from qt_jax.export.operators import summarize
+from qt_jax.export.operators import summarize, weighted_nodes
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
 from qt_jax.export.ranges import tensor_ranges
 from qt_jax.export.verification import fake_quant_forward, integer_kernels, parity

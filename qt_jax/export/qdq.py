@@ -1,14 +1,12 @@
-"""Standard QuantizeLinear / DequantizeLinear pairs in an exported graph, on the grids of its `Ranges`.
-
-Where QuantizeLinear and DequantizeLinear go: the tensors that integer kernels hand to one another.
+"""Insert standard QuantizeLinear / DequantizeLinear pairs, on the grids of a graph's `Ranges`.
 
 A compiler makes a convolution an integer kernel when its input, kernel and output are quantized. What lies
 between two of them must be quantized on both sides too, or it is an island of floating point.
+`quantized_tensors` finds the tensors that need a pair; `insert_qdq` writes the graph.
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -23,111 +21,23 @@ from qt_jax.export.operators import WEIGHTED
 
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 
+BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+"""Operators whose third input is a bias."""
+
 ABSORBED = frozenset({"Clip", "Relu"})
-"""Computed by the operator before them, whose own output is then not quantized."""
+"""Operators that the operator before them computes, whose own output is then not quantized."""
 
 SAME_GRID = frozenset({"Flatten", "MaxPool", "Reshape", "Resize", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that move, select or interpolate numbers: their output is on the grid of their input."""
 
 MERGING = frozenset({"Add", "Concat", "Mul"})
-"""Operators of which every input is an activation; of the others here only the first is."""
+"""Operators of which every input is an activation; of the others in `BETWEEN` only the first is."""
 
 BETWEEN = SAME_GRID | ABSORBED | MERGING | {"AveragePool", "GlobalAveragePool"}
 """Operators between layers that have integer kernels."""
 
-
-def tensor_readers(model: onnx.ModelProto) -> dict[str, list[NodeProto]]:
-    """The nodes that read each tensor, once for each time they do."""
-    readers: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in model.graph.node:
-        for name in node.input:
-            readers[name].append(node)
-    return readers
-
-
-def activation_inputs(node: NodeProto) -> list[str]:
-    """The inputs of an operator of `BETWEEN` that are activations."""
-    return list(node.input) if node.op_type in MERGING else list(node.input[:1])
-
-
-def quantized_tensors(model: onnx.ModelProto, layers: Collection[str]) -> set[str]:
-    """The tensors that get a Q/DQ pair, besides the inputs of the layers themselves.
-
-    They are the output of each quantized convolution, and what goes into and comes out of operators of
-    `BETWEEN` that lead to quantized layers only. A tensor that only a Relu or Clip reads is passed over in
-    favour of theirs. An operator stays float that also leads to one without an integer kernel
-    (LayerNormalization, Softmax, Gelu), or to the end of the graph, or merges an activation with a constant.
-    A linear layer's output is quantized only where an operator of `BETWEEN` reads it: logits on eight bits
-    tie.
-
-    Args:
-      model: a graph with named nodes.
-      layers: names of the nodes whose input and kernel are quantized.
-
-    >>> nodes = [
-    ...     onnx.helper.make_node("Conv", ["x", "w"], ["conv"], name="conv"),
-    ...     onnx.helper.make_node("Relu", ["conv"], ["relu"], name="relu"),
-    ... ]
-    >>> model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
-    >>> quantized_tensors(model, {"conv"})
-    {'relu'}
-    """
-    outputs = {output.name for output in model.graph.output}
-    readers = tensor_readers(model)
-    integer = set(layers) | _integer_between(model, layers, readers)
-
-    def settled(name: str) -> str:
-        """The tensor itself, or that of the Relu or Clip that alone reads it."""
-        alone = readers[name][0] if len(readers[name]) == 1 and name not in outputs else None
-        return alone.output[0] if alone is not None and alone.op_type in ABSORBED else name
-
-    convolutions = CONVOLUTIONS | BETWEEN
-    makers = {node.output[0]: node for node in model.graph.node}
-    found: set[str] = set()
-    for node in model.graph.node:
-        if node.name not in integer:
-            continue
-        if node.op_type in convolutions:
-            found.add(settled(node.output[0]))
-        if node.op_type in BETWEEN:
-            computed = {name for name in node.input if name in makers and makers[name].name in integer}
-            found.update(
-                name for name in activation_inputs(node) if name not in computed or settled(name) == name
-            )
-    return found
-
-
-def _integer_between(
-    model: onnx.ModelProto, layers: Collection[str], readers: dict[str, list[NodeProto]]
-) -> set[str]:
-    """Names of the operators of `BETWEEN` that work on integers."""
-    held = {tensor.name for tensor in model.graph.initializer}
-    found: set[str] = set()
-    for node in reversed(model.graph.node):
-        following = [reader.name for reader in readers[node.output[0]]]
-        leads_on = following and all(name in layers or name in found for name in following)
-        constant = not held.isdisjoint(activation_inputs(node))
-        is_output = any(output.name == node.output[0] for output in model.graph.output)
-        if node.op_type in BETWEEN and leads_on and not constant and not is_output:
-            found.add(node.name)
-    return found
-
-
-def same_grid_groups(model: onnx.ModelProto, tensors: Collection[str]) -> list[list[str]]:
-    """`tensors` by shared grid: each group one tensor and what operators of `SAME_GRID` make of it."""
-    groups = {name: [name] for name in tensors}
-    for node in model.graph.node:
-        source, output = node.input[0], node.output[0]
-        if node.op_type in SAME_GRID and source in groups and output in groups:
-            groups[source].append(output)
-            groups[output] = groups[source]
-    return list({id(group): group for group in groups.values()}.values())
-
-
-BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
-
 FIRST_OPSET = {4: 21, 8: 13, 16: 21}
-"""From which opset QuantizeLinear and DequantizeLinear take integers of that width, and an axis."""
+"""Maps a width to the first opset of QuantizeLinear and DequantizeLinear on such integers, with an axis."""
 
 SIGNED = {4: ml_dtypes.int4, 8: np.int8, 16: np.int16}
 
@@ -137,21 +47,23 @@ UNSIGNED = {8: np.uint8, 16: np.uint16}
 def insert_qdq(
     model: onnx.ModelProto, ranges: Ranges, *, signed: bool = False, learned_only: bool = False
 ) -> onnx.ModelProto:
-    """`model` with its quantized layers on integers, as `ranges` says, in operators of ai.onnx alone.
+    """Put the quantized layers of `model` on integers, as `ranges` says, in operators of ai.onnx alone.
 
-    Kernels are stored as integers behind DequantizeLinear, biases as INT32 at input scale * kernel scale. An
-    activation has one pair, `<tensor>/QuantizeLinear` and `<tensor>/DequantizeLinear`, whoever reads it;
-    where pairs stand is said in `placement`. A layer that learned another grid than the tensor has, because
-    others read the tensor too, requantizes it: a second pair follows the first on that layer's branch.
+    Kernels are stored as integers behind DequantizeLinear, and biases as INT32 at input scale * kernel
+    scale. An activation has one pair, `<tensor>/QuantizeLinear` and `<tensor>/DequantizeLinear`, for all its
+    readers. `quantized_tensors` says which activations have one. A layer may have learned another grid than
+    the tensor has, because others read the tensor too. Such a layer requantizes: a second pair follows the
+    first on that layer's branch.
 
     Args:
-      model: from `to_onnx`.
-      ranges: from `tensor_ranges` on this very graph.
-      signed: INT8 and INT16 activations in place of UINT8 and UINT16: the same numbers with shifted
-        zero-points. Compilers differ in which they take. onnxruntime on x86 makes integer kernels of the
-        unsigned ones by default; of the signed ones with its session option "session.qdqisint8allowed".
-      learned_only: pairs at the inputs of layers and nowhere else, as the JAX forward at lambda = 1 computes.
-        Few convolutions are then integer kernels.
+      model: Graph from `to_onnx`.
+      ranges: Ranges from `tensor_ranges` on this very graph.
+      signed: Whether activations are INT8 and INT16 in place of UINT8 and UINT16. These are the same numbers
+        with shifted zero-points. Compilers differ in which they take. onnxruntime on x86 makes integer
+        kernels of the unsigned ones by default, and of the signed ones with its session option
+        "session.qdqisint8allowed".
+      learned_only: Whether pairs stand at the inputs of layers and nowhere else, as the JAX forward at
+        lambda = 1 computes. Few convolutions are then integer kernels.
 
     Returns:
       A graph of the same inputs, outputs and opset, with shapes inferred anew. Symmetric activations clip at
@@ -159,7 +71,7 @@ def insert_qdq(
 
     Raises:
       InvalidInput: `ranges` is of another graph or lacks a tensor, or the opset lacks an integer type (INT4
-        and INT16: 21).
+        and INT16 need 21).
 
     >>> import flax.linen as nn, jax
     >>> import qt_jax as qt
@@ -194,7 +106,7 @@ def insert_qdq(
 
 
 def storage_bits(bits: int) -> int:
-    """The width of the narrowest integer type of ONNX that holds so many bits.
+    """Return the width of the narrowest integer type of ONNX that holds so many bits.
 
     >>> [storage_bits(bits) for bits in (3, 4, 6, 8, 9)]
     [4, 4, 8, 8, 16]
@@ -202,12 +114,99 @@ def storage_bits(bits: int) -> int:
     return next(width for width in SIGNED if bits <= width)
 
 
+def quantized_tensors(model: onnx.ModelProto, layers: Collection[str]) -> set[str]:
+    """Find the tensors that get a Q/DQ pair, besides the inputs of the layers themselves.
+
+    They are the output of each quantized convolution, and the inputs and outputs of operators of `BETWEEN`
+    that lead to quantized layers only. Where only a Relu or Clip reads a tensor, the pair stands behind that
+    instead. An operator stays float where it also leads to one without an integer kernel
+    (LayerNormalization, Softmax, Gelu) or to the end of the graph, or where it merges an activation with a
+    constant. A linear layer's output is quantized only where an operator of `BETWEEN` reads it, because
+    logits on eight bits tie.
+
+    Args:
+      model: Graph with named nodes.
+      layers: Names of the nodes whose input and kernel are quantized.
+
+    >>> nodes = [
+    ...     onnx.helper.make_node("Conv", ["x", "w"], ["conv"], name="conv"),
+    ...     onnx.helper.make_node("Relu", ["conv"], ["relu"], name="relu"),
+    ... ]
+    >>> model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
+    >>> quantized_tensors(model, {"conv"})
+    {'relu'}
+    """
+    outputs = {output.name for output in model.graph.output}
+    readers = graph.readers(model)
+    integer = set(layers) | _integer_between(model, layers, readers)
+
+    def settled(name: str) -> str:
+        """Return the tensor itself, or that of the Relu or Clip that alone reads it."""
+        alone = readers[name][0] if len(readers[name]) == 1 and name not in outputs else None
+        return alone.output[0] if alone is not None and alone.op_type in ABSORBED else name
+
+    convolutions = CONVOLUTIONS | BETWEEN
+    makers = {node.output[0]: node for node in model.graph.node}
+    found: set[str] = set()
+    for node in model.graph.node:
+        if node.name not in integer:
+            continue
+        if node.op_type in convolutions:
+            found.add(settled(node.output[0]))
+        if node.op_type in BETWEEN:
+            computed = {name for name in node.input if name in makers and makers[name].name in integer}
+            found.update(
+                name for name in activation_inputs(node) if name not in computed or settled(name) == name
+            )
+    return found
+
+
+def activation_inputs(node: NodeProto) -> list[str]:
+    """Return the inputs of an operator of `BETWEEN` that are activations."""
+    return list(node.input) if node.op_type in MERGING else list(node.input[:1])
+
+
+def _integer_between(
+    model: onnx.ModelProto, layers: Collection[str], readers: Mapping[str, list[NodeProto]]
+) -> set[str]:
+    """Return the names of the nodes of `BETWEEN` that work on integers."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    found: set[str] = set()
+    for node in reversed(model.graph.node):
+        following = [reader.name for reader in readers[node.output[0]]]
+        leads_on = following and all(name in layers or name in found for name in following)
+        constant = not held.isdisjoint(activation_inputs(node))
+        is_output = any(output.name == node.output[0] for output in model.graph.output)
+        if node.op_type in BETWEEN and leads_on and not constant and not is_output:
+            found.add(node.name)
+    return found
+
+
+def same_grid_groups(model: onnx.ModelProto, tensors: Collection[str]) -> list[list[str]]:
+    """Group `tensors` by shared grid: one tensor and what operators of `SAME_GRID` make of it."""
+    groups = {name: [name] for name in tensors}
+    for node in model.graph.node:
+        source, output = node.input[0], node.output[0]
+        if node.op_type in SAME_GRID and source in groups and output in groups:
+            groups[source].append(output)
+            groups[output] = groups[source]
+    return list({id(group): group for group in groups.values()}.values())
+
+
 @dataclasses.dataclass
 class _Writer:
-    """The graph as it is written: nodes in order, constants by name.
+    """Write the quantized graph node by node.
 
-    `wanted` are the tensors that have a pair of their own, `outputs` those of them that leave the graph;
-    `written` tells what stands for a (tensor, grid) already, `bases` which names are taken.
+    Attributes:
+      values: Constants by name; those of the pairs are added.
+      ranges: The grids.
+      wanted: Tensors that have a pair for all readers.
+      outputs: Those of `wanted` that leave the graph.
+      signed: Whether activations have signed types.
+      opset: Opset of the graph.
+      nodes: The nodes so far, in order.
+      written: Maps a (tensor, grid) to the tensor that stands for it already.
+      bases: Names that are taken.
     """
 
     values: dict[str, np.ndarray]
@@ -221,7 +220,7 @@ class _Writer:
     bases: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, node: NodeProto) -> None:
-        """Write `node`; before it what it reads, quantized, and behind it what leaves the graph."""
+        """Write `node`, with the pairs of what it reads before it and of what leaves the graph behind it."""
         learned = self.ranges.inputs.get(node.name)
         skipped = learned is None and node.name not in self.ranges.kernels and node.op_type in WEIGHTED
         if skipped and node.input[1] in self.values:  # behind a DequantizeLinear its kernel is rounded too
@@ -251,7 +250,7 @@ class _Writer:
             self.written[name, encoding.grid] = self._pair(f"{name}/float", self._base(name), encoding, name)
 
     def _activation(self, name: str, learned: Encoding | None) -> str:
-        """The tensor to read in place of `name`, by a layer with that learned grid or by another operator."""
+        """Return the tensor to read in place of `name`; `learned` is the grid of a layer's input."""
         source = name
         if name in self.wanted:
             source = self._shared(name, name, self.ranges.tensors[name])
@@ -260,7 +259,7 @@ class _Writer:
         return source if learned is None else self._shared(source, name, learned)
 
     def _shared(self, source: str, name: str, encoding: Encoding) -> str:
-        """`source` behind a pair called after the tensor `name`: the one that is there, or a new one."""
+        """Return `source` behind a pair called after the tensor `name`, which is shared by its readers."""
         key = source, encoding.grid
         if key not in self.written:
             base = self._base(name)
@@ -268,6 +267,7 @@ class _Writer:
         return self.written[key]
 
     def _pair(self, source: str, base: str, encoding: Encoding, output: str) -> str:
+        """Write the pair on that grid, called after `base`; return its output."""
         self._require_opset(encoding.bits, base)
         shift, types = (0, SIGNED) if self.signed else (2 ** (encoding.bits - 1), UNSIGNED)
         zero_point = np.array(encoding.zero_point[0] + shift, types[encoding.bits])
@@ -278,14 +278,14 @@ class _Writer:
         return self._node("DequantizeLinear", f"{base}/DequantizeLinear", [quantized, *grid], output)
 
     def _bias(self, name: str, scale: np.ndarray) -> str:
-        """A bias on 32 bits at the scale of the products it is added to, `(1,)` or `(channels,)`."""
+        """Write a bias on 32 bits at the scale of the products it is added to, `(1,)` or `(channels,)`."""
         integers = np.rint(self.values[name].astype(np.float64) / scale.astype(np.float64))
         return self._constant(name, integers, 32, tuple(scale.tolist()), 0 if len(scale) > 1 else None)
 
     def _constant(
         self, name: str, integers: np.ndarray, bits: int, scale: tuple[float, ...], axis: int | None
     ) -> str:
-        """Integers behind DequantizeLinear, with zero-points 0."""
+        """Write integers behind DequantizeLinear, with zero-points 0."""
         key = name, scale
         if key not in self.written:
             base = self._base(name)
@@ -302,17 +302,19 @@ class _Writer:
         return self.written[key]
 
     def _base(self, name: str) -> str:
-        """`name`, or `name_1` and so on where that is taken."""
+        """Return `name`, or `name_1` and so on where that is taken."""
         numbered = (f"{name}_{number}" for number in range(1, len(self.bases) + 1))
         base = next(candidate for candidate in (name, *numbered) if candidate not in self.bases)
         self.bases.add(base)
         return base
 
     def _node(self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Write a node; return its output."""
         self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
         return output
 
     def _require_opset(self, bits: int, name: str) -> None:
+        """Refuse integers that the opset does not have."""
         width = storage_bits(bits)
         if self.opset < FIRST_OPSET[width]:
             raise InvalidInput(

@@ -11,10 +11,14 @@ from onnx.reference import ReferenceEvaluator
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
 from qt_jax.export.deploy import MODES, deployed_config
-from qt_jax.export.encodings import Ranges, model_sha256
-from qt_jax.export.kernels import folded_kernel, per_tensor
+from qt_jax.export.encodings import (
+    Ranges,
+    activation_encoding,
+    folded_kernel,
+    model_sha256,
+    per_tensor,
+)
 from qt_jax.export.qdq import insert_qdq, quantized_tensors
-from qt_jax.export.ranges import activation_encoding
 from qt_jax.export.sessions import open_session
 from qt_jax.export.verification import integer_kernels
 

@@ -15,9 +15,9 @@ from onnx import helper
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save, to_onnx
-from qt_jax.export.encodings import read_ranges, write_ranges
-from qt_jax.export.kernels import BIAS_LIMIT, channel_axis, output_gains
-from qt_jax.export.ranges import check_complete, float_activations, tensor_ranges
+from qt_jax.export.encodings import BIAS_LIMIT, read_ranges, write_ranges
+from qt_jax.export.operators import channel_axis
+from qt_jax.export.ranges import check_complete, float_activations, output_gains, tensor_ranges
 
 CONFIG = qt.QuantConfig()
 IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
@@ -140,7 +140,7 @@ def test_file_round_trip(residual, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 9}', '{"version": 1}'])
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "ranges.json").write_text(text)
-    with pytest.raises(InvalidInput, match=r"ranges\.json (is no ranges file|has version 9)"):
+    with pytest.raises(InvalidInput, match=r"ranges\.json (is not a ranges file|has version 9)"):
         read_ranges(tmp_path / "ranges.json")
 
 
