@@ -1,29 +1,29 @@
-"""Arm Ethos-U: the NPUs beside Cortex-M and Cortex-A, through TOSA's normative model and Arm's compiler.
+"""Run Arm Ethos-U, the NPUs beside Cortex-M and Cortex-A: TOSA's normative model and Arm's compiler Vela.
 
-The integer TFLite file of the LiteRT backend, which is what Arm's tools take, goes two ways.
+The integer TFLite file of the LiteRT backend, which Arm's tools take, goes two ways.
 
 Numerics
-    It is lowered to TOSA, the operator set whose specification (https://www.mlplatform.org/tosa/) gives the
-    integer result of every operator, and executed by Arm's reference model of that specification. Grids,
-    granularity and calibration are LiteRT's. A convolution accumulates in int32 (in int48 where activations
-    are int16); RESCALE multiplies the sum by a 32-bit integer and shifts it, rounding at both steps (for
-    int16 activations: a 16-bit integer, rounding once). A residual addition is done in int32.
+    It is lowered to TOSA and executed by Arm's reference model. TOSA is the operator set whose specification
+    (https://www.mlplatform.org/tosa/) gives the integer result of every operator. Grids, granularity and
+    calibration are LiteRT's. A convolution accumulates in int32 (in int48 where activations are int16).
+    RESCALE multiplies the sum by a 32-bit integer and shifts it, rounding at both steps (for int16
+    activations: a 16-bit integer, rounding once). A residual addition is done in int32.
 
-    Against TFLite's reference kernels, on a ResNet of 1 M parameters and CIFAR-10: convolutions, additions
-    and means gave the same integers wherever every operator was traced (20 images, three schemes).
-    FULLY_CONNECTED did not: over 1,000 images 0.08 % of the int8 logits and 7 % of the int16 ones were one
-    step away, none of which changed the top-1. TFLite's kernel rounds once, with a 32-bit multiplier for
-    either width; this one law, put in place of RESCALE's after the same accumulators, gives each of its
-    logits (300 images, all three schemes).
+    This was compared with TFLite's reference kernels on a ResNet of 1 M parameters and CIFAR-10.
+    Convolutions, additions and means gave the same integers wherever every operator was traced (20 images,
+    three schemes). FULLY_CONNECTED did not: over 1,000 images 0.08 % of the int8 logits and 7 % of the int16
+    ones were one step away, and none of them changed the top-1. TFLite's kernel rounds once, with a 32-bit
+    multiplier for either width. This one law, put in place of RESCALE's after the same accumulators, gives
+    each of its logits (300 images, all three schemes).
 
 Cost
-    Vela compiles the same file for each of `ACCELERATORS` and estimates, by its model of the core and
-    of its memories, cycles and milliseconds of one inference, memory used, and bytes moved. The record's
-    `cycles` is that of the first; the clock and bandwidths are those of the system configuration named.
+    Vela compiles the same file for each of `ACCELERATORS`. By its model of the core and of its memories it
+    estimates cycles and milliseconds of one inference, memory used, and bytes moved. The record's `cycles` is
+    that of the first accelerator. The clock and bandwidths are those of the named system configuration.
 
 Surprises
-    Vela leaves operators that it cannot map to the host CPU, even all of them, and still succeeds:
-    `operators` counts these as "host", and the cycles do not hold them. The reference model is not the
+    Vela leaves operators that it cannot map to the host CPU, even all of them, and still succeeds.
+    `operators` counts these as "host", and the cycles do not include them. The reference model is not the
     hardware: that Ethos-U computes what TOSA says is Arm's claim and is not checked here.
 """
 
@@ -46,12 +46,14 @@ ACCELERATORS = {
     "ethos-u65-256": ("Ethos_U65_Client_Server", "Dedicated_Sram_384KB"),
     "ethos-u85-256": ("Ethos_U85_SYS_DRAM_Mid", "Dedicated_Sram_384KB"),
 }
-"""Vela's accelerator, whose number is its multiply-accumulates a cycle -> system configuration, memory mode:
-those that Vela takes itself where it is told nothing."""
+"""Vela's accelerator -> (system configuration, memory mode), which are Vela's own defaults. The number in the
+accelerator's name is its multiply-accumulates per cycle."""
+
+_MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
 
 
 class EthosU:
-    """The TOSA reference model for logits, Vela for cycles and memory.
+    """Run the TOSA reference model for logits, and Vela for cycles and memory.
 
     >>> [(scheme.name, scheme.source) for scheme in BACKEND.schemes][0]
     ('int8-pc-minmax', ('litert', 'int8-pc-minmax'))
@@ -88,7 +90,7 @@ class EthosU:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """Leaves the TFLite file, whose grids `load` reads, `model.tosa`, and a folder an accelerator."""
+        """Leave the TFLite file, whose grids `load` reads, `model.tosa`, and one folder per accelerator."""
         model = folder / MODEL
         shutil.copyfile(source / MODEL, model)
         _lower(model, folder / TOSA)
@@ -120,8 +122,13 @@ class EthosU:
         return run
 
 
+BACKEND = EthosU()
+
+
 def placed(source: Counter, compiled: Counter) -> dict[str, dict[str, int]]:
-    """Operators that Vela left in its TFLite file run on the host; those it drew into the NPU are gone.
+    """Count the operators on the NPU and on the host, given those of the file before and after Vela.
+
+    Operators that Vela left in its TFLite file run on the host. Those that it moved to the NPU are gone.
 
     >>> placed(Counter(CONV_2D=8, SOFTMAX=1), Counter({"ethos-u": 1, "SOFTMAX": 1}))
     {'CONV_2D': {'integer': 8}, 'SOFTMAX': {'host': 1}}
@@ -133,9 +140,10 @@ def placed(source: Counter, compiled: Counter) -> dict[str, dict[str, int]]:
 
 
 def estimate(summary: dict[str, str]) -> dict:
-    """One row of Vela's summary CSV as numbers. Vela gives memory used in KiB, traffic in bytes an inference.
+    """Turn one row of Vela's summary CSV into numbers.
 
-    "dram" and "flash" (on and off the chip together) are the memories beyond the SRAM.
+    Vela gives memory used in KiB and traffic in bytes per inference. "dram" and "flash" (on and off the chip
+    together) are the memories beyond the SRAM.
     """
     used = {name: float(summary[f"{name}_memory_used"]) for name in _MEMORIES}
     moved = {name: int(summary[f"{name}_total_bytes"]) for name in _MEMORIES}
@@ -155,11 +163,8 @@ def estimate(summary: dict[str, str]) -> dict:
     }
 
 
-_MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
-
-
 def _lower(model: Path, target: Path) -> None:
-    """TFLite to the flatbuffer of TOSA that the reference model reads, by way of MLIR."""
+    """Lower a TFLite file to the TOSA flatbuffer that the reference model reads, by way of MLIR."""
     _tool("tosa-converter-for-tflite", str(model), "--bytecode", "-o", "model.mlirbc")
     _tool(
         "tosa-opt",
@@ -172,7 +177,7 @@ def _lower(model: Path, target: Path) -> None:
 
 
 def _vela(model: Path, folder: Path, accelerator: str) -> dict[str, float]:
-    """Compile for one accelerator; its estimates."""
+    """Compile for one accelerator and return Vela's estimates."""
     system, memory = ACCELERATORS[accelerator]
     _tool(
         *("vela", str(model), "--output-dir", str(folder), "--accelerator-config", accelerator),
@@ -184,7 +189,7 @@ def _vela(model: Path, folder: Path, accelerator: str) -> dict[str, float]:
 
 
 def _tool(name: str, *arguments: str) -> None:
-    """Run one of the environment's programs; its last lines are the reason where it fails."""
+    """Run one of the environment's programs. If it fails, its last lines are the reason."""
     program = Path(sys.executable).with_name(name)
     ended = subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(ended.stdout)
@@ -195,7 +200,7 @@ def _tool(name: str, *arguments: str) -> None:
 
 
 def _operators(model: Path) -> Counter[str]:
-    """Names of the operators in a TFLite file, by Vela's own reader of the format."""
+    """Count the operators of a TFLite file by name, with Vela's own reader of the format."""
     from ethosu.vela.tflite.BuiltinOperator import BuiltinOperator
     from ethosu.vela.tflite.Model import Model
 
@@ -206,7 +211,7 @@ def _operators(model: Path) -> Counter[str]:
         for operator in map(subgraph.Operators, range(subgraph.OperatorsLength())):
             code = graph.OperatorCodes(operator.OpcodeIndex())
             custom = code.CustomCode()
-            # Codes below 128 stand in the older, one-byte field as well; larger ones only in the newer.
+            # Codes below 128 are in the older, one-byte field as well. Larger ones are only in the newer.
             builtin = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
             counts[custom.decode() if custom else builtin] += 1
     return counts
@@ -216,6 +221,3 @@ def _vela_version() -> str:
     from importlib import metadata
 
     return metadata.version("ethos-u-vela")
-
-
-BACKEND = EthosU()

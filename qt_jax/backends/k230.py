@@ -1,8 +1,8 @@
-"""Canaan Kendryte K230: nncase's compiler and quantizer, and its simulator of the KPU.
+"""Run Canaan's Kendryte K230: nncase's compiler and quantizer, and its simulator of the KPU.
 
 Numerics
-    Convolutions, and matrix products rewritten as such, multiply integers: activations on one grid a tensor,
-    kernels with one scale an output channel, whatever the scheme.
+    Convolutions, and matmuls rewritten as such, multiply integers. Activations have one grid per tensor and
+    kernels one scale per output channel, whatever the scheme.
 
     =======  ==============================================================================================
     uint8    Affine. Activations: over the calibrated range. Kernels ("uint8w"): over [min(w, 0), max(w, 0)]
@@ -12,23 +12,23 @@ Numerics
     int16    Symmetric. Kernels ("int16w", with uint8 activations) or activations ("int16act").
     =======  ==============================================================================================
 
-    nncase knows no other types, none of 4 bits.
+    nncase has no other types, and none of 4 bits.
 
-    What follows a convolution (bias, scale, ReLU, residual addition) is float16 in the activation unit, as is
-    the input until its first quantization. Hence one branch of an addition is not quantized at all, and
+    What follows a convolution (bias, scale, ReLU, residual addition) is float16 in the activation unit. So is
+    the input until its first quantization. One branch of an addition is therefore not quantized at all, and
     operators that read such a branch count as float. Average pooling stays uint8 even with int16 activations.
 
-    "minmax" is nncase's NoClip, "kld" its histogram clipped to the least Kullback-Leibler divergence, and
-    "squant" minmax with kernels rounded by SQuant (Guo et al., ICLR 2022). Steps and granularity of kernels
-    are as read back from the simulator: it answers a one-hot image by a column of the kernel.
+    "minmax" is nncase's NoClip. "kld" is its histogram clipped to the least Kullback-Leibler divergence.
+    "squant" is minmax with kernels rounded by SQuant (Guo et al., ICLR 2022). Steps and granularity of
+    kernels were read back from the simulator, which answers a one-hot image with a column of the kernel.
 
 Surprises
-    The K230 target has no float path: without calibration, and with int16 for both, nncase leaves every
+    The K230 target has no float path. Without calibration, and with int16 for both, nncase leaves every
     convolution to the host CPU in float32. No such row is offered. `UseAdaRound`, `use_mix_quant` and
     `use_mse_quant_w` are accepted and change nothing. Its "cpu" target ignores quantization.
-    On an operator that it does not know, nncase aborts its whole process: it therefore compiles in a child.
-    Every image starts a simulator process anew, 0.03 s of the 0.16 s that a network of 30 M multiplications
-    takes; nothing lets one stay.
+    nncase aborts its whole process on an operator that it does not know. It therefore compiles in a child.
+    Every image starts a new simulator process. This takes 0.03 s of the 0.16 s that a network of 30 M
+    multiplications needs, and no option keeps the process alive.
 """
 
 import multiprocessing
@@ -44,7 +44,6 @@ from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Sc
 MODEL = "model.kmodel"
 LOG = "nncase.log"
 
-# Scheme -> (activations, kernels, calibration, rounding of kernels), in nncase's words.
 _SETTINGS = {
     "int8-pc-minmax": ("uint8", "int8", "NoClip", "NoFineTuneWeights"),
     "int8-pc-kld": ("uint8", "int8", "Kld", "NoFineTuneWeights"),
@@ -55,19 +54,22 @@ _SETTINGS = {
     "int16act-pc-minmax": ("int16", "int8", "NoClip", "NoFineTuneWeights"),
     "int16act-uint8w-pc-minmax": ("int16", "uint8", "NoClip", "NoFineTuneWeights"),
 }
+"""Scheme -> (activations, kernels, calibration, rounding of kernels), in nncase's words."""
 _BITS = {"int8": 8, "uint8": 8, "int16": 16}
-_METHODS = {"NoClip": "minmax", "Kld": "kld"}
+_CALIBRATIONS = {"NoClip": "minmax", "Kld": "kld"}
 _INTEGERS = ("u8", "i8", "i16")
 _MOVES = ("GNNELoad", "GNNELoadW", "GNNEStore")
+"""Operators that move data and compute nothing."""
 
 
 def _scheme(name: str) -> Scheme:
-    activations, kernels, method, _ = _SETTINGS[name]
-    return Scheme(name, _BITS[kernels], _BITS[activations], True, _METHODS[method])
+    """Describe the scheme of this name in `_SETTINGS`."""
+    activations, kernels, calibration, _ = _SETTINGS[name]
+    return Scheme(name, _BITS[kernels], _BITS[activations], True, _CALIBRATIONS[calibration])
 
 
 class K230:
-    """The backend for the Kendryte K230's neural processor (KPU), simulated.
+    """Run the simulator of the Kendryte K230's neural processor (KPU).
 
     >>> [scheme.name for scheme in BACKEND.schemes][:2]
     ['int8-pc-minmax', 'int8-pc-kld']
@@ -108,7 +110,7 @@ class K230:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """As `Backend.compile`, at batch 1. Graphs of any opset go in: nncase reads each by its own."""
+        """Compile at batch 1. nncase reads graphs of any opset."""
         prepared, dump = Path("prepared.onnx"), Path("dump")
         _fix_shape(source, prepared, calibration.shape[1:])
         arguments = (prepared, calibration, _SETTINGS[scheme.name], dump, folder / MODEL)
@@ -141,9 +143,10 @@ BACKEND = K230()
 
 
 def count_operators(graph: str) -> dict[str, dict[str, int]]:
-    """Operators of nncase's last graph before it is cut into tiles, by where and on what they compute.
+    """Count the operators of nncase's last graph before tiling, by where and on what they compute.
 
-    GNNE operators run on the KPU, on integers if the tensors they read are; all others run on the host.
+    GNNE operators run on the KPU, on integers if the tensors they read are integer. All others run on the
+    host.
 
     >>> count_operators("%1 = GNNELoad(%0): // u8[1,3]\\n%2 = GNNEPdp1(%1, const(f32 : NaN)): // u8[1,3]")
     {'GNNEPdp1': {'integer': 1}}
@@ -166,7 +169,7 @@ def count_operators(graph: str) -> dict[str, dict[str, int]]:
 
 
 def _fix_shape(source: Path, target: Path, shape: tuple[int, ...]) -> None:
-    """Write the model at `source` with its one input of shape `(1, *shape)`; nncase infers the others."""
+    """Write the model with its one input of shape `(1, *shape)`. nncase infers the other shapes."""
     import onnx
 
     model = onnx.load(source)
@@ -184,7 +187,7 @@ def _fix_shape(source: Path, target: Path, shape: tuple[int, ...]) -> None:
 def _compile(
     model: Path, calibration: np.ndarray, settings: tuple[str, str, str, str], dump: Path, target: Path
 ) -> None:
-    """Run nncase, all it prints going to `LOG`. Only ever called in a process of its own."""
+    """Run nncase and send its output to `LOG`. This must run in a child process."""
     with open(LOG, "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -210,24 +213,25 @@ def _compile(
 
 
 def _failure(log: str, status: int) -> Exception:
-    """What ended the compiler: Refused if it named an operator it lacks, else what it said last."""
+    """Return the error that ended the compiler: Refused if it named an operator that it lacks."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for line in lines:
         unsupported = re.match(r"Unhandled exception\. System\.NotSupportedException: (.+)", line)
         if unsupported:
             return Refused(unsupported[1])
     aborted = [line for line in lines if line.startswith("Unhandled exception")]
-    said = (aborted[:1] or lines[-1:] or ["it printed nothing"])[0]
-    return RuntimeError(f"nncase ended with status {status}: {said}")
+    last = (aborted[:1] or lines[-1:] or ["it printed nothing"])[0]
+    return RuntimeError(f"nncase ended with status {status}: {last}")
 
 
 def _last_graph(dump: Path) -> str:
+    """Read the graph that nncase dumped after its quantization passes."""
     [path] = dump.glob("*_TargetDependentAfterQuantPass/*_Fusion/main/Start_main.il")
     return path.read_text()
 
 
 def _make_executable() -> None:
-    """Set the run bit of the simulator, which an installer may drop from what a wheel calls data."""
+    """Set the run bit of the simulator. An installer may drop it from files that a wheel calls data."""
     import _nncase
 
     program = Path(_nncase.__file__).with_name("nncase.simulator.k230.sc")

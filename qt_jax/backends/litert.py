@@ -1,194 +1,70 @@
-"""LiteRT, formerly TensorFlow Lite: Google's runtime on Android and, as LiteRT for Microcontrollers, on MCUs.
+"""Run LiteRT, formerly TensorFlow Lite: Google's runtime on Android and, for microcontrollers, on MCUs.
 
 The float ONNX graph becomes a TensorFlow SavedModel (onnx2tf), and TensorFlow's own TFLite converter
 quantizes it. The batch is fixed to 1, because a symbolic one would leave shape arithmetic in the graph.
 
 Numerics
-    Weights are symmetric int8, q = round(w / s) in [-127, 127], s = max|w| / 127, one s for each output
-    channel ("pc", of Gemm as well as Conv) or one for the kernel ("pt"). Activations are asymmetric int8,
-    q = round(x / s) + z in [-128, 127], one (s, z) for each tensor, s = (max - min) / 255 over all
-    calibration images, the range widened to hold 0. Biases are int32 at scale s_x s_w. `int16act` is the
-    "16x8" scheme: activations symmetric int16 (z = 0), biases int64. In these static schemes every
-    operator must be an integer one, input and output included: what has no integer kernel is refused.
+    Weights are symmetric int8, q = round(w / s) in [-127, 127], s = max|w| / 127. There is one s for each
+    output channel ("pc", of Gemm as well as Conv) or one for the kernel ("pt"). Activations are asymmetric
+    int8, q = round(x / s) + z in [-128, 127], with one (s, z) for each tensor and s = (max - min) / 255 over
+    all calibration images. The range is widened to hold 0. Biases are int32 at scale s_x s_w. `int16act` is
+    the "16x8" scheme: activations are symmetric int16 (z = 0), biases int64. In these static schemes every
+    operator must be an integer one, input and output included. An operator without an integer kernel is
+    refused.
 
-    `int8-dynamic` keeps activations float in the file. A convolution or matrix product whose weights are
-    int8, again per channel, quantizes its input to int8 at run time, over the one image it is given. The
-    converter leaves weights of fewer than 1,024 elements in float: a small first convolution, for example.
+    `int8-dynamic` keeps activations float in the file. A convolution or matmul with int8 weights, again per
+    channel, quantizes its input to int8 at run time, over the one image it is given. The converter leaves
+    weights of fewer than 1,024 elements in float: a small first convolution, for example.
 
     A product is accumulated in int32 and scaled by s_x s_w / s_y as a 31-bit integer and a shift, see
     B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference", CVPR 2018, https://arxiv.org/abs/1712.05877. How that scaling rounds is the runtime's
-    affair, and the runtimes differ: of a ResNet of 1 M parameters on 1,000 CIFAR-10 images, 30 % of
-    XNNPACK's int8 logits are not the reference kernels' (its top-1 is another on 4 images). With 16x8 all
-    are equal, and as slow: neither XNNPACK nor the optimized kernels have such convolutions.
+    Inference", CVPR 2018, https://arxiv.org/abs/1712.05877. Each runtime rounds that scaling in its own way.
+    On a ResNet of 1 M parameters and 1,000 CIFAR-10 images, 30 % of XNNPACK's int8 logits differ from those
+    of the reference kernels, and its top-1 differs on 4 images. With 16x8 all logits are equal, and both
+    runtimes are equally slow: neither XNNPACK nor the optimized kernels have such convolutions.
 
 Surprises
     onnx2tf makes every input of three or more axes channels-last: (b, c, ...) becomes (b, ..., c). Some
     failures end the interpreter. It downloads sample images for its dummy inference unless they lie in the
-    working directory, so random ones are put there. What it makes of a padded MaxPool, of shapes that are
-    computed and of a GELU made of Erf no converter quantizes: `litert_graph` rewrites them.
+    working directory, so random ones are put there. No converter quantizes what it makes of a padded MaxPool,
+    of computed shapes, or of a GELU made of Erf: `prepare_graph` rewrites them.
 
 Not offered
     INT4 weights: TensorFlow's converter has no such post-training option. Its low-bit flag takes the
     widths of fake quantization in the trained graph.
-
-A float ONNX graph made fit for onnx2tf, so that TensorFlow can quantize what comes out.
 """
+
+from __future__ import annotations
 
 import contextlib
 import io
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper, version_converter
 
 from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme, Session
-from qt_jax.export.folding import fold_constants, known_shapes
 
-_NEVER_NEGATIVE = ("Relu", "Sigmoid")
-
-_GELU_SINCE = 20
-
-
-def prepared(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
-    """The same function of an input of the given shape, batch included; the model itself is changed.
-
-    The arithmetic on shapes that an open batch asks for, to spread a class token over it, say, is computed
-    beforehand: onnx2tf loses track of it.
-
-    Raises:
-      Refused: the graph has not exactly one input.
-    """
-    model = fold_constants(known_shapes(fixed(model, shape)))
-    model = fold_constants(whole_gelus(model))  # attributes that have become inputs are Constant nodes
-    pad_with_zeros(model.graph)
-    return model
-
-
-def fixed(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
-    """The graph with the shape of its one input fixed, its first output of the same batch, and nodes named in
-    characters that TensorFlow takes for a scope."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    if len(inputs) != 1:
-        raise Refused(f"the graph has inputs {[value.name for value in inputs]}; one is taken")
-    dimensions = inputs[0].type.tensor_type.shape.dim
-    for dimension, size in zip(dimensions, shape, strict=True):
-        dimension.dim_value = size
-    for output in model.graph.output:
-        if output.type.tensor_type.shape.dim:
-            output.type.tensor_type.shape.dim[0].dim_value = shape[0]
-    del model.graph.value_info[:]
-    for node in model.graph.node:
-        node.name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", node.name)
-    return model
-
-
-def pad_with_zeros(graph: onnx.GraphProto) -> None:
-    """MaxPool(x, pads) as MaxPool(Pad(x, 0)) where no element of x is below 0: the same maxima.
-
-    onnx2tf pads with the lowest float, which ruins the int8 range of the padded tensor: logits all alike, or
-    a refusal. Behind other activations it is left as it is.
-    """
-    producers = {name: node.op_type for node in graph.node for name in node.output}
-    nodes = []
-    for node in graph.node:
-        pads = next((item for item in node.attribute if item.name == "pads"), None)
-        if node.op_type == "MaxPool" and pads and producers.get(node.input[0]) in _NEVER_NEGATIVE:
-            widths, padded = f"{node.output[0]}_pads", f"{node.output[0]}_padded"
-            before, after = np.split(np.int64(pads.ints), 2)
-            edges = np.concatenate([[0, 0], before, [0, 0], after])
-            graph.initializer.append(numpy_helper.from_array(edges, widths))
-            nodes.append(helper.make_node("Pad", [node.input[0], widths], [padded]))
-            node.input[0] = padded
-            node.attribute.remove(pads)
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def whole_gelus(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with x (1 + erf(x / sqrt 2)) / 2, in whatever order its factors are multiplied, as one Gelu,
-    and of opset 20, the first that has it; the model as it is where there is none.
-
-    TFLite has no Erf, but a Gelu, with a kernel for int8.
-    """
-    if all(node.op_type != "Erf" for node in model.graph.node):
-        return model
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    newer = version_converter.convert_version(model, max(opset, _GELU_SINCE))
-    _join_gelus(newer.graph)
-    return newer if any(node.op_type == "Gelu" for node in newer.graph.node) else model
-
-
-def _join_gelus(graph: onnx.GraphProto) -> None:
-    values = {t.name: numpy_helper.to_array(t).item() for t in graph.initializer if np.prod(t.dims) == 1}
-    producers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {value.name for value in graph.output}
-    for erf in [node for node in graph.node if node.op_type == "Erf"]:
-        scaled = producers.get(erf.input[0])
-        if scaled is None:
-            continue
-        x = _scaled_by(scaled, np.sqrt(0.5), values)
-        chain, factors = [erf], []
-        while x and len(readers.get(chain[-1].output[0], [])) == 1 and chain[-1].output[0] not in outputs:
-            [node] = readers[chain[-1].output[0]]
-            others = [name for name in node.input if name != chain[-1].output[0]]
-            one = node.op_type == "Add" and len(chain) == 1 and np.isclose(values.get(others[0], 0.0), 1.0)
-            if not one and (node.op_type != "Mul" or len(chain) == 1 or len(others) != 1):
-                break
-            chain.append(node)
-            factors += [] if one else others
-            if _is_half_of(x, factors, producers, values):
-                node.CopyFrom(helper.make_node("Gelu", [x], list(node.output), name=erf.name))
-                for dead in chain[:-1]:
-                    graph.node.remove(dead)
-                if len(readers[scaled.output[0]]) == 1:
-                    graph.node.remove(scaled)
-                break
-
-
-def _scaled_by(node: onnx.NodeProto, factor: float, values: dict[str, float]) -> str | None:
-    """The x of a node that computes `factor` x, by a product or a quotient."""
-    first, *rest = node.input
-    if node.op_type == "Div" and np.isclose(values.get(rest[0], 0.0), 1 / factor):
-        return first
-    if node.op_type == "Mul":
-        for x, other in ((first, rest[0]), (rest[0], first)):
-            if np.isclose(values.get(other, 0.0), factor):
-                return x
-    return None
-
-
-def _is_half_of(x: str, factors: list[str], producers: dict, values: dict[str, float]) -> bool:
-    """Whether the product of the factors is x / 2."""
-    if len(factors) == 2:
-        return x in factors and any(np.isclose(values.get(name, 0.0), 0.5) for name in factors)
-    return (
-        len(factors) == 1 and factors[0] in producers and _scaled_by(producers[factors[0]], 0.5, values) == x
-    )
-
+if TYPE_CHECKING:
+    # Ethos-U imports this module in an environment without onnx.
+    import onnx
 
 MODEL, SAVED_MODEL = "model.tflite", "saved_model"
 
 _FLOAT = ("litert", "fp32")
-
 _KERNELS = {"xnnpack": "AUTO", "reference": "BUILTIN_REF"}
-
+"""Runtime -> LiteRT's name for its kernels."""
 _SAMPLES = ("calibration_image_sample_data_20x128x128x3_float32.npy", (20, 128, 128, 3))
 """The file that onnx2tf would download, and the shape of its images."""
+_NEVER_NEGATIVE = ("Relu", "Sigmoid")
+_GELU_SINCE = 20
+"""The first opset with a Gelu."""
 
 
 class LiteRT:
-    """LiteRT on the CPU, compiled by onnx2tf and the TFLite converter.
+    """Run LiteRT on the CPU, compiled by onnx2tf and the TFLite converter.
 
     >>> [scheme.name for scheme in BACKEND.schemes if not scheme.calibration]
     ['fp32', 'int8-dynamic']
@@ -236,7 +112,7 @@ class LiteRT:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """Leaves `model.tflite` in `folder`, for fp32 the SavedModel that the others start from as well."""
+        """Leave `model.tflite` in `folder`, and for fp32 also the SavedModel that the others start from."""
         if scheme.name == "fp32":
             _saved_model(source, calibration.shape[1:], folder / SAVED_MODEL)
             source = folder
@@ -261,79 +137,15 @@ class LiteRT:
         return run
 
 
-def channels_last(images: np.ndarray) -> np.ndarray:
-    """(b, c, ...) as (b, ..., c), the layout onnx2tf gives every input; vectors stay as they are.
-
-    >>> channels_last(np.zeros((1, 3, 8, 6))).shape, channels_last(np.zeros((1, 7))).shape
-    ((1, 8, 6, 3), (1, 7))
-    """
-    return np.moveaxis(images, 1, -1)
-
-
-def quantize(x: np.ndarray, details: dict) -> np.ndarray:
-    """x / s in float32, rounded half away from zero, plus z, saturated: TFLite's own QUANTIZE operator.
-
-    `details` is what LiteRT's interpreter says of a tensor. A float tensor takes x as it is.
-
-    >>> quantize(np.float32([-0.5, 0.5, 1.5, 900]), {"dtype": np.int8, "quantization": (1.0, 2)})
-    array([  1,   3,   4, 127], dtype=int8)
-    """
-    if details["dtype"] == np.float32:
-        return x
-    scale, zero_point = details["quantization"]
-    steps = np.asarray(x / np.float32(scale), np.float64)
-    limits = np.iinfo(details["dtype"])
-    rounded = np.copysign(np.floor(np.abs(steps) + 0.5), steps) + zero_point
-    return np.clip(rounded, limits.min, limits.max).astype(details["dtype"])
-
-
-def dequantize(q: np.ndarray, details: dict) -> np.ndarray:
-    """s (q - z) in float32; a float tensor as it is.
-
-    >>> dequantize(np.int8([-128, 2, 3]), {"dtype": np.int8, "quantization": (0.5, 2)})
-    array([-65. ,   0. ,   0.5], dtype=float32)
-    """
-    if details["dtype"] == np.float32:
-        return q
-    scale, zero_point = details["quantization"]
-    return np.float32(scale) * (q.astype(np.float32) - np.float32(zero_point))
-
-
-def operators(interpreter: Any) -> dict[str, dict[str, int]]:
-    """The operators of a TFLite graph, by whether they compute on integers or in floating point.
-
-    Integer are those without any float tensor, and those of float inputs and int8 weights, which quantize
-    their input as they run. QUANTIZE and DEQUANTIZE compute in floating point.
-    """
-    types = {tensor["index"]: np.dtype(tensor["dtype"]).name for tensor in interpreter.get_tensor_details()}
-    counts: dict[str, Counter] = {}
-    for operator in interpreter._get_ops_details():
-        name = operator["op_name"]
-        inputs = [types[index] for index in operator["inputs"] if index >= 0]
-        outputs = [types[index] for index in operator["outputs"]]
-        hybrid = "int8" in inputs[1:] and name not in ("QUANTIZE", "DEQUANTIZE")
-        kind = "float" if "float32" in inputs + outputs and not hybrid else "integer"
-        counts.setdefault(name, Counter())[kind] += 1
-    return {name: dict(kinds) for name, kinds in counts.items()}
-
-
-def _interpreter(model: Path, runtime: str) -> Any:
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    kernels = OpResolverType[_KERNELS[runtime]]
-    interpreter = Interpreter(str(model), num_threads=1, experimental_op_resolver_type=kernels)
-    interpreter.allocate_tensors()
-    return interpreter
+BACKEND = LiteRT()
 
 
 def _saved_model(source: Path, shape: tuple[int, ...], folder: Path) -> None:
-    """ONNX to a SavedModel of batch 1."""
+    """Convert an ONNX file to a SavedModel of batch 1."""
     import onnx
     import onnx2tf
 
-    from qt_jax.backends.litert import prepared
-
-    onnx.save(prepared(onnx.load(source), (1, *shape)), "fixed.onnx")
+    onnx.save(prepare_graph(onnx.load(source), (1, *shape)), "fixed.onnx")
     name, samples = _SAMPLES
     np.save(name, np.random.default_rng(0).random(samples, dtype=np.float32))
     log = io.StringIO()
@@ -342,7 +154,7 @@ def _saved_model(source: Path, shape: tuple[int, ...], folder: Path) -> None:
             onnx2tf.convert(
                 "fixed.onnx", output_folder_path=str(folder), output_signaturedefs=True, not_use_onnxsim=True
             )
-    except ModuleNotFoundError as error:  # one module an operator
+    except ModuleNotFoundError as error:  # onnx2tf has one module per operator
         raise Refused(f"onnx2tf: {error}") from error
     except SystemExit as error:
         raise Refused(_complaint(log.getvalue())) from error
@@ -352,8 +164,149 @@ def _saved_model(source: Path, shape: tuple[int, ...], folder: Path) -> None:
         file.unlink()
 
 
+def prepare_graph(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
+    """Rewrite a graph so that TensorFlow can quantize what onnx2tf makes of it.
+
+    An open batch needs arithmetic on shapes, for example to repeat a class token for every image. It is
+    computed beforehand, because onnx2tf loses track of it.
+
+    Args:
+      model: A float ONNX model, which is changed.
+      shape: The shape of its input, batch included.
+
+    Returns:
+      A model that computes the same.
+
+    Raises:
+      Refused: The graph does not have exactly one input.
+    """
+    from qt_jax.export.folding import fold_constants, known_shapes
+
+    model = fold_constants(known_shapes(fix_shape(model, shape)))
+    model = fold_constants(fuse_gelus(model))  # attributes that have become inputs are Constant nodes
+    pad_with_zeros(model.graph)
+    return model
+
+
+def fix_shape(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
+    """Fix the shape of the graph's one input and the batch of its outputs, in place, and return the model.
+
+    Nodes are renamed to the characters that TensorFlow allows in a scope.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        raise Refused(f"the graph has inputs {[value.name for value in inputs]}; it must have one")
+    dimensions = inputs[0].type.tensor_type.shape.dim
+    for dimension, size in zip(dimensions, shape, strict=True):
+        dimension.dim_value = size
+    for output in model.graph.output:
+        if output.type.tensor_type.shape.dim:
+            output.type.tensor_type.shape.dim[0].dim_value = shape[0]
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        node.name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", node.name)
+    return model
+
+
+def fuse_gelus(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace x (1 + erf(x / sqrt 2)) / 2, in any order of its factors, by one Gelu of opset 20.
+
+    TFLite has no Erf. It has a Gelu with a kernel for int8. Without such a pattern, `model` itself is
+    returned.
+    """
+    from onnx import version_converter
+
+    if all(node.op_type != "Erf" for node in model.graph.node):
+        return model
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    newer = version_converter.convert_version(model, max(opset, _GELU_SINCE))
+    _join_gelus(newer.graph)
+    return newer if any(node.op_type == "Gelu" for node in newer.graph.node) else model
+
+
+def _join_gelus(graph: onnx.GraphProto) -> None:
+    """Replace the nodes of every GELU made of Erf by one Gelu, in place."""
+    from onnx import helper, numpy_helper
+
+    values = {t.name: numpy_helper.to_array(t).item() for t in graph.initializer if np.prod(t.dims) == 1}
+    producers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+    for erf in [node for node in graph.node if node.op_type == "Erf"]:
+        scaled = producers.get(erf.input[0])
+        if scaled is None:
+            continue
+        x = _scaled_by(scaled, np.sqrt(0.5), values)
+        chain, factors = [erf], []
+        while x and len(readers.get(chain[-1].output[0], [])) == 1 and chain[-1].output[0] not in outputs:
+            [node] = readers[chain[-1].output[0]]
+            others = [name for name in node.input if name != chain[-1].output[0]]
+            one = node.op_type == "Add" and len(chain) == 1 and np.isclose(values.get(others[0], 0.0), 1.0)
+            if not one and (node.op_type != "Mul" or len(chain) == 1 or len(others) != 1):
+                break
+            chain.append(node)
+            factors += [] if one else others
+            if _is_half_of(x, factors, producers, values):
+                node.CopyFrom(helper.make_node("Gelu", [x], list(node.output), name=erf.name))
+                for dead in chain[:-1]:
+                    graph.node.remove(dead)
+                if len(readers[scaled.output[0]]) == 1:
+                    graph.node.remove(scaled)
+                break
+
+
+def _scaled_by(node: onnx.NodeProto, factor: float, values: dict[str, float]) -> str | None:
+    """Return the x of a node that computes `factor` x by Mul or Div, else None."""
+    first, *rest = node.input
+    if node.op_type == "Div" and np.isclose(values.get(rest[0], 0.0), 1 / factor):
+        return first
+    if node.op_type == "Mul":
+        for x, other in ((first, rest[0]), (rest[0], first)):
+            if np.isclose(values.get(other, 0.0), factor):
+                return x
+    return None
+
+
+def _is_half_of(x: str, factors: list[str], producers: dict, values: dict[str, float]) -> bool:
+    """Tell whether the product of the factors is x / 2."""
+    if len(factors) == 2:
+        return x in factors and any(np.isclose(values.get(name, 0.0), 0.5) for name in factors)
+    return (
+        len(factors) == 1 and factors[0] in producers and _scaled_by(producers[factors[0]], 0.5, values) == x
+    )
+
+
+def pad_with_zeros(graph: onnx.GraphProto) -> None:
+    """Replace MaxPool(x, pads) by MaxPool(Pad(x, 0)) where no element of x is negative: the maxima are equal.
+
+    onnx2tf pads with the lowest float, which ruins the int8 range of the padded tensor. All logits are then
+    alike, or the graph is refused. Behind other activations the pooling is left as it is.
+    """
+    from onnx import helper, numpy_helper
+
+    producers = {name: node.op_type for node in graph.node for name in node.output}
+    nodes = []
+    for node in graph.node:
+        pads = next((item for item in node.attribute if item.name == "pads"), None)
+        if node.op_type == "MaxPool" and pads and producers.get(node.input[0]) in _NEVER_NEGATIVE:
+            widths, padded = f"{node.output[0]}_pads", f"{node.output[0]}_padded"
+            before, after = np.split(np.int64(pads.ints), 2)
+            edges = np.concatenate([[0, 0], before, [0, 0], after])
+            graph.initializer.append(numpy_helper.from_array(edges, widths))
+            nodes.append(helper.make_node("Pad", [node.input[0], widths], [padded]))
+            node.input[0] = padded
+            node.attribute.remove(pads)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def _complaint(log: str) -> str:
-    """What onnx2tf printed as its errors, without colours and repeated blanks.
+    """Return the errors that onnx2tf printed, without colours and repeated blanks.
 
     >>> _complaint("fine\\n\\x1b[31mERROR:\\x1b[0m Foo OP  is not implemented\\n")
     'onnx2tf: Foo OP is not implemented'
@@ -364,7 +317,7 @@ def _complaint(log: str) -> str:
 
 
 def _convert(saved_model: Path, calibration: np.ndarray, scheme: Scheme) -> bytes:
-    """The bytes of the TFLite file that TensorFlow's converter makes for the scheme."""
+    """Return the bytes of the TFLite file that TensorFlow's converter makes for the scheme."""
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model))
@@ -387,4 +340,69 @@ def _convert(saved_model: Path, calibration: np.ndarray, scheme: Scheme) -> byte
         raise Refused(f"TFLite converter: {str(error).strip()[:500]}") from error
 
 
-BACKEND = LiteRT()
+def _interpreter(model: Path, runtime: str) -> Any:
+    """Open a TFLite file with the kernels of a runtime."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    kernels = OpResolverType[_KERNELS[runtime]]
+    interpreter = Interpreter(str(model), num_threads=1, experimental_op_resolver_type=kernels)
+    interpreter.allocate_tensors()
+    return interpreter
+
+
+def operators(interpreter: Any) -> dict[str, dict[str, int]]:
+    """Count the operators of a TFLite graph, by whether they compute on integers or in floating point.
+
+    An operator without any float tensor counts as integer. So does one with float inputs and int8 weights,
+    which quantizes its input as it runs. QUANTIZE and DEQUANTIZE compute in floating point.
+    """
+    types = {tensor["index"]: np.dtype(tensor["dtype"]).name for tensor in interpreter.get_tensor_details()}
+    counts: dict[str, Counter] = {}
+    for operator in interpreter._get_ops_details():
+        name = operator["op_name"]
+        inputs = [types[index] for index in operator["inputs"] if index >= 0]
+        outputs = [types[index] for index in operator["outputs"]]
+        hybrid = "int8" in inputs[1:] and name not in ("QUANTIZE", "DEQUANTIZE")
+        kind = "float" if "float32" in inputs + outputs and not hybrid else "integer"
+        counts.setdefault(name, Counter())[kind] += 1
+    return {name: dict(kinds) for name, kinds in counts.items()}
+
+
+def channels_last(images: np.ndarray) -> np.ndarray:
+    """Move the channels of `(b, c, ...)` last, as onnx2tf does for every input. Vectors stay as they are.
+
+    >>> channels_last(np.zeros((1, 3, 8, 6))).shape, channels_last(np.zeros((1, 7))).shape
+    ((1, 8, 6, 3), (1, 7))
+    """
+    return np.moveaxis(images, 1, -1)
+
+
+def quantize(x: np.ndarray, details: dict) -> np.ndarray:
+    """Quantize as TFLite's QUANTIZE does: x / s in float32, rounded half away from zero, plus z, saturated.
+
+    Args:
+      x: Values, float32.
+      details: LiteRT's description of the tensor that takes them. A float tensor takes x as it is.
+
+    >>> quantize(np.float32([-0.5, 0.5, 1.5, 900]), {"dtype": np.int8, "quantization": (1.0, 2)})
+    array([  1,   3,   4, 127], dtype=int8)
+    """
+    if details["dtype"] == np.float32:
+        return x
+    scale, zero_point = details["quantization"]
+    steps = np.asarray(x / np.float32(scale), np.float64)
+    limits = np.iinfo(details["dtype"])
+    rounded = np.copysign(np.floor(np.abs(steps) + 0.5), steps) + zero_point
+    return np.clip(rounded, limits.min, limits.max).astype(details["dtype"])
+
+
+def dequantize(q: np.ndarray, details: dict) -> np.ndarray:
+    """Return s (q - z) in float32. The values of a float tensor stay as they are.
+
+    >>> dequantize(np.int8([-128, 2, 3]), {"dtype": np.int8, "quantization": (0.5, 2)})
+    array([-65. ,   0. ,   0.5], dtype=float32)
+    """
+    if details["dtype"] == np.float32:
+        return q
+    scale, zero_point = details["quantization"]
+    return np.float32(scale) * (q.astype(np.float32) - np.float32(zero_point))

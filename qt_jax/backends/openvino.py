@@ -1,11 +1,12 @@
-"""Intel OpenVINO: NNCF's post-training quantizer, executed by OpenVINO's CPU plugin.
+"""Run Intel OpenVINO: NNCF's post-training quantizer, executed by OpenVINO's CPU plugin.
 
 Numerics
-    Kernels are symmetric, one scale an output channel ("pc") or one a kernel ("pt"). int8 is on [-127, 127]
-    with scale max|w| / 127; the first convolution keeps to [-63, 63], NNCF's guard against the saturating
-    u8 x s8 sums of x86 CPUs without VNNI, whatever the CPU. int4 has 16 levels, [-8, 7], but its scale is
-    max|w| / 7, so that -8 is never met: the grid is [-7, 7]. A channel whose max|w| is below 1 % of the
-    largest channel's is given the scale of that 1 %. Activations have one grid a tensor, of 2^bits levels:
+    Kernels are symmetric, with one scale per output channel ("pc") or one per kernel ("pt"). int8 is on
+    [-127, 127] with scale max|w| / 127. The first convolution keeps to [-63, 63]: this is NNCF's guard
+    against the saturating u8 x s8 sums of x86 CPUs without VNNI, whatever the CPU. int4 has 16 levels, [-8,
+    7], but its scale is max|w| / 7, so that -8 never occurs: the grid is [-7, 7]. A channel whose max|w| is
+    below 1 % of the largest channel's gets the scale of that 1 %. Activations have one grid per tensor, of
+    2^bits levels:
 
     ====  ================================================================================================
     sym   NNCF's preset PERFORMANCE. Unsigned on [0, a] where calibration met nothing negative, else signed
@@ -14,22 +15,22 @@ Numerics
     ====  ================================================================================================
 
     Behind a ReLU the two are the same. "mean" is NNCF's default: the mean, over images, of each image's
-    extremes, so that what exceeds them saturates. "minmax" takes the extremes of all images; "histogram"
+    extremes, so that values beyond it saturate. "minmax" takes the extremes of all images. "histogram"
     minimizes the error of quantization on a histogram. Biases are then corrected for the shift of the mean:
     "fast", the default; "accurate", NNCF's slower algorithm (`fast_bias_correction=False`); or "uncorrected".
 
-    int4w and int16act have NNCF aim at the NPU, the one target whose description allows 4-bit kernels (for
-    INT8 the targets ANY, CPU, GPU and NPU gave the same model). `operators` tells what the CPU computes on
-    integers and what on dequantized values: such numbers are NNCF's, such speed is not an NPU's. Weight-only
-    schemes (int8w, int4w-matmul) store integers and compute in float32. NNCF's 4-bit compression reaches
-    matrix products alone: convolutions then have asymmetric uint8 kernels.
+    For int4w and int16act NNCF targets the NPU, the one target whose description allows 4-bit kernels. (For
+    INT8 the targets ANY, CPU, GPU and NPU gave the same model.) `operators` tells what the CPU computes on
+    integers and what on dequantized values. The numbers of these schemes are NNCF's, but their speed is not
+    an NPU's. Weight-only schemes (int8w, int4w-matmul) store integers and compute in float32. NNCF's 4-bit
+    compression only reaches matmuls: convolutions then have asymmetric uint8 kernels.
 
 Surprises
     NNCF corrects a bias only where it is a constant beside its convolution. `Core.read_model` leaves shape
-    arithmetic of ONNX between them, and bias correction then silently does nothing; `convert_model`, used
-    here, folds it. The correction named fast may cost many decibels of SQNR: hence rows without it. It leaves
-    a layer alone where the shift of any channel is twice its bias or more, or any bias is 0: with 4-bit
-    kernels often every layer, and then changes nothing.
+    arithmetic of ONNX between them, and bias correction then silently does nothing. `convert_model`, used
+    here, folds it. The correction named fast may cost many decibels of SQNR, hence the rows without it. It
+    skips a layer if the shift of any channel is twice its bias or more, or if any bias is 0. With 4-bit
+    kernels that is often every layer, and the correction then changes nothing.
     Importing openvino reports its use over the network unless CI is "true", as it is in this environment.
 """
 
@@ -44,13 +45,13 @@ from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Sc
 MODEL = "model.xml"
 BATCH = 100
 
-# Layers of the compiled graph that move or hold data and compute nothing.
 _MOVES = {"Const", "Input", "Output", "Reorder", "Reshape", "Transpose"}
+"""Layers of the compiled graph that move or hold data and compute nothing."""
 _INTEGERS = {"u8", "i8", "u4", "i4"}
 
 
 class _Static(NamedTuple):
-    """Arguments of `nncf.quantize`."""
+    """Choose the arguments of `nncf.quantize`, in the words of a scheme's name."""
 
     preset: str
     ranges: str
@@ -62,6 +63,14 @@ class _Static(NamedTuple):
 
 _PRESETS = {"sym": "PERFORMANCE", "asym": "MIXED"}
 _RANGES = {"mean": "MEAN_MINMAX", "minmax": "MINMAX", "histogram": "HISTOGRAM"}
+"""Words of a scheme's name -> NNCF's own."""
+_CALIBRATIONS = {"mean": "mean of each image's extremes", "minmax": "minmax", "histogram": "histogram"}
+_BIASES = {
+    "fast": "fast bias correction",
+    "accurate": "accurate bias correction",
+    "uncorrected": "no bias correction",
+}
+"""Words of a scheme's name -> how a record calls the calibration."""
 
 _STATIC = {
     "int8-pc-sym-mean": _Static("sym", "mean"),
@@ -82,27 +91,24 @@ _STATIC = {
     "int4w-int16act-pc-sym-minmax-accurate": _Static("sym", "minmax", "accurate", 4, 16),
     "int16act-pc-sym-minmax-accurate": _Static("sym", "minmax", "accurate", activation_bits=16),
 }
-# Scheme -> arguments of `nncf.compress_weights`.
 _WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "int8w-pc-sym": {"mode": "INT8_SYM"},
     "int8w-pc-asym": {"mode": "INT8_ASYM"},
     "int4w-matmul-pc-sym": {"mode": "INT4_SYM", "ratio": 1.0, "group_size": -1, "all_layers": True},
     "int4w-matmul-pc-asym": {"mode": "INT4_ASYM", "ratio": 1.0, "group_size": -1, "all_layers": True},
 }
-
-
-_METHODS = {"mean": "mean of each image's extremes", "minmax": "minmax", "histogram": "histogram"}
-_BIASES = {
-    "fast": "fast bias correction",
-    "accurate": "accurate bias correction",
-    "uncorrected": "no bias correction",
-}
+"""Scheme -> arguments of `nncf.compress_weights`."""
 
 
 def _schemes() -> tuple[Scheme, ...]:
+    """Return the schemes of `_STATIC` and `_WEIGHT_ONLY`, the float one first."""
     static = (
         Scheme(
-            name, s.weight_bits, s.activation_bits, s.per_channel, f"{_METHODS[s.ranges]}, {_BIASES[s.bias]}"
+            name,
+            s.weight_bits,
+            s.activation_bits,
+            s.per_channel,
+            f"{_CALIBRATIONS[s.ranges]}, {_BIASES[s.bias]}",
         )
         for name, s in _STATIC.items()
     )
@@ -114,7 +120,7 @@ def _schemes() -> tuple[Scheme, ...]:
 
 
 class OpenVINO:
-    """The `Backend` of OpenVINO's CPU plugin. Float layers stay float32; results do not depend on the batch.
+    """Run OpenVINO's CPU plugin. Float layers stay float32, and results do not depend on the batch.
 
     >>> [scheme.name for scheme in BACKEND.schemes][:3]
     ['fp32', 'int8-pc-sym-mean', 'int8-pc-asym-mean']
@@ -142,7 +148,7 @@ class OpenVINO:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """As `Backend.compile`: `model.xml` with its `model.bin` is what OpenVINO deploys."""
+        """Quantize with NNCF and save `model.xml` with its `model.bin`, which OpenVINO deploys."""
         import openvino
 
         model = _read(source)
@@ -155,7 +161,6 @@ class OpenVINO:
         return Compiled(size, _operators(_compile_for_cpu(folder).get_runtime_model()))
 
     def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
-        """As `Backend.load`."""
         compiled = _compile_for_cpu(folder)
 
         def session(images: np.ndarray) -> np.ndarray:
@@ -164,7 +169,11 @@ class OpenVINO:
         return session
 
 
+BACKEND = OpenVINO()
+
+
 def _read(source: Path) -> Any:
+    """Read an ONNX file. Raises Refused if OpenVINO does not take it."""
     import openvino
 
     try:
@@ -174,17 +183,18 @@ def _read(source: Path) -> Any:
 
 
 def brief(message: str) -> str:
-    """The lines of an OpenVINO error that say something: neither where in its sources nor separators.
+    """Return the lines of an OpenVINO error that say something, without places in its sources and separators.
 
     >>> brief("Check 'x' failed at src/onnx.cpp:10:\\nFrontEnd API failed:\\nNo conversion for: Foo\\n")
     'FrontEnd API failed: No conversion for: Foo'
     """
     lines = (line.strip() for line in message.splitlines())
-    told = [line for line in lines if line and ".cpp:" not in line and line != "[ ERROR ]"]
-    return " ".join(told or message.split())[:300]
+    kept = [line for line in lines if line and ".cpp:" not in line and line != "[ ERROR ]"]
+    return " ".join(kept or message.split())[:300]
 
 
 def _quantize(model: Any, calibration: np.ndarray, settings: _Static) -> Any:
+    """Quantize weights and activations with NNCF."""
     import nncf
     from nncf.quantization.advanced_parameters import QuantizationParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -216,12 +226,14 @@ def _quantize(model: Any, calibration: np.ndarray, settings: _Static) -> Any:
 
 
 def _compress(model: Any, mode: str, **settings: Any) -> Any:
+    """Quantize weights alone with NNCF."""
     import nncf
 
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode], **settings)
 
 
 def _compile_for_cpu(folder: Path) -> Any:
+    """Load what was compiled into the CPU plugin, in float32 where it is not quantized."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -229,8 +241,11 @@ def _compile_for_cpu(folder: Path) -> Any:
 
 
 def _operators(runtime_model: Any) -> dict[str, dict[str, int]]:
-    """Kinds of layers that compute, counted by what they read: the plugin reports the precision of compressed
-    weights as that of the layer, although it computes in float."""
+    """Count the layers that compute, by the type they read.
+
+    For compressed weights the plugin reports their precision as that of the layer, although it computes in
+    float.
+    """
     counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"integer": 0, "float": 0})
     for layer in runtime_model.get_ordered_ops():
         kind = layer.get_rt_info()["layerType"].astype(str)
@@ -238,6 +253,3 @@ def _operators(runtime_model: Any) -> dict[str, dict[str, int]]:
             integer = layer.input(0).get_element_type().to_string() in _INTEGERS
             counts[kind]["integer" if integer else "float"] += 1
     return {kind: dict(count) for kind, count in counts.items()}
-
-
-BACKEND = OpenVINO()

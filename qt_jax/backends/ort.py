@@ -1,26 +1,27 @@
-"""ONNX Runtime on the CPU: the float reference, static, dynamic and weight-only quantization.
+"""Run ONNX Runtime on the CPU: the float reference, and static, dynamic and weight-only quantization.
 
 Numerics
-    Scheme names: "int8" has asymmetric uint8 activations and symmetric int8 kernels (U8S8), "int8-s8s8"
-    symmetric int8 for both, which is what TensorRT expects; pt and pc are one scale a kernel and one an
-    output channel. ONNX Runtime builds its symmetric grids itself: int8 is [-127, 127] with scale max|w| /
-    127, int4 is [-8, 7] with scale 2 max|w| / 15, so that +max|w| saturates to 7. "int4w-narrow" has the
-    grid that NNCF and tpu-mlir use, [-7, 7] with scale max|w| / 7: ONNX Runtime's quantizer is given these
-    scales as its `TensorQuantOverrides`, and rounds and writes the graph itself. Kernels are always ranged by
-    their maximum; "minmax", "entropy" and "percentile" name how ACTIVATIONS are ranged. "percentile"
-    keeps the central `PERCENTILE` percent of the calibration values, half of the rest cut on either side.
+    Scheme names: "int8" has asymmetric uint8 activations and symmetric int8 kernels (U8S8). "int8-s8s8" has
+    symmetric int8 for both, which is what TensorRT expects. "pt" and "pc" mean one scale per kernel and one
+    per output channel. ONNX Runtime builds its symmetric grids itself: int8 is [-127, 127] with scale max|w|
+    / 127; int4 is [-8, 7] with scale 2 max|w| / 15, so that +max|w| saturates to 7. "int4w-narrow" has the
+    grid of NNCF and tpu-mlir, [-7, 7] with scale max|w| / 7: ONNX Runtime's quantizer is given these scales
+    as its `TensorQuantOverrides`, and rounds and writes the graph itself. The range of a kernel is always its
+    maximum. "minmax", "entropy" and "percentile" name the method that finds the ranges of ACTIVATIONS.
+    "percentile" keeps the central `PERCENTILE` percent of the calibration values and cuts half of the rest on
+    either side.
 
-    "qop" writes QLinearConv and its like (QOperator) where the others write QuantizeLinear and
-    DequantizeLinear pairs (QDQ). "int4w-blocks" stores matrix products' kernels alone on 4 bits, one scale
-    for each 32 weights (MatMulNBits); convolutions stay float.
+    "qop" writes QLinearConv and its like (QOperator) where the other schemes write QuantizeLinear and
+    DequantizeLinear pairs (QDQ). "int4w-blocks" stores only the kernels of matmuls on 4 bits, with one scale
+    for each 32 weights (MatMulNBits). Convolutions stay float.
 
-    Two runtimes, since a graph and what executes it are two things. "reference" has graph optimizations
-    off: the graph is executed as it is written (dequantize, compute in float, requantize), the same on every
-    CPU. "optimized" is what ships: ONNX Runtime fuses and swaps in integer kernels, whose results differ,
-    and which saturate on x86 CPUs without VNNI.
+    A graph and what executes it are two things, so there are two runtimes. "reference" has graph
+    optimizations off. It executes the graph as it is written (dequantize, compute in float, requantize), the
+    same on every CPU. "optimized" is what ships: ONNX Runtime fuses and swaps in integer kernels, whose
+    results differ, and which saturate on x86 CPUs without VNNI.
 
-    Dynamic quantization ranges each activation over the whole batch it sits in, so that it is run at
-    batch 1, as on a device. Its kernels are asymmetric uint8: what ONNX Runtime's ConvInteger takes.
+    Dynamic quantization finds the range of an activation over the whole batch. It is therefore run at batch
+    1, as on a device. Its kernels are asymmetric uint8, which ONNX Runtime's ConvInteger takes.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from qt_jax.backends.protocol import Compiled, Refused, Runtime, Scheme, Session
 PERCENTILE = 99.99
 MODEL = "model.onnx"
 BLOCK = 32
+"""Weights that share one scale in "int4w-blocks"."""
 
 FP32 = Scheme("fp32", weight_bits=32, activation_bits=32, number_format="float")
 REFERENCE = Runtime("reference", "graph optimizations off", batch=100)
@@ -44,15 +46,16 @@ BLOCKS = Scheme("int4w-blocks", 4, 32, per_channel=True, layers="matmul")
 DYNAMIC = Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True)
 
 _KERNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
-"""Where ONNX Runtime sees the output channels of a second input, unless a Gemm says transB."""
-_METHODS = {"minmax": "minmax", "percentile": f"percentile {PERCENTILE}", "entropy": "entropy"}
+"""The axis of a kernel's output channels as ONNX Runtime takes it; 0 for a Gemm with transB."""
+_CALIBRATIONS = {"minmax": "minmax", "percentile": f"percentile {PERCENTILE}", "entropy": "entropy"}
 
 
 def _static_schemes() -> Iterator[Scheme]:
+    """Yield the schemes that calibrate, in the order of tables."""
     granularities = (("pt", False), ("pc", True))
     methods_of = {
-        "int8": _METHODS,
-        "int8-s8s8": _METHODS,
+        "int8": _CALIBRATIONS,
+        "int8-s8s8": _CALIBRATIONS,
         "int4w": ("minmax", "percentile"),
         "int4w-narrow": ("minmax",),
     }
@@ -60,14 +63,14 @@ def _static_schemes() -> Iterator[Scheme]:
         for method, (granularity, per_channel) in product(methods, granularities):
             weight_bits = 4 if prefix.startswith("int4w") else 8
             name = f"{prefix}-{granularity}-{method}"
-            yield Scheme(name, weight_bits, 8, per_channel, _METHODS[method])
+            yield Scheme(name, weight_bits, 8, per_channel, _CALIBRATIONS[method])
     yield Scheme("int8-qop-pc-minmax", 8, 8, True, "minmax")
     yield Scheme("int8-qop-s8s8-pc-minmax", 8, 8, True, "minmax")
     yield Scheme("int16act-pc-minmax", 8, 16, True, "minmax")
 
 
 class OnnxRuntime:
-    """The backend for ONNX Runtime's CPU provider.
+    """Run ONNX Runtime's CPU provider.
 
     >>> [scheme.name for scheme in BACKEND.schemes][:3]
     ['fp32', 'int8-pt-minmax', 'int8-pc-minmax']
@@ -86,7 +89,7 @@ class OnnxRuntime:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """As `Backend.compile`, with ONNX Runtime's own quantizer. Static schemes need calibration images."""
+        """Quantize with ONNX Runtime's own quantizer. Static schemes need calibration images."""
         target = folder / MODEL
         if scheme == FP32:
             target.write_bytes(source.read_bytes())
@@ -106,6 +109,7 @@ BACKEND = OnnxRuntime()
 
 
 def _session(path: Path, optimize: bool, optimized_path: str = "") -> Any:
+    """Open a graph, with all graph optimizations or none, and write the optimized graph if asked."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -120,11 +124,12 @@ def _session(path: Path, optimize: bool, optimized_path: str = "") -> Any:
 
 
 def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Scheme) -> None:
+    """Write the graph of a static or dynamic scheme."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = Path("prepared.onnx")
-    # Fuses what is left to fuse and infers shapes: a tensor of unknown shape is not quantized.
+    # It fuses what is left to fuse and infers shapes. A tensor of unknown shape would not be quantized.
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
     if scheme.dynamic:
         quantize_dynamic(prepared, target, per_channel=scheme.per_channel, weight_type=QuantType.QUInt8)
@@ -156,8 +161,10 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Schem
 
 
 def _narrow(source: Path, per_channel: bool) -> dict[str, list[dict]]:
-    """`TensorQuantOverrides` that give every kernel of the graph the scale max|w| / 7, each channel its own
-    if `per_channel`, along the axis that ONNX Runtime takes by itself."""
+    """Return `TensorQuantOverrides` that give every kernel of the graph the scale max|w| / 7.
+
+    With `per_channel` each channel has its own scale, along the axis that ONNX Runtime takes by itself.
+    """
     import onnx
 
     graph = onnx.load(source).graph
@@ -180,12 +187,12 @@ def _narrow(source: Path, per_channel: bool) -> dict[str, list[dict]]:
 
 
 def _method(scheme: Scheme) -> tuple[Any, dict[str, Any]]:
-    """ONNX Runtime's calibration method, and its options."""
+    """Return ONNX Runtime's calibration method and its options."""
     from onnxruntime.quantization import CalibrationMethod
 
     name = (scheme.calibration or "").partition(" ")[0]
     if name == "percentile":
-        # The default is symmetric: behind a ReLU half of the uint8 grid would stand for nothing.
+        # The default is symmetric, which would waste half of the uint8 grid behind a ReLU.
         symmetric = "s8s8" in scheme.name
         options = {"CalibPercentile": PERCENTILE, "CalibTensorRangeSymmetric": symmetric}
         return CalibrationMethod.Percentile, options
@@ -193,7 +200,7 @@ def _method(scheme: Scheme) -> tuple[Any, dict[str, Any]]:
 
 
 def _input(path: Path) -> tuple[str, int]:
-    """The name of the graph's input, and how many images to give it at once."""
+    """Return the name of the graph's input, and how many images to give it at once."""
     import onnx
 
     graph_input = onnx.load(path).graph.input[0]
@@ -201,10 +208,11 @@ def _input(path: Path) -> tuple[str, int]:
 
 
 def _reader(images: np.ndarray, input_name: str, batch: int) -> Any:
-    """Feeds calibration images batch by batch.
+    """Return a reader that feeds calibration images batch by batch.
 
     With `CalibStridedMinMax` 1 the quantizer asks for one batch at a time and reduces it to ranges or
-    histograms (of either method, whatever the name says) before the next: memory is that of one batch.
+    histograms before the next. This holds for every method, whatever the option's name says. The memory is
+    that of one batch.
     """
     from onnxruntime.quantization import CalibrationDataReader
 
@@ -226,7 +234,10 @@ def _reader(images: np.ndarray, input_name: str, batch: int) -> Any:
 
 
 def _quantize_blocks(source: Path, target: Path) -> None:
-    """MatMulNBits knows MatMul alone: a Gemm first becomes MatMul and Add."""
+    """Write the graph with the kernels of matmuls in 4-bit blocks.
+
+    MatMulNBits only takes MatMul, so a Gemm first becomes MatMul and Add.
+    """
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -237,14 +248,12 @@ def _quantize_blocks(source: Path, target: Path) -> None:
     quantizer = MatMulNBitsQuantizer(model, bits=4, block_size=BLOCK, is_symmetric=True)
     quantizer.process()
     if not any(node.op_type == "MatMulNBits" for node in quantizer.model.model.graph.node):
-        raise Refused(
-            "the graph has no matrix product with a constant kernel, and 4-bit blocks reach no other"
-        )
+        raise Refused("the graph has no matmul with a constant kernel, and 4-bit blocks reach nothing else")
     onnx.save(quantizer.model.model, target)
 
 
 def _without_gemm(node: Any, graph: Any) -> list[Any]:
-    """`node`, or the MatMul and the Add that a plain Gemm with a constant kernel consists of."""
+    """Return `node`, or the MatMul and the Add that replace a plain Gemm with a constant kernel."""
     from onnx import helper, numpy_helper
 
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
@@ -269,7 +278,7 @@ def _without_gemm(node: Any, graph: Any) -> list[Any]:
 
 
 def _operators(path: Path) -> Mapping[str, Mapping[str, int]]:
-    """How the optimized graph executes: operators that take quantized tensors count as integer."""
+    """Count the operators of the optimized graph. Those that take quantized tensors count as integer."""
     import onnx
 
     optimized = "optimized.onnx"
@@ -282,10 +291,10 @@ def _operators(path: Path) -> Mapping[str, Mapping[str, int]]:
         if node.op_type == "DequantizeLinear":
             continue
         native = node.op_type.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in node.op_type
-        carries = bool(node.input) and node.input[0] in quantized
-        if node.op_type == "QuantizeLinear" or carries or node.op_type.startswith("QLinear"):
+        reads_integers = bool(node.input) and node.input[0] in quantized
+        if node.op_type == "QuantizeLinear" or reads_integers or node.op_type.startswith("QLinear"):
             quantized.update(node.output)
         if node.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
             kinds = counts.setdefault(node.op_type, {"integer": 0, "float": 0})
-            kinds["integer" if native or carries else "float"] += 1
+            kinds["integer" if native or reads_integers else "float"] += 1
     return counts

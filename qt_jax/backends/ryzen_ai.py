@@ -1,15 +1,15 @@
-"""AMD Ryzen AI: Quark's ONNX quantizer, its default configurations, emulated by ONNX Runtime on the CPU.
+"""Run AMD's Quark, the ONNX quantizer of Ryzen AI, in its default configurations, emulated by ONNX Runtime.
 
 Numerics
-    Quark quantizes for the NPUs of Ryzen AI (XDNA). Its graph runs here as it is written: quantize,
-    dequantize, compute in float32, with ONNX Runtime's optimizations off. An NPU's own arithmetic may differ.
-    Schemes have the names of Quark's configurations.
+    Quark quantizes for the NPUs of Ryzen AI (XDNA). Its graph runs here on the CPU as it is written:
+    quantize, dequantize, compute in float32, with ONNX Runtime's optimizations off. The arithmetic of an NPU
+    may differ. Schemes have the names of Quark's configurations.
 
     =================  ===================================================================================
-    xint8              int8 kernels AND biases, uint8 activations with zero point 128 (symmetric); scales
-                       are powers of two, one a tensor, of least squared error. Average pooling is rescaled
-                       as the NPU does it
-    a8w8, a16w8        symmetric int8 kernels, symmetric int8 or int16 activations, one float scale a
+    xint8              int8 kernels AND biases, uint8 activations with zero point 128 (symmetric). Scales
+                       are powers of two of least squared error, one per tensor. Average pooling is
+                       rescaled as the NPU does it
+    a8w8, a16w8        symmetric int8 kernels, symmetric int8 or int16 activations, one float scale per
                        tensor, minmax. What leaves a ReLU uses half of the grid
     s8s8-aaws,         affine int8 or uint8 activations (AA), symmetric int8 kernels (WS), percentile
     u8s8-aaws
@@ -18,9 +18,9 @@ Numerics
     u16s8-aaws
     int8-cnn-default   u8s8-aaws with minmax
     bf16, fp16         every tensor rounded to bfloat16 or to IEEE half, no scale
-    bfp16              8 bits a value (sign and 7), an 8-bit exponent for 8 neighbours: 9 bits a value
-    mx9, mx6, mx4      8, 5, 3 bits a value, an 8-bit exponent for 16, one more bit for each pair (Rouhani
-                       et al., ISCA 2023): 9, 6, 4 bits a value
+    bfp16              8 bits per value (sign and 7), an 8-bit exponent for 8 neighbours: 9 bits per value
+    mx9, mx6, mx4      8, 5, 3 bits per value, an 8-bit exponent for 16, one more bit for each pair (Rouhani
+                       et al., ISCA 2023): 9, 6, 4 bits per value
     mxint8, mxfp*      OCP Microscaling 1.0: an 8-bit exponent for 32 values of int8, fp8, fp6 or fp4
     bf16-bfp16,        bfloat16 activations with kernels in bfp16 or mxint8
     bf16-mxint8
@@ -28,15 +28,15 @@ Numerics
     =================  ===================================================================================
 
     Blocks lie along axis 1 (channels) and round half to even. Their exponents come with each input, so that
-    nothing is calibrated. `weight_bits` is a value's with its share of the exponents, rounded. Integer
-    kernels have one scale a tensor; blocks are finer than channels, and count as per channel.
+    nothing is calibrated. `weight_bits` is the bits of a value with its share of the exponents, rounded.
+    Integer kernels have one scale per tensor. Blocks are finer than channels and count as per channel.
 
 Surprises
     Every configuration first equalizes the ranges of neighbouring layers (CLE), bf16 too. The first use
-    compiles Quark's operators with a C++ compiler; they stay in the environment. Left out are configurations
-    that fine-tune (AdaRound, AdaQuant), the automatic mixtures, VINT8, which asks for random calibration
-    data, and MATMUL_NBITS, which leaves Conv and Gemm in float. There are no 4-bit integers for Conv: given
-    ONNX Runtime's QInt4, Quark answers that it supports INT8, UINT8, INT16 and UINT16 alone.
+    compiles Quark's operators with a C++ compiler. They stay in the environment. These configurations are
+    left out: those that fine-tune (AdaRound, AdaQuant), the automatic mixtures, VINT8, which asks for random
+    calibration data, and MATMUL_NBITS, which leaves Conv and Gemm in float. There are no 4-bit integers for
+    Conv: given ONNX Runtime's QInt4, Quark answers that it supports only INT8, UINT8, INT16 and UINT16.
 """
 
 import contextlib
@@ -53,9 +53,9 @@ from qt_jax.backends.protocol import Compiled, Environment, Runtime, Scheme, Ses
 
 MODEL = "model.onnx"
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"
+"""The environment variable that names the folder of Quark's compiled operators."""
 
 _PERCENTILE = "percentile 99.999"
-# Quark's configuration, bits of kernels and activations, a scale for each channel or finer, calibration.
 _CONFIGURATIONS = (
     ("XINT8", 8, 8, False, "power-of-two MinMSE"),
     ("A8W8", 8, 8, False, "minmax"),
@@ -82,20 +82,20 @@ _CONFIGURATIONS = (
     ("BF16_MXINT8", 8, 16, True, None),
     ("MX9_INT8", 8, 9, False, None),
 )
+"""Quark's configuration, bits of kernels and activations, scales per channel or finer, calibration."""
+_BY_SCHEME = {name.lower().replace("_", "-"): name for name, *_ in _CONFIGURATIONS}
+_INTEGER_KERNELS = {name for name, _, _, per_channel, _ in _CONFIGURATIONS if per_channel is False}
 
 
 def _number_format(name: str, per_channel: bool | None) -> str:
+    """Return the `number_format` of a configuration."""
     if per_channel is None or name.startswith("MXFP"):
         return "float"
     return "block" if per_channel else "integer"
 
 
-_BY_SCHEME = {name.lower().replace("_", "-"): name for name, *_ in _CONFIGURATIONS}
-_INTEGER_KERNELS = {name for name, _, _, per_channel, _ in _CONFIGURATIONS if per_channel is False}
-
-
 class RyzenAI:
-    """The backend for AMD's quantizer of Ryzen AI.
+    """Run AMD's quantizer for Ryzen AI.
 
     >>> [scheme.name for scheme in BACKEND.schemes][:3]
     ['xint8', 'a8w8', 'a16w8']
@@ -137,7 +137,7 @@ class RyzenAI:
     runtimes = (Runtime("onnxruntime", "CPU emulation, graph optimizations off", 100, simulated=True),)
 
     def available(self) -> str | None:
-        """Quark needs a C++ compiler for its operators."""
+        """Check for the C++ compiler that Quark needs for its operators."""
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
             return (
@@ -146,7 +146,7 @@ class RyzenAI:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """As `Backend.compile`. Images are shown to Quark one by one, whatever batch the graph takes."""
+        """Quantize with Quark, which gets the images one by one, whatever batch the graph takes."""
         import onnx
 
         with _one_builder():
@@ -160,7 +160,7 @@ class RyzenAI:
         quantizer = ModelQuantizer(Config(global_quant_config=get_default_config(configuration)))
         target = folder / MODEL
         quantizer.quantize_model(str(source), str(target), _reader(name, calibration))
-        # Kernels in formats that ONNX lacks are float32 in the file, whose size then says nothing.
+        # Formats that ONNX lacks are stored as float32, and the size of the file then says nothing.
         size = target.stat().st_size if configuration in _INTEGER_KERNELS else None
         nodes = onnx.load(target, load_external_data=False).graph.node
         return Compiled(size, count_operators((n.op_type, n.input, n.output) for n in nodes))
@@ -192,10 +192,14 @@ BACKEND = RyzenAI()
 
 
 def count_operators(nodes: Iterable[tuple[str, list[str], list[str]]]) -> dict[str, dict[str, int]]:
-    """Operators of Quark's graph, given as (operator, inputs, outputs) in order, by what they compute on.
+    """Count the operators of Quark's graph, by what they compute on.
 
-    Integer is what reads dequantized integers and is quantized to integers, itself or after others like it
-    that an NPU fuses with it (Conv and its Relu). All else counts as float, block formats too.
+    An operator counts as integer if it reads dequantized integers and its result is quantized to integers,
+    directly or behind other such operators that an NPU fuses with it (Conv and its Relu). All others count as
+    float, block formats too.
+
+    Args:
+      nodes: (operator, inputs, outputs) of each node, in order.
 
     >>> count_operators([("DequantizeLinear", ["q"], ["x"]), ("Relu", ["x"], ["y"]),
     ...                  ("QuantizeLinear", ["y"], ["z"])])
@@ -223,12 +227,14 @@ def count_operators(nodes: Iterable[tuple[str, list[str], list[str]]]) -> dict[s
 
 
 def _computes(operator: str) -> bool:
+    """Tell whether an operator is neither a constant nor a conversion."""
     return operator != "Constant" and not operator.endswith(
         ("QuantizeLinear", "DequantizeLinear", "Dequantize")
     )
 
 
 def _reader(name: str, images: np.ndarray) -> Any:
+    """Return a reader that feeds the input called `name` one image at a time."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Images(CalibrationDataReader):
@@ -250,10 +256,10 @@ def _reader(name: str, images: np.ndarray) -> Any:
 
 @contextlib.contextmanager
 def _one_builder() -> Iterator[None]:
-    """Let one process at a time import Quark, which compiles what is not in `EXTENSIONS` yet.
+    """Let one process at a time import Quark, which compiles operators that are not in `EXTENSIONS` yet.
 
-    torch marks a build by a file that a killed builder leaves behind, and then waits for it for ever. Whoever
-    holds the lock here is alone, so that any such file is stale.
+    torch marks a build by a file. A killed builder leaves the file behind, and torch then waits for it for
+    ever. The holder of the lock here is the only builder, so any such file is stale.
     """
     extensions = Path(os.environ[EXTENSIONS])
     extensions.mkdir(parents=True, exist_ok=True)

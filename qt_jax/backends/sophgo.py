@@ -1,38 +1,40 @@
-"""Sophgo TPUs: tpu-mlir's compiler and quantizer, and the C models of the chips that it ships.
+"""Run Sophgo's TPUs: tpu-mlir's compiler and quantizer, and the C models of the chips that it ships.
 
 Numerics
-    Activations are symmetric around 0 with one threshold a tensor, a step of threshold / 127; what cannot be
-    negative is unsigned, threshold / 255, except on CV181x, whose int8 leaves half of its grid empty behind a
-    ReLU. "asym" is affine. Kernels are symmetric int8. Requantization, by chip, as the compiled graph says:
+    Activations are symmetric around 0 with one threshold per tensor and a step of threshold / 127. A tensor
+    that cannot be negative is unsigned, threshold / 255, except on CV181x, whose int8 leaves half of its grid
+    empty behind a ReLU. "asym" is affine. Kernels are symmetric int8. Requantization, by chip, as the
+    compiled graph says:
 
     ================  =======================================================================================
-    BM1684X, BM1688   convolutions: one scale an output channel, integer multiplier and right shift, half up;
-                      matrix products: one scale a tensor. Additions rescale both sides to a common step
-                      with 8-bit multipliers.
-    CV181x            the same granularity, multipliers of 32 bits
-    BM1684            one scale a tensor and a right shift alone: scales of kernels are powers of two apart
-                      from those of activations, biases are int16
+    BM1684X, BM1688   Convolutions: one scale per output channel, integer multiplier and right shift, half up.
+                      Matmuls: one scale per tensor. Additions rescale both sides to a common step with 8-bit
+                      multipliers.
+    CV181x            The same granularity, with multipliers of 32 bits.
+    BM1684            One scale per tensor and a right shift alone: scales of kernels are powers of two apart
+                      from those of activations, biases are int16.
     ================  =======================================================================================
 
-    "w4int8" has kernels on [-7, 7] with scale max|w| / 7, one an output channel of a convolution and one a
-    matrix product, and 8-bit activations; "int4" has both of 4 bits. Additions stay uint8. Thresholds
-    minimize the Kullback-Leibler divergence of histograms of 2048 bins ("kl"), then are tuned on 5 images,
-    both the tool's defaults; "max" is the largest magnitude instead. Calibration sees images one by one, and
-    one table serves every chip.
+    "w4int8" has 8-bit activations and kernels on [-7, 7] with scale max|w| / 7, one per output channel of a
+    convolution and one per matmul. "int4" has 4 bits for both. Additions stay uint8. Thresholds minimize the
+    Kullback-Leibler divergence of histograms of 2048 bins ("kl") and are then tuned on 5 images, both the
+    tool's defaults. "max" is the largest magnitude instead. Calibration sees images one by one, and one table
+    serves every chip.
 
 Execution
-    The chip's C model runs in this process. It computes a fixed batch, and most of its time goes to what does
-    not depend on the batch: graphs whose batch is symbolic are compiled for `BATCH` images, unless int4,
-    whose results do depend on it. All others gave bit-equal logits at batch 1 and 16.
+    The chip's C model runs in this process. It computes a fixed batch, and most of its time does not depend
+    on the batch. Graphs with a symbolic batch are therefore compiled for `BATCH` images. The exception is
+    int4, whose results depend on the batch. All others gave bit-equal logits at batch 1 and 16.
 
 Surprises
     Every bmodel carries the chip's kernel library, some 5 MB of a model's bytes on BM1684X and BM1688.
-    BM1684 takes W4INT8 too, and keeps 8-bit kernels; BM1684X and CV181x fail while they generate code.
+    BM1684 takes W4INT8 too, and keeps 8-bit kernels. BM1684X and CV181x fail while they generate code.
     Full INT4 compiles without a warning and collapses to chance on the C model. Its logits change with the
-    batch, and are not those of the tool's own interpreter of the same lowered graph, itself far from float.
+    batch. They also differ from those of the tool's own interpreter of the same lowered graph, which are
+    themselves far from float.
     The tool's own runner picks the C model by rewriting a link inside its installation, so that jobs for
-    different chips would trip over each other.
-    Here the right library is loaded beforehand, and the link stays as it is.
+    different chips would disturb each other. Here the right library is loaded beforehand, and the link stays
+    as it is.
 """
 
 import ctypes
@@ -50,31 +52,33 @@ import numpy as np
 from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme, Session
 
 BATCH = 16
-NEWEST_OPSET, NEWEST_IR = 19, 9  # of the environment's onnx and onnxruntime
+NEWEST_OPSET, NEWEST_IR = 19, 9
+"""The newest that the environment's onnx and onnxruntime read."""
 
 FLOAT = "bm1688-f32"
 SINGLE, BATCHED = "single", "batched"
 """Folders beside the compiled float model: the converted graph for one image, and for `BATCH` of them."""
 
-_METHODS = {"kl": "kl of 2048 bins, tuned on 5 images", "max": "max, tuned on 5 images"}
+_CALIBRATIONS = {"kl": "kl of 2048 bins, tuned on 5 images", "max": "max, tuned on 5 images"}
 _SIGNATURE = re.compile(r'"tpu\.(\w+)"\(.* : \((.*)$')
 _ELEMENT = re.compile(r"tensor<(?:\d+x)*([^<>,\s]+)")
 _MOVES = {"Reshape", "Permute"}
-# Between opset 19 and 21 these changed more than the types they take, or came to be.
 _CHANGED_SINCE = {"AffineGrid", "DFT", "Gelu", "GridSample", "GroupNormalization", "ImageDecoder"}
+"""Operators that are new since opset 19, or changed up to opset 21 in more than the types they take."""
 
 
 def _scheme(
     name: str, weights: int, activations: int, per_channel: bool | None, method: str = "kl"
 ) -> Scheme:
-    calibration = _METHODS[method] if activations <= 8 else None
+    """Describe a scheme. Its name begins with the chip."""
+    calibration = _CALIBRATIONS[method] if activations <= 8 else None
     source = None if name == FLOAT else ("sophgo", FLOAT)
     number_format = "float" if per_channel is None else "integer"
     return Scheme(name, weights, activations, per_channel, calibration, False, number_format, source)
 
 
 class Sophgo:
-    """The `Backend` of tpu-mlir's C models. A scheme's name begins with its chip.
+    """Run tpu-mlir's C models. The name of a scheme begins with its chip.
 
     >>> [scheme.name for scheme in BACKEND.schemes][:3]
     ['bm1688-f32', 'bm1688-int8', 'bm1688-int8-max']
@@ -146,7 +150,7 @@ class Sophgo:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """As `Backend.compile`. The float scheme also leaves the graphs and tables that the others share."""
+        """Compile for the scheme's chip. The float scheme also leaves what the others share."""
         if scheme.source is None:
             _convert(source, calibration, folder)
             source = folder
@@ -167,7 +171,7 @@ class Sophgo:
         return Compiled(model.stat().st_size, operators(lowered.read_text()))
 
     def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
-        """As `Backend.load`. Batches are cut or filled up with zeros to the compiled one."""
+        """Load the chip's C model. Batches are cut, or padded with zeros, to the compiled one."""
         chip = scheme.name.split("-")[0]
         model, network = _network(str(folder / _file(chip)), chip)
         [placed] = network.inputs
@@ -185,12 +189,16 @@ class Sophgo:
         return session
 
 
+BACKEND = Sophgo()
+
+
 def _file(chip: str) -> str:
+    """Return the file name of a chip's compiled model."""
     return "model.cvimodel" if chip.startswith("cv") else "model.bmodel"
 
 
 def _network(file: str, chip: str) -> tuple[Any, Any]:
-    """(what has to stay alive, the network) of a compiled model."""
+    """Open a compiled model; return the object that has to stay alive, and the network."""
     if chip.startswith("cv"):
         import pyruntime_cvi
 
@@ -205,7 +213,7 @@ def _network(file: str, chip: str) -> tuple[Any, Any]:
 
 
 def _convert(source: Path, calibration: np.ndarray, folder: Path) -> None:
-    """The graph in tpu-mlir's own form and its calibration tables, into `folder`."""
+    """Write the graph in tpu-mlir's own form and its calibration tables to `folder`."""
     import onnx
 
     model = read(source)
@@ -228,7 +236,7 @@ def _convert(source: Path, calibration: np.ndarray, folder: Path) -> None:
     images.mkdir()
     for i, image in enumerate(calibration):
         np.savez(images / f"{i:06}.npz", **{taken.name: image[None]})
-    for method in _METHODS:
+    for method in _CALIBRATIONS:
         _tool(
             "run_calibration", Path(SINGLE).absolute(), "net.mlir", "--dataset", images,
             "--input_num", len(calibration), "--cali_method", method, "-o", folder / method,
@@ -236,8 +244,14 @@ def _convert(source: Path, calibration: np.ndarray, folder: Path) -> None:
 
 
 def read(source: Path) -> Any:
-    """The `onnx.ModelProto` as the environment's onnx knows such: operators not in `_CHANGED_SINCE` mean the
-    same in opset 19 as in 20 and 21."""
+    """Read a model for the environment's onnx, which is old.
+
+    Operators that are not in `_CHANGED_SINCE` mean the same in opset 19 as in 20 and 21, so the opset is
+    lowered to `NEWEST_OPSET`.
+
+    Raises:
+      Refused: The graph has an operator of `_CHANGED_SINCE` and a newer opset.
+    """
     import onnx
 
     model = onnx.load(source)
@@ -252,7 +266,7 @@ def read(source: Path) -> Any:
 
 
 def _tool(name: str, work: Path, *arguments: object) -> None:
-    """Run one of tpu-mlir's programs in `work`. What it prints goes to the job's log."""
+    """Run one of tpu-mlir's programs in the folder `work`. Its output goes to the step's log."""
     script = Path(os.environ["TPUC_ROOT"], "python", "tools", f"{name}.py")
     command = [sys.executable, str(script), *map(str, arguments)]
     log = work / f"{name}.log"
@@ -269,7 +283,7 @@ def _tool(name: str, work: Path, *arguments: object) -> None:
 
 
 def complaint(log: str) -> str:
-    """The last line of a log that names an error, or else its last line.
+    """Return the last line of a log that names an error, or else its last line.
 
     >>> complaint("INFO : start\\nloc(x): error: unsupported Foo\\nTraceback:\\nKeyError: 'Foo'\\n bye")
     "KeyError: 'Foo'"
@@ -280,9 +294,9 @@ def complaint(log: str) -> str:
 
 
 def operators(lowered: str) -> dict[str, dict[str, int]]:
-    """Kinds of operators in a lowered graph: on integers if no tensor they read or write is floating.
+    """Count the operators of a lowered graph: integer if no tensor that they read or write is floating.
 
-    Hence the casts at both ends count as float. "GenericCpu" is what the compiler leaves to the host.
+    The casts at both ends therefore count as float. "GenericCpu" is what the compiler leaves to the host.
     """
     counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"integer": 0, "float": 0, "host": 0})
     for line in lowered.splitlines():
@@ -293,6 +307,3 @@ def operators(lowered: str) -> dict[str, dict[str, int]]:
             where = "host" if found[1] == "GenericCpu" else "float" if floating else "integer"
             counts[found[1]][where] += 1
     return {kind: dict(count) for kind, count in counts.items()}
-
-
-BACKEND = Sophgo()

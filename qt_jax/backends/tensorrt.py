@@ -1,18 +1,19 @@
-"""NVIDIA TensorRT 10, on machines that have a GPU. This file has NEVER RUN ON A GPU here.
+"""Run NVIDIA TensorRT 10, on machines that have a GPU. This file has NEVER RUN ON A GPU here.
 
-It was written from TensorRT's Python API, and tests drive it with a stand-in module: no number of it has been
-seen. The driver, TensorRT and a `torch` with CUDA, which holds the buffers, are the user's to install.
+It was written from TensorRT's Python API, and tests drive it with a stand-in module. No number of it has been
+seen. The user installs the driver, TensorRT and a `torch` with CUDA, which holds the buffers.
 
 Numerics
-    int8-pc-minmax    explicit quantization: ONNX Runtime inserts QuantizeLinear and DequantizeLinear, with
-                      symmetric int8, zero points 0, for activations (one scale max|x| / 127 a tensor, minmax
-                      over the calibration images) and kernels (one scale max|w| / 127 an output channel): the
-                      grid TensorRT takes. Biases stay float. TensorRT fuses the pairs into int8 kernels and
-                      computes in float what is left. Its own calibrators are deprecated and not used.
-    fp16              tensors and arithmetic in IEEE half, wherever TensorRT finds that faster.
+    int8-pc-minmax    Explicit quantization. ONNX Runtime inserts QuantizeLinear and DequantizeLinear with
+                      symmetric int8 and zero points 0, for activations (one scale max|x| / 127 per tensor,
+                      minmax over the calibration images) and kernels (one scale max|w| / 127 per output
+                      channel): the grid that TensorRT takes. Biases stay float. TensorRT fuses the pairs into
+                      int8 kernels and computes in float what is left. Its own calibrators are deprecated and
+                      not used.
+    fp16              Tensors and arithmetic in IEEE half, wherever TensorRT finds that faster.
     fp32              float32, with TF32 switched off.
 
-Timing includes the copies to and from the GPU: what a caller waits for.
+Timing includes the copies to and from the GPU, because a caller waits for them.
 """
 
 import ctypes
@@ -27,6 +28,7 @@ from qt_jax.backends.protocol import Compiled, Refused, Runtime, Scheme, Session
 ENGINE = "model.engine"
 BATCH = 32
 WORKSPACE = 2 << 30
+"""Bytes that TensorRT may use while it builds."""
 
 FP32 = Scheme("fp32", 32, 32, number_format="float")
 FP16 = Scheme("fp16", 16, 16, number_format="float")
@@ -34,7 +36,7 @@ INT8 = Scheme("int8-pc-minmax", 8, 8, True, "minmax")
 
 
 class TensorRT:
-    """The backend for NVIDIA GPUs.
+    """Run TensorRT on an NVIDIA GPU.
 
     >>> [scheme.name for scheme in BACKEND.schemes]
     ['fp32', 'fp16', 'int8-pc-minmax']
@@ -50,7 +52,7 @@ class TensorRT:
     runtimes = (Runtime("gpu", "TensorRT engine on GPU 0, copies included", batch=BATCH, timed=True),)
 
     def available(self) -> str | None:
-        """Why not: no GPU that the driver shows, no TensorRT, or no torch to hold its buffers."""
+        """Check for a GPU that the driver shows, TensorRT, and the torch that holds its buffers."""
         if not _has_gpu():
             return "no NVIDIA GPU answers (libcuda's cuInit): it takes one, and NVIDIA's driver"
         for package, remedy in (
@@ -62,7 +64,7 @@ class TensorRT:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """As `Backend.compile`: an engine for this GPU and TensorRT version, batch 1 to `BATCH`."""
+        """Build an engine for this GPU and TensorRT version, for batches of 1 to `BATCH`."""
         if scheme == INT8:
             _insert_pairs(source, Path("quantized.onnx"), calibration)
             source = Path("quantized.onnx")
@@ -108,7 +110,7 @@ BACKEND = TensorRT()
 
 
 def _has_gpu() -> bool:
-    """Whether the driver initialises and counts at least one device."""
+    """Tell whether the driver initialises and counts at least one device."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -118,7 +120,7 @@ def _has_gpu() -> bool:
 
 
 def _build(model: Path, shape: tuple[int, ...], scheme: Scheme) -> bytes:
-    """The serialized engine of an ONNX file. Raises Refused with what the parser or builder says."""
+    """Build the serialized engine of an ONNX file. Raises Refused with what the parser or builder says."""
     import tensorrt
 
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)

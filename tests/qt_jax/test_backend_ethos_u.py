@@ -1,4 +1,4 @@
-"""Arm Ethos-U: placement, estimates and errors anywhere; the reference model and Vela where installed."""
+"""Test Arm Ethos-U: placement, estimates and errors anywhere; the reference model and Vela if installed."""
 
 import sys
 from collections import Counter
@@ -71,7 +71,7 @@ def test_estimates_are_bytes_and_milliseconds():
 
 
 def program(folder, monkeypatch, body):
-    """A fake of the environment's programs, beside a fake interpreter."""
+    """Put a fake of the environment's programs beside a fake interpreter."""
     file = folder / "tool"
     file.write_text(f"#!/bin/sh\n{body}\n")
     file.chmod(0o755)
@@ -136,7 +136,7 @@ def test_the_session_moves_between_float_and_the_grids(tmp_path, monkeypatch, st
 
 @pytest.mark.vendor
 def test_the_reference_model_agrees_with_litert_s_reference_kernels(tmp_path):
-    """Where no FULLY_CONNECTED is in the graph the two are the same integers, hence the same records."""
+    """Compare both on a graph without FULLY_CONNECTED: the integers are equal, and so are the records."""
     for environment in (BACKEND.environment, litert.BACKEND.environment):
         if reason := environments.missing(environment):
             pytest.skip(reason)

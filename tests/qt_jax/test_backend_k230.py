@@ -1,4 +1,4 @@
-"""Canaan's K230: its description, its pure helpers, and (vendor) the real compiler and simulator."""
+"""Test Canaan's K230: its description, its helpers, and (vendor) the real compiler and simulator."""
 
 import sys
 import types

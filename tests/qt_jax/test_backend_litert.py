@@ -1,4 +1,4 @@
-"""LiteRT: the description, grids and graph surgery anywhere; the real toolchain where it is installed."""
+"""Test LiteRT: the description, grids and rewrites anywhere; the real toolchain if it is installed."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -19,7 +19,7 @@ IMAGES = RNG.standard_normal((24, 3, 9, 8)).astype(np.float32)
 
 
 def pooled(activation: str) -> onnx.ModelProto:
-    """A classifier whose max-pooling is padded, behind an activation."""
+    """Return a classifier with a padded max-pooling behind an activation."""
     model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
         net (float[batch, 3, 9, 8] input) => (float[batch, 4] logits) {{
             stem = Conv<pads = [1, 1, 1, 1]>(input, kernel)
@@ -109,20 +109,20 @@ def test_operators_are_told_apart_by_what_they_compute_on():
 def test_nodes_get_names_that_tensorflow_takes():
     model = pooled("Relu")
     model.graph.node[0].name, model.graph.node[1].name = "Softmax@0", "stem/conv.1"
-    assert [node.name for node in litert.fixed(model, (1, 3, 9, 8)).graph.node][:2] == [
+    assert [node.name for node in litert.fix_shape(model, (1, 3, 9, 8)).graph.node][:2] == [
         "Softmax_0",
         "stem/conv.1",
     ]
 
 
 def test_the_batch_is_fixed_and_a_second_input_refused():
-    model = litert.fixed(pooled("Relu"), (1, 3, 9, 8))
+    model = litert.fix_shape(pooled("Relu"), (1, 3, 9, 8))
     [value] = model.graph.input
     assert [dimension.dim_value for dimension in value.type.tensor_type.shape.dim] == [1, 3, 9, 8]
     assert run(model, IMAGES[:1]).shape == (1, 4)
     model.graph.input.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, [1]))
     with pytest.raises(Refused, match="other"):
-        litert.fixed(model, (1, 3, 9, 8))
+        litert.fix_shape(model, (1, 3, 9, 8))
 
 
 @pytest.mark.parametrize(("activation", "rewritten"), [("Relu", True), ("Sigmoid", True), ("Tanh", False)])
@@ -147,7 +147,7 @@ GELUS = {
 def test_a_gelu_made_of_erf_becomes_one_node(form, scale):
     model = erf(f"scaled = {scale}", "curve = Erf(scaled)", "shifted = Add(curve, one)", *GELUS[form])
     before = run(model, IMAGES[:1])
-    model = litert.whole_gelus(model)
+    model = litert.fuse_gelus(model)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node][-1] == "Gelu"
     assert "Erf" not in [node.op_type for node in model.graph.node]
@@ -162,18 +162,18 @@ def test_a_gelu_made_of_erf_becomes_one_node(form, scale):
         ("shifted = Add(curve, one)", "product = Mul(x, shifted)", "logits = Add(product, curve)"),
     ],
 )
-def test_what_is_no_gelu_stays(tail):
+def test_what_is_not_a_gelu_stays(tail):
     model = erf("scaled = Div(x, root)", "curve = Erf(scaled)", *tail)
-    assert litert.whole_gelus(model) is model
+    assert litert.fuse_gelus(model) is model
 
 
 def test_around_a_gelu_an_older_graph_is_made_one_of_opset_20():
-    """Until opset 17 the axes of a mean are an attribute."""
+    """Convert a mean whose axes are an attribute, as they are until opset 17."""
     gelu = ("scaled = Div(x, root)", "curve = Erf(scaled)", "shifted = Add(curve, one)")
     last = ("product = Mul(x, shifted)", "y = Mul(product, half)", "mean = ReduceMean<axes = [2]>(y)")
     model = erf(*gelu, *last, "logits = Sub(y, mean)")
     before = run(model, IMAGES[:1])
-    newer = litert.prepared(model, IMAGES[:1].shape)
+    newer = litert.prepare_graph(model, IMAGES[:1].shape)
     onnx.checker.check_model(newer, full_check=True)
     assert [node.op_type for node in newer.graph.node] == ["Neg", "Gelu", "ReduceMean", "Sub"]
     np.testing.assert_allclose(run(newer, IMAGES[:1]), before, rtol=0, atol=1e-6)
@@ -202,14 +202,14 @@ def test_a_class_token_of_an_open_batch_is_a_constant_of_one_image():
         }""")
     images = IMAGES[:1, 0, :6, :4]
     before = run(model, images)
-    lean = litert.prepared(model, (1, 6, 4))
+    lean = litert.prepare_graph(model, (1, 6, 4))
     assert [node.op_type for node in lean.graph.node] == ["Concat"]
     onnx.checker.check_model(lean)
     np.testing.assert_array_equal(run(lean, images), before)
 
 
 class FakeConverter:
-    """Records what it was told; its `convert` runs the representative data, or fails."""
+    """Record the settings. `convert` reads the representative data, or fails."""
 
     error: Exception | None = None
 
@@ -267,14 +267,14 @@ def test_each_scheme_tells_the_converter_what_its_name_says(
     assert told.shapes == ([(1, 9, 8, 3)] * len(IMAGES) if calibrated else [])
 
 
-def test_what_the_converter_will_not_take_is_refused(fake_converter, monkeypatch):
+def test_what_the_converter_does_not_take_is_refused(fake_converter, monkeypatch):
     monkeypatch.setattr(fake_converter, "error", RuntimeError("not yet supported for op: 'SQRT'"))
     with pytest.raises(Refused, match=r"TFLite converter: .*SQRT"):
         litert._convert("model", IMAGES, SCHEMES["int16act-pc-minmax"])
 
 
 @pytest.mark.parametrize("unknown", [False, True])
-def test_what_onnx2tf_ends_on_is_refused_in_its_words(unknown, monkeypatch, tmp_path):
+def test_an_error_of_onnx2tf_is_a_refusal_with_its_message(unknown, monkeypatch, tmp_path):
     def convert(path, **settings):
         print("\x1b[31mERROR:\x1b[0m Foo OP  is not implemented")
         raise ModuleNotFoundError("No module named 'onnx2tf.ops.Foo'") if unknown else SystemExit(1)

@@ -1,4 +1,4 @@
-"""OpenVINO: its description, what of it runs without Intel's packages, and real compiles where they are."""
+"""Test OpenVINO: its description, helpers that need none of Intel's packages, and (vendor) real compiles."""
 
 from types import SimpleNamespace
 
@@ -100,7 +100,7 @@ def images():
 
 
 def run(model, images, folder, schemes=None):
-    """The backend's own records; `evaluate` adds the float reference."""
+    """Return the backend's own records, without the float reference that `evaluate` adds."""
     test_set = (images, np.zeros(len(images), np.int64))
     found = evaluate(model, images, test_set, backends=["openvino"], schemes=schemes, folder=folder)
     return {record["scheme"]: record for record in found if record["backend"] == "openvino"}
@@ -135,9 +135,9 @@ LINEAR = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
 @pytest.mark.vendor
 @pytest.mark.parametrize("granularity", ["pt", "pc"])
 def test_four_bit_kernels_are_on_the_grid_of_seven_steps(granularity, installed, tmp_path):
-    """Against numpy, on a network that is linear but for 8-bit grids: kernels on [-7, 7], scale max|w| / 7.
+    """Compare with numpy on a network that is linear except for 8-bit grids: kernels on [-7, 7], max|w| / 7.
 
-    Correction may shift each class by a constant, so that means over images are taken away.
+    The correction may shift each class by a constant, so the means over images are subtracted.
     """
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(4, 6, 1, 1)).astype(np.float32) * np.float32([1, 2, 4, 8])[:, None, None, None]

@@ -1,4 +1,4 @@
-"""onnxruntime's schemes against the ONNX reference evaluator and numpy."""
+"""Test onnxruntime's schemes against the ONNX reference evaluator and numpy."""
 
 import warnings
 
@@ -35,7 +35,7 @@ net (float[batch, 3, {SIZE}, {SIZE}] input) => (float[batch, {CLASSES}] logits) 
 
 
 def conv_net():
-    """What the export yields, with random weights."""
+    """Build a graph such as the export writes, with random weights."""
     shapes = {"stem": (CHANNELS, 3, 3, 3), "block": (CHANNELS, CHANNELS, 3, 3), "head": (CLASSES, CHANNELS)}
     model = onnx.parser.parse_model(GRAPH)
     for layer, shape in shapes.items():
@@ -57,7 +57,7 @@ LABELS = REFERENCE_LOGITS.argmax(axis=1)
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
-    """Compiling leaves its scratch files where it runs, which is a job's own folder."""
+    """Change to a scratch folder, because compiling leaves files in the working directory."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -78,7 +78,7 @@ def logits(folder, scheme, runtime=REFERENCE, images=IMAGES, **changes):
 
 
 def weight_integers(model, name):
-    """The integers, scale and zero point behind `name` in a QDQ model."""
+    """Return the integers, scale and zero point behind `name` in a QDQ model."""
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     return tuple(tensors[f"{name}_{suffix}"] for suffix in ("quantized", "scale", "zero_point"))
 
@@ -129,7 +129,7 @@ net (float[batch, 2, 3, 3] input) => (float[batch, 4] logits) {
 
 @pytest.mark.parametrize("granularity", ["pt", "pc"])
 def test_narrow_grid_has_the_channels_that_onnxruntime_takes_by_itself(granularity, tmp_path):
-    """Scales are 15 / 14 of the wide grid's for every operator, and 1 for a channel of zeros."""
+    """Expect scales of 15 / 14 of the wide grid's for every operator, and 1 for a channel of zeros."""
     kernels = {"up_kernel": (2, 3, 2, 2), "hidden_kernel": (3, 5), "hidden_bias": (5,), "head_kernel": (5, 4)}
     model = onnx.parser.parse_model(OPERATORS)
     for name, shape in kernels.items():
@@ -154,7 +154,7 @@ def test_narrow_grid_has_the_channels_that_onnxruntime_takes_by_itself(granulari
 
 @pytest.mark.parametrize("method", ["minmax", "percentile"])
 def test_activation_ranges_are_those_of_the_calibration_images(method, tmp_path):
-    """Over a ragged last batch, which holds an outlier: 1050 images are 16 batches of 64 and one of 26."""
+    """Put an outlier into a ragged last batch: 1050 images are 16 batches of 64 and one of 26."""
     spiked = np.tile(CALIBRATION, (15, 1, 1, 1))
     spiked[-1, 0, 0, 0] = 40.0
     model = compiled(tmp_path, f"int8-pt-{method}", calibration=spiked)
@@ -182,7 +182,7 @@ def test_signed_activations_are_symmetric_and_sixteen_bits_finer(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["int8-pt-minmax", "int8-pc-percentile", "int8-dynamic"])
 def test_run_equals_the_onnx_reference_evaluator(scheme, tmp_path):
-    """A second implementation of the same graph; requantization may round a few ties the other way."""
+    """Compare with a second implementation of the graph. Requantization may round a few ties differently."""
     newer = version_converter.convert_version(MODEL, 21)  # the evaluator's oldest DequantizeLinear is 19
     compile_in(tmp_path / "c", scheme, model=newer)
     session = BACKEND.load(tmp_path / "c", SCHEMES[scheme], REFERENCE)
@@ -198,7 +198,7 @@ def test_run_equals_the_onnx_reference_evaluator(scheme, tmp_path):
 
 
 def test_int4_result_does_not_depend_on_the_opset_of_the_export(tmp_path):
-    """Below opset 21 ONNX Runtime uses its own 4-bit DequantizeLinear, from 21 on the standard one."""
+    """Compare both: below opset 21 ONNX Runtime uses its own 4-bit DequantizeLinear, from 21 the standard."""
     newer = version_converter.convert_version(MODEL, 21)
     np.testing.assert_array_equal(
         logits(tmp_path / "old", "int4w-pc-minmax"), logits(tmp_path / "new", "int4w-pc-minmax", model=newer)
@@ -223,8 +223,8 @@ def test_operator_format_and_optimization_change_little(tmp_path):
         assert np.abs(logits(tmp_path / place, scheme, runtime) - expected).max() <= 2.5 * quantum
 
 
-def test_blocks_of_four_bits_reach_matrix_products_alone(tmp_path):
-    """Against numpy: blocks of 32 weights of a column (here all 8), on the grid [-8, 7] of the largest."""
+def test_blocks_of_four_bits_only_reach_matmuls(tmp_path):
+    """Compare with numpy: blocks of 32 weights of a column (here all 8), on the grid [-8, 7] of the largest."""
     model = compiled(tmp_path, "int4w-blocks")
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMulNBits") == 1 and kinds.count("Conv") == 2 and "Gemm" not in kinds
@@ -241,11 +241,11 @@ def test_blocks_of_four_bits_reach_matrix_products_alone(tmp_path):
     assert 0 < error <= (np.abs(rounded - kernel).sum(axis=1).max()) * 4 * np.abs(IMAGES).max()
 
 
-def test_graph_without_matrix_products_is_refused_for_blocks(tmp_path):
+def test_graph_without_matmuls_is_refused_for_blocks(tmp_path):
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17]> g (float[b, 3] x) => (float[b, 3] y) { y = Relu(x) }'
     )
-    with pytest.raises(Refused, match="no matrix product"):
+    with pytest.raises(Refused, match="no matmul"):
         compile_in(tmp_path / "b", "int4w-blocks", model=model)
 
 

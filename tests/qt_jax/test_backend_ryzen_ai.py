@@ -1,4 +1,4 @@
-"""AMD's Quark: its description, its pure helpers, and (vendor) the real quantizer."""
+"""Test AMD's Quark: its description, its helpers, and (vendor) the real quantizer."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""Sophgo: its description, what of it runs without tpu-mlir, and real compiles where that is installed."""
+"""Test Sophgo: its description, helpers that do not need tpu-mlir, and (vendor) real compiles."""
 
 import sys
 
@@ -97,7 +97,7 @@ REFUSED = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
 
 
 def run(model, images, folder, schemes=None):
-    """The backend's own records; `evaluate` adds the float reference."""
+    """Return the backend's own records, without the float reference that `evaluate` adds."""
     test_set = (images, np.zeros(len(images), np.int64))
     found = evaluate(model, images, test_set, backends=["sophgo"], schemes=schemes, folder=folder)
     return {record["scheme"]: record for record in found if record["backend"] == "sophgo"}
@@ -117,7 +117,7 @@ def images():
 
 @pytest.mark.vendor
 def test_every_chip_runs(installed, images, tmp_path):
-    """20 images: one whole batch and a part of the next."""
+    """Run 20 images: one whole batch and a part of the next."""
     network = onnx.ModelProto()
     network.CopyFrom(NETWORK)
     del network.graph.initializer[:]

@@ -1,4 +1,4 @@
-"""TensorRT, which no machine here has: why it is not available, and what it asks of a stand-in module."""
+"""Test TensorRT on a stand-in module: why it is not available, and what it asks of TensorRT."""
 
 import importlib.util
 import sys
@@ -19,13 +19,13 @@ CALIBRATION = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
-    """Compiling leaves its scratch files where it runs, which is a job's own folder."""
+    """Change to a scratch folder, because compiling leaves files in the working directory."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A module with TensorRT's names, which builds the engine b"engine" for an input of open batch."""
+    """Return a module with TensorRT's names, which builds the engine b"engine" for an input of open batch."""
     module = MagicMock(name="tensorrt")
     builder = module.Builder.return_value
     network = builder.create_network.return_value
@@ -127,7 +127,7 @@ def test_an_engine_that_is_not_built_is_refused(stand_in, source, tmp_path):
 
 
 def _load(stand_in, monkeypatch, folder, batch):
-    """BACKEND's session and its context, on a stand-in engine of one input and one output."""
+    """Return BACKEND's session and its context, on a stand-in engine of one input and one output."""
     (folder / "model.engine").write_bytes(b"engine")
     engine = stand_in.Runtime.return_value.deserialize_cuda_engine.return_value
     engine.num_io_tensors = 2
