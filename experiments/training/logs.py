@@ -82,8 +82,9 @@ def progress_bar(method: str, total: int, done: int, batch_size: int, shown: boo
 def drift(row: Mapping[str, Any]) -> str | None:
     """Return a warning if the plain and the fake-quantized network drift apart, else None.
 
-    The plain network must never fall behind: it is exported, and training at lambda > 0 does not see it. The
-    fake-quantized network may be behind as long as lambda is not 1.
+    The plain network must not fall behind at lambda > 0: it is exported, and training does not see it then.
+    At lambda 0 it is the network that is trained, so that a gap means nothing. The fake-quantized network may
+    be behind as long as lambda is not 1.
 
     Args:
       row: Row of an epoch, with `validation_fp32` and `validation_fake_quant` as shares, `lambda` and
@@ -97,7 +98,7 @@ def drift(row: Mapping[str, Any]) -> str | None:
     if "validation_fake_quant" not in row:
         return None
     plain, quantized = row["validation_fp32"], row["validation_fake_quant"]
-    if quantized - plain > LARGEST_GAP:
+    if row["lambda"] > 0.0 and quantized - plain > LARGEST_GAP:
         return (
             f"after epoch {row['epoch']} the FP32 network, which is exported, has collapsed beside its "
             f"fake-quantized twin: {100 * plain:.1f} against {100 * quantized:.1f} % on the validation "
