@@ -1,8 +1,8 @@
-"""`python -m experiments.backends RUN_DIR ...`: finished runs through every vendor's toolchain, compared.
+"""Compare vendors' toolchains on finished runs: `python -m experiments.backends RUN_DIR ...`.
 
-Takes each network that a run of `experiments.cifar` exported (Quant-Trim and its float twin) through all
-backends, schemes and runtimes, calibrated on the first images of the training split and judged on the test
-set, the same for all, and writes records.jsonl and the report to --out.
+Each network that a run of `experiments.cifar` exported (Quant-Trim and its float twin) goes through all
+backends, schemes and runtimes. All of them calibrate on the first images of the training split and are judged
+on the test set. records.jsonl and the report go to --out.
 """
 
 import dataclasses
@@ -16,41 +16,45 @@ from rich.console import Console
 import qt_jax as qt
 from experiments.data import load
 from experiments.runs import model_input, networks, read_config_json
-from qt_jax.comparison import GOES_ON, NO_ROW, Settings, evaluate_all
 from qt_jax.command_line import exit_status, parse, text_console
+from qt_jax.comparison import ALL_ROWS_FAILED, INTERRUPTED, Settings, evaluate_all
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Compare how every vendor's toolchain treats the networks of finished runs.
 
-    Relaunching the same command goes on where it stopped.
+    The same command goes on where it stopped.
 
     Example:
         python -m experiments.backends runs/cifar10-fast-quartic-0 --out runs/deployed --backends onnxruntime
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of finished `python -m experiments.cifar`, all of one data set."""
+    """Folders of finished runs of experiments.cifar, all on one data set."""
     settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]
     data_dir: Path | None = None
-    """Folder or archive that holds the data set, as for `experiments.cifar`."""
+    """Folder or archive that holds the data set, as for experiments.cifar."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `exit_status` does; 1 if no row ended well."""
+    """Run the command line, and return the exit status as `exit_status` does; 1 if every row failed."""
 
     def whole() -> None:
-        options = parse(Options, arguments, "experiments.backends", failure=NO_ROW)
+        options = parse(Options, arguments, "experiments.backends", failure=ALL_ROWS_FAILED)
         run(options, text_console(stderr=options.settings.json))
 
-    return exit_status(whole, GOES_ON)
+    return exit_status(whole, INTERRUPTED)
 
 
 def run(options: Options, console: Console) -> None:
-    """Every network of every run, then the report."""
+    """Evaluate every network of every run, then write the report.
+
+    Raises:
+      InvalidInput: No run is named, or the runs differ in data set or number of calibration images.
+    """
     if not options.runs:
-        raise qt.InvalidInput("No run is named: give the folders of finished experiments.cifar.")
+        raise qt.InvalidInput("No run is named: give the folders of finished runs of experiments.cifar.")
     configs = {folder: read_config_json(folder) for folder in options.runs}
     names = sorted({config["dataset"] for config in configs.values()})
     if len(names) != 1:

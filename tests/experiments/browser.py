@@ -1,4 +1,4 @@
-"""Chromium without a window, spoken to over a pipe (the DevTools protocol), for tests of written pages."""
+"""Drive Chromium without a window over a pipe (the DevTools protocol), for tests of written pages."""
 
 import base64
 import json
@@ -30,7 +30,7 @@ PATIENCE = 60
 
 
 class Browser:
-    """One page. `troubles` collects errors on its console and requests that failed or left the file."""
+    """Show one page. `troubles` collects errors on its console and requests that failed or left the file."""
 
     def __init__(self, profile: Path):
         assert PROGRAM is not None
@@ -55,7 +55,7 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The answer to one command."""
+        """Send one command, and return its answer."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": parameters}
         message |= {"sessionId": self._session} if self._session else {}
@@ -67,7 +67,7 @@ class Browser:
                 return answer["result"]
 
     def open(self, path: Path) -> None:
-        """Loads a file and waits until it is shown."""
+        """Load a file, and wait until it is shown."""
         self.send("Page.navigate", url=path.absolute().as_uri())
         deadline = time.monotonic() + PATIENCE
         while self.value("document.readyState") != "complete" or self.value("location.protocol") != "file:":
@@ -75,7 +75,7 @@ class Browser:
             time.sleep(0.05)
 
     def show(self, width: int, height: int = 800, dark: bool = False) -> None:
-        """Sets the size of the screen in CSS pixels, and its preference."""
+        """Set the size of the screen in CSS pixels, and its colour scheme."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -87,30 +87,30 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives."""
+        """Return the value of a JavaScript expression."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        """A PNG of the screen, or of the whole page."""
+        """Write a PNG of the screen, or of the whole page."""
         data = self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def pdf(self, path: Path) -> None:
-        """The page as it is printed on A4."""
+        """Write the page as a PDF, as printed on A4."""
         data = self.send("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=False)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.wait()
         os.close(self._out)
         os.close(self._in)
 
     def _next(self) -> dict[str, Any]:
-        """The next message; what tells of trouble is kept."""
+        """Return the next message, and keep it in `troubles` if it tells of trouble."""
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], PATIENCE)
             assert ready, "chromium does not answer"

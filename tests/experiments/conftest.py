@@ -1,4 +1,4 @@
-"""Compiling dominates the tests of whole runs: what one has compiled serves the next."""
+"""Share compiled programs between the tests of whole runs, whose time compiling dominates."""
 
 import jax
 import pytest
@@ -7,7 +7,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @pytest.fixture(scope="module")
 def shared_compilations(tmp_path_factory):
-    """JAX's persistent compilation cache, in a folder of this test session."""
+    """Turn on JAX's persistent compilation cache, in a folder of this test session."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "jax-cache"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

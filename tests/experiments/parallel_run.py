@@ -1,4 +1,4 @@
-"""Fifty steps of a tiny network, in a process with devices of its own: what test_parallel.py starts.
+"""Train a tiny network for fifty steps in a separate process with its own devices, for test_devices.py.
 
 python parallel_run.py FOLDER NAME COUNT [ADDRESS:PORT,PROCESSES,INDEX] [STOP]: trains on the first COUNT
 devices up to step STOP (SIGTERM arrives there) or the end, in FOLDER; the leader writes FOLDER/NAME.npz.
@@ -35,7 +35,7 @@ CONFIG = dataclasses.replace(
 
 
 def flat(tree) -> dict[str, np.ndarray]:
-    """Arrays by path."""
+    """Map the path of each leaf to its array."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
@@ -74,7 +74,7 @@ def main(folder: str, name: str, count: str, where: str = "alone", stop: str = "
 
 
 def own_rows(split: Split, dataset) -> None:
-    """This process holds its own share of the training images, each row once, and no other."""
+    """Check that this process holds its own share of the training images, each row once, and no others."""
     shards = split.images.addressable_shards
     starts = [shard.index[0].start or 0 for shard in shards]
     rows = split.images.shape[0] // jax.device_count() if len(shards) > 1 else split.images.shape[0]

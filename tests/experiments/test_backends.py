@@ -1,4 +1,4 @@
-"""`python -m experiments.backends`: runs through the harness, Quant-Trim beside its float twin."""
+"""Check `python -m experiments.backends`, which compares Quant-Trim with its float twin on every backend."""
 
 import json
 
@@ -21,7 +21,7 @@ GRAPH = """<ir_version: 8, opset_import: ["" : 17]>
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a finished run leaves that this command reads."""
+    """Write the files of a finished run that this command reads."""
     run = tmp_path / "digits-tiny"
     run.mkdir()
     config = {"dataset": "digits", "model": "tiny", "seed": 0, "calibration_size": 16}

@@ -1,21 +1,24 @@
-"""The command line's flags, presets and ranges."""
+"""Check the flags, presets and ranges of the command line."""
 
 import dataclasses
 import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import qt_jax as qt
 from experiments.configs import training
 from experiments.configs.training import FREE_TO_CHANGE, PRESETS, RANGES, Config, parse
+from experiments.data import load
+from experiments.training.step import FLIPPABLE
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 
 def help_of(arguments: list[str], capsys) -> str:
-    """What `--help` prints, as one line."""
+    """Return what `--help` prints, as one line."""
     with pytest.raises(SystemExit) as exit:
         parse([*arguments, "--help"])
     assert exit.value.code == 0
@@ -164,6 +167,23 @@ def test_schedule_fractions_reach_the_schedule():
         assert float(lam(49)) == 0.0 and float(lam(91)) == 1.0
     assert float(training.lambda_schedule(Config(sched="constant"), 100)(0)) == 1.0
     assert float(training.lambda_schedule(Config(sched="none"), 100)(100)) == 0.0
+
+
+def test_smoke_takes_every_digit_through_every_phase():
+    """Check that smoke sees all images unflipped, that lambda takes every phase, and that pulls happen."""
+    smoke, digits = parse(["--preset", "smoke"]), load("digits")
+    assert smoke.dataset == "digits" and smoke.dataset not in FLIPPABLE
+    assert smoke.train_limit >= len(digits.train_labels) and smoke.test_limit >= len(digits.test_labels)
+    total = smoke.epochs * (len(digits.train_labels) // smoke.batch_size)
+    lam = np.asarray(training.lambda_schedule(smoke, total)(np.arange(total)))
+    assert (lam == 0).sum() > 100 and ((lam > 0) & (lam < 1)).sum() > 300 and (lam == 1).sum() > 100
+    assert total * (1 - smoke.reverse_pruning_start) / smoke.reverse_pruning_every > 20
+
+
+def test_smoke_stays_small_on_another_set():
+    smoke = parse(["--preset", "smoke", "--dataset", "cifar10"])
+    assert (smoke.train_limit, smoke.test_limit) == (1300, 500)
+    assert smoke.directory == Path("runs/cifar10-resnet8-quartic-0-smoke")
 
 
 DEPLOYED = {"folded": True, "vendor_grids": True, "reverse_pruning_folded": True, "fused_outputs": True}

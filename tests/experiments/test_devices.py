@@ -1,8 +1,8 @@
-"""One run on one device, on eight, in two processes of four, and moved from eight to two to one.
+"""Train on one device, on eight, in two processes of four, and moved from eight to two to one.
 
-The sums of a batch are taken in another order on another number of devices, so that they differ in their
-last bits; fake quantization rounds, and a value between two steps of a grid may then go to the other
-one. That is what the tolerances leave room for: devices that disagree on what the batch is are far outside.
+On another number of devices the sums of a batch are taken in another order and differ in their last bits.
+Fake quantization rounds, so that a value between two steps of a grid may then go to the other one. The
+tolerances leave room for that. Devices that disagree on what the batch is are far outside.
 """
 
 import importlib.util
@@ -51,7 +51,7 @@ def start(devices_each: int, *arguments: str) -> subprocess.Popen:
 
 
 def finished(*processes: subprocess.Popen) -> str:
-    """What they have printed; all have to end well."""
+    """Wait for processes, all of which must end well, and return what they have printed."""
     printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
     return "\n".join(printed)
@@ -65,7 +65,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
-    """The last state of each run, by path."""
+    """Carry out the runs, and return the last state of each, by path."""
     root = tmp_path_factory.mktemp("parallel")
     for name, count in (("one", "1"), ("eight", "8")):
         finished(start(8, str(root / name), name, count))
@@ -101,7 +101,7 @@ def assert_alike(mine: dict[str, np.ndarray], other: dict[str, np.ndarray], tole
 
 
 def test_eight_devices_are_one(runs):
-    """Parameters, their average, batch norm, ranges and tau."""
+    """Compare parameters, their average, batch norm, ranges and tau."""
     assert_alike(runs["eight"], runs["one"], FEW_ROUNDINGS)
 
 
@@ -122,7 +122,7 @@ def test_tau_is_the_same_everywhere(runs):
 
 
 def test_devices_exchange_a_batch_not_the_data_set():
-    """The split stays where it is: the compiled step sends nothing that has a row for each of its images."""
+    """Check that the split stays in place: the compiled step sends no array with a row per image of it."""
     mesh = devices.data_mesh()
     assert mesh.size == 4
     built = program.build(parallel_run.CONFIG, ResNet((1,), width=4), load("digits"), mesh)

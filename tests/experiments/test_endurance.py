@@ -1,4 +1,4 @@
-"""What a kill leaves behind is enough: the relaunched command ends where the undisturbed one does."""
+"""Check that what a kill leaves behind is enough: the relaunched command ends as the undisturbed one."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from qt_jax import records
 
 @pytest.mark.slow
 def test_kill_9_at_random_points(tmp_path):
-    """python -m pytest -m slow tests/experiments/test_kill.py (about two minutes on two cores)
+    """Run `python -m pytest -m slow tests/experiments/test_endurance.py`, about two minutes on two cores.
 
     The moments are drawn anew on every call and printed with their seed; `python -m experiments.endurance`
     kills fifty times.
@@ -26,7 +26,7 @@ def test_kill_9_at_random_points(tmp_path):
 
 @pytest.fixture
 def ends(tmp_path):
-    """The folders of two runs that have ended alike."""
+    """Write the folders of two runs that have ended alike."""
     folder = tmp_path / "whole"
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder / "checkpoints" / endurance.METHOD / "8", {"a": jnp.arange(4.0), "b": jnp.ones(2)})

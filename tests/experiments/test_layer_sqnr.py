@@ -1,4 +1,4 @@
-"""SQNR by layer: the closed form on a graph made by hand, every variant of a run, the validation split."""
+"""Check the SQNR by layer: its closed form on a graph made by hand, and every variant of a run."""
 
 import json
 
@@ -24,7 +24,7 @@ VARIANTS = ["plain", "batch norm", "clips", "clips + batch norm"]
 
 
 def graph(hidden):
-    """Two products with a Relu between; `hidden` lists what lies between `first` and the second product."""
+    """Build two matmuls with a Relu between. `hidden` lists what follows `first` up to the second matmul."""
     model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
         g (float[batch, 2] input) => (float[batch, 2] logits)
         <float[2, 2] eye = {{1.0, 0.0, 0.0, 1.0}}, float[1] noise = {{0.5}}> {{
@@ -53,7 +53,7 @@ def test_layers_are_compared_behind_their_activation_and_as_they_are_read():
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run: a network of a few weights on the digits."""
+    """Write a finished run: a network of a few weights on the digits."""
     model, images = FastResNet(width=2), load("digits").train_images[:64].astype(np.float32) / 16 - 0.5
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)

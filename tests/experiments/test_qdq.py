@@ -1,4 +1,4 @@
-"""The comparison of QDQ graphs with the JAX forward, on a tiny network with learned ranges."""
+"""Compare QDQ graphs with the JAX forward on a tiny network with learned ranges."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""`python -m experiments.report` on the committed run: the file, what it lacks, what is refused."""
+"""Check the report of the committed run: the file, what may be missing, and what is refused."""
 
 import json
 import re
@@ -16,7 +16,7 @@ RUN = Path(__file__).parents[2] / "experiments" / "results" / "cifar10-resnet8"
 
 @pytest.fixture
 def part(tmp_path):
-    """A copy of the run's small files."""
+    """Copy the small files of the run."""
     for name in ("config.json", "metrics.jsonl", "records.jsonl"):
         shutil.copy(RUN / name, tmp_path / name)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Data for a foreign classifier: drawn lines of text, half of them turned."""
+"""Check the data for a third-party classifier: drawn lines of text, half of them turned."""
 
 import zipfile
 

@@ -1,4 +1,4 @@
-"""The command that exports other people's models, on models of its own."""
+"""Check the command that exports other people's models, on models defined here."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from experiments.third_party import Case, Options, measure
 
 
 class Keyword(nn.Module):
-    """Takes its input by keyword alone."""
+    """Take the input by keyword only."""
 
     @nn.compact
     def __call__(self, *, tokens, train):
@@ -19,7 +19,7 @@ class Keyword(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """Needs the numbers while it is traced."""
+    """Need the numbers while the module is traced."""
 
     @nn.compact
     def __call__(self, x):

@@ -1,4 +1,4 @@
-"""What can go wrong in the middle of a run, provoked for real: nothing is lost, messages say what to do."""
+"""Provoke what can go wrong in the middle of a run: nothing is lost, and messages say what to do."""
 
 import dataclasses
 import json
@@ -52,13 +52,13 @@ def of(folder: Path) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measured."""
+    """Read metrics.jsonl without what a clock measured."""
     read = records.read(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in read]
 
 
 def assert_same_end(folder: Path, whole: Path) -> None:
-    """The newest checkpoints hold the same bits, and the rows say the same."""
+    """Check that the newest checkpoints hold the same bits and the rows say the same."""
     one, other = restore(of(folder)), restore(of(whole))
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -67,7 +67,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, shared_compilations) -> Path:
-    """The folder of an undisturbed run."""
+    """Carry out an undisturbed run, and return its folder."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder)
     return folder
@@ -75,14 +75,14 @@ def whole(tmp_path_factory, shared_compilations) -> Path:
 
 @pytest.fixture
 def begun(whole, tmp_path) -> Path:
-    """A copy of it."""
+    """Copy that folder."""
     folder = tmp_path / "begun"
     shutil.copytree(whole, folder)
     return folder
 
 
 def disturbed(monkeypatch, call: int, disturb) -> None:
-    """Has `disturb()` called before the given call of the train step."""
+    """Call `disturb()` before the given call of the train step."""
     make, calls = program.make_train_step, []
 
     def watched(*args, **kwargs):
@@ -102,7 +102,7 @@ def disturbed(monkeypatch, call: int, disturb) -> None:
 
 @pytest.mark.parametrize(("name", "call"), [("SIGTERM", 6), ("SIGINT", 4), ("SIGTERM", 12)])
 def test_a_signal_saves_the_step_it_came_in(whole, tmp_path, monkeypatch, name, call):
-    """In the middle of an epoch, in its last step, and in the last of all."""
+    """Send it in the middle of an epoch, in the last step of one, and in the last step of all."""
     number = signal.Signals[name]
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -139,7 +139,7 @@ def small_disk(folder: Path, size: str) -> None:
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all that is left."""
+    """Write a file that takes all the space that is left."""
     filler = disk / "filler"
     with open(filler, "wb", buffering=0) as file:
         for block in (1 << 16, 1 << 12, 1):
@@ -153,7 +153,7 @@ def fill(disk: Path) -> Path:
 
 @pytest.mark.parametrize("call", [2, 6])
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, monkeypatch, call):
-    """Full in the first epoch, and when a checkpoint is there; half a megabyte is then free again."""
+    """Fill the disk in the first epoch, and when there is a checkpoint; then free half a megabyte."""
     disk = tmp_path / "disk"
     small_disk(disk, "8m")
     try:
@@ -171,7 +171,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, monkeypatc
 
 
 def test_a_full_disk_under_the_checkpoint_alone(whole, tmp_path, monkeypatch):
-    """The row of the epoch was written, its checkpoint was not."""
+    """Fill the disk after the row of the epoch is written, before its checkpoint is."""
     disk = tmp_path / "disk"
     small_disk(disk, "8m")
     save, saved = checkpoints.save, []
@@ -195,7 +195,7 @@ def test_a_full_disk_under_the_checkpoint_alone(whole, tmp_path, monkeypatch):
 
 
 def flip(path: Path) -> None:
-    """Turns bits in the middle of a file."""
+    """Flip bits in the middle of a file."""
     data = bytearray(path.read_bytes())
     for i in range(len(data) // 3, len(data) // 3 + 64):
         data[i % len(data)] ^= 0x5A
@@ -227,7 +227,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(begun, whole, d
 
 
 def test_other_numbers_in_a_readable_checkpoint_are_noticed(begun, whole, capsys):
-    """What a disk hands back need not be what was written, and need not look broken."""
+    """Read back numbers that are not those that were written, although nothing looks broken."""
     with checkpoints.open_checkpoints(of(begun)) as manager:
         abstract = program.build(CONFIG, TINY, DIGITS, loop.devices.data_mesh())
         state, totals = checkpoints.restore_latest(manager, abstract.template, abstract.mesh)
@@ -274,7 +274,7 @@ def test_other_versions_are_told(begun, monkeypatch, capsys):
 
 
 class Contrast(nn.Module):
-    """Divides every image by its own deviation, which a blank one has not."""
+    """Divide every image by its own standard deviation, which is zero for a blank image."""
 
     num_classes: int = 10
 
@@ -293,7 +293,7 @@ class Scaled(nn.Module):
 
 @pytest.fixture(scope="module")
 def poisoned() -> tuple[Dataset, int]:
-    """The digits with one black image, and the step (of 12) whose batch holds it for the first time."""
+    """Return the digits with one black image, and the step (of 12) whose batch is the first to hold it."""
     images = DIGITS.train_images.copy()
     images[77] = 0
     data = dataclasses.replace(DIGITS, train_images=images, mean=(0.0,))
@@ -321,7 +321,7 @@ def test_a_poisoned_batch_is_found_to_the_step_and_the_layer(tmp_path, poisoned)
 
 
 class Linear(nn.Module):
-    """No batch norm holds it back."""
+    """Apply one layer without batch norm, which would hold divergence back."""
 
     num_classes: int = 10
 
@@ -331,7 +331,7 @@ class Linear(nn.Module):
 
 
 def test_retries_go_back_and_halve_the_rate(tmp_path, capsys):
-    """A rate at which this network diverges at once, and one of its halves at which it does not."""
+    """Start at a rate at which this network diverges, and halve it until it does not."""
     config = dataclasses.replace(CONFIG, learning_rate=1e3, retries=6)
     run(tmp_path, config, Linear())
     said = capsys.readouterr().err
@@ -355,6 +355,7 @@ def test_retries_end(tmp_path, capsys):
     [
         (0.6, 0.9, 0.2, "FP32 network, which is exported, has collapsed"),
         (0.9, 0.8, 1.0, "fake-quantized network is behind the FP32 one"),
+        (0.6, 0.9, 0.0, None),
         (0.9, 0.1, 0.5, None),
         (0.88, 0.9, 1.0, None),
     ],
@@ -378,7 +379,7 @@ def test_drift_is_reported_while_training(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"accumulate": 2}, {"remat": True}])
 def test_memory_for_time_leaves_the_network_what_it_is(whole, tmp_path, change):
-    """remat: the same to rounding; accumulate: batch norm and ranges see half batches, losses stay close."""
+    """Compare with the whole run: remat changes rounding only, accumulate keeps the losses close."""
     run(tmp_path, dataclasses.replace(CONFIG, **change))
     mine, other = restore(of(tmp_path))["params"], restore(of(whole))["params"]
     if "remat" in change:
