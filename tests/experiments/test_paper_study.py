@@ -11,7 +11,7 @@ import qt_jax as qt
 from experiments import paper
 from experiments.configs.study import STUDIES, preset
 from experiments.paper.rows import folder_of, study, trials
-from qt_jax.backends.evaluation import offered
+from qt_jax.backends.evaluation import select_rows
 
 MODULES = [
     *("experiments.configs.methods", "experiments.configs.study"),
@@ -36,7 +36,7 @@ def test_every_row_of_a_preset_can_be_built(name):
 @pytest.mark.parametrize("name", STUDIES)
 def test_backends_offer_what_presets_ask_for(name):
     for target in {t for task in preset(name).tasks for t in (*task.main, *task.ablation)}:
-        found = offered(target.backend, target.schemes, [target.runtime])
+        found = select_rows(target.backend, target.schemes, [target.runtime])
         assert {(s.name, r.name) for _, s, r in found[1:]} == {(s, target.runtime) for s in target.schemes}
 
 
