@@ -1,4 +1,4 @@
-"""`python -m qt_jax.export RUN_DIR --out model.onnx`: a checkpoint to a verified ONNX file."""
+"""Export a checkpoint to a verified ONNX file: `python -m qt_jax.export RUN_DIR --out model.onnx`."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from qt_jax.export.deploy import deploy
 from qt_jax.export.network import Deployable, Description, config_from_json, deployable, load
 
 PIPED_WIDTH = 160
-"""Columns of what is printed to a file or a pipe."""
+"""Number of columns of what is printed to a file or a pipe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,28 +34,28 @@ class Options:
     """
 
     source: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run (its model.json says all the rest), such a JSON file, or, with --model, a checkpoint of
-    orbax: a step, or the folder of steps, of which the newest counts."""
+    """Folder of a run (its model.json describes the network), or such a JSON file. With --model it is a
+    checkpoint of orbax: a step, or the folder of steps, of which the newest counts."""
     out: Path
-    """ONNX file to write. An FP32 graph with learned ranges has them beside it, in *.ranges.json."""
+    """ONNX file to write. The learned ranges of an FP32 graph are written beside it, to *.ranges.json."""
     qdq: Literal["int8", "int4", "int16-act"] | None = None
     """Quantize with QuantizeLinear / DequantizeLinear, on the learned ranges. int8: weights and activations;
     int4: weights on 4 bits, activations on 8; int16-act: weights on 8, activations on 16."""
     clips: bool = False
     """Put the learned activation ranges into the FP32 graph, as Clip nodes."""
     opset: int | None = None
-    """Of ai.onnx, 13 to 21. Default: 17; 21 for int4 and int16-act, which need it."""
+    """Opset of ai.onnx, 13 to 21. The default is 17, and 21 for int4 and int16-act, which need it."""
     per_tensor: bool = False
-    """One weight scale a layer in place of one for each output channel."""
+    """Use one weight scale per layer in place of one per output channel."""
     signed: bool = False
-    """Activations as INT8 or INT16 in place of UINT8 or UINT16: the same numbers, for compilers that take
-    these alone. onnxruntime on x86 has integer kernels for the unsigned ones by default."""
+    """Store activations as INT8 or INT16 in place of UINT8 or UINT16: the same numbers, for compilers that
+    take only these. onnxruntime on x86 has integer kernels for the unsigned ones by default."""
     layout: Literal["nchw", "nhwc"] = "nchw"
-    """Of the graph's inputs and outputs."""
+    """Layout of the graph's inputs and outputs."""
     fold_batch_norm: bool = True
     """Fold batch norm into the layer before it."""
     dynamic_batch: bool = True
-    """Take any batch; otherwise exactly 1."""
+    """Take any batch. Otherwise the batch is exactly 1."""
     json: bool = False
     """Print the summary as one JSON object."""
 
@@ -80,10 +80,11 @@ BARE = ("input_shape", "arguments", "call", "quantization", "samples")
 
 
 def network(options: Options) -> Deployable:
-    """The network that the command line names.
+    """Load the network that the command line names.
 
     Raises:
-      InvalidInput: as `checkpoint.load`; an option that does not go with the others, or is no JSON object.
+      InvalidInput: An option does not go with the others, or is not a JSON object. `network.load` and
+        `network.deployable` raise it too.
     """
     if options.model is None:
         given = [f"--{name.replace('_', '-')}" for name in BARE if getattr(options, name) is not None]
@@ -107,6 +108,7 @@ def network(options: Options) -> Deployable:
 
 
 def _object(name: str, text: str | None) -> dict[str, Any]:
+    """Read the JSON object of an option; an option that is not given is an empty object."""
     try:
         value = json.loads(text or "{}")
     except ValueError as error:
@@ -117,7 +119,7 @@ def _object(name: str, text: str | None) -> dict[str, Any]:
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Exports, prints the summary, returns it."""
+    """Export, print the summary and return it."""
     summary = deploy(
         network(options),
         options.out,
@@ -140,7 +142,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 
 def facts(summary: dict[str, Any]) -> Table:
-    """What the file holds and how it compares with JAX."""
+    """Make the table of what the file holds and how it compares with JAX."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -167,6 +169,7 @@ def facts(summary: dict[str, Any]) -> Table:
 
 
 def _parity(found: dict[str, Any]) -> str:
+    """Put the parity of one output in words."""
     parts = []
     if found["top1_agreement"] is not None:
         parts.append(f"top-1 agrees on {100 * found['top1_agreement']:.2f} %")
@@ -177,7 +180,7 @@ def _parity(found: dict[str, Any]) -> str:
 
 
 def layers(summary: dict[str, Any]) -> Table:
-    """What is quantized and what is not, by layer."""
+    """Make the table of what is quantized and what is not, by layer."""
     rows, measured = summary["layers"], summary["qdq"] is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in (
@@ -205,13 +208,13 @@ def layers(summary: dict[str, Any]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `command_line.exit_status` does."""
+    """Run the command line; return the exit status, as `command_line.exit_status` does."""
 
-    def whole() -> None:
+    def export() -> None:
         options = parse(Options, arguments, "qt_jax.export")
         run(options, text_console(width=PIPED_WIDTH, stderr=options.json))
 
-    return exit_status(whole)
+    return exit_status(export)
 
 
 if __name__ == "__main__":

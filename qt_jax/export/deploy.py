@@ -1,8 +1,8 @@
-"""From a trained network to a verified file: the FP32 graph with its ranges, or a QDQ graph.
+"""Export a trained network to a verified file: the FP32 graph with its ranges, or a QDQ graph.
 
-The deployments that QDQ export offers, as changes to the config of training.
-
-What a graph has on integers and what it has not, layer by layer, with the reason.
+`deploy` does it all. `QDQ_BITS` are the integers that a QDQ graph may have; `deployed_config` restates the
+config of training on them. `layer_rows` lists what a graph has on integers and what it has not, with
+reasons.
 """
 
 import dataclasses
@@ -28,128 +28,16 @@ from qt_jax.export.ranges import tensor_ranges
 from qt_jax.export.verification import fake_quant_forward, integer_kernels, parity
 from qt_jax.grid import QuantSpec
 
-MODES = {"int8": (8, 8), "int4": (4, 8), "int16-act": (8, 16)}
-"""Mode -> bits of weights and of activations."""
-
-Chosen = TypeVar("Chosen", Site, Site | str)
-
-
-def deployed_config(config: QuantConfig, mode: str) -> QuantConfig:
-    """`config` with every spec on the bits of `mode`; what is in floating point stays so.
-
-    The learned ranges do not depend on bits: only the grids laid over them change. `quant_trim` with this
-    config is the JAX forward that the graph of the mode stands for.
-
-    Raises:
-      InvalidInput: an unknown mode.
-
-    >>> deployed_config(QuantConfig(rules=(Rule("head", skip=True),)), "int4").weights.bits
-    4
-    """
-    if mode not in MODES:
-        raise InvalidInput(f"QDQ mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
-    weight_bits, activation_bits = MODES[mode]
-
-    def on(bits: int, site: Chosen) -> Chosen:
-        return dataclasses.replace(site, bits=bits) if isinstance(site, QuantSpec) else site
-
-    def rule(rule: Rule) -> Rule:
-        return dataclasses.replace(
-            rule,
-            weights=on(weight_bits, rule.weights),
-            inputs=on(activation_bits, rule.inputs),
-            outputs=on(activation_bits, rule.outputs),
-        )
-
-    return dataclasses.replace(
-        config,
-        weights=on(weight_bits, config.weights),
-        activations=on(activation_bits, config.activations),
-        outputs=on(activation_bits, config.outputs),
-        rules=tuple(map(rule, config.rules)),
-    )
-
-
-def layer_rows(
-    model: onnx.ModelProto,
-    config: QuantConfig,
-    ranges: Ranges,
-    kernels: Mapping[str, bool] | None = None,
-) -> list[dict[str, Any]]:
-    """What is quantized and what is not, one row for each convolution and matrix product.
-
-    Args:
-      model: the FP32 graph.
-      config: that `ranges` was made with.
-      ranges: from `tensor_ranges`.
-      kernels: from `integer_kernels`, for a QDQ graph.
-
-    Returns:
-      `layer`, `operator`; `weights` and `input`, the grid in words or None for floating point;
-      `integer_kernel`, whether onnxruntime computes on integers (None if not asked); `reason`, why
-      something is in floating point, where it is known.
-    """
-    weighted = weighted_nodes(model)
-    names = list(weighted) if kernels is None else list(kernels)
-    makers = {node.name: node for node in model.graph.node}
-    rows = []
-    for name in names:
-        node = makers[name]
-        kernel, fed = ranges.kernels.get(name), ranges.inputs.get(name)
-        row = {
-            "layer": name,
-            "operator": node.op_type,
-            "weights": None if kernel is None else _grid(ranges.tensors[kernel]),
-            "input": None if fed is None else _grid(fed),
-            "integer_kernel": None if kernels is None else kernels[name],
-        }
-        reason = _why_float(row, node.input[1].rpartition("/")[0], name in weighted, config)
-        if row["weights"] is None and row["integer_kernel"]:
-            reason = f"{reason}; onnxruntime rounds them to INT8 by itself"
-        if reason is None and row["integer_kernel"] is False:
-            reason = "its output is read in floating point"
-            if kernel is not None and fed is not None:
-                found = _why_no_integer_kernel(node.op_type, ranges.tensors[kernel].bits, fed.bits)
-                reason = found or reason
-        rows.append(row | {"reason": reason})
-    return rows
-
-
-def _grid(encoding: Encoding) -> str:
-    kind = "symmetric" if encoding.symmetric else "asymmetric"
-    return f"int{encoding.bits} {kind} per-{'tensor' if encoding.axis is None else 'channel'}"
-
-
-def _why_float(row: Mapping[str, Any], path: str, weighted: bool, config: QuantConfig) -> str | None:
-    """Why the layer at `path` has a site in floating point, None if it has none."""
-    if row["weights"] is not None and row["input"] is not None:
-        return None
-    if not weighted:
-        return "a product of two activations, of which Quant-Trim learns no range"
-    sites = config.sites(path)
-    site, wanted = ("weights", sites.weights) if row["weights"] is None else ("input", sites.inputs)
-    if wanted is not None:
-        return "no statistics: quant_trim does not reach it"
-    if sites.rule is not None:
-        return f"{site} in floating point by rule {config.rules[sites.rule].path!r}"
-    return f"{site} in floating point by the config's default"
-
-
-def _why_no_integer_kernel(operator: str, weight_bits: int, activation_bits: int) -> str | None:
-    if operator == "ConvTranspose":
-        return "no integer kernel for ConvTranspose"
-    if storage_bits(weight_bits) != 8:
-        return f"no integer kernel for INT{storage_bits(weight_bits)} weights"
-    if storage_bits(activation_bits) != 8:
-        return f"no integer kernel for INT{storage_bits(activation_bits)} activations"
-    return None
-
+QDQ_BITS = {"int8": (8, 8), "int4": (4, 8), "int16-act": (8, 16)}
+"""Maps the name of a QDQ graph's integers to the bits of its weights and activations."""
 
 OPSET = 17
-"""Of ai.onnx, unless told otherwise and where it has the integers."""
+"""Default opset of ai.onnx, where it has the integers."""
 
 RANDOM = 8
-"""Random inputs that stand in for real ones when a network brings none."""
+"""Number of random inputs that replace real ones when a network brings none."""
+
+Chosen = TypeVar("Chosen", Site, Site | str)
 
 
 def deploy(
@@ -167,30 +55,30 @@ def deploy(
 ) -> dict[str, Any]:
     """Export `network` to the file `out`, which gets its name only after it has been verified.
 
-    An FP32 graph of a network with learned ranges has them in `<out less .onnx>.ranges.json` beside it.
+    Where a network has learned ranges, its FP32 graph has them in `<out less .onnx>.ranges.json` beside it.
 
     Args:
-      network: from `qt_jax.export.network.load`.
-      out: the ONNX file; one that is there is replaced at the end.
-      qdq: None for FP32, else a mode of `qt_jax.export.deploy`.
-      clips: learned activation ranges in the FP32 graph as Clip nodes, see `qt_jax.export.clips`; parity is
-        then that with the JAX forward clipped in the same places.
-      opset: None for 17, or for 21 where the mode needs it.
-      per_channel: one scale for each output channel of a kernel, in QDQ and in the ranges.
-      signed: as `insert_qdq` takes it.
-      layout, fold_batch_norm, dynamic_batch: as `qt_jax.to_onnx` takes them.
+      network: Network from `qt_jax.export.network.load`.
+      out: ONNX file to write. A file that is there is replaced at the end.
+      qdq: None for FP32, else a name of `QDQ_BITS`.
+      clips: Whether the FP32 graph has the learned activation ranges as Clip nodes, see
+        `qt_jax.export.clips`. It is then compared with the JAX forward clipped in the same places.
+      opset: Opset of ai.onnx; None for 17, or for 21 where the integers need it.
+      per_channel: Whether each output channel of a kernel has its own scale, in QDQ and in the ranges.
+      signed: As `insert_qdq` takes it.
+      layout, fold_batch_norm, dynamic_batch: As `qt_jax.to_onnx` takes them.
 
     Returns:
-      What `summary.summarize` says, `parameters` and `macs` being those of the FP32 graph, and: `file`,
+      The keys of `operators.summarize`, `parameters` and `macs` being those of the FP32 graph, and: `file`,
       `qdq`, `inputs` (on what parity was measured), `max_difference` (FP32: by batch size), `parity` (QDQ:
       by output, against JAX at lambda = 1), `layers` (a row for each weighted layer), `clips` (activation ->
       [low, high], of those that were clipped), `ranges` (the file, or None) and `ranges_reason` (why there is
       none).
 
     Raises:
-      InvalidInput: what cannot be exported, and why; QDQ without learned ranges or without real inputs,
-        Clip nodes without learned ranges or beside QDQ.
-        Nothing at `out` has changed then.
+      InvalidInput: The network cannot be exported; the message says why. QDQ lacks learned ranges or real
+        inputs, or Clip nodes lack learned ranges or are asked for beside QDQ. Nothing at `out` has changed
+        then.
     """
     out = Path(out)
     opset = _opset(opset, qdq)
@@ -220,7 +108,7 @@ def deploy(
         else:
             summary = _quantized(network, model, out, qdq, *learned, per_channel, signed, options)
         if ranges is None:
-            path.unlink(missing_ok=True)  # those of the graph that was there before
+            path.unlink(missing_ok=True)  # the ranges of the graph that was there before
         else:
             write_ranges(ranges, path)
     except OSError as error:
@@ -235,7 +123,7 @@ def deploy(
 
 
 def ranges_path(out: Path) -> Path:
-    """Where the ranges of the graph in `out` are.
+    """Return the file that holds the ranges of the graph in `out`.
 
     >>> ranges_path(Path("run/model.onnx")).name
     'model.ranges.json'
@@ -243,28 +131,13 @@ def ranges_path(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.onnx')}.ranges.json")
 
 
-def learned_ranges(
-    network: Deployable, model: onnx.ModelProto, *, per_channel: bool = True, layout: str = "nchw"
-) -> tuple[Ranges | None, str | None]:
-    """The ranges of an FP32 graph, or None and the reason: without them the graph is as good as ever."""
-    if network.config is None:
-        return None, "the network was not trained with Quant-Trim: no learned ranges"
-    if network.samples is None:
-        return None, "no samples to range what the statistics do not cover"
-    try:
-        calibration = as_graph(network.samples.calibration, layout)
-        found = tensor_ranges(model, network.variables, network.config, calibration, per_channel=per_channel)
-    except InvalidInput as error:
-        return None, str(error)
-    return found, None
-
-
 def _opset(opset: int | None, qdq: str | None) -> int:
+    """Return the opset to export with, checked against the integers of `qdq`."""
     if qdq is None:
         return opset or OPSET
-    if qdq not in MODES:
-        raise InvalidInput(f"QDQ mode {qdq!r} is unknown; choose one of {', '.join(MODES)}")
-    first = max(FIRST_OPSET[storage_bits(bits)] for bits in MODES[qdq])
+    if qdq not in QDQ_BITS:
+        raise InvalidInput(f"QDQ mode {qdq!r} is unknown; choose one of {', '.join(QDQ_BITS)}")
+    first = max(FIRST_OPSET[storage_bits(bits)] for bits in QDQ_BITS[qdq])
     if opset is not None and opset < first:
         raise InvalidInput(
             f"QDQ mode {qdq} needs integers that ONNX has from opset {first}, not {opset}: leave the opset "
@@ -274,7 +147,7 @@ def _opset(opset: int | None, qdq: str | None) -> int:
 
 
 def _learned(network: Deployable, qdq: str) -> tuple[QuantConfig, Samples]:
-    """What QDQ takes beside the network itself."""
+    """Return the config and the samples that QDQ needs, or refuse a network that lacks them."""
     if network.config is None:
         raise InvalidInput(
             f"QDQ mode {qdq} needs learned ranges, and these variables hold none: train with qt.quant_trim, "
@@ -289,6 +162,7 @@ def _learned(network: Deployable, qdq: str) -> tuple[QuantConfig, Samples]:
 
 
 def _clippable(network: Deployable, qdq: str | None) -> QuantConfig:
+    """Return the config that Clip nodes need, or refuse a network that lacks it."""
     if qdq is not None:
         raise InvalidInput(
             f"QDQ mode {qdq} clips at the ends of its integers: Clip nodes are for FP32 graphs"
@@ -302,7 +176,7 @@ def _clippable(network: Deployable, qdq: str | None) -> QuantConfig:
 
 
 def _inputs(network: Deployable) -> tuple[np.ndarray, str]:
-    """What parity is measured on, and its name."""
+    """Return the inputs that parity is measured on, and what they are."""
     if network.samples is not None:
         return network.samples.parity, "real"
     shape = (RANDOM, *network.input_shape)
@@ -316,7 +190,7 @@ def _float(
     per_channel: bool,
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], Ranges | None]:
-    """Saves the FP32 graph; returns its summary, and its ranges if there are any."""
+    """Save the FP32 graph; return its summary, and its ranges if there are any."""
     ranges, reason = learned_ranges(network, model, per_channel=per_channel, layout=options["layout"])
     summary = save_verified(model, out, network.apply_fn, network.variables, _inputs(network)[0], **options)
     config = network.config
@@ -324,19 +198,45 @@ def _float(
     return summary | {"layers": layers, "ranges_reason": reason}, ranges
 
 
+def learned_ranges(
+    network: Deployable, model: onnx.ModelProto, *, per_channel: bool = True, layout: str = "nchw"
+) -> tuple[Ranges | None, str | None]:
+    """Compute the ranges of an FP32 graph.
+
+    Args:
+      network: Network that the graph was made from.
+      model: The graph.
+      per_channel: As `deploy` takes it.
+      layout: Layout of the graph.
+
+    Returns:
+      (ranges, None), or (None, reason) where there are none. The graph is valid without them.
+    """
+    if network.config is None:
+        return None, "the network was not trained with Quant-Trim: no learned ranges"
+    if network.samples is None:
+        return None, "no samples to range what the statistics do not cover"
+    try:
+        calibration = as_graph(network.samples.calibration, layout)
+        found = tensor_ranges(model, network.variables, network.config, calibration, per_channel=per_channel)
+    except InvalidInput as error:
+        return None, str(error)
+    return found, None
+
+
 def _quantized(
     network: Deployable,
     model: onnx.ModelProto,
     out: Path,
-    mode: str,
+    qdq: str,
     trained: QuantConfig,
     samples: Samples,
     per_channel: bool,
     signed: bool,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Saves the QDQ graph; returns its summary. It holds its ranges itself: there is no file of them."""
-    config = deployed_config(trained, mode)
+    """Save the QDQ graph, which holds its ranges itself; return its summary."""
+    config = deployed_config(trained, qdq)
     calibration = as_graph(samples.calibration, options["layout"])
     ranges = tensor_ranges(model, network.variables, config, calibration, per_channel=per_channel)
     quantized = insert_qdq(model, ranges, signed=signed)
@@ -345,7 +245,7 @@ def _quantized(
     fake_quantized = fake_quant_forward(network.apply_fn, config)
     found = parity(quantized, fake_quantized, network.variables, inputs, ranges, layout=options["layout"])
     kernels = integer_kernels(quantized)
-    # How close the numbers are is `parity`'s to say; here form, loading, shapes, and that all is finite.
+    # `parity` measures the numbers. This checks form, loading and shapes, and that all numbers are finite.
     summary = save_verified(
         quantized, out, fake_quantized, network.variables, inputs, tolerance=math.inf, **options
     )
@@ -357,3 +257,120 @@ def _quantized(
         "layers": layers,
         "ranges_reason": "the graph holds its ranges itself",
     }
+
+
+def deployed_config(config: QuantConfig, qdq: str) -> QuantConfig:
+    """Return `config` with every spec on the bits of a QDQ graph; what is in floating point stays so.
+
+    The learned ranges do not depend on bits. Only the grids over them change. `quant_trim` with this config
+    is the JAX forward that the QDQ graph computes.
+
+    Args:
+      config: Config of training.
+      qdq: Name of `QDQ_BITS`.
+
+    Raises:
+      InvalidInput: The name is unknown.
+
+    >>> deployed_config(QuantConfig(rules=(Rule("head", skip=True),)), "int4").weights.bits
+    4
+    """
+    if qdq not in QDQ_BITS:
+        raise InvalidInput(f"QDQ mode {qdq!r} is unknown; choose one of {', '.join(QDQ_BITS)}")
+    weight_bits, activation_bits = QDQ_BITS[qdq]
+
+    def on(bits: int, site: Chosen) -> Chosen:
+        return dataclasses.replace(site, bits=bits) if isinstance(site, QuantSpec) else site
+
+    def rule(rule: Rule) -> Rule:
+        return dataclasses.replace(
+            rule,
+            weights=on(weight_bits, rule.weights),
+            inputs=on(activation_bits, rule.inputs),
+            outputs=on(activation_bits, rule.outputs),
+        )
+
+    return dataclasses.replace(
+        config,
+        weights=on(weight_bits, config.weights),
+        activations=on(activation_bits, config.activations),
+        outputs=on(activation_bits, config.outputs),
+        rules=tuple(map(rule, config.rules)),
+    )
+
+
+def layer_rows(
+    model: onnx.ModelProto,
+    config: QuantConfig,
+    ranges: Ranges,
+    kernels: Mapping[str, bool] | None = None,
+) -> list[dict[str, Any]]:
+    """List what is quantized and what is not, one row per convolution and matrix product.
+
+    Args:
+      model: The FP32 graph.
+      config: Config that `ranges` was made with.
+      ranges: Ranges from `tensor_ranges`.
+      kernels: Result of `integer_kernels`, for a QDQ graph.
+
+    Returns:
+      `layer`, `operator`; `weights` and `input`, the grid in words or None for floating point;
+      `integer_kernel`, whether onnxruntime computes on integers (None if not asked); `reason`, why
+      something is in floating point, where it is known.
+    """
+    weighted = weighted_nodes(model)
+    names = list(weighted) if kernels is None else list(kernels)
+    nodes = {node.name: node for node in model.graph.node}
+    rows = []
+    for name in names:
+        node = nodes[name]
+        kernel, inputs = ranges.kernels.get(name), ranges.inputs.get(name)
+        row = {
+            "layer": name,
+            "operator": node.op_type,
+            "weights": None if kernel is None else _grid(ranges.tensors[kernel]),
+            "input": None if inputs is None else _grid(inputs),
+            "integer_kernel": None if kernels is None else kernels[name],
+        }
+        reason = _why_float(row, node.input[1].rpartition("/")[0], name in weighted, config)
+        if row["weights"] is None and row["integer_kernel"]:
+            reason = f"{reason}; onnxruntime rounds them to INT8 by itself"
+        if reason is None and row["integer_kernel"] is False:
+            reason = "its output is read in floating point"
+            if kernel is not None and inputs is not None:
+                found = _why_no_integer_kernel(node.op_type, ranges.tensors[kernel].bits, inputs.bits)
+                reason = found or reason
+        rows.append(row | {"reason": reason})
+    return rows
+
+
+def _grid(encoding: Encoding) -> str:
+    """Put a grid in words."""
+    kind = "symmetric" if encoding.symmetric else "asymmetric"
+    return f"int{encoding.bits} {kind} per-{'tensor' if encoding.axis is None else 'channel'}"
+
+
+def _why_float(row: Mapping[str, Any], path: str, weighted: bool, config: QuantConfig) -> str | None:
+    """Say why the layer at `path` has a site in floating point; None if it has none."""
+    if row["weights"] is not None and row["input"] is not None:
+        return None
+    if not weighted:
+        return "a product of two activations, of which Quant-Trim learns no range"
+    sites = config.sites(path)
+    site, wanted = ("weights", sites.weights) if row["weights"] is None else ("input", sites.inputs)
+    if wanted is not None:
+        return "no statistics: quant_trim does not reach it"
+    if sites.rule is not None:
+        return f"{site} in floating point by rule {config.rules[sites.rule].path!r}"
+    return f"{site} in floating point by the config's default"
+
+
+def _why_no_integer_kernel(operator: str, weight_bits: int, activation_bits: int) -> str | None:
+    """Say why onnxruntime has no integer kernel for a layer; None where it has one."""
+    if operator == "ConvTranspose":
+        return "no integer kernel for ConvTranspose"
+    if storage_bits(weight_bits) != 8:
+        return f"no integer kernel for INT{storage_bits(weight_bits)} weights"
+    if storage_bits(activation_bits) != 8:
+        return f"no integer kernel for INT{storage_bits(activation_bits)} activations"
+    return None

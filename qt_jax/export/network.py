@@ -1,6 +1,7 @@
-"""A trained network from its description: the module it names, the variables of its checkpoint.
+"""Load a trained network: its description (`model.json`), the module it names, and its checkpoint.
 
-`model.json`: how a run says which network its checkpoint holds, so that it can be exported without it.
+A run writes a `Description` and `Samples` beside its checkpoint. `load` reads them back as a `Deployable`, so
+that the network can be exported without the code of the run.
 """
 
 import dataclasses
@@ -26,26 +27,31 @@ from qt_jax.grid import QuantSpec
 from qt_jax.interception import COLLECTION, is_range
 
 VERSION = 1
+"""Version of the description."""
 
 NAME = "model.json"
-"""What the description of a run's network is called."""
+"""File name of the description of a run's network."""
+
+MARKER = "_METADATA"
+"""File by which a folder is recognized as a checkpoint of orbax."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """One trained network.
+    """Describe one trained network.
 
     Attributes:
       model: `package.module:factory`, a function or class that returns the Linen module.
-      arguments: keyword arguments of the factory.
-      call: keyword arguments of the module's `__call__` at inference, such as `{"train": False}`.
-      input_shape: of the one input, without batch: `(height, width, channels)` for images.
-      checkpoint: folder of an orbax checkpoint, or of checkpoints by step (the newest counts), relative to
+      arguments: Keyword arguments of the factory.
+      call: Keyword arguments of the module's `__call__` at inference, such as `{"train": False}`.
+      input_shape: Shape of the one input, without batch: `(height, width, channels)` for images.
+      checkpoint: Folder of an orbax checkpoint, or of checkpoints by step (the newest counts), relative to
         the description.
-      collections: Flax collection -> key of the checkpoint that holds it. A moving average is exported in
-        place of the parameters by `{"params": "average", ...}`. A key that is absent is an empty collection.
-      quantization: the config of training; None for a network that was not trained with Quant-Trim.
-      samples: file of `write_samples`, relative to the description; None if there is none.
+      collections: Maps a Flax collection to the key of the checkpoint that holds it. A moving average is
+        exported in place of the parameters by `{"params": "average", ...}`. A key that is absent is an empty
+        collection.
+      quantization: Config of training; None for a network that was not trained with Quant-Trim.
+      samples: File of `write_samples`, relative to the description; None if there is none.
     """
 
     model: str
@@ -73,7 +79,7 @@ class Description:
 def write_description(description: Description, path: str | os.PathLike) -> None:
     """Write `description` as JSON, whole or not at all; `read_description` gives an equal value back.
 
-    Keys: `version` and the fields of `Description`, with specs and rules as objects.
+    The keys are `version` and the fields of `Description`, with specs and rules as objects.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), NAME)
@@ -92,10 +98,10 @@ def write_description(description: Description, path: str | os.PathLike) -> None
 
 
 def read_description(path: str | os.PathLike) -> Description:
-    """The description that `write_description` wrote.
+    """Read the description that `write_description` wrote.
 
     Raises:
-      InvalidInput: the file is missing or damaged, is no description, or has another version.
+      InvalidInput: The file is missing or damaged, is not a description, or has another version.
     """
     path = Path(path)
     try:
@@ -114,10 +120,10 @@ def read_description(path: str | os.PathLike) -> Description:
 
 
 def config_from_json(values: Mapping[str, Any]) -> QuantConfig:
-    """The config whose fields JSON holds; those left out have their defaults.
+    """Make the config whose fields JSON holds; those left out have their defaults.
 
     Raises:
-      InvalidInput: an unknown field, or a value out of range.
+      InvalidInput: A field is unknown, or a value is out of range.
 
     >>> weights = config_from_json({"weights": {"bits": 4, "axis": -1}, "activations": None}).weights
     >>> weights  # doctest: +NORMALIZE_WHITESPACE
@@ -135,16 +141,16 @@ def config_from_json(values: Mapping[str, Any]) -> QuantConfig:
         outputs = tuple(values.get("fused_outputs", ()))
         return QuantConfig(**specs({**values, "rules": rules, "fused_outputs": outputs}))
     except (TypeError, AttributeError) as error:
-        raise InvalidInput(f"this is no quantization config: {error}") from error
+        raise InvalidInput(f"this is not a quantization config: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """Real inputs as the model takes them, float32 `(n, *input_shape)`: images NHWC and normalised.
+    """Hold real inputs as the model takes them, float32 `(n, *input_shape)`: images NHWC and normalized.
 
     Attributes:
-      calibration: from the training split, to range what has no learned grid. A few hundred.
-      parity: inputs on which the exported graph is compared with JAX, at least 7. More say more.
+      calibration: A few hundred inputs from the training split, to calibrate what has no learned grid.
+      parity: At least 7 inputs on which the exported graph is compared with JAX. More inputs say more.
     """
 
     calibration: np.ndarray
@@ -158,10 +164,10 @@ def write_samples(samples: Samples, path: str | os.PathLike) -> None:
 
 
 def read_samples(path: str | os.PathLike, input_shape: tuple[int, ...]) -> Samples:
-    """The samples in a file of `write_samples`.
+    """Read the samples in a file of `write_samples`.
 
     Raises:
-      InvalidInput: the file is missing or damaged, lacks an array, or holds inputs of another shape.
+      InvalidInput: The file is missing or damaged, lacks an array, or holds inputs of another shape.
     """
     path = Path(path)
     try:
@@ -181,20 +187,16 @@ def read_samples(path: str | os.PathLike, input_shape: tuple[int, ...]) -> Sampl
     return Samples(**arrays)
 
 
-MARKER = "_METADATA"
-"""The file by which a folder is known as a checkpoint of orbax."""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Deployable:
-    """A network that is ready to be exported.
+    """Hold a network that is ready to be exported.
 
     Attributes:
       apply_fn: `(variables, inputs) -> outputs`, the forward of inference.
       variables: Flax collections of numpy arrays.
-      input_shape: of the input, without batch.
-      config: of training; None if the variables hold no ranges of Quant-Trim.
-      samples: real inputs, or None.
+      input_shape: Shape of the input, without batch.
+      config: Config of training; None if the variables hold no ranges of Quant-Trim.
+      samples: Real inputs, or None.
     """
 
     apply_fn: Callable[..., Any]
@@ -205,16 +207,16 @@ class Deployable:
 
 
 def load(path: str | os.PathLike) -> Deployable:
-    """The network that a run's folder, or a description in it, describes.
+    """Load the network that a run's folder, or a description in it, describes.
 
-    The module is imported by the name in the description: this runs the code of the package that it names,
-    as found on `sys.path` (with `python -m`, the current directory first). Load only what you trust.
+    The module is imported by the name in the description. This runs the code of the package that it names, as
+    found on `sys.path` (with `python -m`, the current directory first). Load only what you trust.
 
     Args:
-      path: a folder that holds `model.json`, or such a file under any name.
+      path: Folder that holds `model.json`, or such a file under any name.
 
     Raises:
-      InvalidInput: no description, or a damaged one; and as `deployable`.
+      InvalidInput: There is no description, or it is damaged. `deployable` raises it too.
     """
     path = Path(path)
     file = path / NAME if path.is_dir() else path
@@ -230,11 +232,12 @@ def load(path: str | os.PathLike) -> Deployable:
 
 
 def deployable(description: Description, base: str | os.PathLike = ".") -> Deployable:
-    """The network of a description whose paths are relative to `base`.
+    """Load the network of a description whose paths are relative to `base`.
 
     Raises:
-      InvalidInput: the module cannot be imported, or has no such factory, or that makes no Linen module; the
-        checkpoint is missing, damaged or lacks a collection; the samples are missing or of another shape.
+      InvalidInput: The module cannot be imported or has no such factory, or the factory does not return a
+        Linen module. The checkpoint is missing, damaged or lacks a collection. The samples are missing or
+        have another shape.
 
     >>> deployable(Description("flax.linen:Dence", (3,), "checkpoints", {"features": 2}))
     Traceback (most recent call last):
@@ -264,10 +267,10 @@ def deployable(description: Description, base: str | os.PathLike = ".") -> Deplo
 
 
 def create_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """What the factory `package.module:factory` makes of keyword arguments.
+    """Call the factory `package.module:factory` with keyword arguments, and return the module.
 
     Raises:
-      InvalidInput: as `deployable`.
+      InvalidInput: As `deployable`.
 
     >>> create_module("flax.linen:Dense", {"features": 2}).features
     2
@@ -298,13 +301,13 @@ def create_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def restore(path: str | os.PathLike) -> dict[str, Any]:
-    """The tree of a checkpoint of orbax as numpy arrays, whatever devices it was saved from.
+    """Restore a checkpoint of orbax as a tree of numpy arrays, whatever devices it was saved from.
 
     Args:
-      path: the checkpoint, a step of a `CheckpointManager`, or a folder of steps, of which the newest counts.
+      path: The checkpoint, a step of a `CheckpointManager`, or a folder of steps, of which the newest counts.
 
     Raises:
-      InvalidInput: there is no checkpoint, or it is damaged.
+      InvalidInput: There is no checkpoint, or it is damaged.
     """
     folder = epath.Path(find(Path(path)).absolute())
     handler = ocp.PyTreeCheckpointHandler()
@@ -323,7 +326,11 @@ def restore(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def find(path: Path) -> Path:
-    """The folder of the checkpoint that `path` is, or holds."""
+    """Find the folder of the checkpoint that `path` is, or holds.
+
+    Raises:
+      InvalidInput: There is none, or there are several. The message says what `path` is instead.
+    """
     if (path / MARKER).exists():
         return path
     children = [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
@@ -343,7 +350,7 @@ def find(path: Path) -> Path:
             "library that wrote it, and export with qt_jax.to_onnx(model.apply, variables, input_shape)"
         )
     raise InvalidInput(
-        f"{path} is no checkpoint of orbax and holds none"
+        f"{path} is not a checkpoint of orbax and holds none"
         + ("" if path.is_dir() else " (there is no such folder)")
         + ": name a folder saved by orbax, one of its steps, or the folder of all steps"
     )

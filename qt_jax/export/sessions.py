@@ -1,4 +1,4 @@
-"""Graphs run in onnxruntime on the CPU, batch by batch."""
+"""Run graphs in onnxruntime on the CPU, batch by batch."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,21 +10,22 @@ import onnxruntime
 from qt_jax.errors import InvalidInput
 
 BATCH = 64
-"""Inputs run at once where the graph leaves the batch open."""
+"""Number of inputs that are run at once where the graph leaves the batch open."""
 
 
 def open_session(
     model: onnx.ModelProto, *, optimize: bool, save_optimized: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """A session that runs `model` as it is written, or optimised with every integer kernel there is.
+    """Open a session that runs `model` as it is written, or optimized with every integer kernel there is.
 
-    Two defaults of onnxruntime are set aside. On x86 it makes INT8 activations UINT8 first, and gives up on
-    those with two readers. And it rounds the float input of a product with an integer kernel to 8 bits.
+    Two defaults of onnxruntime are changed. On x86 it turns INT8 activations into UINT8 first, and gives up
+    on those with two readers. It also rounds the float input of a product with an integer kernel to 8 bits.
 
     Args:
-      optimize: all optimisations, or none.
-      save_optimized: where to write the optimised graph, in operators that bear their node's name: without
-        those for this very machine.
+      model: Any graph.
+      optimize: Whether to apply all optimizations, or none.
+      save_optimized: File to write the optimized graph to. Its operators bear the names of their nodes, and
+        the optimizations for this very machine are left out.
     """
     level = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
@@ -43,10 +44,14 @@ def open_session(
 def named_inputs(
     model: onnx.ModelProto, inputs: np.ndarray | Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Inputs by the graph's names, in its types; an array alone is that of its only input.
+    """Return the inputs by the graph's names, in its types.
+
+    Args:
+      model: Any graph.
+      inputs: Arrays by name, or the array of the only input.
 
     Raises:
-      InvalidInput: other names than the graph's, no examples, or not as many of each.
+      InvalidInput: The names are not the graph's, there are no examples, or not as many of each.
     """
     names = [entry.name for entry in model.graph.input]
     given = dict(inputs) if isinstance(inputs, Mapping) else {names[0]: inputs}
@@ -64,9 +69,10 @@ def named_inputs(
 def run_batches(
     session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray], outputs: list[str]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The tensors `outputs` by name, for one batch of the inputs after another.
+    """Yield the tensors `outputs` by name, for one batch of the inputs after another.
 
-    Where the graph fixes the batch, the last one is filled up with its last example; outputs are cut.
+    Where the graph fixes the batch, the last batch is filled up with its last example, and its outputs are
+    cut.
     """
     first = session.get_inputs()[0].shape[0]
     size = first if isinstance(first, int) else BATCH
@@ -87,11 +93,13 @@ def run_batches(
 def run_tensors(
     model: onnx.ModelProto, names: Iterable[str], inputs: Mapping[str, np.ndarray], *, optimize: bool = False
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The float32 tensors `names` that the nodes of a graph make, for one batch of the inputs after another.
+    """Yield float32 tensors inside a graph by name, for one batch of the inputs after another.
 
     Args:
-      inputs: from `named_inputs`; those among `names` are passed over.
-      optimize: as in `open_session`.
+      model: Any graph.
+      names: Tensors that nodes write. Inputs among them are skipped.
+      inputs: Inputs from `named_inputs`.
+      optimize: As `open_session` takes it.
     """
     made = [name for name in dict.fromkeys(names) if name not in inputs]
     watched = onnx.ModelProto()

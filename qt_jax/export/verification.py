@@ -1,11 +1,12 @@
-"""How closely a QDQ graph in onnxruntime follows the JAX fake-quant forward, and what runs on integers.
+"""Compare an exported graph with the JAX forward.
 
-Checks that an exported graph is standard and computes what the JAX forward computes.
+`verify` and `save_verified` check an FP32 graph: its form, and its outputs within a tolerance. `parity`
+measures how closely a QDQ graph follows the JAX fake-quant forward, in steps of the output's grid.
+`integer_kernels` tells which layers onnxruntime computes on integers.
 """
 
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,16 +24,18 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export.encodings import Encoding, Ranges
 from qt_jax.export.graph import without_weights
 from qt_jax.export.layout import as_graph
+from qt_jax.export.naming import leaf_of
 from qt_jax.export.operators import WEIGHTED, summarize
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
 from qt_jax.files import staged
 from qt_jax.metrics import agreement, sqnr_db
 from qt_jax.trim import quant_trim
 
-NUMBERED = re.compile(r"_\d+$")
-
 ROUNDING = 1e-6
-"""Of the largest output: what float32, of seven digits, leaves open however right both sides are."""
+"""Fraction of the largest output that float32, of seven digits, leaves open however right both sides are."""
+
+INTEGER_KERNELS = frozenset({"MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"})
+"""Operators of onnxruntime that compute on integers."""
 
 
 def verify(
@@ -47,27 +50,28 @@ def verify(
 ) -> dict[str, Any]:
     """Check the graph's form, and its outputs in onnxruntime (CPU) against the JAX forward.
 
-    Form: ai.onnx operators alone, every node named and every weight named by its Flax path, onnx.checker's
-    full check. Numbers: for each batch size the largest absolute difference of any output on the first
-    inputs given. JAX computes the largest batch, in full float32 whatever the platform's default precision.
+    The form is right where all operators are of ai.onnx, every node has a name, every weight is named by its
+    Flax path, and the full check of onnx.checker passes. The numbers are compared by the largest absolute
+    difference of any output, for each batch size, on the first inputs given. JAX computes the largest batch,
+    in full float32 whatever the platform's default precision.
 
     Args:
-      model: from `to_onnx`.
-      apply_fn: as given to `to_onnx`.
-      variables: as given to `to_onnx`.
-      inputs: what `apply_fn` takes, images float32 `(n, height, width, channels)` normalised as for the
-        model, n at least the largest batch size; a sequence of arrays where the model has several inputs.
-        Real images: random ones reach other activations.
-      batch_sizes: each is run once.
-      tolerance: absolute, in units of the output. Of an output beyond 100, where float32 itself cannot keep
-        1e-4, a millionth of its largest value is allowed instead, if that is more.
-      layout: as given to `to_onnx`.
+      model: Graph from `to_onnx`.
+      apply_fn: The forward, as given to `to_onnx`.
+      variables: Variables as given to `to_onnx`.
+      inputs: What `apply_fn` takes: images float32 `(n, height, width, channels)`, normalized as for the
+        model, with n at least the largest batch size. A sequence of arrays where the model has several
+        inputs. Give real images, because random ones reach other activations.
+      batch_sizes: Batch sizes, each of which is run once.
+      tolerance: Largest absolute difference, in units of the output. For an output beyond 100, where float32
+        itself cannot keep 1e-4, a millionth of its largest value is allowed instead, if that is more.
+      layout: Layout as given to `to_onnx`.
 
     Returns:
-      What `summary.summarize` says, and `max_difference` (batch size -> largest difference).
+      The keys of `operators.summarize`, and `max_difference` (batch size -> largest difference).
 
     Raises:
-      InvalidInput: naming the first check that failed.
+      InvalidInput: A check failed. The message names the first one.
     """
     _check_form(model, variables, model.SerializeToString())
     differences = _differences(model, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
@@ -100,7 +104,7 @@ def save_verified(
 
 
 def _check_form(model: onnx.ModelProto, variables: Mapping[str, Any], serialized: bytes) -> None:
-    """Domains, names, onnx.checker on the bytes, and strict shape inference, which reads no weight."""
+    """Check domains and names, the bytes by onnx.checker, and the shapes by strict inference."""
     _check_domains(model)
     _check_names(model, variables)
     try:
@@ -111,10 +115,12 @@ def _check_form(model: onnx.ModelProto, variables: Mapping[str, Any], serialized
 
 
 def _failure(check: str, finding: str) -> InvalidInput:
+    """Make the error of a check that failed."""
     return InvalidInput(f"ONNX verification failed, {check}: {finding}")
 
 
 def _check_domains(model: onnx.ModelProto) -> None:
+    """Check that the graph holds operators of ai.onnx alone."""
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
             raise _failure("domain", f'node "{node.name}" is {node.domain}.{node.op_type}, not ai.onnx')
@@ -124,7 +130,7 @@ def _check_domains(model: onnx.ModelProto) -> None:
 
 
 def _check_names(model: onnx.ModelProto, variables: Mapping[str, Any]) -> None:
-    """Every node has a name of its own; every weight is called after the leaf of `params` it comes from."""
+    """Check that node names are unique, and that every weight is called after its leaf of `params`."""
     names = [node.name for node in model.graph.node]
     if not all(names) or len(set(names)) < len(names):
         raise _failure("names", "a node has no name, or two nodes have the same")
@@ -132,14 +138,15 @@ def _check_names(model: onnx.ModelProto, variables: Mapping[str, Any]) -> None:
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         weight = node.input[1] if node.op_type in WEIGHTED else ""
-        candidates = (weight, NUMBERED.sub("", weight))
+        candidates = (weight, leaf_of(weight, leaves))
         own = weight.startswith(f"{node.name}/")  # a constant of the model's code
         if weight in constant and not own and not any(_stems(name, leaves) for name in candidates):
-            raise _failure("names", f'the weight "{weight}" of node "{node.name}" is no leaf of the params')
+            finding = f'the weight "{weight}" of node "{node.name}" is not a leaf of the params'
+            raise _failure("names", finding)
 
 
 def _stems(name: str, leaves: Iterable[str]) -> bool:
-    """Whether `name` is a leaf, or joins leaves of that name in the modules below."""
+    """Tell whether `name` is a leaf, or joins leaves of that name in the modules below."""
     module, _, leaf = name.rpartition("/")
     below = f"{module}/" if module else ""
     return name in leaves or any(path.startswith(below) and path.endswith(f"/{leaf}") for path in leaves)
@@ -154,9 +161,13 @@ def _differences(
     layout: str,
     tolerance: float,
 ) -> dict[int, float]:
-    """Largest absolute difference of any output by batch size, each within the tolerance.
+    """Measure the largest absolute difference of any output by batch size, and check it.
 
     JAX computes the largest batch, once.
+
+    Raises:
+      InvalidInput: There are too few inputs, outputs differ in number or shape, or a difference is beyond the
+        tolerance.
     """
     inputs = [np.asarray(x) for x in (given if isinstance(given, list | tuple) else [given])]
     largest = max(batch_sizes)
@@ -193,15 +204,18 @@ def _differences(
 
 
 def _difference(output: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the largest absolute difference; equal infinities do not differ."""
     with np.errstate(invalid="ignore"):
         return float(np.max(np.where(output == wanted, 0.0, np.abs(output - wanted))))
 
 
 def _magnitude(wanted: np.ndarray) -> float:
+    """Return the largest finite magnitude."""
     return float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
 
 
 def _session(stored: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
+    """Load a graph, or the file of one, in onnxruntime on the CPU."""
     source = stored if isinstance(stored, Path) else stored.SerializeToString()
     try:
         return onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
@@ -210,7 +224,7 @@ def _session(stored: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
 
 
 def _run(session: onnxruntime.InferenceSession, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """The outputs by onnxruntime on the CPU."""
+    """Run a batch; return the outputs."""
     names = [entry.name for entry in session.get_inputs()]
     try:
         return session.run(None, dict(zip(names, inputs, strict=True)))
@@ -218,11 +232,8 @@ def _run(session: onnxruntime.InferenceSession, inputs: list[np.ndarray]) -> lis
         raise _failure("onnxruntime", f"batch size {len(inputs[0])}: {error}") from error
 
 
-INTEGER_KERNELS = frozenset({"MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"})
-
-
 def fake_quant_forward(apply_fn: Callable[..., Any], config: QuantConfig) -> Callable[..., Any]:
-    """`apply_fn` at lambda = 1 with its ranges frozen: what a QDQ graph stands for."""
+    """Return `apply_fn` at lambda = 1 with its ranges frozen, which is what a QDQ graph computes."""
 
     def forward(variables: Any, *inputs: Any) -> Any:
         with quant_trim(config, 1.0, train=False):
@@ -240,27 +251,30 @@ def parity(
     *,
     layout: str = "nchw",
 ) -> dict[str, dict[str, float | int | None]]:
-    """The QDQ graph in onnxruntime, optimised, against the JAX forward at lambda = 1 in full float32.
+    """Compare a QDQ graph in onnxruntime, optimized, with the JAX forward at lambda = 1 in full float32.
 
     Args:
-      qdq_model: from `insert_qdq`.
+      qdq_model: Graph from `insert_qdq`.
       apply_fake_quant: `(variables, *inputs) -> array or tuple of arrays`, from `fake_quant_forward` with the
         config that `ranges` was made with.
-      variables: as given to `tensor_ranges`.
-      inputs: `(n, ...)` as JAX takes them (images NHWC), one array for each graph input. Real ones.
-      ranges: gives the steps in which an output is counted.
-      layout: of the graph's tensors of rank 4, as given to `to_onnx`.
+      variables: Variables as given to `tensor_ranges`.
+      inputs: Real inputs, `(n, ...)` as JAX takes them (images NHWC), one array for each graph input.
+      ranges: Ranges of the graph. Differences are counted in steps of the output's grid.
+      layout: Layout of the graph's tensors of rank 4, as given to `to_onnx`.
 
     Returns:
-      For each graph output by name: `n`; `top1_agreement`, the fraction of rows of `(n, classes)` outputs
-      with the same class, and `margins`, JAX's lead of the first class over the second in steps of the
-      output's grid (`median`, and `largest_lost` among rows of another class), None for other shapes;
-      `equal_integers`, the fraction of numbers on the same
-      integer of the output's grid; `largest_difference`, in steps of that grid; `sqnr_db` of the graph's
-      output against JAX's, None where they are equal.
+      For each graph output by name:
+      `n`, the number of inputs;
+      `top1_agreement`, the fraction of rows of `(n, classes)` outputs with the same class, None for other
+      shapes;
+      `margins`, JAX's lead of the first class over the second in steps of the output's grid (`median`, and
+      `largest_lost` among rows of another class), None for other shapes;
+      `equal_integers`, the fraction of numbers on the same integer of the output's grid;
+      `largest_difference`, in steps of that grid;
+      `sqnr_db` of the graph's output against JAX's, None where they are equal.
 
     Raises:
-      InvalidInput: the outputs differ in number or shape from those of JAX.
+      InvalidInput: The outputs differ in number or shape from those of JAX.
     """
     several = inputs if isinstance(inputs, Sequence) else [inputs]
     arrays = [np.asarray(array) for array in several]
@@ -288,7 +302,7 @@ def _forward(
     arrays: Sequence[np.ndarray],
     sizes: Sequence[int],
 ) -> list[np.ndarray]:
-    """The outputs of JAX, in batches of those sizes."""
+    """Compute the outputs of JAX, in batches of those sizes."""
     compiled = jax.jit(apply_fn)
     ends = np.cumsum(sizes)
     with jax.default_matmul_precision("highest"):
@@ -300,6 +314,7 @@ def _forward(
 
 
 def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dict[str, Any]:
+    """Compare one output with that of JAX, as `parity` reports it."""
     step = encoding.scale[0]
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     ratio = sqnr_db(expected, found)
@@ -314,7 +329,7 @@ def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dic
 
 
 def _margins(expected: np.ndarray, found: np.ndarray, step: float) -> dict[str, float | None]:
-    """JAX's lead of the first class over the second, in steps: the median, and the largest that was lost."""
+    """Measure JAX's lead of the first class over the second, in steps: the median, and the largest lost."""
     second, first = np.sort(expected.astype(np.float64), axis=1)[:, -2:].T
     lead = (first - second) / step
     lost = lead[expected.argmax(axis=1) != found.argmax(axis=1)]
@@ -322,13 +337,13 @@ def _margins(expected: np.ndarray, found: np.ndarray, step: float) -> dict[str, 
 
 
 def integer_kernels(model: onnx.ModelProto) -> dict[str, bool]:
-    """Whether onnxruntime computes each convolution and matrix product on integers, by the node's name.
+    """Tell for each convolution and matrix product, by name, whether onnxruntime computes it on integers.
 
-    As its optimiser decides on this CPU with INT8 activations allowed. It has no integer kernel for
+    Its optimizer decides, on this CPU, with INT8 activations allowed. It has no integer kernel for
     ConvTranspose, for INT4 kernels and for INT16 activations: those dequantize and compute in float.
 
     Args:
-      model: from `insert_qdq`.
+      model: Graph from `insert_qdq`.
     """
     with tempfile.TemporaryDirectory(prefix="qt_jax-") as folder:
         path = Path(folder, "optimized.onnx")

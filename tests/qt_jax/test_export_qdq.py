@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
-from qt_jax.export.deploy import MODES, deployed_config
+from qt_jax.export.deploy import QDQ_BITS, deployed_config
 from qt_jax.export.encodings import (
     Ranges,
     activation_encoding,
@@ -165,7 +165,7 @@ def test_layer_with_a_narrower_grid_requantizes_on_its_branch():
     assert all(integer_kernels(quantized).values())
 
 
-@pytest.mark.parametrize("bits", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("bits", QDQ_BITS.values(), ids=QDQ_BITS)
 def test_modes(bits):
     model = residual()
     if bits != (8, 8):
