@@ -1,5 +1,4 @@
-"""What the tests of the converter share: nets around one step, variables as training leaves them, and graphs
-made by hand."""
+"""Share nets around one step, variables as training leaves them, and graphs made by hand, among the tests."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ SHAPE = (9, 8, 3)
 
 
 class Exported(NamedTuple):
-    """A graph, the variables it was made from, what `verify` said, and what it was given."""
+    """Hold a graph, the variables it was made from, the result of `verify`, and its inputs."""
 
     model: onnx.ModelProto
     variables: dict[str, Any]
@@ -33,7 +32,10 @@ class Exported(NamedTuple):
 
 
 class Body(nn.Module):
-    """A 3x3 convolution to 4 channels, `body`, a mean over height and width if these are left, a head."""
+    """Apply a 3x3 convolution to 4 channels, then `body`, a mean over height and width, and a head.
+
+    The mean is left out where `body` leaves no height and width.
+    """
 
     body: Callable[[jax.Array], jax.Array]
 
@@ -45,7 +47,7 @@ class Body(nn.Module):
 
 
 def randomised(model: nn.Module, *inputs: Any) -> dict[str, Any]:
-    """Variables as training leaves them: no statistic, scale or bias is 0 or 1, variances are positive."""
+    """Draw variables as training leaves them: no statistic, scale or bias is 0 or 1."""
     rng = np.random.default_rng(2)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -57,7 +59,7 @@ def randomised(model: nn.Module, *inputs: Any) -> dict[str, Any]:
 
 
 def draw_inputs(specs: list[Any], batch: int) -> tuple[np.ndarray, ...]:
-    """Normal numbers for a shape, whole numbers in [0, 8) for a spec of integers."""
+    """Draw normal numbers for a shape, and whole numbers in [0, 8) for a spec of integers."""
     rng = np.random.default_rng(3)
 
     def draw(spec: Any) -> np.ndarray:
@@ -76,7 +78,7 @@ def export(
     tolerance: float = 1e-4,
     **options: Any,
 ) -> Exported:
-    """`to_onnx`, then `verify` in the same layout."""
+    """Call `to_onnx`, then `verify` in the same layout."""
     specs = specs or (SHAPE,)
     inputs = draw_inputs(specs, max(batch_sizes))
     variables = randomised(model, *inputs)
@@ -95,7 +97,7 @@ def export(
 
 
 def export_body(body: Callable[[jax.Array], jax.Array], *specs: Any, **options: Any) -> Exported:
-    """`export` of `Body`."""
+    """Call `export` on a `Body`."""
     return export(Body(body), *specs, **options)
 
 
@@ -127,7 +129,7 @@ def build(
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    """The first output by onnxruntime, which leaves the graph as it is."""
+    """Compute the first output by onnxruntime, which leaves the graph as it is."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
@@ -137,7 +139,7 @@ def run(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
 
 
 def check_equal(before: onnx.ModelProto, after: onnx.ModelProto, images: np.ndarray) -> None:
-    """Both graphs are valid and give the same numbers."""
+    """Check that both graphs are valid and give the same numbers."""
     onnx.checker.check_model(after, full_check=True)
     found, wanted = (run(model, images) for model in (after, before))
     assert found.shape == wanted.shape

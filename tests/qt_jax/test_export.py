@@ -1,4 +1,4 @@
-"""to_onnx on whole networks: the form of the graph, its names, and its logits."""
+"""Check `to_onnx` on whole networks: the form of the graph, its names, and its logits."""
 
 from functools import partial
 from typing import Any
@@ -195,7 +195,7 @@ def test_one_kernel_used_twice_is_stored_once(export_body):
 
 
 def test_tied_weights_are_stored_once(export):
-    """An autoencoder whose decoder is the encoder's kernel transposed, and one used as it is."""
+    """An autoencoder's decoder may be the encoder's kernel transposed, or the kernel as it is."""
 
     class Tied(nn.Module):
         @nn.compact

@@ -1,4 +1,4 @@
-"""Activations traced as arithmetic become operators, and their lookalikes do not."""
+"""Check that activations traced as arithmetic become operators, and that their lookalikes do not."""
 
 from collections.abc import Callable
 
@@ -155,3 +155,14 @@ def test_a_hard_swish_s_sigmoid_is_kept_for_another_reader(build, check_equal):
     assert sorted(node.op_type for node in folded.graph.node) == ["HardSigmoid", "HardSwish", "Sub"]
     assert not graph.constants(folded)
     check_equal(model, folded, np.linspace(-5, 5, 12, dtype=np.float32).reshape(3, 4))
+
+
+def test_relu6_and_its_lookalike(build, check_equal):
+    rng = np.random.default_rng(0)
+    bounds = {"zero": np.float32(0), "six": np.float32([6]), "row": rng.normal(size=4).astype(np.float32)}
+    clip = build([("Max", "zero input", "x", {}), ("Min", "x six", "output", {})], bounds, [3, 4])
+    folded = fold_activations(clip)
+    assert [node.op_type for node in folded.graph.node] == ["Clip"]
+    check_equal(clip, folded, 10 * rng.normal(size=(3, 4)).astype(np.float32))
+    lookalike = build([("Max", "input row", "x", {}), ("Min", "x six", "output", {})], bounds, [3, 4])
+    assert [node.op_type for node in fold_activations(lookalike).graph.node] == ["Max", "Min"]

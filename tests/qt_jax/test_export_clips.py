@@ -1,4 +1,4 @@
-"""Clip nodes: where they stand, that they compute what training's clips do, and that vendors fuse them."""
+"""Check where Clip nodes stand, that they compute what training's clips do, and that vendors fuse them."""
 
 import dataclasses
 from collections import Counter
@@ -27,7 +27,7 @@ CONFIG = qt.QuantConfig()
 
 
 class Net(nn.Module):
-    """A Relu with a shortcut, a Relu without, a sum, a ReLU6 behind which there is pooling, a mean."""
+    """Apply a Relu with a shortcut, a Relu without, a sum, a ReLU6 with a pool behind it, and a mean."""
 
     @nn.compact
     def __call__(self, x):
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def learned(model, inputs):
-    """Variables as training leaves them, with ranges narrow enough that the clips bite."""
+    """Return variables as training leaves them, with ranges so narrow that the clips change numbers."""
     random = np.random.default_rng(4)
     shapes = jax.eval_shape(model.init, jax.random.key(1), inputs)
 
@@ -146,7 +146,7 @@ def test_forward_with_clips_is_that_of_the_graph(plain, clipped, clips, variable
 
 
 class Twice(nn.Module):
-    """`shared` is called twice: beside `wide` on what `first` gives, and alone on its own output."""
+    """Call `shared` twice: beside `wide` on the output of `first`, and alone on its own output."""
 
     @nn.compact
     def __call__(self, x):

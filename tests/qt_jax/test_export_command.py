@@ -1,4 +1,4 @@
-"""`python -m qt_jax.export`: a run or a bare checkpoint to a verified file, or one line that says why not."""
+"""Check that `python -m qt_jax.export` makes a verified file of a run or a checkpoint, or says why not."""
 
 import dataclasses
 import hashlib
@@ -70,7 +70,7 @@ SAMPLES = Samples(IMAGES[:32], IMAGES[32:])
 
 
 def trained(model, config, images) -> dict:
-    """Variables with ranges of one batch."""
+    """Return variables with the ranges of one batch."""
     variables = qt.attach_statistics(model, model.init(jax.random.key(0), images), config, images)
     with qt.quant_trim(config, 0.0, train=True):
         _, seen = jax.jit(partial(model.apply, mutable=["batch_stats"]))(variables, images)
@@ -84,7 +84,7 @@ def save_tree(path: Path, tree) -> None:
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory):
-    """The module of a user's project, which can be imported while these tests run."""
+    """Write the module of a user's project, which can be imported while these tests run."""
     folder = tmp_path_factory.mktemp("project")
     (folder / f"{MODULE}.py").write_text(SOURCE)
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +100,7 @@ def variables(nets) -> dict:
 
 @pytest.fixture(scope="module")
 def project(nets, variables) -> Path:
-    """The user's project: a run with two steps of a whole training state, whose average is deployed."""
+    """Write a user's project: a run with two steps of a whole training state, whose average is deployed."""
     run = Path(nets.__file__).parent / "run"
     state = {
         "step": jnp.int32(7),
@@ -132,18 +132,18 @@ def project(nets, variables) -> Path:
 
 @pytest.fixture
 def run(project, tmp_path) -> Path:
-    """A copy of the run that may be harmed."""
+    """Copy the run, so that a test may damage it."""
     return Path(shutil.copytree(project / "run", tmp_path / "run"))
 
 
 def rewrite(run: Path, **changes) -> None:
-    """Puts other values into model.json, past any check."""
+    """Put other values into model.json without any check."""
     path = run / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def export(capsys, *arguments) -> dict:
-    """The summary of a command that succeeds and says nothing else."""
+    """Run a command that succeeds and prints nothing but the summary; return the summary."""
     assert main([*map(str, arguments), "--json"]) == 0
     printed = capsys.readouterr()
     assert not printed.err and printed.out.count("\n") == 1
@@ -151,7 +151,7 @@ def export(capsys, *arguments) -> dict:
 
 
 def refused(capsys, *arguments) -> str:
-    """The one line of a command that is refused."""
+    """Run a command that is refused; return its one line."""
     assert main(list(map(str, arguments))) == 2
     printed = capsys.readouterr()
     assert not printed.out and printed.err.startswith("error: ") and printed.err.count("\n") == 1
@@ -261,7 +261,7 @@ def test_printed_tables_are_plain_when_piped(project, tmp_path, capsys):
 
 
 def test_command_in_a_process_of_its_own(project, tmp_path):
-    """The module is found in the current directory, and nothing but the summary is printed."""
+    """Find the module in the current directory, and print nothing but the summary."""
     command = [sys.executable, "-m", "qt_jax.export", "run", "--out", str(tmp_path / "m.onnx"), "--json"]
     root = str(Path(qt.__file__).parents[1])
     environment = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "PATH": ""}
@@ -271,7 +271,7 @@ def test_command_in_a_process_of_its_own(project, tmp_path):
 
 
 def test_bare_checkpoint_without_samples(nets, variables, project, tmp_path, capsys):
-    """Saved by either checkpointer of orbax, without ranges; parity is on random inputs, and says so."""
+    """Export what either checkpointer of orbax saved, without ranges, with parity on random inputs."""
     plain = nets.Net().init(jax.random.key(3), IMAGES[:1])
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "plain", plain)
@@ -294,7 +294,7 @@ def test_bare_checkpoint_without_samples(nets, variables, project, tmp_path, cap
 
 
 def test_bare_checkpoint_with_ranges_and_samples(project, tmp_path, capsys):
-    """One step of the run, its average not asked for: the zeros that it holds as params are exported."""
+    """Export one step of the run without asking for its average: the zeros that it holds as params."""
     given = (
         "--model",
         f"{MODULE}:Net",
@@ -340,7 +340,7 @@ def test_ranges_that_cannot_be_expressed_do_not_stop_the_float_graph(run, tmp_pa
 
 
 def test_layers_out_of_reach_of_the_config_are_explained(run, tmp_path, capsys):
-    """Statistics are there for all that was trained, but the config given wants less, or they are missing."""
+    """Give a config that wants less than was trained, or a checkpoint without statistics."""
     rewrite(run, quantization={"activations": None})
     reasons = {
         row["layer"]: row["reason"] for row in export(capsys, run, "--out", tmp_path / "m.onnx")["layers"]

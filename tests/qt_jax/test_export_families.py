@@ -1,5 +1,4 @@
-"""Every family of networks at every opset: valid, standard, without Transposes of images, and the numbers of
-its JAX forward."""
+"""Check every family at every opset: valid, standard, without Transposes of images, and equal to JAX."""
 
 from functools import partial
 
@@ -60,7 +59,7 @@ FAMILIES = {
         {"Conv", "Relu", "Add", "Concat", "Resize", "GlobalAveragePool", "Expand"},
     ),
 }
-"""A tiny network of each family, and the operators it has at opset 21."""
+"""Maps a family to a tiny network, and the operators that it has at opset 21."""
 
 WITHOUT_TRANSPOSE = [name for name in FAMILIES if name not in ("convnext", "vit", "mixer", "lstm", "gru")]
 SINCE = {"LayerNormalization": 17, "Gelu": 20, "HardSwish": 14, "GroupNormalization": 21}

@@ -1,4 +1,4 @@
-"""Image networks without Transposes, whatever stands between two convolutions; and the small passes."""
+"""Check that no Transposes stay between two convolutions, whatever else is there, and the small passes."""
 
 import flax.linen as nn
 import jax
@@ -95,7 +95,7 @@ def test_steps_that_need_their_layout_keep_their_numbers(name, layout, export_bo
         export_body(body, layout=layout)
 
 
-def test_layout_is_carried_and_written_once_where_it_must(build, check_equal):
+def test_a_view_is_written_once_where_it_must(build, check_equal):
     constants = {"channel": normal(4), "axes": np.array([3])}
     nodes = [
         ("Transpose", "input", "x", {"perm": TO_CHANNELS_LAST[4]}),

@@ -1,4 +1,4 @@
-"""What the conversion leaves behind (nothing), and what it refuses."""
+"""Check that the conversion leaves nothing behind in the process, and what it refuses."""
 
 import logging
 
@@ -16,7 +16,7 @@ IMAGES = jax.random.normal(jax.random.key(0), (1, *SHAPE))
 
 
 class Net(nn.Module):
-    """Uses what jax2onnx replaces: layers, pooling, activations, and a compiled function."""
+    """Use what jax2onnx replaces: layers, pooling, activations, and a compiled function."""
 
     @nn.compact
     def __call__(self, x):
@@ -30,7 +30,7 @@ VARIABLES = Net().init(jax.random.key(1), IMAGES)
 
 
 def held_by_jax_and_flax():
-    """Every attribute of the modules and classes that jax2onnx patches."""
+    """Return every attribute of the modules and classes that jax2onnx patches."""
     modules = (nn, nn.pooling, nn.linear, nn.normalization, jax.nn, jnp, jax.lax, jax.image, jax.random)
     owners = (*modules, nn.Conv, nn.ConvTranspose, nn.BatchNorm, nn.Dense)
     return {(owner.__name__, name): value for owner in owners for name, value in vars(owner).items()}
@@ -38,7 +38,7 @@ def held_by_jax_and_flax():
 
 @pytest.fixture
 def usual_promotion():
-    """JAX's defaults: under the strict ones of this suite no jit cache is shared with jax2onnx anyhow."""
+    """Use JAX's defaults; under this suite's strict ones no jit cache is shared with jax2onnx anyhow."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

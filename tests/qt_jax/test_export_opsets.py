@@ -1,4 +1,4 @@
-"""Each operator that an older opset lacks, decomposed: ONNX's reference evaluator before and after."""
+"""Check the decomposition of each operator that an older opset lacks, by ONNX's reference evaluator."""
 
 import numpy as np
 import onnx

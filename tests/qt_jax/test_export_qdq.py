@@ -1,4 +1,4 @@
-"""insert_qdq on small hand-written graphs: numbers against numpy and ONNX's reference evaluator."""
+"""Check `insert_qdq` on small hand-written graphs, against numpy and ONNX's reference evaluator."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ RNG = np.random.default_rng(1)
 
 
 def build(nodes, weights, shape=("batch", 3, 6, 6), output="y", opset=17):
-    """A checked graph; each node is called after its output."""
+    """Make a checked graph, in which each node is called after its output."""
     for node in nodes:
         node.name = node.output[0]
     graph = helper.make_graph(
@@ -44,14 +44,14 @@ def build(nodes, weights, shape=("batch", 3, 6, 6), output="y", opset=17):
 
 
 def conv(name, source, channels=3, *, features=4, **attributes):
-    """A 3x3 convolution and its weights."""
+    """Make a 3x3 convolution and its weights."""
     kernel = RNG.normal(size=(features, channels, 3, 3)).astype(np.float32)
     weights = {f"{name}/kernel": kernel, f"{name}/bias": RNG.normal(size=features).astype(np.float32)}
     return helper.make_node("Conv", [source, *weights], [name], pads=[1] * 4, **attributes), weights
 
 
 def ranged(model, layers, *, bits=(8, 8), high=4.0):
-    """Ranges: every tensor on [-1, high], rectified ones on [0, high], kernels by their own magnitude."""
+    """Make ranges: tensors on [-1, high], rectified ones on [0, high], kernels by their own magnitude."""
     spec = dataclasses.replace(ASYMMETRIC, bits=bits[1])
     grid = activation_encoding(-1.0, high, spec, "calibrated")
     tensors = dict.fromkeys(["input", *(name for node in model.graph.node for name in node.output)], grid)
@@ -87,7 +87,7 @@ def run(model, *names, x=X, optimize=False):
 
 
 def test_one_layer_by_hand():
-    """Conv on integers: x on [-1, 3], w on its peak, bias at s_x s_w, all in float64."""
+    """Compute Conv on integers: x on [-1, 3], w on its peak, bias at s_x s_w, all in float64."""
     node, weights = conv("y", "input", features=2)
     model = build([node], weights)
     ranges = ranged(model, ["y"], high=3.0)
@@ -224,7 +224,7 @@ def test_output_of_a_convolution_that_leaves_the_graph_is_quantized():
 
 
 def test_matmul_between_norms_keeps_their_scale():
-    """The initializer `norm/scale` and the scale of the tensor `norm` keep out of each other's way."""
+    """The initializer `norm/scale` and the scale of the tensor `norm` have different names."""
     weights = {
         "norm/scale": np.full(6, 3.0, np.float32),
         "dense/kernel": RNG.normal(size=(6, 4)).astype(np.float32),
@@ -243,7 +243,7 @@ def test_matmul_between_norms_keeps_their_scale():
 
 
 def test_encoder_and_decoder():
-    """Max pool on its input's grid, transposed convolution, concat; all tensors between are quantized."""
+    """Max pool is on its input's grid. All tensors up to transposed convolution and concat are quantized."""
     first, weights = conv("first", "input")
     last, more = conv("y", "concat", 7)
     weights |= more | {"up/kernel": RNG.normal(size=(4, 3, 2, 2)).astype(np.float32)}

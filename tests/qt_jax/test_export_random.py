@@ -1,7 +1,7 @@
-"""Random small Linen networks export and agree: the seed in a test's name draws the network.
+"""Check that random small Linen networks export and agree with JAX.
 
-Each step is drawn while the network is traced, from a generator that starts at the seed anew for every trace,
-so a step knows the shape it works on.
+The seed in a test's name draws the network. Each step is drawn while the network is traced, from a generator
+that starts at the seed anew for every trace, so a step knows the shape it works on.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Step = Callable[[Draw, jax.Array], jax.Array]
 FAST, SLOW = 12, 240
 MOST_PIXELS, MOST_CHANNELS = 400, 24
 EPSILON = 0.1
-"""Of norms over one image: near the usual 1e-6 two equal channels make a step of any forward."""
+"""Epsilon of norms over one image. Near the usual 1e-6 two equal channels make a step of any forward."""
 
 ACTIVATIONS = (
     nn.relu,
@@ -139,7 +139,7 @@ def pool(rng: Draw, x: jax.Array) -> jax.Array:
 
 
 def branch(rng: Draw, x: jax.Array, **options) -> jax.Array:
-    """Of the same height and width as `x`."""
+    """Apply steps that keep the height and width of `x`."""
     y = activation(rng, conv(rng, x, (1, 1), padding="SAME"))
     return nn.BatchNorm(use_running_average=True)(conv(rng, y, (1, 1), padding="SAME", **options))
 
@@ -161,7 +161,7 @@ def concat(rng: Draw, x: jax.Array) -> jax.Array:
 
 
 def gate(rng: Draw, x: jax.Array) -> jax.Array:
-    """Squeeze and excitation, by convolutions or dense layers, axes kept or put back."""
+    """Apply squeeze and excitation, by convolutions or dense layers, with axes kept or put back."""
     kept, dense, channels = bool(rng.integers(2)), bool(rng.integers(2)), x.shape[-1]
     gates = jnp.mean(x, axis=(1, 2), keepdims=kept)
     for features, act in ((max(1, channels // 2), nn.relu), (channels, nn.sigmoid)):
@@ -197,7 +197,7 @@ def split(rng: Draw, x: jax.Array) -> jax.Array:
 
 
 def reduced(rng: Draw, x: jax.Array) -> jax.Array:
-    """Something kept along one axis beside the whole."""
+    """Combine what is kept along one axis with the whole."""
     axis, reduce = pick(rng, 1, 2, 3, (1, 2)), pick(rng, jnp.mean, jnp.max, jnp.min, jnp.sum)
     return x - 0.1 * reduce(x, axis=axis, keepdims=True)
 
@@ -232,8 +232,10 @@ def head(rng: Draw, x: jax.Array) -> jax.Array:
 
 
 class Network(nn.Module):
-    """Up to `steps` random steps and a head. A step that makes the image too large is followed by a pool, one
-    that makes too many channels by a dense layer."""
+    """Apply up to `steps` random steps and a head.
+
+    A pool follows a step that makes the image too large, and a dense layer one that makes too many channels.
+    """
 
     seed: int
     steps: int = 6

@@ -1,4 +1,4 @@
-"""tensor_ranges: learned grids, trained integers behind a folded batch norm, calibration, the file."""
+"""Check learned grids, trained integers behind a folded batch norm, calibration, and the ranges file."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ CALIBRATION = np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2))
 
 
 class Residual(nn.Module):
-    """Stem, a residual convolution whose input the shortcut reads too, head; batch norm behind each."""
+    """Apply a stem, a residual convolution with a shortcut, and a head, with a batch norm behind each."""
 
     @nn.compact
     def __call__(self, x):
@@ -39,7 +39,7 @@ class Residual(nn.Module):
 
 
 def observed(model, config, inputs, change=lambda variables: variables):
-    """Variables whose ranges have seen one batch."""
+    """Return variables whose ranges have seen one batch."""
     variables = jax.jit(model.init)(jax.random.key(1), inputs)
     variables = change(qt.attach_statistics(model, variables, config, inputs))
     with qt.quant_trim(config, 0.0, train=True):
@@ -48,7 +48,7 @@ def observed(model, config, inputs, change=lambda variables: variables):
 
 
 def uneven_norms(variables):
-    """Gains of both signs, and a dead channel with a bias."""
+    """Draw gains of both signs, and a dead channel with a bias."""
     params = variables["params"]
     for name in ("norm1", "norm2"):
         params[name]["scale"] = jnp.array([1.5, -0.7, 0.0, 0.2], jnp.float32)
@@ -196,7 +196,7 @@ def test_calibration_inputs_are_checked(residual):
 
 
 def test_per_channel_statistics_of_attention_projections():
-    """Scales of the last feature axis are repeated over the heads, as the kernel's columns are."""
+    """The scales of the last feature axis are repeated over the heads, as the kernel's columns are."""
     config = qt.QuantConfig(weights=qt.QuantSpec(axis=-1))
     model = nn.DenseGeneral((2, 3), name="query")
     tokens = np.random.default_rng(1).normal(size=(8, 5, 4)).astype(np.float32)
@@ -254,7 +254,7 @@ def test_kernel_that_is_no_multiple_is_ranged_by_itself(residual):
 
 
 def test_a_kernel_on_flattened_images_keeps_its_learned_grid():
-    """Its rows are permuted to channels-first order, whatever the number of channels."""
+    """The rows are permuted to channels-first order, whatever the number of channels."""
 
     class Net(nn.Module):
         @nn.compact

@@ -1,4 +1,4 @@
-"""Dense layers on any rank, einsum and attention: Gemm and MatMul with the numbers of the JAX forward."""
+"""Check dense layers on any rank, einsum and attention against JAX, and other rewrites by hand."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export.rewrites import einsum_to_matmul
+from qt_jax.export.rewrites import drop_identities, einsum_to_matmul, fold_mean
 
 RNG = np.random.default_rng(0)
 
@@ -25,6 +25,14 @@ EQUATIONS = [
     ("bij,bkj->bki", (2, 3, 4), (2, 5, 4)),
     ("b i j , b j k -> b i k", (2, 3, 4), (2, 4, 5)),
 ]
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def operators(model):
+    return [node.op_type for node in model.graph.node]
 
 
 def einsum(equation, left, right):
@@ -138,3 +146,42 @@ def test_attention_across_two_inputs(export):
 
 def test_attention_under_a_mask(export):
     export(Attention(causal=True), (5, 8))
+
+
+@pytest.mark.parametrize("last", ["Identity", "Dropout"])
+def test_identities_vanish_also_before_the_output(last, build, check_equal):
+    nodes = [
+        ("Identity", "input", "a", {}),
+        ("Relu", "a", "b", {}),
+        ("Identity", "b", "c", {}),
+        ("Neg", "c", "d", {}),
+        (last, "d", "output", {}),
+    ]
+    model = build(nodes, {}, [2, 4])
+    folded = drop_identities(model)
+    assert operators(folded) == ["Relu", "Neg"]
+    check_equal(model, folded, normal(2, 4))
+
+
+@pytest.mark.parametrize(("divisor", "expected"), [(30, ["ReduceMean"]), (29, ["ReduceSum", "Div"])])
+def test_sum_over_count_is_a_mean(divisor, expected, build, check_equal):
+    constants = {"axes": np.array([1, 2]), "count": np.float32(divisor)}
+    nodes = [("ReduceSum", "input axes", "x", {"keepdims": 0}), ("Div", "x count", "output", {})]
+    model = build(nodes, constants, ["batch", 5, 6, 4], opset=18)
+    folded = fold_mean(model)
+    assert operators(folded) == expected
+    check_equal(model, folded, normal(2, 5, 6, 4))
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [("Relu", "input", "x", {}), ("Div", "x count", "output", {})],
+        [("ReduceSum", "input", "x", {}), ("Div", "x count", "output", {})],
+        [("ReduceSum", "input axes", "x", {}), ("Div", "x vector", "output", {})],
+    ],
+)
+def test_other_divisions_stay(nodes, build):
+    constants = {"axes": np.array([1]), "count": np.float32(6), "vector": np.full(6, 6, np.float32)}
+    model = build(nodes, constants, [3, 6])
+    assert operators(fold_mean(model)) == operators(model)

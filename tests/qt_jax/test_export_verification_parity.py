@@ -1,4 +1,4 @@
-"""parity: a QDQ graph follows the JAX forward at lambda = 1, and a wrong one is seen."""
+"""Check that `parity` tells a QDQ graph that follows the JAX forward at lambda = 1 from a wrong one."""
 
 import dataclasses
 from functools import partial
@@ -23,7 +23,7 @@ CALIBRATION = np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2))
 
 
 class Net(nn.Module):
-    """Convolution with batch norm, a shortcut, logits and features."""
+    """Apply a convolution with batch norm and a shortcut; return logits and features."""
 
     @nn.compact
     def __call__(self, x):

@@ -1,4 +1,4 @@
-"""Several inputs and outputs, whole numbers, channels-last boundaries, names; what jax2onnx must not meet."""
+"""Check several inputs and outputs, integers, channels-last boundaries, names, and jax2onnx's corrections."""
 
 import flax.linen as nn
 import jax

@@ -1,5 +1,8 @@
-"""One graph for every batch: wherever a model holds its batch, sizes 1, 3 and 7 give the JAX forward's
-numbers, or the node is named."""
+"""Check that one graph serves every batch.
+
+Wherever a model holds its batch, sizes 1, 3 and 7 give the numbers of the JAX forward, or the error names the
+node.
+"""
 
 import flax.linen as nn
 import jax
@@ -103,7 +106,7 @@ def test_a_fixed_batch_may_be_a_number(name, export):
 
 
 def test_a_mean_over_the_batch_counts_the_images_there_are(export):
-    """It is what the model says; only batch by batch do the numbers agree."""
+    """The mean is over the batch as the model says, so the numbers agree batch by batch only."""
     body = Body(lambda _, x: x - x.mean(axis=0, keepdims=True))
     with jax.numpy_rank_promotion("allow"):
         export(body, SHAPE, batch_sizes=(4,))
@@ -115,5 +118,5 @@ def test_the_mark_divides_no_size():
 
 
 def test_a_size_that_looks_like_the_batch(export):
-    """Classes as many as the usual mark: another is taken."""
+    """A model with as many classes as the usual batch to lower with is lowered with another."""
     export(nn.Sequential([nn.Dense(4), nn.Dense(MARKS[0])]), (3,))

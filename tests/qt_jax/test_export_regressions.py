@@ -1,4 +1,4 @@
-"""Models on which an earlier version returned other numbers than JAX, or failed with an unreadable error."""
+"""Check models on which an earlier version differed from JAX, or failed with an unreadable error."""
 
 import flax.linen as nn
 import jax

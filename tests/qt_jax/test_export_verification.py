@@ -1,4 +1,4 @@
-"""verify finds what was tampered with; files appear whole, verified, or not at all."""
+"""Check that `verify` finds what was tampered with, and that files appear verified or not at all."""
 
 import contextlib
 
@@ -60,7 +60,7 @@ def test_a_wrong_weight(model, value):
 
 @pytest.mark.parametrize("scale", [1.0, 1e5])
 def test_the_tolerance_of_large_outputs_is_what_float32_keeps(scale):
-    """Outputs of 1e5 and more, of a network barely trained, differ by more than 1e-4 when all is right."""
+    """Outputs of 1e5, of a network barely trained, differ by more than 1e-4 when nothing is wrong."""
     kernel = VARIABLES["params"]["head"]["kernel"] * scale
     large = {"params": VARIABLES["params"] | {"head": VARIABLES["params"]["head"] | {"kernel": kernel}}}
     model = to_onnx(Net().apply, large, IMAGES.shape[1:])

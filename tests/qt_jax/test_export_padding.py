@@ -1,10 +1,12 @@
-"""Padding joined to windows, transposed convolutions and resizes, as JAX computes them."""
+"""Check padding, transposed convolutions and resizes against JAX."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
@@ -154,3 +156,27 @@ def test_sizes_come_out_whole_at_every_scale(export):
         (23, 25),
         (41, 49),
     ]
+
+
+@given(
+    size=st.tuples(st.integers(3, 20), st.integers(3, 20)),
+    width=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    mode=st.sampled_from(["SAME_UPPER", "SAME_LOWER", "VALID"]),
+)
+def test_pads_equal_those_of_jax(size, width, stride, mode, build):
+    window = {"kernel_shape": [width] * 2, "strides": [stride] * 2}
+    nodes = [("MaxPool", "input", "output", {"auto_pad": mode, **window})]
+    model = explicit_padding(build(nodes, {}, ["batch", 3, *size], 4))
+    pads = jax.lax.padtype_to_pads(size, [width] * 2, [stride] * 2, mode.removesuffix("_UPPER"))
+    stated = graph.attributes(model.graph.node[0])
+    assert stated["pads"] == [low for low, _ in pads] + [high for _, high in pads]
+    assert "auto_pad" not in stated and stated["dilations"] == [1, 1]
+
+
+def test_windows_that_cannot_be_stated_are_refused(build):
+    window = {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"}
+    with pytest.raises(InvalidInput, match="unknown height or width"):
+        explicit_padding(build([("MaxPool", "input", "output", window)], {}, ["batch", 3, "h", "w"], 4))
+    with pytest.raises(InvalidInput, match="computed from the images"):
+        explicit_padding(build([("Conv", "input input", "output", {})], {}, [1, 3, 3, 3], 4))
