@@ -14,13 +14,13 @@ from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.reporting.tables import ABSENT, MINUS, escaped, markdown_table
 
 MEASURED = (
-    "Top-1 and SQNR of the logits on {n:,} images, in a simulation: kernels on symmetric grids of their "
-    "largest weight, without the lowest integer ([-7, 7] on 4 bits; onnxruntime's int4w-narrow has that, its "
-    "int4w [-8, 7]), inputs of layers on asymmetric grids of {bounds}, sums and pooling in floating point. A "
-    "remedy is advised if it makes more images right than chance would (McNemar, two standard "
-    "deviations), on top of those before it; of several for one layer the cheapest that is as good as the "
-    "best but for chance. SQNR behind a layer: of its output, with all layers rounded, "
-    "on the first {some:,} images."
+    "Top-1 and SQNR of the logits are measured on {n:,} images, in a simulation. Kernels are on symmetric"
+    " grids of their largest weight, without the lowest integer ([-7, 7] on 4 bits; onnxruntime's "
+    "int4w-narrow has that too, its int4w has [-8, 7]). Inputs of layers are on asymmetric grids of "
+    "{bounds}. Sums and pooling are in floating point. A remedy is advised if, on top of those before it,"
+    " it makes more images right than chance would (McNemar, two standard deviations). Of several for one"
+    " layer, the cheapest is advised that is as good as the best but for chance. The SQNR behind a layer "
+    "is that of its output, with all layers rounded, on the first {some:,} images."
 )
 """Last section of the page, with fields for the number of images and the source of the ranges."""
 

@@ -12,8 +12,8 @@ SPEED = {
     "latency_ms_p50": ("p50 ms", 1.0, 2),
     "latency_ms_p99": ("p99 ms", 1.0, 2),
     "throughput_ips": ("images/s", 1.0, 0),
-    "energy_mj": ("mJ an image", 1.0, 3),
-    "cost": ("USD a million", 1.0, 4),
+    "energy_mj": ("mJ per image", 1.0, 3),
+    "cost": ("USD per million", 1.0, 4),
     "model_bytes": ("KiB", 1 / 1024, 0),
 }
 """Heading, scale and digits of each key of a record."""

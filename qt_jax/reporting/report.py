@@ -51,16 +51,16 @@ from qt_jax.reporting.tables import (
 )
 
 DEFINITIONS = (
-    "top-1 in %. Drop: points of top-1 that a row loses against the float model in onnxruntime on the same n "
-    "images.",
-    "INT8 rows have 8-bit weights and 8-bit activations, static or dynamic; INT4 rows 4-bit weights and any "
-    "activations; both on integer grids, in all layers, and only where the status is ok.",
-    "Spread: the largest drop of a group of rows minus its smallest. Drops, because simulators run on fewer "
-    "images.",
-    "Noise: two standard errors of a difference in points, from above. Images that both sides decide alike "
-    "add nothing to it: with a fraction q decided differently and a difference d it is at most "
-    "2 √((q − d²) / n). It covers the choice of test images, not that of training seeds.",
-    "Several seeds: mean ± sample standard deviation, differences paired by seed.",
+    "Top-1 is in %. The drop is the points of top-1 that a row loses against the float model in "
+    "onnxruntime on the same n images.",
+    "INT8 rows have 8-bit weights and 8-bit activations, static or dynamic. INT4 rows have 4-bit weights "
+    "and any activations. Both are on integer grids in all layers, and count only where the status is ok.",
+    "The spread is the largest drop of a group of rows minus its smallest. It is taken of drops, because "
+    "simulators run on fewer images.",
+    "The noise is an upper bound on two standard errors of a difference, in points. Images that both "
+    "sides decide alike add nothing to it: with a fraction q decided differently and a difference d it is"
+    " at most 2 √((q − d²) / n). It covers the choice of test images, not that of training seeds.",
+    "Of several seeds the mean ± sample standard deviation is given. Differences are paired by seed.",
 )
 """Definitions below the headline."""
 

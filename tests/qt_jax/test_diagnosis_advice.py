@@ -27,7 +27,7 @@ from qt_jax.export import graph
 
 
 def two_layers(seed=0):
-    """features = Relu(input a + b), logits = features c, of 8, 16 and 4 values."""
+    """Make features = Relu(input a + b), logits = features c, of 8, 16 and 4 values."""
     model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 17]>
         g (float[n, 8] input) => (float[n, 4] logits) {
             hidden = Gemm(input, a, b)
@@ -225,7 +225,7 @@ def test_advice_is_pasted_as_source_that_runs():
 
 
 def test_the_pasted_config_is_the_whole_deployment():
-    """What most layers have is the default, so that layers without a rule have it too."""
+    """Expect the precision of most layers as default, so that layers without a rule have it too."""
     before = deployment(two_layers(), Precision(4, 8, per_channel=True))
     after = Use("head", Precision(8, 16, per_channel=True)).apply(before)
     scope = {"qt": qt}

@@ -68,7 +68,7 @@ def test_simulation_rounds_what_it_is_told_to(model):
 
 @pytest.mark.parametrize("name", ["stem", "head"])
 def test_only_the_named_kernel_is_rounded_and_to_the_stated_grid(model, name):
-    """The grid of 4 bits is [-7, 7] with s = max|w| / 7, one scale per tensor."""
+    """Expect 4 bits on [-7, 7] with s = max|w| / 7, one scale per tensor."""
     only = simulated(model, {name: Precision(4, None)}, {})
     before, after, layers = graph.constants(model), graph.constants(only), layers_of(only)
     for other, layer in layers_of(model).items():
