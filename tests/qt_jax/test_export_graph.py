@@ -79,7 +79,7 @@ def test_metadata_of_others_is_no_origin(build):
 
 
 def test_the_modules_of_vendor_environments_need_numpy_and_onnx_alone():
-    """The LiteRT backend imports them, as `backends.worker` does, where no jax and no onnx_ir is installed."""
+    """The LiteRT backend imports them, as `backends.worker` does, where jax and onnx_ir are not installed."""
     absent = "jax", "flax", "onnx_ir", "onnxruntime", "jax2onnx"
     program = f"""
 import importlib, sys, types
