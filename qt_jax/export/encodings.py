@@ -2,7 +2,7 @@
 
 `Encoding` is one tensor's grid. `activation_encoding`, `learned_kernel` and `folded_kernel` make one from a
 range, from a scale of training and from a kernel. `Ranges` holds the encodings of one graph; `write_ranges`
-hands them to a compiler.
+writes them to a file that compilers read.
 """
 
 import dataclasses
@@ -231,6 +231,15 @@ class Ranges:
 def model_sha256(model: onnx.ModelProto) -> str:
     """Return the SHA-256 of the serialized graph."""
     return hashlib.sha256(model.SerializeToString()).hexdigest()
+
+
+def ranges_path(out: Path) -> Path:
+    """Return the file that holds the ranges of the graph in `out`.
+
+    >>> ranges_path(Path("run/model.onnx")).name
+    'model.ranges.json'
+    """
+    return out.with_name(f"{out.name.removesuffix('.onnx')}.ranges.json")
 
 
 def write_ranges(ranges: Ranges, path: str | os.PathLike) -> None:
