@@ -31,8 +31,8 @@ from qt_jax import records
 from qt_jax.backends import ort
 from qt_jax.command_line import exit_status, text_console
 from qt_jax.export import verify
-from qt_jax.export.deploy import deploy, learned_ranges, ranges_path
-from qt_jax.export.encodings import write_ranges
+from qt_jax.export.deploy import deploy, learned_ranges
+from qt_jax.export.encodings import ranges_path, write_ranges
 from qt_jax.export.network import Description, Samples, write_description, write_samples
 from qt_jax.export.network import load as load_network
 

@@ -19,7 +19,7 @@ from qt_jax.config import QuantConfig, Rule, Site
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save_verified, to_onnx
 from qt_jax.export.clips import Bounds, clipped_forward, insert_clips, learned_clips
-from qt_jax.export.encodings import Encoding, Ranges, write_ranges
+from qt_jax.export.encodings import Encoding, Ranges, ranges_path, write_ranges
 from qt_jax.export.layout import as_graph
 from qt_jax.export.network import Deployable, Samples
 from qt_jax.export.operators import summarize, weighted_nodes
@@ -120,15 +120,6 @@ def deploy(
         "clips": {name: list(ends) for name, ends in bounds.items()},
         "ranges": None if ranges is None else str(path),
     }
-
-
-def ranges_path(out: Path) -> Path:
-    """Return the file that holds the ranges of the graph in `out`.
-
-    >>> ranges_path(Path("run/model.onnx")).name
-    'model.ranges.json'
-    """
-    return out.with_name(f"{out.name.removesuffix('.onnx')}.ranges.json")
 
 
 def _opset(opset: int | None, qdq: str | None) -> int:

@@ -86,3 +86,13 @@ def test_the_command_needs_nothing_of_the_experiments():
     program = "import sys, qt_jax.diagnosis.__main__; print([m for m in sys.modules if 'experiments' in m])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_the_extra_backends_suffices():
+    program = """
+import sys
+for name in ("jax2onnx", "orbax", "orbax.checkpoint"):  # of the extra `export` alone
+    sys.modules[name] = None
+import qt_jax.diagnosis.__main__
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
