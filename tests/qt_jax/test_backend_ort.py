@@ -224,7 +224,7 @@ def test_operator_format_and_optimization_change_little(tmp_path):
 
 
 def test_blocks_of_four_bits_only_reach_matmuls(tmp_path):
-    """Compare with numpy: blocks of 32 weights of a column (here all 8), on the grid [-8, 7] of the largest."""
+    """Compare with numpy: blocks of 32 weights per column (here 8), on the grid [-8, 7] of the largest."""
     model = compiled(tmp_path, "int4w-blocks")
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMulNBits") == 1 and kinds.count("Conv") == 2 and "Gemm" not in kinds
