@@ -138,7 +138,7 @@ def _site(
     seen = module.get_variable(COLLECTION, name)
     if value is None or seen is None:
         raise qt.InvalidInput(
-            f"no learned range for {where!r}: call `attach` of experiments.baselines.learned_ranges before"
+            f"no learned range for {where!r}: call attach of experiments.baselines.learned_ranges before"
         )
     y, after = fake_quant_learned(learned, x, value, seen, spec, config, lam)
     module.put_variable(COLLECTION, name, after)

@@ -83,7 +83,7 @@ def steps(config: Config, count: int, model: nn.Module = TINY):
     return found
 
 
-@pytest.mark.parametrize("module", ["baselines.lsq", "baselines.pact", "configs.quantizers"])
+@pytest.mark.parametrize("module", ["baselines.lsq", "baselines.pact", "configs.training"])
 def test_docstring_examples(module):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
     with jax.numpy_dtype_promotion("standard"):
