@@ -120,7 +120,7 @@ class Body(nn.Module):
         ),
         (
             lambda x: jnp.einsum("bhwc,bhwd->bcd", x, x).mean(2),
-            "no matrix product between single axes",
+            "not a matrix product between single axes",
         ),
         (
             lambda x: jax.lax.conv_general_dilated(

@@ -85,7 +85,7 @@ REFUSED = {
     "its root": (lambda m, x: x / jnp.float32(np.sqrt(len(x))), "computes with the batch size"),
     "a label summed away": (
         lambda m, x: jnp.einsum("bij,jk->bk", x[:, None], param(m, (4, 3))),
-        "no matrix product",
+        "not a matrix product",
     ),
 }
 

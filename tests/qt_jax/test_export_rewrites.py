@@ -67,7 +67,7 @@ def test_einsum_is_a_matrix_product(equation, left, right):
     ],
 )
 def test_an_einsum_that_is_none_is_refused(equation, left, right):
-    with pytest.raises(InvalidInput, match=r"no matrix product between single axes: write it"):
+    with pytest.raises(InvalidInput, match=r"not a matrix product between single axes: write it"):
         einsum_to_matmul(einsum(equation, left, right))
 
 
