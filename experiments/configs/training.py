@@ -358,7 +358,6 @@ PRESETS: dict[str, Config] = {
         model="resnet8",
         epochs=50,
         batch_size=64,
-        learning_rate=0.1,
         reverse_pruning_every=20,
         train_limit=1300,
         calibration_size=256,
