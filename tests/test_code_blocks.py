@@ -36,7 +36,6 @@ RUN = (
 OPTIONS = {
     "experiments.cifar": (Config, PRESETS["cpu"]),
     "experiments.segmentation": (Config, SEGMENTATION_PRESETS["cpu"]),
-    "experiments.third_party": "Config",
     "qt_jax.backends": "Command",
 }
 """Module -> the class that its flags are parsed into, with defaults. Other modules have a class `Options`."""
