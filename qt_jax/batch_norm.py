@@ -1,4 +1,4 @@
-"""Measure batch-norm statistics anew, for the network that is deployed.
+"""Measure batch-norm statistics again, for the network that is deployed.
 
 Running averages lag behind the parameters. Under Quant-Trim they also belong to a forward pass that clips and
 rounds, while the float graph that is exported does neither.
@@ -39,15 +39,15 @@ def reestimate(
 
     Each batch takes one forward pass in training mode. A batch norm then normalises with the statistics of
     the batch, so that a deeper layer is measured on inputs normalised as they will be, whatever the old
-    statistics were. The statistics of one batch differ from the pooled ones by sampling: take batches of
-    hundreds of examples.
+    statistics were. The statistics of one batch differ from the pooled ones by sampling noise: take batches
+    of hundreds of examples.
 
     Args:
       apply_fn: `(variables, batch) -> (outputs, updated)`, the forward in training mode with `batch_stats`
         mutable. A plain one measures the float network, one inside `qt.quant_trim(..., train=False)` the
         fake-quantized network. It is jitted here.
       variables: Flax collections. Parameters and all other statistics, Quant-Trim's ranges among them, come
-        back as they are. If the model has no batch norm, everything does.
+        back as they are. Without batch norm, the result equals `variables`.
       batches: What `apply_fn` takes: arrays, or pytrees of arrays, with the examples along the first axis.
         Give a few thousand examples in all, prepared as for inference (no augmentation).
 

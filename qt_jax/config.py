@@ -26,7 +26,7 @@ class Rule:
     Attributes:
       path: Regular expression, matched against the whole Flax path, such as "encoder/block1/conv".
       weights, inputs, outputs: A `QuantSpec`, None for floating point, or `INHERIT` (the default).
-      skip: Whether to leave the layer alone altogether.
+      skip: Whether to leave the layer as it is.
 
     Raises:
       InvalidInput: `path` is not a regular expression, or a site is none of these.

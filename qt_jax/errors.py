@@ -7,7 +7,7 @@ from contextlib import contextmanager
 class InvalidInput(ValueError):
     """Report input that is wrong in a way its author can mend.
 
-    The message says what was wrong, where, and what to do. Command lines print the message alone, without a
+    The message says what was wrong, where, and what to do. Command lines print only the message, without a
     traceback, and exit with status 2. Any other exception is a defect and keeps its traceback.
     """
 

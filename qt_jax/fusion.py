@@ -5,7 +5,7 @@ w * gain, not w, with gain = gamma / sqrt(variance + epsilon), one for each outp
 requantizes the operands of a residual sum. The published method puts its points on the raw kernel and on the
 inputs of layers (Quant-Trim, arXiv 2511.15300). This module finds the other points.
 
-It looks at data flow alone: every layer's output is followed through the jaxpr of the inference pass,
+It looks only at data flow: every layer's output is followed through the jaxpr of the inference pass,
 whatever modules are called and however they are named.
 """
 
@@ -122,7 +122,7 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     """Follow every layer's output through the traced inference pass.
 
     A layer's kernel has a gain if its output is used once, and is then only added to and multiplied with
-    values that depend on the variables alone, channel by channel. Batch norm on running statistics does so,
+    values that depend only on the variables, channel by channel. Batch norm on running statistics does so,
     and a layer scale. A factor that is one number for all channels ends the search: it moves no grid, and
     exporters leave it where it is. An `nn.Einsum` has no gain, since its kernel may have its features on any
     axis.
@@ -229,7 +229,11 @@ class _Program:
         return [e.outputs[0] for e in self.equations if e.params.get("name") == name]
 
     def factors(self, mark: str) -> tuple[Factor, ...]:
-        """Return what the one output under `mark` is multiplied with before anything else happens to it."""
+        """Return the factors, one per channel, that the output under `mark` is multiplied or divided by.
+
+        The output is followed through shifts and factors by static values, up to the first other operation.
+        There are no factors unless exactly one output bears the mark.
+        """
         outputs = self._marked(mark)
         if len(outputs) != 1:  # a layer that is applied twice has no single gain
             return ()

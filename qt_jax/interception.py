@@ -30,10 +30,10 @@ GAIN = "quant_gain"
 `(channels, 1)` where the features are the kernel's last axis but one."""
 
 
-def is_range(path: tuple[str, ...]) -> bool:
+def is_quant_trim_statistic(path: tuple[str, ...]) -> bool:
     """Tell whether a leaf of `batch_stats` at this path belongs to Quant-Trim: a range or a gain.
 
-    >>> is_range(("head", "quant_input", "low")), is_range(("norm", "mean"))
+    >>> is_quant_trim_statistic(("head", "quant_input", "low")), is_quant_trim_statistic(("norm", "mean"))
     (True, False)
     """
     return not {KERNEL, INPUT, OUTPUT, GAIN}.isdisjoint(path)

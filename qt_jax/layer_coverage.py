@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qt_jax.config import QuantConfig, Sites
 from qt_jax.grid import QuantSpec
-from qt_jax.interception import COLLECTION, LAYERS, Call, intercept, is_range
+from qt_jax.interception import COLLECTION, LAYERS, Call, intercept, is_quant_trim_statistic
 from qt_jax.trim import quant_trim
 
 
@@ -114,7 +114,7 @@ def coverage(
 def _without_ranges(variables: dict[str, Any]) -> dict[str, Any]:
     """Return the variables without any ranges, whose shapes may be those of another config."""
     statistics = flatten_dict(variables.get(COLLECTION, {}))
-    plain = {path: leaf for path, leaf in statistics.items() if not is_range(path)}
+    plain = {path: leaf for path, leaf in statistics.items() if not is_quant_trim_statistic(path)}
     return {**variables, COLLECTION: unflatten_dict(plain)}
 
 

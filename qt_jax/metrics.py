@@ -291,7 +291,7 @@ def _check_dense(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray |
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slice so many images that they hold `CHUNK_LOGITS` logits, but at least one."""
+    """Slice the images into chunks of at most `CHUNK_LOGITS` logits, but at least one image."""
     size = max(1, CHUNK_LOGITS // math.prod(shape[1:]))
     return (slice(start, start + size) for start in range(0, shape[0], size))
 

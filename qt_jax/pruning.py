@@ -52,18 +52,17 @@ def reverse_pruning(
 ) -> optax.GradientTransformationExtraArgs:
     """Clip kernels to [-tau, tau], as an optax transformation that comes LAST in the chain.
 
-    The transformation projects the weights to which the updates that it receives would lead. Any scaling
-    after it would undo the projection. At every due step, for each kernel w (with the new values of the step,
-    before clipping):
+    It computes the weights after the incoming updates and clips those. Any scaling after it would undo the
+    projection. At every due step, for each kernel w (with the new values of the step, before clipping):
 
         tau <- ema tau + (1 - ema) quantile(|w|)      (tau <- quantile(|w|) the first time)
         w   <- clip(w, -tau, tau)
 
     A step is due if start <= count < stop and count is a multiple of `every`, where count is 0 at the first
     update. On other steps updates pass unchanged and, under `jit`, no quantile is computed. After
-    `optax.apply_updates` at a due step max|w| <= tau holds exactly, in the kernel's own dtype. (With
-    `folded`, |w| <= tau / |g| as rounded, for the gains that were given.) Weights within tau, rounded down to
-    that dtype, get their update bit for bit.
+    `optax.apply_updates` at a due step max|w| <= tau holds exactly, in the kernel's own dtype. With `folded`,
+    |w| <= tau/|g| up to rounding, for the gains passed to `update`. Weights within tau, rounded down to that
+    dtype, get their update bit for bit.
 
     A quantile of (nearly) zero, such as that of a kernel that is still all zeros, sets no threshold. NaN
     stays NaN.
@@ -72,25 +71,25 @@ def reverse_pruning(
     it, which `Fusion.refresh` keeps in `batch_stats`. The quantile is that of |w g|, and w is clipped to
     tau / |g|.
 
-    A plateau of weights at exactly +-tau is the worst place on some vendor's grid. With one scale for each
-    channel and the grid [-8, 7] of scale 2 max / 15, +max is rounded to 0.933 max, for all of them in the
-    same direction. `spread` takes tau (1 - spread u_i) as the bound of weight i instead, with u_i uniform in
-    [0, 1) and fixed for ever. With a spread of one step of the grid, 2 / 15, the errors of the plateau are
-    zero on average whatever the grid.
+    Many weights at exactly +-tau round badly on some vendors' grids. With one scale for each channel and the
+    grid [-8, 7] of scale 2 max / 15, +max is rounded to 0.933 max, for all of them in the same direction.
+    `spread` takes tau (1 - spread u_i) as the bound of weight i instead, with u_i uniform in [0, 1) and
+    constant during training. With a spread of one step of the grid, 2 / 15, the errors of these weights are
+    zero on average on any grid.
 
     Under `jit` kernels may be sharded in any way. Inside `shard_map` or `pmap` they must be replicated. If a
     kernel's update has another dtype than the kernel, it is widened to float32 (float64 with float64).
 
     Args:
       quantile: Quantile of |w| to pull back to, in (0, 1].
-      every, start, stop: When to prune, counted in updates seen by this transformation. `stop` None means
-        never to stop.
+      every, start, stop: When to prune, counted in updates seen by this transformation. If `stop` is None,
+        pruning never stops.
       ema: Weight of the old tau, in [0, 1]. 0 follows the quantile, 1 keeps the first one.
       axis: None for one tau per kernel, or the channel axis (-1: Flax's output features) for one per channel.
       folded: Whether to prune the folded kernel. `update` then needs `batch_stats=` beside params.
       spread: Share of tau over which the bounds of the weights are spread, in [0, 1).
       seed: Seed of the u_i.
-      sample_size: Number of weights, about, of a fair sub-sample that the quantile is taken of, see
+      sample_size: Approximate number of weights sampled for the quantile. The sample is fair, see
         `qt_jax.ranges.subsample`. Smaller kernels are taken whole.
       mask: `(path, leaf) -> bool`, with the path a tuple of str, to select the leaves. By default those are
         selected whose last key is "kernel".
@@ -124,7 +123,7 @@ class ReversePruningState(NamedTuple):
     Attributes:
       count: int32 scalar, the number of updates seen so far.
       tau: Tree like params. Its leaves are float32, scalar or `(channels,)`, and infinite until the first
-        quantile was taken. `optax.MaskedNode()` stands in the place of a leaf that is left alone.
+        quantile was taken. `optax.MaskedNode()` stands in the place of a leaf that is not pruned.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name

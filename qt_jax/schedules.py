@@ -43,7 +43,8 @@ def warmup_quartic_quadratic(
                  1                                     afterwards
 
     The second ramp, like the first, starts with slope 0 and is steepest at its end. The paper calls it
-    "quadratic, up to 1". This reading, the boundaries and `joint_value` are this package's choice.
+    "quadratic, up to 1". This reading, the boundaries and `joint_value` are this package's choice. In the
+    repository, `--sched quartic` selects this function.
 
     Args:
       total_steps: Number of optimizer steps of the whole training.
@@ -99,9 +100,10 @@ def _progress(count: ArrayLike, begin: np.float32, end: np.float32) -> jax.Array
 
 
 def quartic(total_steps: int, *, warmup: float = 0.2, end: float = 0.85) -> optax.Schedule:
-    """Return the quartic ramp alone: lambda = p^4, p = (count - warmup T) / ((end - warmup) T).
+    """Return only the quartic ramp: lambda = p^4, p = (count - warmup T) / ((end - warmup) T).
 
-    T is `total_steps`. Lambda is 0 until `warmup` and 1 from `end` on.
+    T is `total_steps`. Lambda is 0 until `warmup` and 1 from `end` on. In the repository,
+    `--sched quartic-only` selects this function. `--sched quartic` selects `warmup_quartic_quadratic`.
 
     Args:
       total_steps: Number of optimizer steps of the whole training.

@@ -36,7 +36,7 @@ from qt_jax.interception import (
     OUTPUT,
     Call,
     intercept,
-    is_range,
+    is_quant_trim_statistic,
     shadowed,
 )
 from qt_jax.ranges import Sample, draw, empty_range, ranges, update_range
@@ -333,7 +333,7 @@ def _statistics(module: nn.Module, name: str, where: str, x: jax.Array, spec: Qu
     if statistics.value["low"].shape != expected:
         raise InvalidInput(
             f"the statistics of {where!r} have shape {statistics.value['low'].shape}, the config wants "
-            f"{expected}: they were made with another axis. Drop them and attach them anew."
+            f"{expected}: they were made with another axis. Drop them and attach them again."
         )
     return statistics
 
@@ -381,10 +381,10 @@ def attach_statistics(
         for path, leaf in wanted.items()
         if path not in present
     }
-    foreign = ["/".join(path) for path in missing if not is_range(path)]
+    foreign = ["/".join(path) for path in missing if not is_quant_trim_statistic(path)]
     if foreign:
         raise InvalidInput(
             f"the variables lack the model's own statistics {', '.join(foreign[:3])}: pass all that "
-            "model.init or the checkpoint holds, not the parameters alone."
+            "model.init or the checkpoint holds, not only the parameters."
         )
     return {**variables, COLLECTION: unflatten_dict({**present, **missing})}

@@ -16,7 +16,7 @@ import optax
 import qt_jax as qt
 from experiments.data.augment import crop_flip, normalize
 from experiments.models.speed_net import SpeedNet, whitening_kernel
-from qt_jax.interception import is_range
+from qt_jax.interception import is_quant_trim_statistic
 
 VIEWS = 6
 """Views of an image in the accuracy that records of such trainings state."""
@@ -236,7 +236,9 @@ def _remeasured(model: Any, params: Any, batch_stats: Any, batches: jax.Array, m
     measured = jax.lax.map(measure, batches)
     return jax.tree.map_with_path(
         lambda path, old, new: (
-            old if is_range(tuple(key.key for key in path)) else jnp.mean(new, axis=0, dtype=old.dtype)
+            old
+            if is_quant_trim_statistic(tuple(key.key for key in path))
+            else jnp.mean(new, axis=0, dtype=old.dtype)
         ),
         batch_stats,
         measured,

@@ -26,7 +26,7 @@ from experiments.training.program import Program
 from experiments.training.state import TrainState
 from experiments.training.step import Totals, draw_batch
 from qt_jax.files import write_whole
-from qt_jax.interception import Call, intercept, is_range
+from qt_jax.interception import Call, intercept, is_quant_trim_statistic
 
 LARGEST_LOSS = 1e3
 """Largest mean loss of a sound run, many times that of guessing. A larger or non-finite one is divergence."""
@@ -213,7 +213,7 @@ def _ranges(batch_stats: Any) -> dict[str, Any]:
     return {
         "/".join(path): [_plain(x) for x in np.ravel(leaf)]
         for path, leaf in flatten_dict(batch_stats).items()
-        if is_range(path) and path[-1] in ("low", "high")
+        if is_quant_trim_statistic(path) and path[-1] in ("low", "high")
     }
 
 

@@ -22,7 +22,7 @@ from experiments.training.quantizers import LEARNED_NAMES
 from experiments.training.state import TrainState, create_state, learning_rate_schedule, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
 from qt_jax.export.network import restore
-from qt_jax.interception import is_range
+from qt_jax.interception import is_quant_trim_statistic
 
 
 class Program(NamedTuple):
@@ -127,7 +127,7 @@ def _with_own_leaves(template: Any, held: Any, folder: Path) -> Any:
         return {
             path: leaf.shape
             for path, leaf in leaves.items()
-            if not is_range(path) and path[-1] not in LEARNED_NAMES
+            if not is_quant_trim_statistic(path) and path[-1] not in LEARNED_NAMES
         }
 
     mine, theirs = own(wanted), own(found)

@@ -205,7 +205,11 @@ def run(command: Run, console: Console) -> None:
 
 
 def _label(path: Path) -> str:
-    """Return the file's name, without its suffix unless tables would take that for one of our methods."""
+    """Return the file's name without its suffix.
+
+    The suffix stays where the name without it is a method of `METHOD_TITLES`: tables would show the file as
+    that method.
+    """
     return path.name if path.stem in METHOD_TITLES else path.stem
 
 

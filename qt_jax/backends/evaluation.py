@@ -74,13 +74,14 @@ def evaluate(
         limit: Number of test images, from the first; None for all.
         simulated_limit: Number of test images on runtimes that imitate hardware, which are slow; None for as
             many as elsewhere.
-        jobs: Rows at a time. Timing always has the machine to itself, after all rows have run.
+        jobs: Number of rows to run in parallel. Timing always has the machine to itself, after all rows have
+            run.
         limits: Seconds and GiB of each process; None for the defaults of `Limits`.
         folder: Keeps records.jsonl, logs, compiled models and logits. What is found there is not done again.
             None uses a temporary folder.
         identity: Keys of the records that say what was evaluated: run, task, model, method, seed, checkpoint.
         price_per_hour: Price of this machine, in USD; None for `cost.PRICE_PER_CPU_HOUR` per CPU.
-        retry: Run rows again that did not end well the last time.
+        retry: Whether to rerun rows that failed the last time.
         scheduler: Runs the compiles and the simulators, `jobs` at a time. All other steps run here.
         on_record: Called with each new record as soon as it is complete.
 
@@ -89,7 +90,7 @@ def evaluate(
 
     Raises:
         InvalidInput: A backend, scheme or runtime is unknown, the arrays do not fit, the model does not run,
-            or the scheduler is not there.
+            or the scheduler is unavailable.
 
     Example:
         >>> import onnx.parser

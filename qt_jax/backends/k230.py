@@ -12,20 +12,22 @@ Numerics
     int16    Symmetric. Kernels ("int16w", with uint8 activations) or activations ("int16act").
     =======  ==============================================================================================
 
-    nncase has no other types, and none of 4 bits.
+    nncase has no other types, and no 4-bit type.
 
     What follows a convolution (bias, scale, ReLU, residual addition) is float16 in the activation unit. So is
-    the input until its first quantization. One branch of an addition is therefore not quantized at all, and
-    operators that read such a branch count as float. Average pooling stays uint8 even with int16 activations.
+    the input until its first quantization. One branch of an addition, a convolution's float16 output, is
+    therefore not quantized at all. Operators that read such a branch count as float. Average pooling stays
+    uint8 even with int16 activations.
 
     "minmax" is nncase's NoClip. "kld" is its histogram clipped to the least Kullback-Leibler divergence.
     "squant" is minmax with kernels rounded by SQuant (Guo et al., ICLR 2022). Steps and granularity of
     kernels were read back from the simulator, which answers a one-hot image with a column of the kernel.
 
 Surprises
-    The K230 target has no float path. Without calibration, and with int16 for both, nncase leaves every
-    convolution to the host CPU in float32. No such row is offered. `UseAdaRound`, `use_mix_quant` and
-    `use_mse_quant_w` are accepted and change nothing. Its "cpu" target ignores quantization.
+    The K230 target has no float path. nncase leaves every convolution to the host CPU in float32 if there is
+    no calibration, and also if both activations and kernels are int16. Neither is offered as a scheme.
+    `UseAdaRound`, `use_mix_quant` and `use_mse_quant_w` are accepted and change nothing. Its "cpu" target
+    ignores quantization.
     nncase aborts its whole process on an operator that it does not know. It therefore compiles in a child.
     Every image starts a new simulator process. This takes 0.03 s of the 0.16 s that a network of 30 M
     multiplications needs, and no option keeps the process alive.

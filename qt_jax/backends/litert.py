@@ -9,8 +9,8 @@ Numerics
     int8, q = round(x / s) + z in [-128, 127], with one (s, z) for each tensor and s = (max - min) / 255 over
     all calibration images. The range is widened to hold 0. Biases are int32 at scale s_x s_w. `int16act` is
     the "16x8" scheme: activations are symmetric int16 (z = 0), biases int64. In these static schemes every
-    operator must be an integer one, input and output included. An operator without an integer kernel is
-    refused.
+    operator must have an integer kernel, and the input and the output of the graph are integers too. A graph
+    that has an operator without an integer kernel is refused.
 
     `int8-dynamic` keeps activations float in the file. A convolution or matmul with int8 weights, again per
     channel, quantizes its input to int8 at run time, over the one image it is given. The converter leaves
@@ -24,8 +24,9 @@ Numerics
     runtimes are equally slow: neither XNNPACK nor the optimized kernels have such convolutions.
 
 Surprises
-    onnx2tf makes every input of three or more axes channels-last: (b, c, ...) becomes (b, ..., c). Some
-    failures end the interpreter. It downloads sample images for its dummy inference unless they lie in the
+    onnx2tf makes every input of three or more axes channels-last: (b, c, ...) becomes (b, ..., c). On some
+    failures onnx2tf raises SystemExit, which would end the Python process. It is caught, and the row is
+    refused. onnx2tf downloads sample images for its dummy inference unless they lie in the
     working directory, so random ones are put there. No converter quantizes what it makes of a padded MaxPool,
     of computed shapes, or of a GELU made of Erf: `prepare_graph` rewrites them.
 

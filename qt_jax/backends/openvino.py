@@ -2,14 +2,14 @@
 
 Numerics
     Kernels are symmetric, with one scale per output channel ("pc") or one per kernel ("pt"). int8 is on
-    [-127, 127] with scale max|w| / 127. The first convolution keeps to [-63, 63]: this is NNCF's guard
-    against the saturating u8 x s8 sums of x86 CPUs without VNNI, whatever the CPU. int4 has 16 levels, [-8,
-    7], but its scale is max|w| / 7, so that -8 never occurs: the grid is [-7, 7]. A channel whose max|w| is
-    below 1 % of the largest channel's gets the scale of that 1 %. Activations have one grid per tensor, of
-    2^bits levels:
+    [-127, 127] with scale max|w| / 127. The first convolution is limited to [-63, 63], NNCF's protection
+    against the saturating u8 x s8 sums of x86 CPUs without VNNI. NNCF applies it on every CPU. int4 has 16
+    levels, [-8, 7], but its scale is max|w| / 7, so that -8 never occurs: the grid is [-7, 7]. A channel
+    whose max|w| is below 1 % of the largest channel's gets the scale of that 1 %. Activations have one grid
+    per tensor, of 2^bits levels:
 
     ====  ================================================================================================
-    sym   NNCF's preset PERFORMANCE. Unsigned on [0, a] where calibration met nothing negative, else signed
+    sym   NNCF's preset PERFORMANCE. Unsigned on [0, a] where calibration saw no negative value, else signed
           on [-a 2^(b-1) / (2^(b-1) - 1), a]; a is the largest |x|
     asym  NNCF's preset MIXED: affine between both extremes where there are negative values, else as above
     ====  ================================================================================================
@@ -19,7 +19,7 @@ Numerics
     minimizes the error of quantization on a histogram. Biases are then corrected for the shift of the mean:
     "fast", the default; "accurate", NNCF's slower algorithm (`fast_bias_correction=False`); or "uncorrected".
 
-    For int4w and int16act NNCF targets the NPU, the one target whose description allows 4-bit kernels. (For
+    For int4w and int16act NNCF targets the NPU, the only target that allows 4-bit kernels. (For
     INT8 the targets ANY, CPU, GPU and NPU gave the same model.) `operators` tells what the CPU computes on
     integers and what on dequantized values. The numbers of these schemes are NNCF's, but their speed is not
     an NPU's. Weight-only schemes (int8w, int4w-matmul) store integers and compute in float32. NNCF's 4-bit
@@ -28,10 +28,10 @@ Numerics
 Surprises
     NNCF corrects a bias only where it is a constant beside its convolution. `Core.read_model` leaves shape
     arithmetic of ONNX between them, and bias correction then silently does nothing. `convert_model`, used
-    here, folds it. The correction named fast may cost many decibels of SQNR, hence the rows without it. It
-    skips a layer if the shift of any channel is twice its bias or more, or if any bias is 0. With 4-bit
-    kernels that is often every layer, and the correction then changes nothing.
-    Importing openvino reports its use over the network unless CI is "true", as it is in this environment.
+    here, folds it. The correction named fast may cost many decibels of SQNR, so schemes without it are
+    offered too. It skips a layer if the shift of any channel is twice its bias or more, or if any bias is 0.
+    With 4-bit kernels that is often every layer, and the correction then changes nothing.
+    Importing openvino reports its use over the network unless CI is "true", which this environment sets.
 """
 
 from collections import defaultdict
@@ -226,7 +226,7 @@ def _quantize(model: Any, calibration: np.ndarray, settings: _Static) -> Any:
 
 
 def _compress(model: Any, mode: str, **settings: Any) -> Any:
-    """Quantize weights alone with NNCF."""
+    """Quantize only the weights with NNCF."""
     import nncf
 
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode], **settings)

@@ -1,7 +1,7 @@
 """Make one row: compile a scheme of a backend, run it on one runtime, and write down the result as a record.
 
 A row has a key, the hash of everything that decides what its record says. The code of the backend is part of
-the key, so that a changed backend compiles anew (`code`).
+the key, so that a changed backend compiles again (`code`).
 """
 
 import ast
@@ -297,7 +297,7 @@ def _bare(tree: ast.Module) -> ast.Module:
 
 
 def _is_text(statement: ast.stmt) -> bool:
-    """Tell whether a statement is a string alone."""
+    """Tell whether a statement is only a string."""
     value = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 

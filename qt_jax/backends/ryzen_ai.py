@@ -10,25 +10,26 @@ Numerics
                        are powers of two of least squared error, one per tensor. Average pooling is
                        rescaled as the NPU does it
     a8w8, a16w8        symmetric int8 kernels, symmetric int8 or int16 activations, one float scale per
-                       tensor, minmax. What leaves a ReLU uses half of the grid
-    s8s8-aaws,         affine int8 or uint8 activations (AA), symmetric int8 kernels (WS), percentile
-    u8s8-aaws
-    u8u8-aawa          affine uint8 kernels (WA) as well
-    s16s8-asws,        as these, with symmetric int16 (AS) or affine uint16 activations
+                       tensor, minmax. Outputs of a ReLU use only half of the grid
+    s8s8-aaws,         affine int8 or uint8 activations (AA), symmetric int8 kernels (WS). A percentile of
+    u8s8-aaws          the calibration values sets the ranges
+    u8u8-aawa          like u8s8-aaws, but kernels are affine uint8 (WA)
+    s16s8-asws,        like u8s8-aaws, but activations are symmetric int16 (AS) or affine uint16
     u16s8-aaws
-    int8-cnn-default   u8s8-aaws with minmax
-    bf16, fp16         every tensor rounded to bfloat16 or to IEEE half, no scale
-    bfp16              8 bits per value (sign and 7), an 8-bit exponent for 8 neighbours: 9 bits per value
-    mx9, mx6, mx4      8, 5, 3 bits per value, an 8-bit exponent for 16, one more bit for each pair (Rouhani
-                       et al., ISCA 2023): 9, 6, 4 bits per value
-    mxint8, mxfp*      OCP Microscaling 1.0: an 8-bit exponent for 32 values of int8, fp8, fp6 or fp4
+    int8-cnn-default   like u8s8-aaws, but minmax sets the ranges
+    bf16, fp16         every tensor is rounded to bfloat16 or to IEEE half, without a scale
+    bfp16              8 bits per value (sign and 7), one 8-bit exponent shared by 8 neighbouring values:
+                       9 bits per value in all
+    mx9, mx6, mx4      8, 5 or 3 bits per value, one 8-bit exponent shared by 16 values, one more bit shared
+                       by each pair (Rouhani et al., ISCA 2023): 9, 6 or 4 bits per value in all
+    mxint8, mxfp*      OCP Microscaling 1.0: one 8-bit exponent shared by 32 values of int8, fp8, fp6 or fp4
     bf16-bfp16,        bfloat16 activations with kernels in bfp16 or mxint8
     bf16-mxint8
     mx9-int8           mx9 activations with int8 kernels and biases
     =================  ===================================================================================
 
-    Blocks lie along axis 1 (channels) and round half to even. Their exponents come with each input, so that
-    nothing is calibrated. `weight_bits` is the bits of a value with its share of the exponents, rounded.
+    Blocks lie along axis 1 (channels) and round half to even. Exponents are computed from each input, so no
+    calibration is needed. `weight_bits` is the bits of a value with its share of the exponents, rounded.
     Integer kernels have one scale per tensor. Blocks are finer than channels and count as per channel.
 
 Surprises
@@ -146,7 +147,7 @@ class RyzenAI:
         return None
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """Quantize with Quark, which gets the images one by one, whatever batch the graph takes."""
+        """Quantize with Quark. It gets the images one by one, regardless of the graph's batch size."""
         import onnx
 
         with _one_builder():

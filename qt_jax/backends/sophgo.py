@@ -7,12 +7,12 @@ Numerics
     compiled graph says:
 
     ================  =======================================================================================
-    BM1684X, BM1688   Convolutions: one scale per output channel, integer multiplier and right shift, half up.
-                      Matmuls: one scale per tensor. Additions rescale both sides to a common step with 8-bit
-                      multipliers.
+    BM1684X, BM1688   Convolutions: one scale per output channel, integer multiplier and right shift, rounding
+                      half up. Matmuls: one scale per tensor. Additions rescale both sides to a common
+                      step with 8-bit multipliers.
     CV181x            The same granularity, with multipliers of 32 bits.
-    BM1684            One scale per tensor and a right shift alone: scales of kernels are powers of two apart
-                      from those of activations, biases are int16.
+    BM1684            One scale per tensor and only a right shift. The ratio of kernel to activation scales
+                      is a power of two. Biases are int16.
     ================  =======================================================================================
 
     "w4int8" has 8-bit activations and kernels on [-7, 7] with scale max|w| / 7, one per output channel of a
@@ -28,7 +28,7 @@ Execution
 
 Surprises
     Every bmodel carries the chip's kernel library, some 5 MB of a model's bytes on BM1684X and BM1688.
-    BM1684 takes W4INT8 too, and keeps 8-bit kernels. BM1684X and CV181x fail while they generate code.
+    BM1684 takes W4INT8 too, and keeps 8-bit kernels. For W4INT8, code generation fails on BM1684X and CV181x.
     Full INT4 compiles without a warning and collapses to chance on the C model. Its logits change with the
     batch. They also differ from those of the tool's own interpreter of the same lowered graph, which are
     themselves far from float.

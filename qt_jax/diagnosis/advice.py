@@ -89,14 +89,14 @@ def _decoded(row: records.Record, n: int) -> Measurement:
     return Measurement(row["top1"], row["sqnr_db"], np.unpackbits(bits)[:n].astype(bool))
 
 
-def gains(before: Measurement, after: Measurement) -> bool:
+def is_significant_gain(before: Measurement, after: Measurement) -> bool:
     """Tell whether `after` is right on more images than chance explains.
 
     This is McNemar's test at about two standard deviations: b - c > 2 sqrt(b + c), where b images are right
-    in `after` alone and c images are right in `before` alone.
+    only in `after` and c images are right only in `before`.
 
     >>> one = Measurement(0.0, None, np.zeros(9, bool))
-    >>> gains(one, Measurement(1.0, None, np.ones(9, bool))), gains(one, one)
+    >>> is_significant_gain(one, Measurement(1.0, None, np.ones(9, bool))), is_significant_gain(one, one)
     (True, False)
     """
     won = np.count_nonzero(after.correct & ~before.correct)
@@ -106,7 +106,7 @@ def gains(before: Measurement, after: Measurement) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Hold the measurements with one layer rounded alone, and with all layers but this one rounded."""
+    """Hold the measurements with only one layer rounded, and with all layers but this one rounded."""
 
     alone: Measurement
     all_but: Measurement
@@ -171,7 +171,7 @@ def _tried(
         progress(label)
         results.append(meter.measure(candidate.simulated(), label))
     best = max(results, key=lambda result: result.top1)
-    good = [gains(now, result) and not gains(result, best) for result in results]
+    good = [is_significant_gain(now, result) and not is_significant_gain(result, best) for result in results]
     chosen = good.index(True) if any(good) else None
     trials += [
         Trial(finding, result, place == chosen)
@@ -181,7 +181,7 @@ def _tried(
 
 
 def _more_bits(deployment: Deployment, meter: Meter, progress: Progress) -> Iterator[list[Finding]]:
-    """Yield, for each of the layers that cost most images when rounded alone, the precisions of `wider`."""
+    """Yield the precisions of `wider` for each of the layers that cost most images when rounded by itself."""
     float_top1 = meter.measure(dataclasses.replace(deployment, precisions={}).simulated(), "float").top1
     costs = {}
     for name, precision in deployment.precisions.items():

@@ -37,7 +37,7 @@ def write_files(deployment: Deployment, folder: Path, images: np.ndarray) -> Non
       InvalidInput: ONNX cannot convert the graph to the opset that its bits need, or the converted graph
         computes something else on `images`.
     """
-    mended = restated(deployment)
+    mended = at_required_opset(deployment)
     before, after = (logits_of(item.model, images) for item in (deployment, mended))
     if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * float(np.abs(before).max())):
         opset = mended.model.opset_import[0].version
@@ -49,7 +49,7 @@ def write_files(deployment: Deployment, folder: Path, images: np.ndarray) -> Non
     graph.save(qdq_graph(mended), folder / "mended.qdq.onnx")
 
 
-def restated(deployment: Deployment) -> Deployment:
+def at_required_opset(deployment: Deployment) -> Deployment:
     """Convert the float graph to an opset that has integers of all the deployment's widths.
 
     Raises:
@@ -98,5 +98,5 @@ def ranges_of(deployment: Deployment) -> Ranges:
 
 def qdq_graph(deployment: Deployment) -> onnx.ModelProto:
     """Return the deployment with QuantizeLinear and DequantizeLinear at kernels and inputs of layers."""
-    whole = restated(deployment)
+    whole = at_required_opset(deployment)
     return insert_qdq(whole.model, ranges_of(whole), learned_only=True)

@@ -58,7 +58,7 @@ def write_pictures(found: Diagnosis, folder: Path) -> dict[str, str]:
 
 
 def draw_sensitivity(found: Diagnosis) -> Figure:
-    """Draw the points of top-1 that each layer costs alone, and those that leaving it in float gives back."""
+    """Draw the top-1 points that each layer costs by itself, and those that leaving it float gives back."""
     figure, axes = _lines(list(found.sensitivities))
     pairs = found.sensitivities.values()
     alone = [100 * (found.floating.top1 - item.alone.top1) for item in pairs]

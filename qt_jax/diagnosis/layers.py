@@ -33,7 +33,7 @@ class Layer:
       operator: ONNX operator, such as "Conv".
       kernel, bias: Names of its constants. The bias is "" where there is none.
       source: Tensor that the layer reads.
-      output: Tensor that the layer passes on. Where a Relu or Clip alone reads the product, it is the output
+      output: Tensor that the layer passes on. Where only a Relu or Clip reads the product, it is the output
         of that Relu or Clip.
       axis: Axis of the output channels in the kernel.
     """

@@ -83,7 +83,7 @@ def _standard(model: onnx.ModelProto) -> onnx.ModelProto:
     except RuntimeError as error:
         raise InvalidInput(
             f"The graph is of opset {imported[0].version} and cannot be restated at {LEAST_OPSET} ({error}): "
-            "export it anew at a later opset."
+            "export it again at a later opset."
         ) from error
 
 

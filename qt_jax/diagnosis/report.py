@@ -52,9 +52,9 @@ class DiagnosisSettings:
     backends: tuple[str, ...] = ()
     """Toolchains on which to measure the noise behind each layer, by the names of `qt_jax.backends list`."""
     max_bytes: int | None = None
-    """Propose 4 and 8 bits by layer so that all kernels fit into so many bytes."""
+    """Propose 4 and 8 bits by layer so that all kernels fit into this many bytes."""
     max_drop: float | None = None
-    """Propose as many layers on 4 bits as lose no more than so many points of top-1 against float."""
+    """Propose as many layers on 4 bits as possible, losing at most this many top-1 points against float."""
     apply: bool = False
     """Write the mended network: float ONNX, ranges, and the QDQ graph on the advised grids."""
     out: Path | None = None

@@ -16,7 +16,7 @@ from onnx import helper
 
 from qt_jax.diagnosis.layers import InputBounds, layer_outputs, layers_of
 from qt_jax.export import graph
-from qt_jax.export.encodings import Encoding, activation_encoding, folded_kernel, per_tensor
+from qt_jax.export.encodings import Encoding, activation_encoding, encode_by_magnitude, per_tensor
 from qt_jax.export.sessions import named_inputs, open_session, run_batches, run_tensors
 from qt_jax.grid import QuantSpec
 
@@ -63,7 +63,7 @@ def kernel_encoding(
     (1.0,)
     """
     assert precision.weights is not None
-    encoding = folded_kernel(kernel, QuantSpec(precision.weights), axis, least)
+    encoding = encode_by_magnitude(kernel, QuantSpec(precision.weights), axis, least)
     return encoding if precision.per_channel else per_tensor(encoding)
 
 

@@ -90,13 +90,14 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Convert a Flax Linen model to a standard FP32 ONNX graph.
 
-    The graph holds operators of ai.onnx alone. Batch norm is folded into the layer before it, and layout
-    changes are gone. Nodes, tensors and initializers bear Flax paths (`stage1_block1/conv1/kernel`), and
-    shapes are inferred anew. Inside the graph images are always channels-first, as ONNX's convolutions are.
+    The graph holds only operators of ai.onnx. Batch norm is folded into the layer before it, and layout
+    Transposes are removed. Nodes, tensors and initializers bear Flax paths (`stage1_block1/conv1/kernel`),
+    and shapes are inferred again. Inside the graph images are always channels-first, as ONNX's
+    convolutions are.
 
     Args:
-      apply_fn: `(variables, *inputs) -> array or a pytree of arrays`, the forward of inference. Every array
-        leads with the batch, images are `(batch, height, width, channels)`.
+      apply_fn: `(variables, *inputs) -> array or a pytree of arrays`, the forward of inference. The first
+        axis of every array is the batch. Images are `(batch, height, width, channels)`.
       variables: Flax collections of arrays. Leaves that `apply_fn` does not read, such as Quant-Trim's
         statistics, do not appear in the graph.
       input_shape: Shape of the input without batch, `(height, width, channels)` for images; for several

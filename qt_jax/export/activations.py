@@ -1,6 +1,6 @@
 """Recognize activations that were traced as arithmetic, and write them as the operators they are.
 
-jax2onnx knows `nn.hard_swish` by that name alone. In a model that keeps the function in a field, as many do,
+jax2onnx knows `nn.hard_swish` only by that name. In a model that keeps the function in a field, as many do,
 it traces through to the arithmetic.
 """
 

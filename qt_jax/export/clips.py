@@ -39,9 +39,9 @@ def learned_clips(
       config: Config of training.
 
     Returns:
-      (low, high) for each activation that quantized layers alone read: the widest of their learned ranges,
-      zero included. An activation that anything else reads too (a shortcut, a layer in floating point, the
-      end of the graph) is left out, because training clipped it on the layer's branch only. The graph's input
+      (low, high) for each activation that only quantized layers read: the widest of their learned ranges,
+      zero included. An activation with any other reader (a shortcut, a layer in floating point, the end of
+      the graph) is left out, because training clipped it on the layer's branch only. The graph's input
       is left out too, because its Clip would stand before the first operator that a compiler could merge it
       with.
 

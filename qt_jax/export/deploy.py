@@ -226,7 +226,7 @@ def _quantized(
     signed: bool,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Save the QDQ graph, which holds its ranges itself; return its summary."""
+    """Save the QDQ graph and return its summary. The graph contains its ranges, so it needs no other file."""
     config = deployed_config(trained, qdq)
     calibration = as_graph(samples.calibration, options["layout"])
     ranges = tensor_ranges(model, network.variables, config, calibration, per_channel=per_channel)

@@ -1,8 +1,8 @@
 """Describe the integer grid of every tensor of an exported graph, and keep the grids in a JSON file.
 
-`Encoding` is one tensor's grid. `activation_encoding`, `learned_kernel` and `folded_kernel` make one from a
-range, from a scale of training and from a kernel. `Ranges` holds the encodings of one graph; `write_ranges`
-writes them to a file that compilers read.
+`Encoding` is one tensor's grid. `activation_encoding`, `encode_learned` and `encode_by_magnitude` make one
+from a range, from a scale of training and from a kernel. `Ranges` holds the encodings of one graph;
+`write_ranges` writes them to a file that compilers read.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def activation_encoding(low: ArrayLike, high: ArrayLike, spec: QuantSpec, source
     )
 
 
-def learned_kernel(
+def encode_learned(
     scale: np.ndarray, gains: np.ndarray, spec: QuantSpec, axis: int, least: np.ndarray | float = 0.0
 ) -> Encoding:
     """Make the grid on which a folded kernel has the integers of the raw one.
@@ -142,7 +142,7 @@ def learned_kernel(
     return _symmetric(np.maximum(repeated * np.abs(gains), least), spec, axis, "learned")
 
 
-def folded_kernel(
+def encode_by_magnitude(
     kernel: np.ndarray, spec: QuantSpec, axis: int, least: np.ndarray | float = 0.0
 ) -> Encoding:
     """Make the grid of a kernel by the largest magnitude of each channel.
@@ -215,8 +215,8 @@ class Ranges:
     Attributes:
       model_sha256: Hash of the serialized graph, which is what `qt_jax.export.save` writes.
       opset: Opset of ai.onnx.
-      tensors: Maps an activation or kernel to its grid. An activation that quantized layers alone read, on
-        one grid, has that one. An activation that others read too is ranged by calibration.
+      tensors: Maps an activation or kernel to its grid. An activation that only quantized layers read,
+        all on one grid, has that grid. An activation that others read too is ranged by calibration.
       inputs: Maps a quantized layer (the name of its node) to the learned grid of its input.
       kernels: Maps a quantized layer to the name of its kernel.
     """

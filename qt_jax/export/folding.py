@@ -58,7 +58,7 @@ def written_axes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Compute every node that depends on constants alone, by ONNX's reference evaluator.
+    """Compute every node that depends only on constants, by ONNX's reference evaluator.
 
     A node that writes an output of the graph stays. A result that stems from leaves of the variables keeps
     their common origin (`Constants.common_origin`).
@@ -116,7 +116,7 @@ def drop_absent_bias(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold each BatchNormalization that alone reads a layer into this layer: Conv, ConvTranspose or Gemm.
+    """Fold each BatchNormalization into the Conv, ConvTranspose or Gemm whose only reader it is.
 
     With gain = scale / sqrt(var + epsilon): kernel' = kernel * gain and bias' = (bias - mean) * gain + shift,
     computed in float64 (Jacob et al. 2018, arXiv 1712.05877, section 3.2). Kernel and batch norm may be
@@ -187,7 +187,7 @@ def _fold_affine(model: onnx.ModelProto, operators: frozenset[str]) -> onnx.Mode
 
 
 def _by_feature(value: np.ndarray, shape: tuple[int, ...], layer: NodeProto) -> np.ndarray | None:
-    """Return a constant as one number for each feature of a layer's output; None if it is not one.
+    """Return a constant as one number per output feature of a layer; None if it varies along another axis.
 
     Args:
       value: The constant, which broadcasts against the output.

@@ -9,7 +9,7 @@ Every pass makes a new ModelProto, and a ModelProto owns a copy of every weight.
 a large constant is a reference instead: external data of ONNX with a location in this process. Nothing is
 copied then.
 
-The module imports numpy and onnx alone, because vendors' environments hold nothing else.
+The module imports only numpy and onnx, because vendors' environments hold nothing else.
 """
 
 import math
@@ -264,7 +264,7 @@ def fuse(
 ) -> onnx.ModelProto:
     """Replace a node and the one before it by `fused(node, before)`, where that returns a node.
 
-    Only nodes among `operators` are tried, and only with a node before them whose output they alone read.
+    Only nodes among `operators` are tried, and only with a node before them whose output nothing else reads.
     """
     read = uses(model)
     nodes: dict[str, NodeProto] = {}

@@ -73,7 +73,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _functions_restored() -> Iterator[None]:
     """Undo what jax2onnx replaces for good.
 
-    Its import alone leaves a `jnp.cumsum` that does not take the axis by position.
+    Merely importing it leaves a `jnp.cumsum` that does not take the axis by position.
     """
     layers = [value for value in vars(nn).values() if isinstance(value, type)]
     before = [(owner, dict(vars(owner))) for owner in (jnp, jax.lax, jax.nn, jax.image, nn, *layers)]

@@ -75,7 +75,7 @@ class Views:
     written: set[str] = dataclasses.field(default_factory=set)
 
     def constant(self, base: str, value: Sequence[int] | np.ndarray) -> str:
-        """Add a constant derived from the constant `base`, or called after that word; return its name."""
+        """Add a constant derived from the constant `base`, or named by the word `base`; return its name."""
         return self.values.derive(base, f"layout{len(self.values)}", np.asarray(value))
 
     def trivial(self, view: View) -> bool:

@@ -58,7 +58,7 @@ def lower(
       apply_fn: `(variables, *inputs) -> array, or a pytree of arrays`.
       variables: Flax collections of arrays.
       input_shape: Shapes as `qt_jax.export.to_onnx` takes them.
-      batch: Batch to lower with; None for one that no size of the model can be taken for.
+      batch: Batch to lower with; None for one that occurs in no shape of the model.
       channels_first: Whether tensors of rank 4 pass the graph's boundary as NCHW.
       input_names: One name for each input of the graph; None for the defaults of `qt_jax.export.to_onnx`.
       output_names: One name for each leaf that `apply_fn` returns, or None.
@@ -70,7 +70,7 @@ def lower(
     leaves = flatten_dict(unfreeze(dict(variables)))
     sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
     sizes += [size for spec in input_specs(input_shape, 1) for size in spec.shape]
-    inputs = input_specs(input_shape, batch or unmistakable(sizes))
+    inputs = input_specs(input_shape, batch or unused_batch_size(sizes))
     outputs, numbers = _outputs(apply_fn, variables, inputs)
     if batch is None:
         other = input_specs(input_shape, inputs[0].shape[0] + 1)
@@ -149,10 +149,10 @@ def input_specs(input_shape: Any, batch: int) -> Inputs:
     return tuple(specs)
 
 
-def unmistakable(sizes: Iterable[int]) -> int:
-    """Choose a batch that no size of a model can be taken for.
+def unused_batch_size(sizes: Iterable[int]) -> int:
+    """Choose a batch size that occurs in no shape of a model, not even as a factor.
 
-    >>> unmistakable([3, 2 * 1009])
+    >>> unused_batch_size([3, 2 * 1009])
     1013
     """
     sizes = set(sizes)
@@ -188,7 +188,7 @@ def _outputs(
         if output.shape[:1] != inputs[0].shape[:1]:
             raise InvalidInput(
                 f"every output of apply_fn must lead with the batch, one has shape {output.shape}: return "
-                "logits alone, without state or scalars"
+                "only logits, without state or scalars"
             )
         if output.dtype not in (jnp.float32, jnp.int32):
             raise InvalidInput(

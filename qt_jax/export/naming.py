@@ -1,6 +1,6 @@
 """Name nodes, tensors and initializers by their Flax path, so that a reader can trace them back.
 
-`name_by_path` gives the names; `leaf_of` finds the leaf that an exported constant is called after.
+`name_by_path` gives the names; `leaf_of` finds the leaf that an exported constant is named after.
 """
 
 import re
@@ -24,8 +24,8 @@ NUMBER = re.compile(r"_\d+$")
 def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
     """Give every node, tensor and constant a name made of Flax paths, and drop the origins of constants.
 
-    - A convolution or Gemm is called after its module (`stage1_block1/conv1`).
-    - Its weights are called after their leaves (`stage1_block1/conv1/kernel`).
+    - A convolution or Gemm is named after its module (`stage1_block1/conv1`).
+    - Its weights are named after their leaves (`stage1_block1/conv1/kernel`).
     - A node without weights takes the scope of the latest node that feeds it, and its operator
       (`stage1_block1/Relu`).
     - Any other constant takes the name of its node, and the operator's name for it
@@ -98,7 +98,7 @@ def _candidates(base: str) -> Iterator[str]:
 
 
 def leaf_of(name: str, leaves: Container[str]) -> str:
-    """Return the leaf that a constant of an exported graph is called after.
+    """Return the leaf that a constant of an exported graph is named after.
 
     Args:
       name: Name that `name_by_path` gave.

@@ -24,7 +24,7 @@ from qt_jax.config import QuantConfig, Rule
 from qt_jax.errors import InvalidInput
 from qt_jax.files import staged
 from qt_jax.grid import QuantSpec
-from qt_jax.interception import COLLECTION, is_range
+from qt_jax.interception import COLLECTION, is_quant_trim_statistic
 
 VERSION = 1
 """Version of the description."""
@@ -253,7 +253,7 @@ def deployable(description: Description, base: str | os.PathLike = ".") -> Deplo
             f"{', '.join(map(repr, held))}"
         )
     variables = {name: held.get(key) or {} for name, key in description.collections.items()}
-    learned = any(map(is_range, flatten_dict(variables.get(COLLECTION, {}))))
+    learned = any(map(is_quant_trim_statistic, flatten_dict(variables.get(COLLECTION, {}))))
     call = dict(description.call)
 
     def apply_fn(variables: Mapping[str, Any], inputs: Any) -> Any:

@@ -47,7 +47,7 @@ UNSIGNED = {8: np.uint8, 16: np.uint16}
 def insert_qdq(
     model: onnx.ModelProto, ranges: Ranges, *, signed: bool = False, learned_only: bool = False
 ) -> onnx.ModelProto:
-    """Put the quantized layers of `model` on integers, as `ranges` says, in operators of ai.onnx alone.
+    """Put the quantized layers of `model` on integers, as `ranges` says, using only operators of ai.onnx.
 
     Kernels are stored as integers behind DequantizeLinear, and biases as INT32 at input scale * kernel
     scale. An activation has one pair, `<tensor>/QuantizeLinear` and `<tensor>/DequantizeLinear`, for all its
@@ -59,14 +59,14 @@ def insert_qdq(
       model: Graph from `to_onnx`.
       ranges: Ranges from `tensor_ranges` on this very graph.
       signed: Whether activations are INT8 and INT16 in place of UINT8 and UINT16. These are the same numbers
-        with shifted zero-points. Compilers differ in which they take. onnxruntime on x86 makes integer
+        with shifted zero-points. Compilers accept one, the other, or both. onnxruntime on x86 makes integer
         kernels of the unsigned ones by default, and of the signed ones with its session option
         "session.qdqisint8allowed".
-      learned_only: Whether pairs stand at the inputs of layers and nowhere else, as the JAX forward at
-        lambda = 1 computes. Few convolutions are then integer kernels.
+      learned_only: Whether to insert pairs only at layer inputs, as the JAX forward at lambda = 1 computes.
+        Few convolutions then run as integer kernels.
 
     Returns:
-      A graph of the same inputs, outputs and opset, with shapes inferred anew. Symmetric activations clip at
+      A graph of the same inputs, outputs and opset, with shapes inferred again. Symmetric activations clip at
       the ends of their type, [-128, 127], where training's narrow range has [-127, 127].
 
     Raises:
@@ -90,7 +90,7 @@ def insert_qdq(
      'Conv', 'features/QuantizeLinear', 'features/DequantizeLinear']
     """
     if ranges.model_sha256 != model_sha256(model):
-        raise InvalidInput("these ranges are of another graph: compute them anew with tensor_ranges")
+        raise InvalidInput("these ranges are of another graph: compute them again with tensor_ranges")
     wanted = set()
     if not learned_only:
         wanted = quantized_tensors(model, ranges.inputs.keys() & ranges.kernels.keys())
@@ -106,7 +106,7 @@ def insert_qdq(
 
 
 def storage_bits(bits: int) -> int:
-    """Return the width of the narrowest integer type of ONNX that holds so many bits.
+    """Return the width of the narrowest integer type of ONNX that holds `bits` bits.
 
     >>> [storage_bits(bits) for bits in (3, 4, 6, 8, 9)]
     [4, 4, 8, 8, 16]
@@ -141,7 +141,7 @@ def quantized_tensors(model: onnx.ModelProto, layers: Collection[str]) -> set[st
     integer = set(layers) | _integer_between(model, layers, readers)
 
     def settled(name: str) -> str:
-        """Return the tensor itself, or that of the Relu or Clip that alone reads it."""
+        """Return the tensor itself, or the output of the Relu or Clip that is its only reader."""
         alone = readers[name][0] if len(readers[name]) == 1 and name not in outputs else None
         return alone.output[0] if alone is not None and alone.op_type in ABSORBED else name
 
@@ -259,7 +259,7 @@ class _Writer:
         return source if learned is None else self._shared(source, name, learned)
 
     def _shared(self, source: str, name: str, encoding: Encoding) -> str:
-        """Return `source` behind a pair called after the tensor `name`, which is shared by its readers."""
+        """Return `source` behind a pair named after the tensor `name`, which is shared by its readers."""
         key = source, encoding.grid
         if key not in self.written:
             base = self._base(name)
@@ -267,7 +267,7 @@ class _Writer:
         return self.written[key]
 
     def _pair(self, source: str, base: str, encoding: Encoding, output: str) -> str:
-        """Write the pair on that grid, called after `base`; return its output."""
+        """Write the pair on that grid, named after `base`; return its output."""
         self._require_opset(encoding.bits, base)
         shift, types = (0, SIGNED) if self.signed else (2 ** (encoding.bits - 1), UNSIGNED)
         zero_point = np.array(encoding.zero_point[0] + shift, types[encoding.bits])

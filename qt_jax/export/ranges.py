@@ -21,8 +21,8 @@ from qt_jax.export.encodings import (
     Encoding,
     Ranges,
     activation_encoding,
-    folded_kernel,
-    learned_kernel,
+    encode_by_magnitude,
+    encode_learned,
     least_scale,
     model_sha256,
     per_tensor,
@@ -52,7 +52,7 @@ def tensor_ranges(
     """Set the grid of each float activation and of each kernel of a graph.
 
     The input and the kernel of every layer that `config` quantizes have learned grids. On these the integers
-    are those of the JAX forward at lambda = 1, in a folded kernel too (`encodings.learned_kernel`). Every
+    are those of the JAX forward at lambda = 1, in a folded kernel too (`encodings.encode_learned`). Every
     activation that anything but quantized layers reads is calibrated by its minimum and maximum, while the
     learned grids are in force. A quantile would not do, because a shortcut holds numbers that the layer
     beside it clips.
@@ -169,7 +169,7 @@ def learned_encodings(
       (kernels, inputs, quantized): the encoding of every kernel by initializer, that of the input of every
       quantized layer by node, and the initializer of every quantized kernel by node. A kernel is ranged by
       its own magnitude where its layer is float, or where it is not a multiple of the leaf of `params` that
-      it is called after.
+      it is named after.
 
     Raises:
       InvalidInput: As `tensor_ranges`.
@@ -284,8 +284,8 @@ def _kernel(
     """Make the grid of the graph's kernel: the learned one where there is one, else by its magnitude."""
     axis = channel_axis(node, kernel.ndim)
     if gains is None or scale is None or len(gains) % scale.size:
-        return folded_kernel(kernel, spec, axis, least)
-    return learned_kernel(scale, gains, spec, axis, least)
+        return encode_by_magnitude(kernel, spec, axis, least)
+    return encode_learned(scale, gains, spec, axis, least)
 
 
 def output_gains(node: NodeProto, folded: np.ndarray, raw: np.ndarray) -> np.ndarray | None:
@@ -298,7 +298,7 @@ def output_gains(node: NodeProto, folded: np.ndarray, raw: np.ndarray) -> np.nda
 
     Returns:
       float64 `(channels,)`, 0 for a channel that is zero throughout. None where the folded kernel is not
-      the raw one times a number for each channel.
+      the raw kernel with each channel scaled by one number.
 
     >>> node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"])
     >>> raw = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)

@@ -120,7 +120,7 @@ def _failure(check: str, finding: str) -> InvalidInput:
 
 
 def _check_domains(model: onnx.ModelProto) -> None:
-    """Check that the graph holds operators of ai.onnx alone."""
+    """Check that the graph holds only operators of ai.onnx."""
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
             raise _failure("domain", f'node "{node.name}" is {node.domain}.{node.op_type}, not ai.onnx')
@@ -130,7 +130,7 @@ def _check_domains(model: onnx.ModelProto) -> None:
 
 
 def _check_names(model: onnx.ModelProto, variables: Mapping[str, Any]) -> None:
-    """Check that node names are unique, and that every weight is called after its leaf of `params`."""
+    """Check that node names are unique, and that every weight is named after its leaf of `params`."""
     names = [node.name for node in model.graph.node]
     if not all(names) or len(set(names)) < len(names):
         raise _failure("names", "a node has no name, or two nodes have the same")

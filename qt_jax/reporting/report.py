@@ -1,4 +1,4 @@
-"""Report what deployment did to networks, from records alone: summary.md, figures, and one HTML file of all.
+"""Report what deployment did to networks, from records only: summary.md, figures, and one HTML file of all.
 
 The report begins with what a reader wants first: the worst row and the spread of each network, and which of
 Quant-Trim and its float twin wins on 4-bit weights.

@@ -47,7 +47,7 @@ COLUMNS = ("top-1", "drop", "SQNR", "agreement")
 TERMINAL_COLUMNS = COLUMNS[:3]
 
 TERMINAL_NETWORKS = 3
-"""Number of networks beyond which the terminal shows their drops alone."""
+"""Number of networks beyond which the terminal shows only their drops."""
 
 BRIEF = {"unavailable": "unavail."}
 """Short forms of statuses that are too long for a column of the terminal."""
@@ -186,7 +186,7 @@ def _method_cells(comparison: Comparison, method: str, scheme: str, metric: str)
 
 
 def with_spread(values: Iterable[float], scale: float, digits: int = 2, signed: bool = False) -> str:
-    """Write `mean ± spread`, or the mean alone for one value, or a dash for none."""
+    """Write `mean ± spread`, or only the mean for one value, or a dash for none."""
     values = [scale * value for value in values]
     if not values:
         return ABSENT
@@ -245,7 +245,7 @@ def deployment_table(records: Sequence[Record]) -> Table:
 
     For each network it shows top-1, drop and SQNR, or the status. With Quant-Trim and its twin it shows the
     gain in points of top-1. Of several seeds the means are shown. Two networks fit 80 columns. More than
-    three networks show their drops alone.
+    three networks show only their drops.
 
     Raises:
       InvalidInput: The records cannot be arranged, as `qt_jax.reporting.pivot.arrange` says.
@@ -343,7 +343,7 @@ def sizes(deployment: DeploymentTable, row: Row, columns: Iterable[Column] | Non
 
 
 def numbers(seeds: Seeds, row: Row, mean: bool = False) -> dict[str, str]:
-    """Return the cells of one network and row, with the spread over seeds or the mean alone."""
+    """Return the cells of one network and row, with the spread over seeds or only the mean."""
     found = {key: measured(seeds, key).values() for key in ("top1", "sqnr_db", "agreement", "ece")}
     return {
         "top-1": _text(found["top1"], 100, mean=mean),

@@ -9,7 +9,7 @@ import pytest
 
 import qt_jax as qt
 from qt_jax.diagnosis import deployed, figures, mixed_precision, snippets, toolchains
-from qt_jax.diagnosis.advice import Measurement, Meter, gains, kernel_bytes, sensitivities
+from qt_jax.diagnosis.advice import Measurement, Meter, is_significant_gain, kernel_bytes, sensitivities
 from qt_jax.diagnosis.diagnosis import calibrated, diagnose
 from qt_jax.diagnosis.layers import activations, kernels, layers_of
 from qt_jax.diagnosis.loading import prepared
@@ -110,8 +110,8 @@ def test_a_gain_is_more_than_chance():
     base = np.zeros(100)
     few, many = base.copy(), base.copy()
     few[:4], many[:5] = 1, 1
-    assert not gains(of(base), of(few)) and gains(of(base), of(many))
-    assert not gains(of(many), of(base))
+    assert not is_significant_gain(of(base), of(few)) and is_significant_gain(of(base), of(many))
+    assert not is_significant_gain(of(many), of(base))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_the_qdq_graph_computes_what_the_simulation_does(precision):
     error = np.abs(logits_of(exported, images()) - expected)
     step = 12.0 / 255 * np.abs(graph.constants(model)["c"]).max()  # a tie of the features that tips
     assert np.mean(error < 1e-2) > 0.9 and error.max() < 2 * step
-    kept = deployed.restated(whole).model
+    kept = deployed.at_required_opset(whole).model
     assert [node.name for node in kept.graph.node] == [node.name for node in model.graph.node]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import to_onnx
-from qt_jax.export.lowering import MARKS, unmistakable
+from qt_jax.export.lowering import MARKS, unused_batch_size
 
 SHAPE = (5, 6)
 
@@ -113,8 +113,8 @@ def test_a_mean_over_the_batch_counts_the_images_there_are(export):
 
 
 def test_the_mark_divides_no_size():
-    assert unmistakable([1, 3, 224]) == MARKS[0]
-    assert unmistakable([2 * MARKS[0], MARKS[1]]) == MARKS[2]
+    assert unused_batch_size([1, 3, 224]) == MARKS[0]
+    assert unused_batch_size([2 * MARKS[0], MARKS[1]]) == MARKS[2]
 
 
 def test_a_size_that_looks_like_the_batch(export):

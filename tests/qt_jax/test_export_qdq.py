@@ -14,7 +14,7 @@ from qt_jax.export.deploy import QDQ_BITS, deployed_config
 from qt_jax.export.encodings import (
     Ranges,
     activation_encoding,
-    folded_kernel,
+    encode_by_magnitude,
     model_sha256,
     per_tensor,
 )
@@ -62,7 +62,7 @@ def ranged(model, layers, *, bits=(8, 8), high=4.0):
     for node in model.graph.node:
         if node.name in layers:
             axis = {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, 1)
-            tensors[node.input[1]] = folded_kernel(held[node.input[1]], qt.QuantSpec(bits[0]), axis)
+            tensors[node.input[1]] = encode_by_magnitude(held[node.input[1]], qt.QuantSpec(bits[0]), axis)
     return Ranges(model_sha256(model), model.opset_import[0].version, tensors, inputs, kernels)
 
 
