@@ -1,6 +1,6 @@
-"""Check that a killed run ends as one that is left alone: `python -m experiments.endurance --kills 50`.
+"""Check that a killed run ends like an undisturbed one: `python -m experiments.endurance --kills 50`.
 
-One command of `experiments.cifar` runs twice. The first run is left alone. The second is killed by SIGKILL
+One command of `experiments.cifar` runs twice. The first run is not disturbed. The second is killed by SIGKILL
 and relaunched as often as asked. A third of the kills wait until a checkpoint is being written, a third fall
 between two checkpoints, and the others fall anywhere from the start of the process. Once training is over,
 all kills fall anywhere. At the end both folders hold the same bits, or the exit status is 1.
@@ -25,12 +25,11 @@ from rich.console import Console
 from tqdm import tqdm
 
 import qt_jax as qt
-from experiments.runs import QUANT_TRIM
 from qt_jax import records
 from qt_jax.command_line import Failed, command
 from qt_jax.export.network import restore
 
-METHOD = QUANT_TRIM
+METHOD = "quant-trim"
 RUN = ("--preset", "smoke", "--no-compare", "--test-limit", "50", "--seed", "3")
 """Flags of the run."""
 MOMENTS = ("checkpoint", "epoch", "anywhere")

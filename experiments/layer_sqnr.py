@@ -126,7 +126,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Return one table per scheme: top-1, then the SQNR of the logits and of each layer, by variant.
 
     >>> row = {"variant": "plain", "scheme": "int8", "top1": 0.5, "layers_sqnr_db": {"stem": 20.0}}
-    >>> print(to_markdown([row]).splitlines()[-2])
+    >>> print(to_markdown([row]).splitlines()[-1])
     | stem | 20.0 |
     """
     last = {(row["scheme"], row["variant"]): row for row in rows}

@@ -4,16 +4,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from experiments.devices import accelerator
 from qt_jax.provenance import provenance
-from qt_jax.reporting.figures import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WARM_UP = 3
 """Rounds that are not counted. The first one compiles what is not compiled yet."""
@@ -40,7 +41,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Return the milliseconds per step of each counted round, by variant.
 
-    Entry i of every list is of the same round. The order is drawn anew for each round (the same in every
+    Entry i of every list is of the same round. A new order is drawn for each round (the same in every
     run), because a step depends on what ran before it. On two cores a short step of JAX takes 8 % less time
     after one of PyTorch than after another of JAX.
     """
@@ -99,8 +100,10 @@ def source() -> dict[str, Any]:
     return provenance(PACKAGES) | {"accelerator": accelerator()}
 
 
-def finish(figure: Figure, path: Path) -> None:
+def finish(figure: "Figure", path: Path) -> None:
     """Remove the upper and right spines, draw a light grid behind, and write the PNG over any old one."""
+    from qt_jax.reporting.figures import save_figure  # matplotlib, which those that only time do without
+
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")

@@ -83,14 +83,17 @@ def drawing_source(name: str) -> str:
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
             definitions[node.name] = node
-        elif isinstance(node, ast.Assign):
-            definitions |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            inner = (name for target in targets for name in ast.walk(target))
+            definitions |= {name.id: node for name in inner if isinstance(name, ast.Name)}
     used, waiting = set(), {name}
     while waiting:
         used |= waiting
         nodes = (inner for found in waiting for inner in ast.walk(definitions[found]))
         waiting = {node.id for node in nodes if isinstance(node, ast.Name)} & definitions.keys() - used
-    return "\n".join(ast.get_source_segment(text, definitions[found]) for found in sorted(used))
+    statements = dict.fromkeys(definitions[found] for found in sorted(used))
+    return "\n".join(ast.get_source_segment(text, statement) for statement in statements)
 
 
 def figures(evidence: Evidence) -> dict[str, StudyFigure]:

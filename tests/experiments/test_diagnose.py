@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime
 import pytest
 
 import qt_jax as qt
@@ -226,9 +227,18 @@ def test_each_layer_is_rounded_alone_on_the_validation_split(digits_run, capsys)
     assert "all but it" in capsys.readouterr().out
     kept = records.read(digits_run / "diagnosis" / "measurements.jsonl")
     found = {row["what"]: row for row in kept}
+    assert len(found) == len(kept)  # nothing is measured twice
     # of two layers, all but the first is the second alone, which is measured once
-    assert {"float", "all", "first alone", "all but first"} <= set(found)
+    choices = {what for what in found if what in ("float", "all") or what.endswith(" alone")}
+    choices |= {what for what in found if what.startswith("all but ")}
+    assert choices == {"float", "all", "first alone", "all but first"}
     assert {len(row["correct"]) for row in kept} == {2 * 144 // 8}
+    digits = load("digits", None, seed=0)
+    assert len(digits.validation_images) == 144
+    assert 144 not in (len(digits.train_images), len(digits.test_images))
+    session = onnxruntime.InferenceSession(digits_run / "model.onnx")
+    (logits,) = session.run(None, {"input": model_input(digits, digits.validation_images)})
+    assert found["float"]["top1"] == pytest.approx(np.mean(logits.argmax(-1) == digits.validation_labels))
     assert found["float"]["sqnr_db"] is None
     assert found["all"]["sqnr_db"] < found["first alone"]["sqnr_db"]
     page = (digits_run / "diagnosis.md").read_text()

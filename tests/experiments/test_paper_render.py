@@ -149,3 +149,17 @@ def test_the_program_of_a_figure_is_all_that_draws_it_and_nothing_that_gathers_i
     assert "def _colour" in source and "KNOWN_COLOURS =" in source and "FURTHER_COLOURS =" in source
     assert not [other for other in KINDS if f"def {other}(" in source]
     assert [other for other in KINDS if f"def draw_{other}(" in source] == [kind]
+
+
+def test_the_program_of_a_figure_holds_constants_however_they_are_assigned(tmp_path, monkeypatch):
+    program = tmp_path / "figures.py"
+    program.write_text(
+        "PLAIN = 1\nTYPED: int = 2\nLEFT, (INNER, *REST) = 3, (4, 5)\nUNUSED: int = 6\n"
+        "def _height():\n    return TYPED + INNER\n"
+        "def draw():\n    return PLAIN + _height() + len(REST)\n"
+    )
+    monkeypatch.setattr(figures, "__file__", str(program))
+    source = figures.drawing_source.__wrapped__("draw")
+    for used in ("PLAIN = 1", "TYPED: int = 2", "LEFT, (INNER, *REST) = ", "def _height", "def draw"):
+        assert source.count(used) == 1
+    assert "UNUSED" not in source
