@@ -58,8 +58,8 @@ def disconnect() -> None:
         jax.distributed.shutdown()
 
 
-def meet(name: str) -> None:
-    """Wait until all processes have come to the place called `name`. A single process goes on at once."""
+def barrier(name: str) -> None:
+    """Wait until all processes have reached the barrier `name`. A single process goes on at once."""
     if jax.process_count() > 1:
         ocp.multihost.sync_global_processes(name)
 
@@ -101,7 +101,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Spread rows over the devices in their order. Each process gives its own devices their rows alone.
+    """Spread rows over the devices in their order. Each process provides only the rows of its own devices.
 
     Rows of zeros are added at the end, up to a multiple of the number of devices.
 

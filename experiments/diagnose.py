@@ -18,7 +18,7 @@ from experiments.runs import model_input, networks, read_config_json
 from qt_jax.backends.registry import select
 from qt_jax.command_line import command, print_rows, terminate_like_interrupt
 from qt_jax.diagnosis.report import INTERRUPTED, DiagnosisSettings, layer_rows, write_diagnosis
-from qt_jax.diagnosis.subject import Subject, load_subject, read_subject, require
+from qt_jax.diagnosis.subject import Subject, load_subject, read_subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options:
     calibration: Path | None = None
     """Of a model: .npz with "images", float32 as the model takes them."""
     test: Path | None = None
-    """Of a model: .npz with "images" and integer "labels" to judge by, best of a validation split."""
+    """Of a model: .npz with "images" and integer "labels" to judge by, preferably of a validation split."""
     settings: Annotated[DiagnosisSettings, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=DiagnosisSettings
     )
@@ -60,7 +60,10 @@ def run(options: Options, console: Console) -> None:
     """
     terminate_like_interrupt()
     backends = select(options.settings.backends)
-    require(options.subject)
+    if not options.subject.exists():
+        raise qt.InvalidInput(
+            f"{options.subject} is not there: name the folder of a run, or a float ONNX model."
+        )
     of_run = options.subject.is_dir()
     subject = _of_run(options) if of_run else _of_file(options)
     default = options.subject if of_run else options.subject.with_suffix(".diagnosis")

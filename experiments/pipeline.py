@@ -72,7 +72,7 @@ def run(config: Config, console: Console) -> None:
     directory = config.directory
     if devices.is_leader():
         claim(directory, config, FREE_TO_CHANGE)
-    devices.meet("the folder is claimed")
+    devices.barrier("the folder is claimed")
     dataset = load(config.dataset, config.data_dir, seed=0)
     if not devices.is_leader():
         console.quiet = True
@@ -182,7 +182,8 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
     """
     path = directory / "records.jsonl"
     onnx_path = directory / graphs_of(config.quantizer)[method]
-    known = identity(directory, dataclasses.asdict(config), method, onnx_path)
+    first = ("run", "task", "model", "method", "seed", "sched")  # the order of keys in older records
+    known = dict.fromkeys(first) | identity(directory, dataclasses.asdict(config), method, onnx_path)
     known["sched"] = "none" if method == FLOAT else config.sched
     done = {
         (row["backend"], row["scheme"])

@@ -4,8 +4,8 @@ Each run's network is exported on integers. onnxruntime runs it with all optimis
 compared with the JAX fake-quant forward at lambda = 1 on the run's parity samples (1,000 validation images).
 Three graphs tell the sources of difference apart:
 
-- QDQ pairs at the learned sites alone and activations on 16 bits: hardly more than the order of summation.
-- Pairs at the learned sites alone on 8 bits: the same differences, which now tip roundings.
+- QDQ pairs only at the learned sites, and activations on 16 bits: hardly more than the order of summation.
+- Pairs only at the learned sites, on 8 bits: the same differences, which now tip roundings.
 - All pairs: also the pairs that integer kernels need between layers.
 
 A fourth comparison shows how much a network makes of a tipped rounding. It sets JAX's own forward against the
@@ -43,7 +43,7 @@ GRAPHS = {
     "learned sites": ("int8", True),
     "all sites": ("int8", False),
 }
-"""Graph -> mode of deployment, and whether QDQ pairs stand at the learned sites alone."""
+"""Graph -> mode of deployment, and whether QDQ pairs stand only at the learned sites."""
 PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
 

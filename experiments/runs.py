@@ -20,7 +20,7 @@ from qt_jax import records
 from qt_jax.files import write_whole
 
 QUANT_TRIM, FLOAT = "quant-trim", "float"
-"""Methods: the networks of a run are called after them in records, and their checkpoints in folders."""
+"""Methods: the networks of a run are named after them in records, and their checkpoints in folders."""
 
 ONNX_NAMES = {QUANT_TRIM: "model.onnx", FLOAT: "twin.onnx"}
 
@@ -44,7 +44,7 @@ def graphs_of(quantizer: str) -> dict[str, str]:
 def claim(directory: Path, config: Any, free_to_change: set[str]) -> None:
     """Write config.json into the run's folder, or check that the folder belongs to this config.
 
-    A folder that holds nothing but a config.json of this program holds no run yet and may be claimed anew.
+    A folder that holds nothing but a config.json of this program holds no run yet and may be claimed again.
 
     Args:
       directory: Folder of the run, created if it does not exist.

@@ -12,7 +12,7 @@ each.
 Inputs that the first batch shows to be signed (an image, a linear bottleneck, a layer norm) have no ReLU to
 parameterize. They keep Quant-Trim's observed range, and their alpha is not used.
 
-Kernels have max-abs symmetric fake quantization, anew in every step, with the straight-through estimator. The
+Kernels have max-abs symmetric fake quantization in every step, with the straight-through estimator. The
 paper uses DoReFa's, which first squashes them by tanh and divides by the largest. The network then computes
 with tanh(w) / max|tanh(w)|, so its plain float graph is another network. Ours must be the same one.
 """

@@ -1,6 +1,6 @@
 """Train a Linen model under Qwix's quantized training (`QtProvider`), with the parameters of the plain model.
 
-Qwix is left at its defaults: symmetric absmax, taken anew in every step without statistics, the forward on
+Qwix is left at its defaults: symmetric absmax, taken in every step without statistics, the forward on
 integers, and the backward in float with the straight-through estimator. It keeps no range, so a network that
 was trained with it is exported without ranges, and every backend calibrates.
 

@@ -61,7 +61,10 @@ def require_torch() -> None:
 
 
 def random_variables(network: Network) -> dict[str, Any]:
-    """Draw variables as of a trained network: He-scaled kernels, batch norms that are not the identity."""
+    """Draw variables that look like those of a trained network.
+
+    Kernels are He-scaled, and batch norms are not the identity.
+    """
     images = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
     shapes = jax.eval_shape(network.module.init, jax.random.key(0), images)
     random = np.random.default_rng(0)

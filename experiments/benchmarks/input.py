@@ -1,7 +1,7 @@
 """Measure what data costs before and within a training step: `python -m experiments.benchmarks.input`.
 
 For each data set, the seconds to read it from the cache and to place it on the devices are measured once.
-Then three things take turns. The first is the trainer's input alone (`draw_batch` and `normalize` of
+Then three things take turns. The first is only the trainer's input (`draw_batch` and `normalize` of
 `experiments.training.step`), one compiled function on the device: the next batch of an order, a random crop
 and flip of each image, float32. The second is the same by numpy on the host, with the transfer to the device.
 The third is whole training steps, of which the input is a part.

@@ -105,7 +105,7 @@ def instructions(program: str) -> dict[str, str]:
 
 
 def kind(text: str) -> str:
-    """Return the kind of an instruction, from its text and that of what was fused into it."""
+    """Return the kind of an instruction, from its text and the text of the computations fused into it."""
     found = re.search(
         r"\[([\d,]+)\]\S* convolution\([^\n]*?window=\{size=([\dx]+)[^\n]*?dim_labels=\w+->(\w+)", text
     )

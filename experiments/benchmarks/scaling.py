@@ -1,7 +1,7 @@
 """Measure how the cost of Quant-Trim grows with sizes: `python -m experiments.benchmarks.scaling`.
 
-Starting from one residual network, batch and image, each of five sizes is varied alone: width, depth, batch,
-resolution, and the number of elements of a tensor that Quant-Trim's statistics read. At each point the
+Starting from one residual network, batch and image, one of five sizes is varied at a time: width, depth,
+batch, resolution, and the number of elements of a tensor that Quant-Trim's statistics read. At each point the
 trainer's step with Quant-Trim W8A8 takes turns with its two FP32 baselines, as in
 `experiments.benchmarks.step`, which explains why there are two. The results are the ratio of the medians, the
 ratio of the memory that XLA plans for, and the seconds to compile. The figure has one column per varied size

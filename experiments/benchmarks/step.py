@@ -7,8 +7,8 @@ of them, and none always follows the same other one. Parameters and statistics a
 compute type.
 
 Qwix (`QtProvider`, rule `weight_qtype="int8", act_qtype="int8"`) is left at its defaults. It uses symmetric
-absmax over the whole tensor. Weights have a scale per output channel, activations one per image, taken anew
-in every step without statistics. The forward convolutions are in int8 with int32 sums, the backward ones in
+absmax over the whole tensor. Weights have a scale per output channel, activations one per image, taken in
+every step without statistics. The forward convolutions are in int8 with int32 sums, the backward ones in
 float32 with the straight-through estimator. Qwix does not see depthwise convolutions where, on CPUs in
 float32, `experiments.models.convolution` computes them as products. `variants.aqt_model` describes AQT, and
 `experiments.benchmarks.torch_step` PyTorch, plain and with its own fake quantization.

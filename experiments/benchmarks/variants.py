@@ -1,8 +1,8 @@
 """Build the training steps that `experiments.benchmarks.step` compares, from the trainer's own parts.
 
-The variants differ in what wraps the model and in the config. `Unfused`, `Injected` and `QuantTrimmed` wrap
-it; `build` makes all variants of one benchmark. Qwix, AQT and PyTorch are optional: a peer that cannot be
-imported is reported as missing.
+The variants differ in what wraps the model and in the config. `Unfused`, `WithArithmetic` and `QuantTrimmed`
+wrap it; `build` makes all variants of one benchmark. Qwix, AQT and PyTorch are optional: a peer that cannot
+be imported is reported as missing.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def build(
         PULL: pull,
     }
     if config.model.startswith("mobilenet"):
-        variants[GROUPED] = step(twin, Injected(model, jax.lax.conv_general_dilated))
+        variants[GROUPED] = step(twin, WithArithmetic(model, jax.lax.conv_general_dilated))
     peers = {
         QWIX: ("qwix", lambda: step(twin, qwix_model(model))),
         AQT: ("aqt", lambda: step(twin, aqt_model(model))),
@@ -185,7 +185,7 @@ class Unfused(nn.Module):
     convolution reads its input transposed. XLA:CPU fuses whatever produced that input into the transpose. It
     then computes the residual chain of up to four blocks again, inside a slow loop, which is a quarter of
     ResNet-20's plain step. Anything between the two breaks the chain, including fake quantization. Against
-    the plain step alone, Quant-Trim would therefore look faster than no quantization at all. Here a division
+    only the plain step, Quant-Trim would therefore look faster than no quantization at all. Here a division
     by one, which XLA cannot recognise as one, breaks it. Logits and gradients stay the same.
     """
 
@@ -204,7 +204,7 @@ class Unfused(nn.Module):
             return self.model(images, train=train)
 
 
-class Injected(nn.Module):
+class WithArithmetic(nn.Module):
     """Run `model` with other arithmetic in its layers. Its code and its parameters stay as they are.
 
     The functions reach `nn.Conv`, `nn.Dense` and `nn.DenseGeneral`, with the projections of attention. They
@@ -232,10 +232,10 @@ class Injected(nn.Module):
             return self.model(images, train=train)
 
 
-def aqt_model(model: nn.Module) -> Injected:
+def aqt_model(model: nn.Module) -> WithArithmetic:
     """Return `model` under AQT's quantized training (`aqtp`), with the plain parameters below "model".
 
-    The forward has 8 bits for kernels and inputs, symmetric absmax taken anew in every step. A kernel has a
+    The forward has 8 bits for kernels and inputs, symmetric absmax taken in every step. A kernel has a
     scale per output channel, an input one per example (for dense layers per row). Dense layers multiply int8
     with int32 sums. AQT's convolution rounds to the same integers and multiplies them in the compute type.
     The backward is in float, with the operands as they were before rounding. `config_v4` does that without
@@ -274,7 +274,7 @@ def aqt_model(model: nn.Module) -> Injected:
         product.defvjp(lambda lhs, rhs: (product(lhs, rhs), (lhs, rhs)), backward)
         return product(lhs, rhs)
 
-    return Injected(model, conv_general_dilated, dense)
+    return WithArithmetic(model, conv_general_dilated, dense)
 
 
 class QuantTrimmed(nn.Module):

@@ -84,9 +84,9 @@ PLAIN_QAT: Mapping[str, Any] = {"sched": "constant", "reverse_pruning": None}
 """Full fake quantization from the first step on, without reverse pruning."""
 
 W4: Mapping[str, Any] = {"bits": 4, "reestimate": 10_000}
-"""4-bit weights, and batch norm measured anew in the float network.
+"""4-bit weights, and batch norm re-estimated in the float network.
 
-The recommended recipe measures batch norm anew, too, so the 4-bit baselines do not differ from it in this.
+The recommended recipe re-estimates batch norm, too, so the 4-bit baselines do not differ from it in this.
 """
 
 RECOMMENDED_CHANGES: Mapping[str, Any] = {
@@ -125,7 +125,7 @@ METHODS: dict[str, Method] = {
     "qat-w4": Method(
         "plain QAT W4A8",
         "`qat` for 4-bit weights and 8-bit activations, the grid on which compilers lose most. Batch norm "
-        "is measured anew in the float network, as in the recommended recipe.",
+        "is re-estimated in the float network, as in the recommended recipe.",
         tables=("main", "bits"),
         changes={**PLAIN_QAT, **W4},
     ),
@@ -133,21 +133,21 @@ METHODS: dict[str, Method] = {
         "plain QAT W4A8, folded",
         "`qat-w4` on folded kernels with ranges from extremes: the straight-through training of Jacob et "
         "al. 2018, arXiv 1712.05877, with batch norm folded by its running statistics. Batch norm is "
-        "measured anew in the float network, as in the recommended recipe.",
+        "re-estimated in the float network, as in the recommended recipe.",
         tables=("main", "points"),
         changes={**PLAIN_QAT, **W4, "folded": True, "weight_quantile": 1.0, "activation_quantile": 1.0},
     ),
     "lsq-w4": Method(
         "LSQ W4A8",
         "`lsq` (learned step sizes) for 4-bit weights and 8-bit activations, the grid on which compilers "
-        "lose most. Batch norm is measured anew in the float network, as in the recommended recipe.",
+        "lose most. Batch norm is re-estimated in the float network, as in the recommended recipe.",
         tables=("main", "bits"),
         changes={"quantizer": "lsq", **PLAIN_QAT, **W4},
     ),
     "pact-w4": Method(
         "PACT W4A8",
         "`pact` (learned clipping levels) for 4-bit weights and 8-bit activations, the grid on which "
-        "compilers lose most. Batch norm is measured anew in the float network, as in the recommended "
+        "compilers lose most. Batch norm is re-estimated in the float network, as in the recommended "
         "recipe.",
         tables=("main", "bits"),
         changes={"quantizer": "pact", **PLAIN_QAT, **W4},
@@ -155,7 +155,7 @@ METHODS: dict[str, Method] = {
     "qwix-w4": Method(
         "Qwix QAT W4A8",
         "`qwix` for 4-bit weights and 8-bit activations, the grid on which compilers lose most. Batch norm "
-        "is measured anew in the float network, as in the recommended recipe.",
+        "is re-estimated in the float network, as in the recommended recipe.",
         tables=("main", "bits"),
         changes={"quantizer": "qwix", **PLAIN_QAT, **W4, "per_channel": True},
     ),
@@ -183,7 +183,7 @@ METHODS: dict[str, Method] = {
         "differs from the published recipe in four ways. Grids and reverse pruning apply to the folded "
         "kernel. Reverse pruning takes the quantile 0.97 and spreads its bounds over one step of INT4, so "
         "that no plateau of weights meets the end of a vendor's grid. Activation ranges come from the "
-        "extremes of the sample. Batch norm is measured anew in the float network. The recipe was chosen "
+        "extremes of the sample. Batch norm is re-estimated in the float network. The recipe was chosen "
         "on the validation split of CIFAR-10 in some forty single runs of fast8 (exploration.jsonl). The "
         'ablations "points" take its parts away one by one.',
         tables=("main", "bits", "points", "start", "export"),
@@ -368,7 +368,7 @@ METHODS: dict[str, Method] = {
     "recommended-running": Method(
         "recommended, running averages",
         "The recommended recipe with the running averages of batch norm, as training left them. It shows "
-        "what measuring batch norm anew in the float network buys.",
+        "what re-estimating batch norm in the float network buys.",
         tables=("points",),
         changes={**RECOMMENDED_CHANGES, "reestimate": 0},
         rate="recommended",

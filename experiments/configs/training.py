@@ -205,7 +205,7 @@ class Config:
         names = ("sched", "reverse_pruning", "sites", "bits", "activation_bits")
         check_quantizer(self.quantizer, **{name: getattr(self, name) for name in names})
         names = ("folded", "fused_outputs", "vendor_grids", "reverse_pruning_folded")
-        check_points(self.quantizer, self.sched, **{name: getattr(self, name) for name in names})
+        check_deployment_flags(self.quantizer, self.sched, **{name: getattr(self, name) for name in names})
         if self.batch_size % self.accumulate:
             raise qt.InvalidInput(
                 f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
@@ -255,20 +255,20 @@ def check_quantizer(
         )
 
 
-def check_points(quantizer: str, sched: str, **points: bool) -> None:
+def check_deployment_flags(quantizer: str, sched: str, **flags: bool) -> None:
     """Refuse deployment-aware settings of `Config` that lack what they need.
 
     Args:
       quantizer, sched: Fields of `Config`.
-      points: The fields folded, fused_outputs, vendor_grids and reverse_pruning_folded.
+      flags: The fields folded, fused_outputs, vendor_grids and reverse_pruning_folded.
 
     Raises:
       InvalidInput: A setting lacks what it needs.
     """
-    used = [f"--{name.replace('_', '-')}" for name, value in points.items() if value]
+    used = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]
     if used and (quantizer != "quant-trim" or sched == "none"):
         raise qt.InvalidInput(f"{', '.join(used)} need --quantizer quant-trim and a --sched other than none")
-    if points["reverse_pruning_folded"] and not points["folded"]:
+    if flags["reverse_pruning_folded"] and not flags["folded"]:
         raise qt.InvalidInput("--reverse-pruning-folded needs the gains that --folded keeps: give both")
 
 

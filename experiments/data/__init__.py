@@ -33,7 +33,7 @@ def load(
 
     The cache is $QT_JAX_DATA, else the user's cache directory. Every source is checked against pinned
     checksums. The validation split is carved from the training images, stratified by class where an
-    image has one class. It depends on its size and `seed` alone. The test split never changes.
+    image has one class. It depends only on its size and `seed`. The test split never changes.
 
     Args:
         name: One of `SETS`.

@@ -79,7 +79,7 @@ def compose(
         kinds: Integer class of each garment, (g,), which becomes label 1 + kind.
         photographs: uint8 (p, 32, 32, 3), at least one for each image.
         size: Number of images.
-        seed: Seed of the draws. The result is a function of the arguments alone.
+        seed: Seed of the draws. The result depends only on the arguments.
 
     Returns:
         Images uint8 (size, 64, 64, 3) and labels uint8 (size, 64, 64).

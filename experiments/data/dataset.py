@@ -61,7 +61,7 @@ def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarr
         labels: Integer class of each example, (n,).
         size: Number of examples to hold out. Either 0, or at least one per class with at least one per class
             left.
-        seed: Seed of the split, which is a function of `labels`, `size` and `seed` alone.
+        seed: Seed of the split, which depends only on `labels`, `size` and `seed`.
 
     Returns:
         Two ascending, disjoint int64 index arrays of lengths n - size and size that together cover 0..n-1.

@@ -2,7 +2,7 @@
 
 Every row (task, method, seed) is a separate process. Its records go to experiments/results/paper-<preset>. A
 relaunch goes on where the last one stopped. With --launcher, rows are jobs of a scheduler, see
-`experiments.paper.schedule`.
+`experiments.paper.launch`.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from rich.console import Console
 
 from experiments.configs.study import preset
 from experiments.paper import rows as study
+from experiments.paper.launch import command, detached_command, run_rows, submit_rows
 from experiments.paper.progress import Display, listing
 from experiments.paper.render import STUDY_PAGE, render
 from experiments.paper.rows import DEFAULT_RESULTS, StudyRow
-from experiments.paper.schedule import command, detached_command, run_rows, submit_rows
 from qt_jax import command_line, records
 from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.errors import InvalidInput

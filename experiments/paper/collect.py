@@ -64,7 +64,7 @@ def collect(
         "tau": tau,
     }
     replace(results / STRUCTURE, [about | shape], KEYS)
-    replace(results / DEPLOYMENT, [slim(record) for record in found], KEYS)
+    replace(results / DEPLOYMENT, [compact(record) for record in found], KEYS)
     replace(results / TRAINING, [about | training(row, metrics, seconds)], KEYS)
 
 
@@ -109,8 +109,8 @@ def training(row: StudyRow, metrics: Sequence[Mapping[str, Any]], seconds: float
     }
 
 
-def slim(record: Record) -> Record:
-    """Return a deployment record without what is bulky, and with its reliability bins rounded."""
+def compact(record: Record) -> Record:
+    """Return a deployment record without its bulky keys, and with its reliability bins rounded."""
     kept = {name: value for name, value in record.items() if name not in BULKY}
     if bins := kept.get("reliability"):
         kept["reliability"] = [[None if x is None else float(f"{x:.{DIGITS}g}") for x in row] for row in bins]

@@ -248,7 +248,7 @@ def paired(ahead: Mapping[int, float], behind: Mapping[int, float], level: float
 
 
 def written(estimate: Estimate | None, scale: float = 1.0, digits: int = 2, signed: bool = False) -> str:
-    """Write an estimate as `mean ± half`, as the mean alone for a single seed, or as a dash.
+    """Write an estimate as `mean ± half`, as only the mean for a single seed, or as a dash.
 
     >>> written(Estimate(0.8512, 0.0034, 3), 100), written(Estimate(-0.01, None, 1), 100, signed=True)
     ('85.12 ± 0.34', '−1.00')

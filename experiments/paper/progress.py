@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from experiments.paper.launch import Progress, last_lines
 from experiments.paper.rows import ATTEMPTS, SEARCH, TRAINING, StudyRow, done, folder_of, held, key_of, log_of
-from experiments.paper.schedule import Progress, last_lines
 from qt_jax import records
 
 STATES = ("done", "running", "failed", "begun", "pending")

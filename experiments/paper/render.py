@@ -1,4 +1,4 @@
-"""Write the tables and figures of a study from its records alone.
+"""Write the tables and figures of a study from its records.
 
 The same records give the same files, byte for byte. `docs/results/study.md` has some of the tables between
 comments: `<!-- paper-cpu cifar10-fast8 main -->` ... `<!-- end -->`.
@@ -55,7 +55,7 @@ LAYER_NOTE = (
 def render(folder: Path, page: Path | None = None) -> list[Path]:
     """Write all tables and figures into the folder of results, and the tables of a page into that page.
 
-    Figures whose data, program and file are as `figures.json` says are left alone.
+    A figure is not drawn again if its data, program and file are as `figures.json` says.
 
     Returns:
       The files that were written or found to be right.

@@ -1,4 +1,4 @@
-"""Make the study's tables as Markdown, from its records alone.
+"""Make the study's tables as Markdown, from its records.
 
 There are tables with one row per method, one row per deployment (backend, scheme and runtime), one row per
 layer, and one row per trial of the search.

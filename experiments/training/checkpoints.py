@@ -185,7 +185,7 @@ def _set_aside(manager: ocp.CheckpointManager, damaged: dict[int, str], good: in
             names = {entry.name for entry in aside.iterdir()}
             free = next(name for n in range(len(names) + 1) if (name := f"{step}-{n}") not in names)
             os.replace(directory / str(step), aside / free)
-    devices.meet("damaged checkpoints are aside")
+    devices.barrier("damaged checkpoints are aside")
     manager.reload()
 
 

@@ -1,4 +1,4 @@
-"""Finish a network after its last step: clip learned kernels and measure batch norm anew for deployment."""
+"""Finish a network after its last step: clip learned kernels and re-estimate batch norm for deployment."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ BATCH = 500
 
 
 def finish(config: Config, dataset: Dataset, state: TrainState) -> TrainState:
-    """Return the state with learned clips of kernels applied, and with batch norm measured anew if asked for.
+    """Return the state with learned clips of kernels applied, and with batch norm re-estimated if asked for.
 
     LSQ clips every kernel to the ends of its learned grid in each forward pass. Clipping the kernel itself
     changes nothing there, and gives the exported graph the learned range.

@@ -101,7 +101,7 @@ def fine_tune(state: TrainState, folder: Path | None) -> TrainState:
     """Return a first state with the deployed parameters and the batch norm of another run.
 
     They come from its newest checkpoint. Step, optimizer and ranges of quantizers stay those of `state`;
-    the first batch sets the ranges anew.
+    the first batch resets the ranges.
 
     Args:
       state: First state of this run.

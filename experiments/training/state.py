@@ -35,7 +35,7 @@ class TrainState:
 
 
 def random_key(config: Config, purpose: str, index: jax.Array | int) -> jax.Array:
-    """Return the key for one purpose (parameters, order, augmentation) and one step or epoch of it."""
+    """Return the key for a purpose (parameters, order, augmentation) at the step or epoch `index`."""
     family = ("parameters", "order", "augmentation").index(purpose)
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), family), index)
 

@@ -148,7 +148,7 @@ def make_train_step(
 def draw_batch(
     config: Config, split: Split, order: jax.Array, step: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw the augmented uint8 images and int32 labels of one step, from the seed and the step alone."""
+    """Draw the augmented uint8 images and int32 labels of one step, only from the seed and the step."""
     position = (step % (order.size // config.batch_size)) * config.batch_size
     chosen = jax.lax.dynamic_slice(order, (position,), (config.batch_size,))
     key = random_key(config, "augmentation", step)

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from experiments import models
 from experiments.benchmarks import step, timing, variants
-from experiments.benchmarks.variants import Injected, Unfused, aqt_model
+from experiments.benchmarks.variants import Unfused, WithArithmetic, aqt_model
 from qt_jax import records
 
 
@@ -249,7 +249,7 @@ def test_grouped_convolutions_are_those_of_jax():
     model = models.create("mobilenetv2", 10)
     images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
     variables, nested = alone_and_nested(model, images)
-    grouped = Injected(model, jax.lax.conv_general_dilated)
+    grouped = WithArithmetic(model, jax.lax.conv_general_dilated)
     np.testing.assert_allclose(
         grouped.apply(nested, images), model.apply(variables, images), rtol=1e-3, atol=1e-4
     )

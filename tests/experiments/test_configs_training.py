@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -106,21 +107,32 @@ def test_ranges_hold_for_every_preset_and_name_fields():
     assert set(FIELDS) >= FREE_TO_CHANGE
 
 
-def test_schedules_by_name():
-    total = 100
-    expected = {
-        "quartic": qt.schedules.warmup_quartic_quadratic(total),
-        "quartic-only": qt.schedules.quartic(total),
-        "linear": qt.schedules.linear(total),
-        "cosine": qt.schedules.cosine(total),
-        "step": qt.schedules.step(total),
-        "constant": lambda count: 1.0,
-        "none": lambda count: 0.0,
-    }
-    for name, schedule in expected.items():
-        mine = training.lambda_schedule(Config(sched=name), total)
-        for count in (0, 33, 60, 77, 100):
-            assert float(mine(count)) == float(schedule(count)), name
+SCHEDULES = {
+    "quartic": qt.schedules.warmup_quartic_quadratic,
+    "quartic-only": qt.schedules.quartic,
+    "linear": qt.schedules.linear,
+    "cosine": qt.schedules.cosine,
+    "step": qt.schedules.step,
+    "constant": lambda total: lambda count: 1.0,
+    "none": lambda total: lambda count: 0.0,
+}
+
+
+def test_every_schedule_has_an_expectation():
+    assert SCHEDULES.keys() == set(get_args(training.Schedule))
+
+
+@pytest.mark.parametrize("name", get_args(training.Schedule))
+def test_schedules_by_name(name):
+    mine, expected = training.lambda_schedule(Config(sched=name), 100), SCHEDULES[name](100)
+    for count in (0, 33, 60, 77, 100):
+        assert float(mine(count)) == float(expected(count))
+
+
+@pytest.mark.parametrize("name", get_args(training.Schedule))
+def test_the_help_of_sched_explains_every_schedule(name, capsys):
+    explained = help_of([], capsys).partition("--sched ")[2].partition("--quantizer ")[0]
+    assert re.search(rf"(?<![\w-]){name}(, [\w-]+)*:", explained)
 
 
 def test_quantization_follows_the_flags():

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from experiments.configs.study import preset
+from experiments.paper.launch import Progress, Running
 from experiments.paper.progress import time_left
 from experiments.paper.rows import study
-from experiments.paper.schedule import Progress, Running
 
 ROWS = {str(row): row for row in study(preset("smoke"))}
 FLOAT, QUANT_TRIM, FINE_TUNED, CLIPS = (

@@ -17,11 +17,11 @@ from experiments.configs.study import Target, preset
 from experiments.configs.training import lambda_schedule
 from experiments.paper import networks, rows
 from experiments.paper import row as row_module
+from experiments.paper.launch import command
 from experiments.paper.networks import perform
 from experiments.paper.progress import durations, listing, state
 from experiments.paper.row import Options, find, main
 from experiments.paper.rows import GRAPH, folder_of, row_of
-from experiments.paper.schedule import command
 from experiments.paper.structure import BINS, kernel_tails
 from qt_jax import records
 from qt_jax.export.network import load

@@ -15,8 +15,8 @@ import pytest
 
 from experiments.configs.study import preset
 from experiments.paper import rows
+from experiments.paper.launch import Progress, command, detached_command, run_rows, submit_rows
 from experiments.paper.rows import StudyRow, held, study
-from experiments.paper.schedule import Progress, command, detached_command, run_rows, submit_rows
 from qt_jax.scheduler import Scheduler, open_queue
 
 SMOKE = preset("smoke")
