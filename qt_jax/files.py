@@ -3,14 +3,24 @@
 The content goes into a scratch file beside the target, which takes the target's name once it is complete. A
 reader, or a kill at any moment, finds the old file or the new one. Each writer has a scratch file to itself,
 so that threads, processes and machines may write one path at once: the last to finish wins. A scratch file is
-removed when its writer fails. Only a kill can leave one behind, named `TARGET.TOKEN.partial`.
+removed when its writer fails. Only a kill can leave one behind, named `TARGET.TOKEN.partial`. The next writer
+of the same target removes those that are older than `ABANDONED` seconds.
 """
 
+import contextlib
+import glob
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+ABANDONED = 3600.0
+"""Age in seconds at which a scratch file counts as left by a kill: no writer is expected to take longer."""
+
+TOKEN_BYTES = 6
+"""Random bytes in the name of a scratch file, written as twice as many hexadecimal digits."""
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
@@ -30,7 +40,8 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 def staged(path: str | os.PathLike) -> Iterator[Path]:
     """Give the block a scratch file to write, which becomes `path` if the block ends without an error.
 
-    The folder of `path` is made if it is missing.
+    The folder of `path` is made if it is missing. When `path` has been replaced, the scratch files of earlier
+    writers of `path` that have not been written to for `ABANDONED` seconds are removed.
 
     Yields:
       The path of the scratch file, which does not exist yet. Its suffix is not that of `path`: hand an open
@@ -45,9 +56,20 @@ def staged(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{secrets.token_hex(6)}.partial")
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(TOKEN_BYTES)}.partial")
     try:
         yield scratch
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+    _remove_abandoned(path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the scratch files of `path` that a kill has left, as far as they can be removed."""
+    now = time.time()
+    token = "[0-9a-f]" * (2 * TOKEN_BYTES)
+    for scratch in path.parent.glob(f"{glob.escape(path.name)}.{token}.partial"):
+        with contextlib.suppress(OSError):  # another writer may have removed it
+            if now - scratch.stat().st_mtime > ABANDONED:
+                scratch.unlink()

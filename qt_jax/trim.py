@@ -112,7 +112,7 @@ class _Trim:
       visit: What was seen so far.
       passes: The forward passes that are running, by root scope.
       moved: Whether any range moved.
-      held: Path of a range that was to move in a collection that is not mutable, or None.
+      frozen_path: Path of a range that was to move in a collection that is not mutable, or None.
     """
 
     config: QuantConfig
@@ -121,7 +121,7 @@ class _Trim:
     visit: Visit = dataclasses.field(default_factory=Visit)
     passes: dict[int, "ForwardPass"] = dataclasses.field(default_factory=dict)
     moved: bool = False
-    held: str | None = None
+    frozen_path: str | None = None
 
     def run_pass(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         """Open a forward pass around the first call within a root scope, and move its ranges at the end."""
@@ -135,7 +135,7 @@ class _Trim:
         finally:
             del self.passes[root]
         self.moved = self.moved or bool(running.observed)
-        self.held = self.held or running.held
+        self.frozen_path = self.frozen_path or running.frozen_path
         return outputs
 
     def quantize(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
@@ -179,9 +179,9 @@ class _Trim:
                 "one it has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or "
                 "Einsum."
             )
-        if self.held and not self.moved:
+        if self.frozen_path and not self.moved:
             raise InvalidInput(
-                f"quant_trim(train=True) could not move {self.held!r}, nor any other range: call "
+                f"quant_trim(train=True) could not move {self.frozen_path!r}, nor any other range: call "
                 f'model.apply(..., mutable=["{COLLECTION}"]) and keep what it returns, or freeze the ranges '
                 "with train=False"
             )
@@ -244,7 +244,7 @@ class ForwardPass:
       leaders: Maps the path of an input's point to the range that it moves: its own, or the range of the
         point whose image it has taken.
       followers: Maps each follower's range to the leader's range, which it copies when the pass ends.
-      held: Path of a range that was to move in a collection that is not mutable, or None.
+      frozen_path: Path of a range that was to move in a collection that is not mutable, or None.
     """
 
     config: QuantConfig
@@ -254,7 +254,7 @@ class ForwardPass:
     shared: dict[tuple[int, QuantSpec], _Shared] = dataclasses.field(default_factory=dict)
     leaders: dict[str, nn.Variable] = dataclasses.field(default_factory=dict)
     followers: list[tuple[nn.Variable, nn.Variable]] = dataclasses.field(default_factory=list)
-    held: str | None = None
+    frozen_path: str | None = None
 
     def quantized(
         self, module: nn.Module, name: str, x: jax.Array, spec: QuantSpec, gain: jax.Array | None = None
@@ -277,7 +277,7 @@ class ForwardPass:
         trains = self.train and not module.is_initializing()
         moves = trains and module.is_mutable_collection(COLLECTION)
         if trains and not moves:
-            self.held = where
+            self.frozen_path = where
         if moves and name == INPUT:
             found = self.shared.get((id(x), spec))
             if found is not None and where not in self.leaders:

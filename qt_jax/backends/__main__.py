@@ -17,8 +17,8 @@ from qt_jax.comparison import ALL_ROWS_FAILED, INTERRUPTED, Settings, evaluate_a
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting.pivot import METHOD_TITLES
 
-PIPED_WIDTH = 120
-"""Columns of text that goes to a file or a pipe."""
+TABLE_WIDTH = 120
+"""Number of columns of tables that go to a file or a pipe."""
 NOT_READY = "something is missing"
 
 
@@ -107,13 +107,13 @@ def main(arguments: list[str] | None = None) -> int:
         given = read_flags(Command, arguments, "qt_jax.backends", description=ABOUT)
         match given:
             case List():
-                show_list(given, text_console(width=PIPED_WIDTH))
+                show_list(given, text_console(width=TABLE_WIDTH))
             case Doctor():
-                show_doctor(given, text_console(width=PIPED_WIDTH, stderr=given.json))
+                show_doctor(given, text_console(width=TABLE_WIDTH, stderr=given.json))
             case Install():
-                install(given, text_console(width=PIPED_WIDTH))
+                install(given, text_console(width=TABLE_WIDTH))
             case Run():
-                run(given, text_console(width=PIPED_WIDTH, stderr=given.settings.json))
+                run(given, text_console(width=TABLE_WIDTH, stderr=given.settings.json))
 
     return exit_status(parse_and_run, INTERRUPTED)
 
@@ -140,9 +140,9 @@ def show_doctor(command: Doctor, console: Console) -> None:
     else:
         console.print(registry.readiness_table(rows))
         console.print(f"Environments lie in {environments.root()} (QT_JAX_ENVIRONMENTS).")
-    lacking = [row["backend"] for row in rows if not row["ready"]]
-    if lacking:
-        raise Failed(f"{len(lacking)} of {len(rows)} toolchains lack something: {', '.join(lacking)}")
+    not_ready = [row["backend"] for row in rows if not row["ready"]]
+    if not_ready:
+        raise Failed(f"{len(not_ready)} of {len(rows)} toolchains lack something: {', '.join(not_ready)}")
 
 
 def install(command: Install, console: Console) -> None:

@@ -151,8 +151,8 @@ def _check_images(given: onnx.ValueInfoProto, calibration: np.ndarray, images: n
 
 def _check_labels(images: np.ndarray, labels: np.ndarray) -> None:
     """Raise InvalidInput for labels that are not integers, or not one per image or pixel."""
-    whole = labels.ndim in (1, 3) and np.issubdtype(labels.dtype, np.integer)
-    if not len(images) or labels.shape[:1] != (len(images),) or not whole:
+    are_integers = labels.ndim in (1, 3) and np.issubdtype(labels.dtype, np.integer)
+    if not len(images) or labels.shape[:1] != (len(images),) or not are_integers:
         raise InvalidInput(
             f"test labels must be one integer per image, or (n, height, width) for segmentation, for at "
             f"least one image, got {labels.dtype} {labels.shape} for {len(images)} images."

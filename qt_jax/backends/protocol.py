@@ -111,7 +111,8 @@ class Backend(Protocol):
     kind: str
     """One of `KINDS`."""
     environment: Environment | None
-    """None if it runs in the interpreter that runs qt_jax, whose requirements.txt has what it needs."""
+    """None if it runs in the interpreter that runs qt_jax. The extra `backends` brings the packages for that,
+    except those of TensorRT: its `available` says what to install."""
     packages: tuple[str, ...]
     """Distributions whose versions are recorded beside every number of this backend."""
     schemes: tuple[Scheme, ...]

@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from rich.console import Console
+from qt_jax.errors import extra
 
-from qt_jax.backends.registry import select
-from qt_jax.command_line import command, print_rows, terminate_like_interrupt
-from qt_jax.diagnosis.report import INTERRUPTED, DiagnosisSettings, layer_rows, write_diagnosis
-from qt_jax.diagnosis.subject import read_subject
+with extra("backends"):
+    import tyro
+    from rich.console import Console
+
+    from qt_jax.backends.registry import select
+    from qt_jax.command_line import command, print_rows, terminate_like_interrupt
+    from qt_jax.diagnosis.report import INTERRUPTED, DiagnosisSettings, layer_rows, write_diagnosis
+    from qt_jax.diagnosis.subject import read_subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Options:
     calibration: Path
     """.npz with "images", float32 as the model takes them."""
     test: Path
-    """.npz with "images" and integer "labels" to judge by, best of a validation split."""
+    """.npz with "images" and integer "labels" to judge by, preferably of a validation split."""
     settings: Annotated[DiagnosisSettings, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=DiagnosisSettings
     )

@@ -32,7 +32,7 @@ class Diagnosis:
     Attributes:
       before: Deployment as it was given.
       after: Deployment with all advised remedies.
-      floating, whole, mended: Measurements of the float graph, of `before` and of `after`.
+      floating, all_rounded, mended: Measurements of the float graph, of `before` and of `after`.
       kernels, activations: Summaries of the float graph's kernels and activations, by layer.
       sensitivities: Sensitivity of each layer.
       ratios, mended_ratios: SQNR of each layer's output in dB, of `before` and of `after`, each against its
@@ -43,7 +43,7 @@ class Diagnosis:
     before: Deployment
     after: Deployment
     floating: Measurement
-    whole: Measurement
+    all_rounded: Measurement
     mended: Measurement
     kernels: Mapping[str, Kernel]
     activations: Mapping[str, Activation]
@@ -77,7 +77,7 @@ def diagnose(deployment: Deployment, meter: Meter, progress: Progress) -> Diagno
     if not deployment.precisions:
         raise InvalidInput("the graph has no convolution or matrix product with a kernel of its own")
     floating = meter.measure(dataclasses.replace(deployment, precisions={}).simulated(), "float")
-    whole = meter.measure(deployment.simulated(), "all")
+    all_rounded = meter.measure(deployment.simulated(), "all")
     found = sensitivities(deployment, meter, progress)
     progress("looking at tensors")
     seen = activations(deployment.model, meter.images, deployment.bounds)
@@ -88,7 +88,7 @@ def diagnose(deployment: Deployment, meter: Meter, progress: Progress) -> Diagno
         before=deployment,
         after=after,
         floating=floating,
-        whole=whole,
+        all_rounded=all_rounded,
         mended=meter.measure(after.simulated(), "all, mended"),
         kernels=kernels(deployment.model),
         activations=seen,

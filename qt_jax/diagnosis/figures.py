@@ -62,7 +62,7 @@ def draw_sensitivity(found: Diagnosis) -> Figure:
     figure, axes = _lines(list(found.sensitivities))
     pairs = found.sensitivities.values()
     alone = [100 * (found.floating.top1 - item.alone.top1) for item in pairs]
-    spared = [100 * (item.all_but.top1 - found.whole.top1) for item in pairs]
+    spared = [100 * (item.all_but.top1 - found.all_rounded.top1) for item in pairs]
     places = np.arange(len(alone))
     axes.barh(places - 0.19, alone, 0.36, color=BEFORE, label="lost, this layer alone rounded")
     axes.barh(places + 0.19, spared, 0.36, color=AFTER, label="regained, all but this layer rounded")

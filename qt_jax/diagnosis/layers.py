@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from qt_jax.export import graph
+from qt_jax.export.encodings import kernel_rows
 from qt_jax.export.operators import channel_axis, weighted_nodes
 from qt_jax.export.qdq import ABSORBED
 from qt_jax.export.sessions import named_inputs, run_tensors
@@ -87,11 +88,6 @@ def kernel_sizes(model: onnx.ModelProto) -> dict[str, int]:
     return {name: sizes[node.input[1]] for name, node in weighted_nodes(model).items()}
 
 
-def channels(kernel: np.ndarray, axis: int) -> np.ndarray:
-    """Reshape a kernel to `(channels, weights of one channel)`."""
-    return np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """Summarize a layer's weights.
@@ -154,7 +150,7 @@ def kernels(model: onnx.ModelProto) -> dict[str, Kernel]:
         magnitude = np.sort(np.abs(kernel), axis=None)
         place = max(min(int(np.ceil(TAIL * kernel.size)), kernel.size - 1) - 1, 0)
         rms = float(np.sqrt(np.mean(np.square(kernel, dtype=np.float64))))
-        largest = np.abs(channels(kernel, layer.axis)).max(axis=1)
+        largest = np.abs(kernel_rows(kernel, layer.axis)).max(axis=1)
         ends = float(magnitude[-1]), float(magnitude[place])
         found[name] = Kernel(kernel.size, *ends, rms, largest, bool(layer.bias))
     return found

@@ -71,10 +71,10 @@ def within_drop(
     ranked: list[str],
     meter: Meter,
     float_top1: float,
-    most: float,
+    max_drop: float,
     progress: Progress,
 ) -> Deployment:
-    """Put as many layers on `LOW` bits as lose no more than `most` (a fraction) against `float_top1`.
+    """Put as many layers on `LOW` bits as lose no more than `max_drop` (a fraction) against `float_top1`.
 
     The number is found by bisection over the order `ranked`. This assumes that the loss grows with the number
     of layers.
@@ -88,13 +88,13 @@ def within_drop(
         graph = lowered(deployment, ranked[:count]).simulated()
         return float_top1 - meter.measure(graph, f"{count} layers on {LOW} bits").top1
 
-    if (least := drop(0)) > most:
+    if (least := drop(0)) > max_drop:
         raise InvalidInput(
-            f"all layers on {HIGH} bits lose {100 * least:.2f} points, over the budget of {100 * most:g}: "
-            "allow more, or mend what the advice names first"
+            f"all layers on {HIGH} bits lose {100 * least:.2f} points, over the budget of "
+            f"{100 * max_drop:g}: allow more, or mend what the advice names first"
         )
     good, bad = 0, len(ranked) + 1
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if drop(middle) <= most else (good, middle)
+        good, bad = (middle, bad) if drop(middle) <= max_drop else (good, middle)
     return lowered(deployment, ranked[:good])

@@ -20,7 +20,7 @@ MEASURED = (
     "{bounds}. Sums and pooling are in floating point. A remedy is advised if, on top of those before it,"
     " it makes more images right than chance would (McNemar, two standard deviations). Of several for one"
     " layer, the cheapest is advised that is as good as the best but for chance. The SQNR behind a layer "
-    "is that of its output, with all layers rounded, on the first {some:,} images."
+    "is that of its output, with all layers rounded, on the first {sqnr_images:,} images."
 )
 """Last section of the page, with fields for the number of images and the source of the ranges."""
 
@@ -38,9 +38,9 @@ def page(
     title: str,
     *,
     bounds: str,
-    some: int,
+    sqnr_images: int,
     pictures: Mapping[str, str],
-    further: Mapping[str, str],
+    sections: Mapping[str, str],
     source: Mapping[str, Any],
     flags: bool,
 ) -> str:
@@ -50,22 +50,22 @@ def page(
       found: Diagnosis to show.
       title: Title of the page.
       bounds: Source of the input ranges in words, such as "minimum and maximum on 512 images".
-      some: Number of images on which the noise behind layers was measured.
+      sqnr_images: Number of images on which the noise behind layers was measured.
       pictures: Captions by file name.
-      further: Markdown by heading, for sections after the layers.
+      sections: Markdown by heading, for sections after the layers.
       source: Provenance, from `qt_jax.provenance`.
       flags: True if a command line of `experiments.cifar` can use the advice.
     """
     n = len(found.floating.correct)
-    sections = {
+    parts_by_heading = {
         "What to do": advice_section(found, flags),
         "Layers": layer_table(found) + "\n\n" + LEGEND,
-        **further,
+        **sections,
         "Pictures": "\n\n".join(f"![{caption}]({name})" for name, caption in pictures.items()),
-        "How it was measured": MEASURED.format(n=n, bounds=bounds, some=some) + _source(source),
+        "How it was measured": MEASURED.format(n=n, bounds=bounds, sqnr_images=sqnr_images) + _source(source),
     }
     parts = [f"# {escaped(title)}", totals(found)]
-    parts += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
+    parts += [f"## {name}\n\n{text}" for name, text in parts_by_heading.items() if text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -82,7 +82,7 @@ def totals(found: Diagnosis) -> str:
     before, after = found.sizes
     rows = [
         ["floating point", *_scores(found.floating, found), ABSENT],
-        ["simulated", *_scores(found.whole, found), f"{before:,}"],
+        ["simulated", *_scores(found.all_rounded, found), f"{before:,}"],
         ["simulated, after the advice", *_scores(found.mended, found), f"{after:,}"],
     ]
     return markdown_table(["", "top-1 %", "against float", "SQNR dB", "bytes of kernels"], rows)
@@ -96,7 +96,7 @@ def _scores(item: Measurement, found: Diagnosis) -> list[str]:
 def advice_section(found: Diagnosis, flags: bool) -> str:
     """Write the advised remedies with what each gave, snippets to paste, and what was tried in vain."""
     lines: list[str] = []
-    before = found.whole
+    before = found.all_rounded
     for trial in found.advised:
         finding, after = trial.finding, trial.result
         lines.append(
@@ -176,7 +176,7 @@ def _by_layer(found: Diagnosis) -> list[list[str]]:
                 f"{100 * activation.zeros:.1f}",
                 ABSENT if saturated is None else f"{100 * saturated:.2f}",
                 points(item.alone.top1 - found.floating.top1),
-                points(item.all_but.top1 - found.whole.top1),
+                points(item.all_but.top1 - found.all_rounded.top1),
                 decibels(found.ratios.get(name)),
                 decibels(found.mended_ratios.get(name)),
             ]

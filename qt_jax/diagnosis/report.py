@@ -24,7 +24,7 @@ from qt_jax.diagnosis.figures import write_pictures
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, Precision, everywhere, logits_of
-from qt_jax.diagnosis.subject import Subject
+from qt_jax.diagnosis.subject import RangeSource, Subject
 from qt_jax.errors import InvalidInput
 from qt_jax.files import write_whole
 from qt_jax.provenance import provenance
@@ -44,7 +44,7 @@ class DiagnosisSettings:
 
     scheme: Literal[*SIMULATED_SCHEMES] = "int8-pt"  # type: ignore[valid-type]
     """Bits of all layers' weights; one scale per tensor (pt) or output channel (pc). Inputs have 8 bits."""
-    ranges: Literal["learned", "minmax"] | None = None
+    ranges: RangeSource = None
     """Grids of layers' inputs: those of MODEL.ranges.json, or minimum and maximum on the calibration images.
     Default: learned where there are any."""
     limit: int | None = None
@@ -58,7 +58,7 @@ class DiagnosisSettings:
     apply: bool = False
     """Write the mended network: float ONNX, ranges, and the QDQ graph on the advised grids."""
     out: Path | None = None
-    """Folder for the results. Default: the folder of the run, or MODEL.diagnosis beside the model."""
+    """Folder for the results. Default: beside what is diagnosed."""
 
     def __post_init__(self) -> None:
         if self.max_bytes is not None and self.max_drop is not None:
@@ -111,9 +111,9 @@ def write_diagnosis(
         found,
         title,
         bounds=subject.bounds_source,
-        some=min(SQNR_IMAGES, len(subject.images)),
+        sqnr_images=min(SQNR_IMAGES, len(subject.images)),
         pictures=write_pictures(found, folder),
-        further=sections,
+        sections=sections,
         source=provenance(["onnxruntime", "onnx", "numpy"]),
         flags=flags,
     )
@@ -218,8 +218,10 @@ def _budget_section(
         asked = f"at most {settings.max_bytes:,} bytes of kernels"
     else:
         assert settings.max_drop is not None
-        most = settings.max_drop / 100
-        chosen = mixed_precision.within_drop(found.after, ranked, meter, found.floating.top1, most, progress)
+        max_drop = settings.max_drop / 100
+        chosen = mixed_precision.within_drop(
+            found.after, ranked, meter, found.floating.top1, max_drop, progress
+        )
         asked = f"at most {settings.max_drop:g} points lost"
     reached = meter.measure(chosen.simulated(), "mixed precision")
     return chosen, page.budget_section(found, chosen, reached, asked)

@@ -54,21 +54,13 @@ def read_subject(
     Raises:
       InvalidInput: A file is missing, cannot be read, or does not fit the others.
     """
-    require(path)
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "is not there"
+        raise InvalidInput(f"{path} {problem}: give the path of a float ONNX model.")
     judged = read_arrays(test, ("images", "labels"))
     images, labels = (judged[name][:limit] for name in ("images", "labels"))
     calibrated = read_arrays(calibration, ("images",))["images"]
     return load_subject(path, path.name, calibrated, images, labels, ranges)
-
-
-def require(path: Path) -> None:
-    """Check that a file or folder is there.
-
-    Raises:
-      InvalidInput: It is not.
-    """
-    if not path.exists():
-        raise InvalidInput(f"{path} is not there: name the folder of a run, or an ONNX file.")
 
 
 def load_subject(

@@ -30,7 +30,7 @@ LAYER_SCHEMES = {
     for offer in ort.BACKEND.schemes
     if offer.name in ("int8-pt-minmax", "int4w-pt-minmax", "int4w-pc-minmax")
 }
-"""Schemes of onnxruntime in which layers are compared."""
+"""Schemes of onnxruntime in which `experiments.layer_sqnr` and `experiments.paper` compare layers."""
 
 
 def prefix(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
@@ -136,7 +136,7 @@ def producers(model: onnx.ModelProto) -> dict[str, list[str]]:
     return {name: behind(layer.source, set()) for name, layer in layers.items()}
 
 
-def costliest(model: onnx.ModelProto, ratios: Mapping[str, float | None], most: int = 3) -> list[str]:
+def costliest(model: onnx.ModelProto, ratios: Mapping[str, float | None], count: int = 3) -> list[str]:
     """Return the layers at which most relative noise comes in, the worst first.
 
     The noise of a layer is 10^(-SQNR / 10) behind it, less the largest such value behind the layers before
@@ -145,7 +145,7 @@ def costliest(model: onnx.ModelProto, ratios: Mapping[str, float | None], most: 
     Args:
       model: Float graph.
       ratios: SQNR behind each layer in dB; None where nothing differs.
-      most: Number of layers to return.
+      count: Number of layers to return.
     """
     noise = {name: 0.0 if ratio is None else 10 ** (-ratio / 10) for name, ratio in ratios.items()}
     added = {
@@ -153,11 +153,14 @@ def costliest(model: onnx.ModelProto, ratios: Mapping[str, float | None], most: 
         for name, befores in producers(model).items()
         if name in noise
     }
-    return [name for name in sorted(added, key=lambda name: -added[name]) if added[name] > 0][:most]
+    return [name for name in sorted(added, key=lambda name: -added[name]) if added[name] > 0][:count]
 
 
 def quantized(graph: onnx.ModelProto, calibration: np.ndarray, scheme: Scheme) -> onnx.ModelProto:
-    """Quantize a float graph with onnxruntime's quantizer."""
+    """Quantize a float graph with onnxruntime's quantizer.
+
+    `experiments.layer_sqnr` and `experiments.paper` compare the result with the float graph layer by layer.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         source, target = Path("float.onnx"), Path("quantized")
         target.mkdir()

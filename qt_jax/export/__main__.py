@@ -16,8 +16,8 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export.deploy import deploy
 from qt_jax.export.network import Deployable, Description, config_from_json, deployable, load
 
-PIPED_WIDTH = 160
-"""Number of columns of what is printed to a file or a pipe."""
+TABLE_WIDTH = 160
+"""Number of columns of tables that go to a file or a pipe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def export() -> None:
         options = parse(Options, arguments, "qt_jax.export")
-        run(options, text_console(width=PIPED_WIDTH, stderr=options.json))
+        run(options, text_console(width=TABLE_WIDTH, stderr=options.json))
 
     return exit_status(export)
 

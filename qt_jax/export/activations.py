@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qt_jax.export import graph
 from qt_jax.export.graph import Constants
+from qt_jax.export.lowering import OPSET
 from qt_jax.export.operators import BINARY, UNARY
 
 Producers = dict[str, NodeProto]
@@ -25,9 +26,6 @@ PROBES = np.concatenate([np.linspace(-12.0, 12.0, 97, dtype=np.float32), FAR, -F
 
 TOLERANCE = 4e-6
 """Largest difference at a probe x, divided by max(1, |x|)."""
-
-OPSET = 21
-"""Opset at which expressions and curves are evaluated."""
 
 LONGEST = 16
 """Largest number of nodes of an expression that is tried."""

@@ -17,6 +17,7 @@ from onnx import NodeProto, helper
 
 from qt_jax.config import QuantConfig
 from qt_jax.export import graph
+from qt_jax.export.naming import free_name
 from qt_jax.export.operators import weighted_nodes
 from qt_jax.export.ranges import learned_encodings
 from qt_jax.interception import LAYERS, Call, intercept
@@ -201,8 +202,7 @@ class _Writer:
         return helper.make_node("Clip", [source, *ends], [output], name=name)
 
     def _free(self, base: str) -> str:
-        """Return `base`, with a number where that name is taken."""
-        numbered = (f"{base}_{number}" for number in range(1, len(self.taken) + 1))
-        name = next(candidate for candidate in (base, *numbered) if candidate not in self.taken)
+        """Take a name: `base`, with a number where that is taken."""
+        name = free_name(base, self.taken)
         self.taken.add(name)
         return name

@@ -31,7 +31,7 @@ from qt_jax.grid import QuantSpec
 QDQ_BITS = {"int8": (8, 8), "int4": (4, 8), "int16-act": (8, 16)}
 """Maps the name of a QDQ graph's integers to the bits of its weights and activations."""
 
-OPSET = 17
+DEFAULT_OPSET = 17
 """Default opset of ai.onnx, where it has the integers."""
 
 RANDOM = 8
@@ -125,7 +125,7 @@ def deploy(
 def _opset(opset: int | None, qdq: str | None) -> int:
     """Return the opset to export with, checked against the integers of `qdq`."""
     if qdq is None:
-        return opset or OPSET
+        return opset or DEFAULT_OPSET
     if qdq not in QDQ_BITS:
         raise InvalidInput(f"QDQ mode {qdq!r} is unknown; choose one of {', '.join(QDQ_BITS)}")
     first = max(FIRST_OPSET[storage_bits(bits)] for bits in QDQ_BITS[qdq])
@@ -134,7 +134,7 @@ def _opset(opset: int | None, qdq: str | None) -> int:
             f"QDQ mode {qdq} needs integers that ONNX has from opset {first}, not {opset}: leave the opset "
             f"out, or give {first}"
         )
-    return max(OPSET, first) if opset is None else opset
+    return max(DEFAULT_OPSET, first) if opset is None else opset
 
 
 def _learned(network: Deployable, qdq: str) -> tuple[QuantConfig, Samples]:

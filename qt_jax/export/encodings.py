@@ -100,7 +100,7 @@ def activation_encoding(low: ArrayLike, high: ArrayLike, spec: QuantSpec, source
     if spec.axis is not None or spec.bits not in ACTIVATION_BITS:
         raise InvalidInput(
             f"activations on {spec.bits} bits along axis {spec.axis} have no QDQ form: it clips at the ends "
-            "of an integer type and has one scale. Deploy on 8 or 16 bits, see qt_jax.export.deploy."
+            "of an integer type and has one scale. Deploy on 8 or 16 bits, see qt_jax.export.deploy.QDQ_BITS."
         )
     low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
     scale, zero_point = quantization_parameters(low, high, spec)
@@ -153,9 +153,17 @@ def encode_by_magnitude(
       axis: Axis of the output channels.
       least: Lower bound of the scale, from `least_scale`.
     """
-    rows = np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1).astype(np.float64)
-    peak = np.max(np.abs(rows), axis=1)
+    peak = np.max(np.abs(kernel_rows(kernel, axis).astype(np.float64)), axis=1)
     return _symmetric(np.maximum(peak / spec.integer_range[1], least), spec, axis, "folded kernel")
+
+
+def kernel_rows(kernel: np.ndarray, axis: int) -> np.ndarray:
+    """Reshape a kernel to `(channels, weights of one channel)`; `axis` is that of the channels.
+
+    >>> kernel_rows(np.arange(6).reshape(3, 2), axis=1).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
+    return np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1)
 
 
 def _symmetric(scale: np.ndarray, spec: QuantSpec, axis: int, source: Source) -> Encoding:

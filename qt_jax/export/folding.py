@@ -2,6 +2,8 @@
 
 Shapes that are known, subgraphs of constants, batch norm, and arithmetic by feature disappear into
 initializers. The kernel behind a flattened image is permuted instead of the image.
+
+The module imports numpy, onnx and modules of qt_jax that need no more, as `graph` explains.
 """
 
 import math
@@ -16,11 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from qt_jax.export import graph
 from qt_jax.export.graph import Constants, Shapes
 from qt_jax.export.layout import TO_CHANNELS_LAST
-from qt_jax.export.operators import channel_axis
+from qt_jax.export.operators import BIASED, channel_axis
 from qt_jax.export.rewrites import is_absent
-
-LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm"})
-"""Operators into whose kernel and bias a gain and a shift by feature are folded."""
 
 
 def known_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -107,7 +106,7 @@ def drop_absent_bias(model: onnx.ModelProto) -> onnx.ModelProto:
     def plain(node: NodeProto) -> NodeProto:
         stated = graph.attributes(node)
         absent = stated.get("beta") == 0.0 or (len(node.input) > 2 and is_absent(node.input[2], values))
-        if node.op_type not in LAYERS or not absent:
+        if node.op_type not in BIASED or not absent:
             return node
         stated.pop("beta", None)
         return helper.make_node(node.op_type, node.input[:2], node.output, **stated)
@@ -125,7 +124,7 @@ def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:
     values = graph.constants(model)
 
     def folded(norm: NodeProto, before: NodeProto) -> NodeProto | None:
-        if before.op_type not in LAYERS or not values.keys() >= {*norm.input[1:], *before.input[1:]}:
+        if before.op_type not in BIASED or not values.keys() >= {*norm.input[1:], *before.input[1:]}:
             return None
         scale, shift, mean, variance = (values[name].astype(np.float64) for name in norm.input[1:])
         gain = scale / np.sqrt(variance + graph.attributes(norm)["epsilon"])
@@ -171,7 +170,7 @@ def _fold_affine(model: onnx.ModelProto, operators: frozenset[str]) -> onnx.Mode
 
     def folded(node: NodeProto, layer: NodeProto) -> NodeProto | None:
         constant = next((name for name in node.input if name in values), "")
-        fixed = layer.op_type in (*LAYERS, "MatMul") and values.keys() >= {*layer.input[1:]}
+        fixed = layer.op_type in (*BIASED, "MatMul") and values.keys() >= {*layer.input[1:]}
         reversed_ = node.op_type in ("Div", "Sub") and node.input[0] == constant
         if not constant or not fixed or reversed_:
             return None

@@ -26,7 +26,8 @@ from qt_jax.export.layout import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 from qt_jax.export.operators import BINARY
 
 OPSET = 21
-"""Opset at which every model is lowered; `opsets.at_opset` restates it in an older one."""
+"""Opset at which every model is lowered and its activations are recognized.
+`opsets.at_opset` restates it in an older one."""
 
 MARKS = (1009, 1013, 1019, 1021)
 """Batches to lower with: primes. A size that is a multiple of the one chosen holds the batch."""

@@ -1,6 +1,7 @@
 """Name nodes, tensors and initializers by their Flax path, so that a reader can trace them back.
 
-`name_by_path` gives the names; `leaf_of` finds the leaf that an exported constant is named after.
+`name_by_path` gives the names. `free_name` numbers a name that is taken. `leaf_of` finds the leaf that an
+exported constant is named after.
 """
 
 import re
@@ -57,7 +58,7 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
         feed = max(feeds, key=order.__getitem__, default="")
         base, scope = _place(node, values, scopes.get(feed, ""), taken)
         occupied = taken.difference(node.output)  # the module `logits` may write the tensor `logits`
-        name = next(candidate for candidate in _candidates(base) if candidate not in occupied)
+        name = free_name(base, occupied)
         taken.add(name)
         inputs = [tensors.get(source, "") for source in node.input]
         for index, source in enumerate(node.input):
@@ -90,6 +91,15 @@ def _argument(node: NodeProto, index: int) -> str:
     """Return the operator's own name for an input of `node`, in lower case."""
     formal = defs.get_schema(node.op_type).inputs
     return formal[min(index, len(formal) - 1)].name.lower()
+
+
+def free_name(base: str, taken: Container[str]) -> str:
+    """Return `base`, or the first of `base_1`, `base_2` and so on that is not taken.
+
+    >>> free_name("Relu", {"Relu", "Relu_1"})
+    'Relu_2'
+    """
+    return next(candidate for candidate in _candidates(base) if candidate not in taken)
 
 
 def _candidates(base: str) -> Iterator[str]:

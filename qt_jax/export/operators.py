@@ -30,6 +30,9 @@ POOLING = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPo
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators that multiply by a kernel."""
 
+BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+"""Operators that multiply by a kernel and take a bias as third input."""
+
 NORMALIZING = frozenset(
     {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 )

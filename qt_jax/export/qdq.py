@@ -17,12 +17,10 @@ from onnx import NodeProto, helper, shape_inference
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.encodings import Encoding, Ranges, model_sha256
-from qt_jax.export.operators import WEIGHTED
+from qt_jax.export.naming import free_name
+from qt_jax.export.operators import BIASED, WEIGHTED
 
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
-
-BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
-"""Operators whose third input is a bias."""
 
 ABSORBED = frozenset({"Clip", "Relu"})
 """Operators that the operator before them computes, whose own output is then not quantized."""
@@ -302,9 +300,8 @@ class _Writer:
         return self.written[key]
 
     def _base(self, name: str) -> str:
-        """Return `name`, or `name_1` and so on where that is taken."""
-        numbered = (f"{name}_{number}" for number in range(1, len(self.bases) + 1))
-        base = next(candidate for candidate in (name, *numbered) if candidate not in self.bases)
+        """Take a name for a pair: `name`, with a number where that is taken."""
+        base = free_name(name, self.bases)
         self.bases.add(base)
         return base
 

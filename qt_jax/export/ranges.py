@@ -23,6 +23,7 @@ from qt_jax.export.encodings import (
     activation_encoding,
     encode_by_magnitude,
     encode_learned,
+    kernel_rows,
     least_scale,
     model_sha256,
     per_tensor,
@@ -306,20 +307,15 @@ def output_gains(node: NodeProto, folded: np.ndarray, raw: np.ndarray) -> np.nda
     [2.0, -0.5]
     """
     axis = channel_axis(node, folded.ndim)
-    rows = _rows(folded, axis)
+    rows = kernel_rows(folded, axis).astype(np.float64)
     for layout in _layouts(node, raw, folded):
-        original = _rows(layout, axis)
+        original = kernel_rows(layout, axis).astype(np.float64)
         energy = np.sum(original**2, axis=1)
         gains = np.sum(rows * original, axis=1) / np.where(energy > 0, energy, 1.0)
         residual = np.linalg.norm(rows - gains[:, None] * original, axis=1)
         if np.all(residual <= FIT * np.linalg.norm(rows, axis=1)):
             return gains
     return None
-
-
-def _rows(kernel: np.ndarray, axis: int) -> np.ndarray:
-    """Return a kernel as float64 `(channels, weights of one channel)`."""
-    return np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1).astype(np.float64)
 
 
 def _layouts(node: NodeProto, raw: np.ndarray, folded: np.ndarray) -> list[np.ndarray]:

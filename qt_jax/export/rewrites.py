@@ -2,6 +2,8 @@
 
 jax2onnx writes every dense layer as a Gemm between two Reshapes, and attention as Einsum. Compilers know
 another form: Gemm on rows, MatMul on sequences and in attention.
+
+The module imports numpy, onnx and modules of qt_jax that need no more, as `graph` explains.
 """
 
 import math

@@ -228,8 +228,8 @@ def draw_diagram(axes: Axes, item: Reliability, shade: str) -> None:
     axes.set_ylim(0, 1.02)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    name = textwrap.fill(str(item.row), 30) if item.why != "FP32" else str(item.row)
-    axes.set_title(f"{item.why}: ECE {100 * item.ece:.1f} %\n{name}", fontsize=8, loc="left")
+    name = textwrap.fill(str(item.row), 30) if item.reason != "FP32" else str(item.row)
+    axes.set_title(f"{item.reason}: ECE {100 * item.ece:.1f} %\n{name}", fontsize=8, loc="left")
 
 
 def latency_figure(deployment: DeploymentTable, path: Path) -> Path | None:

@@ -6,12 +6,10 @@ records with one row per compiled model and runtime, and one column per network.
 - The drop of a row is `reference_top1 - top1`: the float model in onnxruntime and the row on the same images.
   Simulators run on fewer images, so neither term is ever taken from another record.
 - A network is a column. Where two runs hold networks of the same task, model, method and seed, the run is
-part
-  of the column too.
+  part of the column too.
 - INT8 rows have 8-bit weights and 8-bit activations. INT4 rows have 4-bit weights and any activations. Both
-are
-  on integer grids in all layers. Floats, block exponents, and 4-bit matmuls beside wider convolutions are
-  neither. Only rows of status ok count.
+  are on integer grids in all layers. Floats, block exponents, and 4-bit matmuls beside wider convolutions
+  are neither. Only rows of status ok count.
 - The spread of a group is its largest drop minus its smallest. It is taken of drops, because top-1 on 500
   images and on 10,000 cannot be subtracted.
 - The gain is Quant-Trim's top-1 minus its float twin's, for the same seed, data and number of images.

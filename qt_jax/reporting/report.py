@@ -289,8 +289,8 @@ def _disagreements(deployment: DeploymentTable) -> str | None:
         for pair in disagreeing_pairs(deployment, column):
             lines.append(
                 f"- {escaped(deployment.name(column))}: {escaped(pair.first)} and {escaped(pair.second)} "
-                f"differ on {100 * pair.differ:.1f} % of the images although their top-1 differs by "
-                f"{100 * pair.apart:.2f}"
+                f"differ on {100 * pair.fraction_differing:.1f} % of the images although their top-1 differs "
+                f"by {100 * pair.top1_distance:.2f}"
             )
     if not lines:
         return None

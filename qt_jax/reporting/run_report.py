@@ -429,7 +429,7 @@ def _calibration(run: RunContents) -> Section:
             draw = partial(draw_reliability, item, method_colour(column.method, index))
             if svg := to_svg(draw, name.removesuffix(".svg")):
                 drawings[name] = svg
-                pictures.append(f"![{escaped(deployment.name(column))}, {item.why}]({name})")
+                pictures.append(f"![{escaped(deployment.name(column))}, {item.reason}]({name})")
         if pictures:
             parts += [f"### {escaped(deployment.name(column))}", "\n".join(pictures)]
     scores = {"ECE %": ("ece", 100, 2), "Brier": ("brier", 1, 4), "NLL": ("nll", 1, 4)}

@@ -33,20 +33,20 @@ class Disagreement(NamedTuple):
 
     first: Row
     second: Row
-    differ: float
-    apart: float
+    fraction_differing: float
+    top1_distance: float
 
 
 class Reliability(NamedTuple):
     """Hold a row of a reliability diagram.
 
     Attributes:
-      why: Reason to show the row, such as "best".
+      reason: Reason to show the row, such as "best".
       row: Row.
       bins: `(bins, 3)`: count, confidence and accuracy of each bin, 0 where the bin is empty.
     """
 
-    why: str
+    reason: str
     row: Row
     bins: np.ndarray
 
@@ -147,11 +147,11 @@ def disagreeing_pairs(deployment: DeploymentTable, column: Column, most: int = 5
         values = [measured(cells[row], "top1").values() for row in (rows[i], rows[j])]
         if len(sizes) > 1 or not all(values) or not matrix[i, j] < 1:
             continue
-        apart = abs(spread(values[0])[0] - spread(values[1])[0])
-        if apart <= EQUAL_ACCURACY + 1e-9:
-            found.append(Disagreement(rows[i], rows[j], 1 - matrix[i, j], apart))
+        top1_distance = abs(spread(values[0])[0] - spread(values[1])[0])
+        if top1_distance <= EQUAL_ACCURACY + 1e-9:
+            found.append(Disagreement(rows[i], rows[j], 1 - matrix[i, j], top1_distance))
     chosen: list[Disagreement] = []
-    for pair in sorted(found, key=lambda pair: -pair.differ):
+    for pair in sorted(found, key=lambda pair: -pair.fraction_differing):
         if not {row for other in chosen for row in other[:2]} & {pair.first, pair.second}:
             chosen.append(pair)
     return chosen[:most]
@@ -186,9 +186,9 @@ def representative(deployment: DeploymentTable, column: Column) -> list[Reliabil
     """Return the float model, and of all other rows those of the smallest, the median and the largest ECE."""
     found = {row: pooled(seeds) for row, seeds in deployment.cells[column].items()}
     kept = [Reliability("", row, bins) for row, bins in found.items() if bins is not None]
-    shown = [item._replace(why="FP32") for item in kept if item.row == REFERENCE]
+    shown = [item._replace(reason="FP32") for item in kept if item.row == REFERENCE]
     others = sorted((item for item in kept if item.row != REFERENCE), key=lambda item: (item.ece, item.row))
     if len(others) < 2:
-        return shown + [item._replace(why="other") for item in others]
+        return shown + [item._replace(reason="other") for item in others]
     places = {len(others) // 2: "median", 0: "best", len(others) - 1: "worst"}
-    return shown + [others[place]._replace(why=why) for place, why in sorted(places.items())]
+    return shown + [others[place]._replace(reason=reason) for place, reason in sorted(places.items())]

@@ -68,7 +68,11 @@ def test_learned_ranges_must_be_there_if_they_are_asked_for(files, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model, c, t: model.unlink(), "model.onnx is not there"),
+        (lambda model, c, t: model.unlink(), "model.onnx is not there: give the path of a float ONNX model"),
+        (
+            lambda model, c, t: (model.unlink(), model.mkdir()),
+            "model.onnx is a folder: give the path of a float ONNX model",
+        ),
         (lambda model, c, t: model.write_bytes(b"\xff" * 9), "model.onnx cannot be read as an ONNX model"),
         (lambda model, c, t: c.unlink(), "c.npz cannot be read"),
         (lambda model, c, t: np.savez(t, images=np.zeros((4, 8))), "lacks the arrays ['labels']"),
@@ -86,6 +90,13 @@ def test_the_command_needs_nothing_of_the_experiments():
     program = "import sys, qt_jax.diagnosis.__main__; print([m for m in sys.modules if 'experiments' in m])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_a_missing_extra_is_named():
+    program = "import sys; sys.modules['tyro'] = None; import qt_jax.diagnosis.__main__"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'tyro is missing: pip install "qt_jax[backends]"' in done.stderr
 
 
 def test_the_extra_backends_suffices():

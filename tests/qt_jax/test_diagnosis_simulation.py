@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qt_jax.diagnosis.layers import channels, layers_of
+from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.simulation import (
     SIMULATED_SCHEMES,
     Precision,
@@ -16,6 +16,7 @@ from qt_jax.diagnosis.simulation import (
     simulated,
 )
 from qt_jax.export import graph
+from qt_jax.export.encodings import kernel_rows
 from qt_jax.export.sessions import named_inputs, run_tensors
 
 MODEL = Path(__file__).parents[2] / "experiments" / "results" / "cifar10-resnet8" / "model.onnx"
@@ -30,7 +31,7 @@ def test_layers_of_the_committed_network(model):
     layers = layers_of(model)
     assert next(iter(layers)) == "stem" and "head" in layers and len(layers) == 10
     values = graph.constants(model)
-    assert channels(values[layers["stem"].kernel], layers["stem"].axis).shape == (16, 27)
+    assert kernel_rows(values[layers["stem"].kernel], layers["stem"].axis).shape == (16, 27)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

@@ -4,12 +4,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from qt_jax.files import staged, write_whole
+from qt_jax.files import ABANDONED, staged, write_whole
 
 SIZE, ROUNDS = 2**16, 20
 
@@ -80,6 +81,31 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), staged(tmp_path / "note.txt"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_files_that_a_kill_left_go_after_an_hour(tmp_path):
+    path = tmp_path / "note[1].txt"
+    old = tmp_path / "note[1].txt.0123456789ab.partial"
+    kept = [
+        tmp_path / name
+        for name in (
+            "note[1].txt.ba9876543210.partial",  # perhaps of a writer that lives
+            "note1.txt.0123456789ab.partial",
+            "other.txt.0123456789ab.partial",
+            "note[1].txt.mine.partial",
+        )
+    ]
+    for scratch in (old, *kept):
+        scratch.write_text("half")
+    for scratch in (old, *kept[1:]):
+        then = time.time() - ABANDONED - 60
+        os.utime(scratch, (then, then))
+    with pytest.raises(RuntimeError), staged(path):
+        raise RuntimeError
+    assert old.exists()
+    write_whole(path, "whole")
+    assert path.read_text() == "whole"
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
 
 
 def test_folders_are_made_and_text_is_utf8_in_every_locale(tmp_path):

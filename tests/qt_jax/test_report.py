@@ -159,7 +159,7 @@ def test_matrix_and_pairs_of_equal_accuracy():
     assert matrix[1, 2] == 0.98  # ten images at either end of the block
     pairs = disagreeing_pairs(found, QUANT_TRIM)
     assert [(p.first.scheme, p.second.scheme) for p in pairs] == [("int8-pc", "int8-pt")]
-    assert (pairs[0].differ, pairs[0].apart) == (pytest.approx(0.02), 0.0)
+    assert (pairs[0].fraction_differing, pairs[0].top1_distance) == (pytest.approx(0.02), 0.0)
 
 
 def test_standard_error_bounds_the_paired_one():
@@ -194,7 +194,7 @@ def test_headline():
 
 
 def test_reliability_picks_fp32_best_and_worst():
-    found = {item.why: item for item in representative(arrange(RECORDS), QUANT_TRIM)}
+    found = {item.reason: item for item in representative(arrange(RECORDS), QUANT_TRIM)}
     assert {why: (item.row.scheme, round(item.ece, 6)) for why, item in found.items()} == {
         "FP32": ("fp32", 0.1),
         "best": ("int8-pc", 0.0),
