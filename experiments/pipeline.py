@@ -182,9 +182,8 @@ def evaluate(config: Config, method: str, dataset: Dataset, directory: Path, con
     """
     path = directory / "records.jsonl"
     onnx_path = directory / graphs_of(config.quantizer)[method]
-    first = ("run", "task", "model", "method", "seed", "sched")  # the order of keys in older records
-    known = dict.fromkeys(first) | identity(directory, dataclasses.asdict(config), method, onnx_path)
-    known["sched"] = "none" if method == FLOAT else config.sched
+    known = {"sched": "none" if method == FLOAT else config.sched}
+    known |= identity(directory, dataclasses.asdict(config), method, onnx_path)
     done = {
         (row["backend"], row["scheme"])
         for row in records.read(path)

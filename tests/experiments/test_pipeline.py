@@ -120,6 +120,8 @@ def test_one_record_a_network_and_scheme(finished):
         assert (row["status"], row["n"], row["task"], row["seed"]) == ("ok", 100, "digits", 0), row["reason"]
         assert row["checkpoint"] == sha256(finished.folder / runs.ONNX_NAMES[row["method"]])
         assert row["calibration"] is None or row["calibration"]["n"] == 16
+        order = ["run", "task", "model", "method", "seed", "checkpoint", "sched", "training"]
+        assert [key for key in row if key in order] == order
     assert {row["sched"] for row in rows} == {"quartic", "none"}
 
 
