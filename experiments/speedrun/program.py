@@ -46,7 +46,7 @@ class Recipe:
     shift: int = 2
     """Largest shift of images, in pixels."""
     average_every: int = 5
-    """Steps between two pulls of the parameters to their moving average; 0 turns them off."""
+    """Steps between two replacements of the parameters by their moving average; 0 turns averaging off."""
     activation: Literal["relu", "gelu"] = "gelu"
     """Nonlinearity."""
     width: float = 1.0
@@ -64,7 +64,7 @@ class Recipe:
     activation_quantile: float = 1.0
     """Upper quantile of an activation's range. The lower one is its complement."""
     reestimate: int = 8
-    """Batches on which batch norm is measured anew at the end, in the float network; 0 turns it off."""
+    """Batches on which batch norm is re-estimated at the end, in the float network; 0 turns it off."""
     reverse_pruning: float | None = 0.99
     """Quantile of |w| to which kernels are pulled back in the ramp, every 25 steps; None turns it off."""
 
@@ -191,7 +191,7 @@ def make_training(
             updates, opt_state = tx.update(gradients, state.opt_state, state.params)
             params, average = optax.apply_updates(state.params, updates), state.average
             if recipe.average_every:
-                params, average = _pulled(step, total, recipe.average_every, params, average)
+                params, average = average_parameters(step, total, recipe.average_every, params, average)
             return State(params, batch_stats, opt_state, average)
 
         state = State(params, variables["batch_stats"], tx.init(params), params)
@@ -209,8 +209,8 @@ def make_training(
     return train
 
 
-def _pulled(step: jax.Array, total: int, every: int, params: Any, average: Any) -> tuple[Any, Any]:
-    """Move the average towards the parameters every so many steps, and put it in their place.
+def average_parameters(step: jax.Array, total: int, every: int, params: Any, average: Any) -> tuple[Any, Any]:
+    """Move the average towards the parameters at every `every`-th step, and replace the parameters by it.
 
     The weight of the old average is 0.95^every (step / total)^3, so the average moves less and less.
     """

@@ -136,7 +136,7 @@ def first_bad_step(
     Args:
       state: State of a checkpoint, after which the run diverged.
       until: A step by which it had diverged.
-      advance: Takes one step and returns the new state with the sums of that step alone. It must not consume
+      advance: Takes one step and returns the new state with the sums of that step. It must not consume
         its argument.
     """
     before = state

@@ -12,7 +12,7 @@ import pytest
 import qt_jax as qt
 from experiments.data import load
 from experiments.models.speed_net import identity_first, max_pool, whitening_kernel
-from experiments.speedrun.program import VIEWS, Recipe, _pulled, make_training, weighted_views
+from experiments.speedrun.program import VIEWS, Recipe, average_parameters, make_training, weighted_views
 from qt_jax import records
 
 command = importlib.import_module("experiments.speedrun.__main__")
@@ -87,11 +87,11 @@ def test_convolutions_begin_as_the_identity():
     assert np.abs(kernel[..., 4:]).max() <= 1 / 6 and np.std(kernel[..., 4:]) > 0.05
 
 
-def test_parameters_are_pulled_to_their_average():
+def test_parameters_are_replaced_by_their_average():
     params, average = {"w": jnp.float32(4.0)}, {"w": jnp.float32(2.0)}
-    new, moved = _pulled(jnp.int32(3), 10, 5, params, average)
+    new, moved = average_parameters(jnp.int32(3), 10, 5, params, average)
     assert float(new["w"]) == 4.0 and float(moved["w"]) == 2.0
-    new, moved = _pulled(jnp.int32(4), 10, 5, params, average)
+    new, moved = average_parameters(jnp.int32(4), 10, 5, params, average)
     keep = 0.95**5 * 0.4**3
     np.testing.assert_allclose([new["w"], moved["w"]], [4 - 2 * keep] * 2, rtol=1e-6)
 
