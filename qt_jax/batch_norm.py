@@ -44,8 +44,8 @@ def reestimate(
 
     Args:
       apply_fn: `(variables, batch) -> (outputs, updated)`, the forward in training mode with `batch_stats`
-        mutable. A plain one measures the float network, one inside `qt.quant_trim(..., train=False)` the
-        fake-quantized network. It is jitted here.
+        mutable. A plain forward measures the float network. One inside `qt.quant_trim(..., train=False)`
+        measures the fake-quantized network. It is jitted here.
       variables: Flax collections. Parameters and all other statistics, Quant-Trim's ranges among them, come
         back as they are. Without batch norm, the result equals `variables`.
       batches: What `apply_fn` takes: arrays, or pytrees of arrays, with the examples along the first axis.

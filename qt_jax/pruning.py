@@ -53,23 +53,23 @@ def reverse_pruning(
     """Clip kernels to [-tau, tau], as an optax transformation that comes LAST in the chain.
 
     It computes the weights after the incoming updates and clips those. Any scaling after it would undo the
-    projection. At every due step, for each kernel w (with the new values of the step, before clipping):
+    projection. At every due step, for each kernel w, updated by this step but not yet clipped:
 
         tau <- ema tau + (1 - ema) quantile(|w|)      (tau <- quantile(|w|) the first time)
         w   <- clip(w, -tau, tau)
 
+    With `folded`, what is pruned is w g, the kernel that a vendor quantizes. g is the gain of the batch norm
+    behind the layer; `Fusion.refresh` keeps it in `batch_stats`. The quantile is that of |w g|, and w is
+    clipped to tau / |g|.
+
     A step is due if start <= count < stop and count is a multiple of `every`, where count is 0 at the first
     update. On other steps updates pass unchanged and, under `jit`, no quantile is computed. After
     `optax.apply_updates` at a due step max|w| <= tau holds exactly, in the kernel's own dtype. With `folded`,
-    |w| <= tau/|g| up to rounding, for the gains passed to `update`. Weights within tau, rounded down to that
-    dtype, get their update bit for bit.
+    |w| <= tau/|g| up to rounding, for the gains passed to `update`. Weights within tau (tau rounded down to
+    that dtype) receive exactly their update, to the bit.
 
     A quantile of (nearly) zero, such as that of a kernel that is still all zeros, sets no threshold. NaN
     stays NaN.
-
-    With `folded` the kernel that a vendor quantizes is pruned: w g, with g the gain of the batch norm behind
-    it, which `Fusion.refresh` keeps in `batch_stats`. The quantile is that of |w g|, and w is clipped to
-    tau / |g|.
 
     Many weights at exactly +-tau round badly on some vendors' grids. With one scale for each channel and the
     grid [-8, 7] of scale 2 max / 15, +max is rounded to 0.933 max, for all of them in the same direction.
@@ -78,7 +78,8 @@ def reverse_pruning(
     zero on average on any grid.
 
     Under `jit` kernels may be sharded in any way. Inside `shard_map` or `pmap` they must be replicated. If a
-    kernel's update has another dtype than the kernel, it is widened to float32 (float64 with float64).
+    kernel's update has another dtype than the kernel, the update is widened to float32, or to float64 if
+    either of the two is float64.
 
     Args:
       quantile: Quantile of |w| to pull back to, in (0, 1].
@@ -99,8 +100,8 @@ def reverse_pruning(
       passes on). Its state is a `ReversePruningState`.
 
     Raises:
-      InvalidInput: Here, a setting is out of its range. From `init`, nothing is selected, or a leaf cannot be
-        clipped. From `update`, params are missing, or gains.
+      InvalidInput: Raised here if a setting is out of range; by `init` if nothing is selected or a leaf
+        cannot be clipped; by `update` if params or gains are missing.
 
     >>> params = {"kernel": jnp.array([0.1, -0.2, 0.3, -9.0]), "bias": jnp.array([9.0])}
     >>> tx = optax.chain(optax.sgd(0.1), reverse_pruning(quantile=0.5))

@@ -76,7 +76,8 @@ def evaluate(
             many as elsewhere.
         jobs: Number of rows to run in parallel. Timing always has the machine to itself, after all rows have
             run.
-        limits: Seconds and GiB of each process; None for the defaults of `Limits`.
+        limits: Limits on the seconds of each step and the GiB of each of its processes; None for the
+            defaults of `Limits`.
         folder: Keeps records.jsonl, logs, compiled models and logits. What is found there is not done again.
             None uses a temporary folder.
         identity: Keys of the records that say what was evaluated: run, task, model, method, seed, checkpoint.

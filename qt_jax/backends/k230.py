@@ -12,11 +12,11 @@ Numerics
     int16    Symmetric. Kernels ("int16w", with uint8 activations) or activations ("int16act").
     =======  ==============================================================================================
 
-    nncase has no other types, and no 4-bit type.
+    nncase has no other types, so none of 4 bits.
 
     What follows a convolution (bias, scale, ReLU, residual addition) is float16 in the activation unit. So is
-    the input until its first quantization. One branch of an addition, a convolution's float16 output, is
-    therefore not quantized at all. Operators that read such a branch count as float. Average pooling stays
+    the input until its first quantization. In an addition, the branch that is a convolution's float16 output
+    is therefore not quantized at all. Operators that read such a branch count as float. Average pooling stays
     uint8 even with int16 activations.
 
     "minmax" is nncase's NoClip. "kld" is its histogram clipped to the least Kullback-Leibler divergence.
@@ -26,9 +26,10 @@ Numerics
 Surprises
     The K230 target has no float path. nncase leaves every convolution to the host CPU in float32 if there is
     no calibration, and also if both activations and kernels are int16. Neither is offered as a scheme.
-    `UseAdaRound`, `use_mix_quant` and `use_mse_quant_w` are accepted and change nothing. Its "cpu" target
-    ignores quantization.
-    nncase aborts its whole process on an operator that it does not know. It therefore compiles in a child.
+    `UseAdaRound`, `use_mix_quant` and `use_mse_quant_w` are accepted and change nothing. nncase's "cpu"
+    target ignores quantization.
+    nncase aborts its whole process on an operator that it does not know. Compilation therefore runs in a
+    child process.
     Every image starts a new simulator process. This takes 0.03 s of the 0.16 s that a network of 30 M
     multiplications needs, and no option keeps the process alive.
 """

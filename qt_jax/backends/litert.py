@@ -12,23 +12,24 @@ Numerics
     operator must have an integer kernel, and the input and the output of the graph are integers too. A graph
     that has an operator without an integer kernel is refused.
 
-    `int8-dynamic` keeps activations float in the file. A convolution or matmul with int8 weights, again per
-    channel, quantizes its input to int8 at run time, over the one image it is given. The converter leaves
-    weights of fewer than 1,024 elements in float: a small first convolution, for example.
+    `int8-dynamic` keeps activations float in the file. A convolution or matmul whose weights are int8
+    (per channel) quantizes its input to int8 at run time, over the one image it is given. The converter
+    leaves weights of fewer than 1,024 elements in float: a small first convolution, for example.
 
     A product is accumulated in int32 and scaled by s_x s_w / s_y as a 31-bit integer and a shift, see
     B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", CVPR 2018, https://arxiv.org/abs/1712.05877. Each runtime rounds that scaling in its own way.
     On a ResNet of 1 M parameters and 1,000 CIFAR-10 images, 30 % of XNNPACK's int8 logits differ from those
     of the reference kernels, and its top-1 differs on 4 images. With 16x8 all logits are equal, and both
-    runtimes are equally slow: neither XNNPACK nor the optimized kernels have such convolutions.
+    runtimes are equally slow: neither XNNPACK nor the optimized kernels have 16x8 convolutions.
 
 Surprises
     onnx2tf makes every input of three or more axes channels-last: (b, c, ...) becomes (b, ..., c). On some
     failures onnx2tf raises SystemExit, which would end the Python process. It is caught, and the row is
     refused. onnx2tf downloads sample images for its dummy inference unless they lie in the
-    working directory, so random ones are put there. No converter quantizes what it makes of a padded MaxPool,
-    of computed shapes, or of a GELU made of Erf: `prepare_graph` rewrites them.
+    working directory, so random ones are put there. TensorFlow's converter cannot quantize what onnx2tf makes
+    of a padded MaxPool (the graph is refused, or the int8 range is ruined), of computed shapes, or of a GELU
+    made of Erf: `prepare_graph` rewrites them.
 
 Not offered
     INT4 weights: TensorFlow's converter has no such post-training option. Its low-bit flag takes the

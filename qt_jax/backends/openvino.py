@@ -16,8 +16,9 @@ Numerics
 
     Behind a ReLU the two are the same. "mean" is NNCF's default: the mean, over images, of each image's
     extremes, so that values beyond it saturate. "minmax" takes the extremes of all images. "histogram"
-    minimizes the error of quantization on a histogram. Biases are then corrected for the shift of the mean:
-    "fast", the default; "accurate", NNCF's slower algorithm (`fast_bias_correction=False`); or "uncorrected".
+    minimizes the error of quantization on a histogram. Biases are then corrected for the shift of the mean in
+    one of three ways: "fast", the default; "accurate", NNCF's slower algorithm
+    (`fast_bias_correction=False`); or "uncorrected", not at all.
 
     For int4w and int16act NNCF targets the NPU, the only target that allows 4-bit kernels. (For
     INT8 the targets ANY, CPU, GPU and NPU gave the same model.) `operators` tells what the CPU computes on
@@ -27,11 +28,13 @@ Numerics
 
 Surprises
     NNCF corrects a bias only where it is a constant beside its convolution. `Core.read_model` leaves shape
-    arithmetic of ONNX between them, and bias correction then silently does nothing. `convert_model`, used
-    here, folds it. The correction named fast may cost many decibels of SQNR, so schemes without it are
-    offered too. It skips a layer if the shift of any channel is twice its bias or more, or if any bias is 0.
-    With 4-bit kernels that is often every layer, and the correction then changes nothing.
-    Importing openvino reports its use over the network unless CI is "true", which this environment sets.
+    arithmetic of ONNX between the bias and the convolution, and bias correction then silently does nothing.
+    `convert_model`, used here, folds it. The correction named fast may cost many decibels of SQNR, so schemes
+    without it are offered too. The fast correction skips a layer if the shift of any channel is twice its
+    bias or more, or if any bias is 0. With 4-bit kernels that is often every layer, and the correction then
+    changes nothing.
+    Importing openvino sends usage telemetry over the network unless CI is "true", which this environment
+    sets.
 """
 
 from collections import defaultdict

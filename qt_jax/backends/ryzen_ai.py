@@ -7,8 +7,8 @@ Numerics
 
     =================  ===================================================================================
     xint8              int8 kernels AND biases, uint8 activations with zero point 128 (symmetric). Scales
-                       are powers of two of least squared error, one per tensor. Average pooling is
-                       rescaled as the NPU does it
+                       are powers of two, chosen for the least squared error, one per tensor. Average
+                       pooling is rescaled as the NPU does it
     a8w8, a16w8        symmetric int8 kernels, symmetric int8 or int16 activations, one float scale per
                        tensor, minmax. Outputs of a ReLU use only half of the grid
     s8s8-aaws,         affine int8 or uint8 activations (AA), symmetric int8 kernels (WS). A percentile of
@@ -28,16 +28,18 @@ Numerics
     mx9-int8           mx9 activations with int8 kernels and biases
     =================  ===================================================================================
 
-    Blocks lie along axis 1 (channels) and round half to even. Exponents are computed from each input, so no
-    calibration is needed. `weight_bits` is the bits of a value with its share of the exponents, rounded.
-    Integer kernels have one scale per tensor. Blocks are finer than channels and count as per channel.
+    Blocks lie along axis 1 (channels), and values in them are rounded half to even. Exponents are computed
+    from each input, so no calibration is needed. `weight_bits` is the number of bits per value, including
+    its share of the exponents, rounded. Integer kernels have one scale per tensor. Blocks are finer than
+    channels, so these schemes are recorded as per channel.
 
 Surprises
     Every configuration first equalizes the ranges of neighbouring layers (CLE), bf16 too. The first use
-    compiles Quark's operators with a C++ compiler. They stay in the environment. These configurations are
-    left out: those that fine-tune (AdaRound, AdaQuant), the automatic mixtures, VINT8, which asks for random
-    calibration data, and MATMUL_NBITS, which leaves Conv and Gemm in float. There are no 4-bit integers for
-    Conv: given ONNX Runtime's QInt4, Quark answers that it supports only INT8, UINT8, INT16 and UINT16.
+    compiles Quark's operators with a C++ compiler. The compiled operators stay in the environment. These
+    configurations are left out: those that fine-tune (AdaRound, AdaQuant), the automatic mixtures, VINT8,
+    which asks for random calibration data, and MATMUL_NBITS, which leaves Conv and Gemm in float. There are
+    no 4-bit integers for Conv: given ONNX Runtime's QInt4, Quark answers that it supports only INT8, UINT8,
+    INT16 and UINT16.
 """
 
 import contextlib

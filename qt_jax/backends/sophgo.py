@@ -2,9 +2,9 @@
 
 Numerics
     Activations are symmetric around 0 with one threshold per tensor and a step of threshold / 127. A tensor
-    that cannot be negative is unsigned, threshold / 255, except on CV181x, whose int8 leaves half of its grid
-    empty behind a ReLU. "asym" is affine. Kernels are symmetric int8. Requantization, by chip, as the
-    compiled graph says:
+    that cannot be negative is unsigned with a step of threshold / 255. On CV181x it stays signed, and half of
+    the int8 grid is empty behind a ReLU. "asym" is affine. Kernels are symmetric int8. The compiled graph
+    shows how each chip requantizes:
 
     ================  =======================================================================================
     BM1684X, BM1688   Convolutions: one scale per output channel, integer multiplier and right shift, rounding
@@ -24,11 +24,12 @@ Numerics
 Execution
     The chip's C model runs in this process. It computes a fixed batch, and most of its time does not depend
     on the batch. Graphs with a symbolic batch are therefore compiled for `BATCH` images. The exception is
-    int4, whose results depend on the batch. All others gave bit-equal logits at batch 1 and 16.
+    int4, which is compiled for one image, because its results depend on the batch. All others gave bit-equal
+    logits at batch 1 and 16.
 
 Surprises
     Every bmodel carries the chip's kernel library, some 5 MB of a model's bytes on BM1684X and BM1688.
-    BM1684 takes W4INT8 too, and keeps 8-bit kernels. For W4INT8, code generation fails on BM1684X and CV181x.
+    BM1684 accepts W4INT8 but keeps 8-bit kernels. For W4INT8, code generation fails on BM1684X and CV181x.
     Full INT4 compiles without a warning and collapses to chance on the C model. Its logits change with the
     batch. They also differ from those of the tool's own interpreter of the same lowered graph, which are
     themselves far from float.

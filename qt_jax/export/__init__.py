@@ -101,17 +101,18 @@ def to_onnx(
       variables: Flax collections of arrays. Leaves that `apply_fn` does not read, such as Quant-Trim's
         statistics, do not appear in the graph.
       input_shape: Shape of the input without batch, `(height, width, channels)` for images; for several
-        inputs a sequence of shapes. A `jax.ShapeDtypeStruct` states a dtype other than float32.
+        inputs a sequence of shapes. Pass a `jax.ShapeDtypeStruct` for a dtype other than float32.
       opset: Opset of ai.onnx, 13 to 21. Operators that came later are decomposed.
       dynamic_batch: Whether the batch is the symbolic dimension "batch"; otherwise it is fixed to 1.
       layout: Layout of inputs and outputs of rank 4: "nchw" for channels-first, "nhwc" as in Flax.
       fold_batch_norm: Whether batch norm disappears in the layer before it. One that has no layer before it
-        (before an activation, after a concat) stays a BatchNormalization.
+        stays a BatchNormalization: for example one after a concat, or one of a pre-activation network that
+        follows an addition.
       input_names: Names of the graph's inputs; by default "input", or "input_0", "input_1" and so on.
       output_names: Names of the graph's outputs; by default "logits", or "output_0", "output_1" and so on.
 
     Returns:
-      The graph, checked for its operators. `verify` compares its numbers.
+      The graph, whose operators have been checked. `verify` compares its numbers.
 
     Raises:
       InvalidInput: An argument is out of range, `apply_fn` does not take the variables, or the model does not

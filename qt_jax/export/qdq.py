@@ -49,8 +49,8 @@ def insert_qdq(
 
     Kernels are stored as integers behind DequantizeLinear, and biases as INT32 at input scale * kernel
     scale. An activation has one pair, `<tensor>/QuantizeLinear` and `<tensor>/DequantizeLinear`, for all its
-    readers. `quantized_tensors` says which activations have one. A layer may have learned another grid than
-    the tensor has, because others read the tensor too. Such a layer requantizes: a second pair follows the
+    readers. `quantized_tensors` says which activations have one. If others read the tensor too, its grid
+    may differ from the one that a layer has learned. Such a layer requantizes: a second pair follows the
     first on that layer's branch.
 
     Args:
