@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def trial(row: StudyRow, found: Sequence[Record], seconds: float) -> Record:
         "factor": row.factor,
         "learning_rate": row.config.learning_rate,
         **shown,
-        "criterion": sum(value or 0.0 for value in shown.values()) / len(shown),
+        "criterion": fmean(value or 0.0 for value in shown.values()),
         "images": found[0]["n"],
         "seconds": round(seconds, 1),
         "commit": provenance.commit(),

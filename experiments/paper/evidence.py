@@ -11,6 +11,7 @@ Means come with their 95 % intervals, both for single methods and for paired dif
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -196,7 +197,7 @@ def mean_over(evidence: Evidence, task: str, method: str, deployments: Sequence[
     """Return the mean over deployments by seed, for the seeds that all of them have."""
     found = [evidence.metric(task, method, deployment, key) for deployment in deployments]
     seeds = set.intersection(*map(set, found)) if found else set()
-    return {seed: sum(values[seed] for values in found) / len(found) for seed in sorted(seeds)}
+    return {seed: fmean(values[seed] for values in found) for seed in sorted(seeds)}
 
 
 def worst_over(evidence: Evidence, task: str, method: str, deployments: Sequence[Row]) -> SeedValues:

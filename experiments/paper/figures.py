@@ -424,7 +424,7 @@ def _layers(record: FigureData) -> list[str]:
 def _over_seeds(records: Sequence[FigureData], of: Callable[[FigureData], float]) -> list[float]:
     """Return the mean over seeds of a number of each layer."""
     values = [[of(layer) for layer in record["layers"]] for record in records]
-    return [sum(column) / len(column) for column in zip(*values, strict=True)]
+    return [mean(column) for column in zip(*values, strict=True)]
 
 
 def _colour(method: str, index: int) -> str:

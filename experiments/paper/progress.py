@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich import box
 from rich.console import Console, Group
@@ -110,7 +111,7 @@ def time_left(progress: Progress, known: Mapping[StudyRow, float], slots: int, n
 
     def expected(row: StudyRow) -> float:
         found = next(alike[kind] for kind in _kinds(row) if kind in alike)
-        return sum(found) / len(found)
+        return fmean(found)
 
     rest = [max(0.0, expected(r.row) - (now - r.started)) for r in progress.running]
     work = sum(rest) + sum(map(expected, progress.waiting))

@@ -5,6 +5,8 @@ layer, and one row per trial of the search.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import fsum
+from statistics import fmean
 
 from experiments.configs.methods import BASELINES, METHODS
 from experiments.paper.evidence import (
@@ -212,7 +214,7 @@ def _time_and_scores(evidence: Evidence, method: str) -> list[str]:
         mine = common_deployments(evidence, task, [method], group)
         found = interval(mean_over(evidence, task, method, mine, "accuracy").values())
         scores.append(written(found and found._replace(half=None), 100, 1))
-    return [task, f"{sum(seconds) / 60 / len(seconds):.0f}", *scores]
+    return [task, f"{fmean(seconds) / 60:.0f}", *scores]
 
 
 def training(evidence: Evidence) -> str:
@@ -227,7 +229,7 @@ def training(evidence: Evidence) -> str:
             written(interval(r[key] for r in found if r.get(key) is not None), 100)
             for key in ("validation_fp32", "validation_fake_quant")
         ]
-        minutes = sum(r["training_seconds"] for r in found) / 60 / len(found)
+        minutes = fmean(r["training_seconds"] for r in found) / 60
         rate = f"{first['learning_rate']:g} ({first['rate_from'] or 'not searched'})"
         changes = escaped(_changes(first))
         rows.append(
@@ -265,7 +267,7 @@ def search(evidence: Evidence) -> str:
 
 def cost(evidence: Evidence) -> str:
     """Say how many rows there are, how long they took, with which program, and on which machine."""
-    hours = sum(record["seconds"] for record in (*evidence.training, *evidence.search)) / 3600
+    hours = fsum(record["seconds"] for record in (*evidence.training, *evidence.search)) / 3600
     found = {
         "commit": sorted({_commit(record) for record in evidence.training}),
         "on": sorted({f"{r['cpu']['model']} ({r['device']})" for r in evidence.training}),
@@ -386,4 +388,4 @@ def _compared(method: str) -> bool:
 
 
 def _mean(decibels: list[float]) -> str:
-    return f"{sum(decibels) / len(decibels):.1f}" if decibels else ABSENT
+    return f"{fmean(decibels):.1f}" if decibels else ABSENT

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from qt_jax.files import write_whole
@@ -204,7 +205,7 @@ def _noise(differences: Iterable[tuple[tuple[Record, Record], float]]) -> float 
         if alike is None:
             return None
         errors.append(standard_error(alike, difference, min(first["n"], second["n"])))
-    return 200 * math.sqrt(sum(error**2 for error in errors) / len(errors)) if errors else None
+    return 200 * math.sqrt(fmean(error**2 for error in errors)) if errors else None
 
 
 class Contest(NamedTuple):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -188,7 +189,7 @@ def _worst(deployment: DeploymentTable, column: Column, name: str, metric: str) 
             continue
         lost = drops(seeds) if metric == "top1" else _lost(own, seeds, metric)
         if lost:
-            found[row] = sum(lost) / len(lost)
+            found[row] = fmean(lost)
     if not found:
         return ABSENT
     worst = max(found, key=found.__getitem__)
