@@ -97,10 +97,10 @@ def test_missing_local_files_are_named(toy):
         b"",
         b"not gzip",
         idx(TEST[1])[:-9],
-        gzip.compress(b""),
-        gzip.compress(b"\0\0\x08\x03\0\0"),
-        gzip.compress(b"\0\0\x0d\x01\0\0\0\x01\0"),
-        gzip.compress(b"\0\0\x08\x01\0\0\0\x05\1\2\3"),
+        gzip.compress(b"", mtime=0),
+        gzip.compress(b"\0\0\x08\x03\0\0", mtime=0),
+        gzip.compress(b"\0\0\x0d\x01\0\0\0\x01\0", mtime=0),
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x05\1\2\3", mtime=0),
     ],
 )
 def test_damaged_idx(tmp_path, content):
