@@ -75,23 +75,7 @@ def make_train_step(
         and the rows of `split` may be spread. None stands for the one device on which the arguments are.
     """
 
-    def loss_fn(params, batch_stats, images, labels, step):
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), config.label_smoothing
-        )
-
-        def forward(params, images):
-            variables = {"params": params, "batch_stats": batch_stats}
-            return quantizers.training_forward(config, model, variables, images, lam(step))
-
-        if config.remat:
-            forward = jax.checkpoint(forward, policy=_is_product)
-        logits, updated = forward(params, images)
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-        correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32) / labels[0].size
-        return loss, (correct, updated.get("batch_stats", {}))
-
-    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient_fn = jax.value_and_grad(_loss_function(config, model, lam, num_classes), has_aux=True)
 
     def gradients_of(state: TrainState, images: jax.Array, labels: jax.Array):
         """Return the mean loss, the number of right decisions, the statistics and the mean gradients."""
@@ -143,6 +127,30 @@ def make_train_step(
 
     placed = None if mesh is None else replicated(mesh)
     return jax.jit(run, donate_argnums=(0, 1), out_shardings=placed)
+
+
+def _loss_function(
+    config: Config, model: nn.Module, lam: Callable[[jax.Array], jax.Array], num_classes: int
+) -> Callable[..., tuple[jax.Array, tuple[jax.Array, Any]]]:
+    """Build `loss(params, batch_stats, images, labels, step) -> (mean loss, (correct, batch_stats))`."""
+
+    def loss_fn(params, batch_stats, images, labels, step):
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), config.label_smoothing
+        )
+
+        def forward(params, images):
+            variables = {"params": params, "batch_stats": batch_stats}
+            return quantizers.training_forward(config, model, variables, images, lam(step))
+
+        if config.remat:
+            forward = jax.checkpoint(forward, policy=_is_product)
+        logits, updated = forward(params, images)
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32) / labels[0].size
+        return loss, (correct, updated.get("batch_stats", {}))
+
+    return loss_fn
 
 
 def draw_batch(
