@@ -7,13 +7,12 @@ removed when its writer fails. Only a kill can leave one behind, named `TARGET.T
 of the same target removes those that are older than `ABANDONED` seconds.
 """
 
-import contextlib
 import glob
 import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ABANDONED = 3600.0
@@ -70,6 +69,6 @@ def _remove_abandoned(path: Path) -> None:
     now = time.time()
     token = "[0-9a-f]" * (2 * TOKEN_BYTES)
     for scratch in path.parent.glob(f"{glob.escape(path.name)}.{token}.partial"):
-        with contextlib.suppress(OSError):  # another writer may have removed it
+        with suppress(OSError):  # another writer may have removed it
             if now - scratch.stat().st_mtime > ABANDONED:
                 scratch.unlink()

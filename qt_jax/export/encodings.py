@@ -17,7 +17,7 @@ import onnx
 from jax.typing import ArrayLike
 
 from qt_jax.errors import InvalidInput
-from qt_jax.files import staged
+from qt_jax.files import write_whole
 from qt_jax.grid import SCALE_FLOOR, QuantSpec, quantization_parameters
 
 VERSION = 1
@@ -273,8 +273,7 @@ def write_ranges(ranges: Ranges, path: str | os.PathLike) -> None:
         "inputs": {name: _as_json(encoding) for name, encoding in ranges.inputs.items()},
         "kernels": ranges.kernels,
     }
-    with staged(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def read_ranges(path: str | os.PathLike) -> Ranges:

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 
 from qt_jax.config import QuantConfig, Rule
 from qt_jax.errors import InvalidInput
-from qt_jax.files import staged
+from qt_jax.files import staged, write_whole
 from qt_jax.grid import QuantSpec
 from qt_jax.interception import COLLECTION, is_quant_trim_statistic
 
@@ -93,8 +93,7 @@ def write_description(description: Description, path: str | os.PathLike) -> None
     values |= {name: dict(values[name]) for name in ("arguments", "call", "collections")}
     if description.quantization is not None:
         values["quantization"] = dataclasses.asdict(description.quantization)
-    with staged(path) as temporary:
-        temporary.write_text(json.dumps({"version": VERSION} | values, indent=1) + "\n")
+    write_whole(path, json.dumps({"version": VERSION} | values, indent=1) + "\n")
 
 
 def read_description(path: str | os.PathLike) -> Description:
