@@ -138,7 +138,7 @@ def describe(config: Config, dataset: Dataset, checkpoints: str, path: Path) -> 
         call={"train": False},
         input_shape=image_shape,
         checkpoint=checkpoints,
-        collections={"params": "average" if config.ema else "params", "batch_stats": "batch_stats"},
+        collections={"params": "average" if config.averages else "params", "batch_stats": "batch_stats"},
         quantization=specs if keeps_ranges(config) else None,
         samples=SAMPLES,
     )

@@ -4,7 +4,7 @@ Running averages lag behind the parameters. Under Quant-Trim they also belong to
 rounds, while the float graph that is exported does neither.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -69,6 +69,33 @@ def reestimate(
     >>> norm["mean"].tolist(), round(norm["var"].item(), 4)
     ([3.0], 8.6667)
     """
+    return reestimator(apply_fn)(variables, batches)
+
+
+def reestimator(
+    apply_fn: Callable[[Any, Any], tuple[Any, Mapping[str, Any]]],
+) -> Callable[[Mapping[str, Any], Iterable[Any]], dict[str, Any]]:
+    """Build `reestimate` for one forward: a function of variables and batches, compiled once for all of them.
+
+    Take it where many networks of one architecture are measured. Build it anew for another forward, or for
+    the same forward under another interceptor, such as an enclosing `quant_trim`.
+
+    Args:
+      apply_fn: As in `reestimate`.
+
+    Returns:
+      `(variables, batches) -> variables`, which raises as `reestimate` does.
+
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, train):
+    ...         return nn.BatchNorm(use_running_average=not train, name="norm")(x)
+    >>> net, x = Net(), jnp.array([[0.0], [2.0]])
+    >>> pooled = reestimator(lambda v, x: net.apply(v, x, train=True, mutable=["batch_stats"]))
+    >>> variables = net.init(jax.random.key(0), x, train=False)
+    >>> [pooled(variables, [batch])["batch_stats"]["norm"]["mean"].item() for batch in (x, x + 1)]
+    [1.0, 2.0]
+    """
     modes: dict[Path, bool] = {}
 
     @jax.jit
@@ -84,17 +111,27 @@ def reestimate(
         training = [path for path, running in modes.items() if not running]
         return {path: (updated[*path, MEAN], updated[*path, VARIANCE]) for path in training}
 
-    sizes, measured = [], []
-    for batch in batches:
-        sizes.append(len(jax.tree.leaves(batch)[0]))
-        measured.append(jax.device_get(measure(variables, batch)))
-    if not measured:
-        raise InvalidInput("batch norm cannot be estimated from no batches: give at least one")
-    if modes and not measured[0]:
-        raise InvalidInput(
-            "every batch norm uses its running averages: apply_fn must call the model in training mode "
-            "(use_running_average=False), such as model.apply(variables, x, train=True, ...)"
-        )
+    def pooled_over(variables: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, Any]:
+        sizes, measured = [], []
+        for batch in batches:
+            sizes.append(len(jax.tree.leaves(batch)[0]))
+            measured.append(jax.device_get(measure(variables, batch)))
+        if not measured:
+            raise InvalidInput("batch norm cannot be estimated from no batches: give at least one")
+        if modes and not measured[0]:
+            raise InvalidInput(
+                "every batch norm uses its running averages: apply_fn must call the model in training mode "
+                "(use_running_average=False), such as model.apply(variables, x, train=True, ...)"
+            )
+        return _with_pooled(variables, measured, sizes) if modes else dict(variables)
+
+    return pooled_over
+
+
+def _with_pooled(
+    variables: Mapping[str, Any], measured: Sequence[dict[Path, tuple[Any, Any]]], sizes: Sequence[int]
+) -> dict[str, Any]:
+    """Return the variables with the statistics of batches of these sizes pooled."""
     pooled = dict(flatten_dict(dict(variables.get(COLLECTION, {}))))
     for path in measured[0]:
         means, variances = zip(*(answer[path] for answer in measured), strict=True)
@@ -105,7 +142,7 @@ def reestimate(
                     "statistics that are there"
                 )
             pooled[*path, name] = jnp.asarray(value, pooled[*path, name].dtype)
-    return {**variables, COLLECTION: unflatten_dict(pooled)} if modes else dict(variables)
+    return {**variables, COLLECTION: unflatten_dict(pooled)}
 
 
 def _recorder(modes: dict[Path, bool]) -> Handler:

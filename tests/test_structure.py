@@ -37,6 +37,7 @@ FLOORS = (
     ("experiments.run_summary", "experiments.masks"),
     ("experiments.pipeline",),
     ("experiments.benchmarks", "experiments.speedrun", "experiments.paper"),
+    ("experiments.accelerator",),
     ("experiments",),
 )
 """Packages and modules from the ground up; the longest name that fits a module gives its floor."""

@@ -15,6 +15,9 @@ from experiments.configs.training import Config
 BASELINES = "main"
 """The table of the methods that are compared with each other. Its rows go through the most backends."""
 
+FLOAT = "float"
+"""The method without quantization, with which the others are compared and from which fine-tuning starts."""
+
 Export = Literal["plain", "clips", "batch-norm"]
 
 

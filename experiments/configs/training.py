@@ -55,6 +55,8 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("momentum", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("range_momentum", "reverse_pruning_start"), (0, 1)),
     "ema": (0, 1 - 1e-6),
+    "final_rate": (0, 1),
+    **dict.fromkeys(("bias_rate", "average_every", "shift"), (0, math.inf)),
     **dict.fromkeys(("weight_quantile", "activation_quantile"), (0.5, 1)),
     **dict.fromkeys(("bits", "activation_bits"), (2, 16)),
     "reverse_pruning_spread": (0, 0.99),
@@ -110,8 +112,12 @@ class Config:
     learning_rate: float = 0.2
     """Peak learning rate of SGD with Nesterov momentum."""
     lr_schedule: Literal["one-cycle", "cosine"] = "one-cycle"
-    """one-cycle: linear up over a fifth of training, then linear down to zero;
-    cosine: 5 % warm-up, then cosine."""
+    """one-cycle: linear up over a fifth of training, then linear down to --final-rate;
+    cosine: 5 % warm-up, then cosine down to zero."""
+    final_rate: float = 0.0
+    """Share of the peak rate at which one-cycle ends."""
+    bias_rate: float = 1.0
+    """Learning rate of biases, in units of that of kernels."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4
@@ -120,6 +126,17 @@ class Config:
     """Share of the label that is spread over all classes."""
     ema: float = 0.0
     """Decay of a moving average of the parameters, which is then evaluated and exported. 0: no average."""
+    average_every: int = 0
+    """Steps between two replacements of the parameters by a moving average of theirs, which is evaluated and
+    exported. The average moves less and less. 0: no replacement."""
+    frozen: tuple[str, ...] = ()
+    """Regular expressions for whole paths of parameters that stay as they are, such as
+    --frozen whitening/kernel."""
+    shift: int = 4
+    """Largest random shift of the images, in pixels."""
+    flips: Literal["random", "alternating"] = "random"
+    """How images are mirrored, where their classes survive it. random: each with probability 1/2 whenever it
+    is drawn; alternating: half of them in even epochs, the other half in odd epochs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Parameters and statistics stay in float32."""
     accumulate: int = 1
@@ -202,6 +219,8 @@ class Config:
             raise qt.InvalidInput(f"--reestimate must be 0 or at least 500, got {self.reestimate}")
         if self.reverse_pruning is not None and not 0.0 < self.reverse_pruning <= 1.0:
             raise qt.InvalidInput("--reverse-pruning must lie in (0, 1], or be None to switch it off")
+        if self.ema and self.average_every:
+            raise qt.InvalidInput("--ema and --average-every are two averages of the parameters: give one")
         names = ("sched", "reverse_pruning", "sites", "bits", "activation_bits")
         check_quantizer(self.quantizer, **{name: getattr(self, name) for name in names})
         names = ("folded", "fused_outputs", "vendor_grids", "reverse_pruning_folded")
@@ -212,6 +231,11 @@ class Config:
             )
         quant_config(self)  # this call and the next refuse settings that contradict each other
         lambda_schedule(self, 1)
+
+    @property
+    def averages(self) -> bool:
+        """Tell whether a moving average of the parameters is evaluated and exported in their place."""
+        return bool(self.ema or self.average_every)
 
     @property
     def directory(self) -> Path:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from experiments.models.convnext import ConvNeXt
@@ -11,6 +12,7 @@ from experiments.models.mobilenet import MobileNetV2, MobileNetV3, Stage
 from experiments.models.recurrent import RowReader
 from experiments.models.resnet import FastResNet, ResNet
 from experiments.models.segmenters import ASPP, UNet
+from experiments.models.speed_net import WHITENING, SpeedNet, whitening_kernel
 from experiments.models.transformers import Mixer, ViT
 
 TINY = (Stage(1, 8, 1, 2), Stage(4, 16, 2, 1), Stage(4, 24, 2, 2), Stage(4, 32, 2, 2))
@@ -32,6 +34,9 @@ MODELS = {
     "vit-small": partial(ViT, 4, 384, 12, 6, 4),
     "vit-tiny": partial(ViT, 4, 48, 3),
     "mixer": Mixer,
+    "speed": SpeedNet,
+    "speed-half": partial(SpeedNet, (32, 128, 128)),
+    "speed-tiny": partial(SpeedNet, (16, 32)),
     "lstm": partial(RowReader, nn.LSTMCell),
     "gru": partial(RowReader, nn.GRUCell),
 }
@@ -50,3 +55,21 @@ SEGMENTERS = {
 def create(name: str, num_classes: int, dtype: Any = jnp.float32) -> nn.Module:
     """Create the Linen module registered as `name`."""
     return (MODELS | SEGMENTERS)[name](num_classes=num_classes, dtype=dtype)
+
+
+def is_fitted(model: nn.Module) -> bool:
+    """Tell whether `fit_to_data` sets parameters of this network before training."""
+    return isinstance(model, SpeedNet)
+
+
+def fit_to_data(model: nn.Module, params: Any, images: jax.Array) -> Any:
+    """Return the parameters of a fitted network with those set that it computes from images.
+
+    A `SpeedNet` takes the kernel of its whitening from them.
+
+    Args:
+      model: A network for which `is_fitted` is true.
+      params: Its parameters, as `init` made them.
+      images: float32 `(n, height, width, channels)`, normalised; a few thousand.
+    """
+    return {**params, WHITENING: {**params[WHITENING], "kernel": whitening_kernel(images)}}

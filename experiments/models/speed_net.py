@@ -19,6 +19,9 @@ from experiments.models.resnet import SAME_3X3
 WINDOW = (2, 2)
 """Window of the whitening convolution and of the poolings."""
 
+WHITENING = "whitening"
+"""Name of the whitening convolution."""
+
 
 class SpeedNet(nn.Module):
     """Classify images by a fixed whitening convolution, blocks of two 3x3 convolutions, and a linear head.
@@ -54,7 +57,7 @@ class SpeedNet(nn.Module):
             dtype=self.dtype,
         )
         features = 2 * math.prod(WINDOW) * x.shape[-1]
-        x = nn.Conv(features, WINDOW, padding="VALID", dtype=self.dtype, name="whitening")(x)
+        x = nn.Conv(features, WINDOW, padding="VALID", dtype=self.dtype, name=WHITENING)(x)
         x = self.activation(x)
         for block, width in enumerate(self.widths, start=1):
             x = max_pool(conv(width, name=f"block{block}_conv1")(x), WINDOW)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from experiments.configs.study import preset
 from experiments.paper import rows as study
+from experiments.paper.collect import KEYS, replace
 from experiments.paper.launch import command, detached_command, run_rows, submit_rows
 from experiments.paper.progress import Display, listing
 from experiments.paper.render import STUDY_PAGE, render
@@ -38,8 +39,9 @@ class Options:
     """
 
     preset: str = "cpu"
-    """cpu: small networks, two cores, hours; accelerator: full budgets, for a GPU or TPU; smoke: minutes;
-    accelerator-reduced: accelerator's rows on a scrap of the data."""
+    """cpu: small networks, two cores, hours; accelerator: full budgets, for a GPU or TPU; quarter-hour: what
+    experiments.accelerator has trained; smoke: minutes; accelerator-reduced and quarter-hour-reduced: the
+    rows of these two on a scrap of data."""
     only: tuple[str, ...] = ()
     """Only methods of these tables, such as main or schedule."""
     tasks: tuple[str, ...] = ()
@@ -97,16 +99,42 @@ def run(options: Options, console: Console) -> list[StudyRow]:
     if options.render:
         rendered(folder, options, console)
         return []
+    if chosen.accelerated and options.search:
+        raise InvalidInput(f"--search trains networks, which experiments.accelerator does for {chosen.name}")
     found = records.read(folder / study.SEARCH)
     every = study.trials(chosen) if options.search else study.study(chosen, found)
     rows = study.select(every, options.only, options.tasks, options.methods)
     if options.list:
         console.print(listing(rows, options.runs, folder))
         return []
-    failed = perform(rows, options, console)
+    if chosen.accelerated:
+        rows = trained(rows, options, console)
+    failed = perform(rows, options, console) if rows else []
     if not options.search:
         rendered(folder, options, console)
     return failed
+
+
+def trained(rows: list[StudyRow], options: Options, console: Console) -> list[StudyRow]:
+    """Bring the records of training into the folder of results, and return the rows that have a network.
+
+    Raises:
+      InvalidInput: `experiments.accelerator` has trained nothing yet.
+    """
+    chosen = rows[0].preset
+    home, folder = options.runs / f"paper-{chosen.name}", study.results_of(chosen, options.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    if found := records.read(home / study.TRAINED):
+        replace(folder / study.TRAINED, found, KEYS)
+    if not records.read(folder / study.TRAINED):
+        raise InvalidInput(
+            f"{home} holds no trained networks: run `python -m experiments.accelerator --preset "
+            f"{chosen.name}` on a GPU, and bring that folder here"
+        )
+    ready = [row for row in rows if study.has_network(row, options.runs)]
+    if absent := len(rows) - len(ready):
+        console.print(f"{absent} of {len(rows)} rows have no network in {home}: they are not deployed")
+    return ready
 
 
 def rendered(folder: Path, options: Options, console: Console) -> None:

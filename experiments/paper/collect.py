@@ -16,6 +16,7 @@ from experiments.paper.evidence import score
 from experiments.paper.rows import (
     ATTEMPTS,
     DEPLOYMENT,
+    METRICS,
     SEARCH,
     STRUCTURE,
     TRAINING,
@@ -51,7 +52,7 @@ def collect(
       results: Folder that gets search.jsonl for a trial of the search. For other rows it gets
         structure.jsonl, deployment.jsonl and, last, training.jsonl, whose digest says that the row is done.
     """
-    metrics = records.read(trained / "metrics.jsonl")
+    metrics = records.read(trained / METRICS)
     metrics = [epoch for epoch in metrics if epoch["method"] == (row.method.network or row.name)]
     seconds = sum(attempt["seconds"] for attempt in records.read(folder / ATTEMPTS))
     about = {"task": row.task.name, "method": row.name, "seed": row.seed, "digest": row.digest}

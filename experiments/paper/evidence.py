@@ -18,14 +18,14 @@ import numpy as np
 from scipy import stats
 
 from experiments.configs.methods import BASELINES, METHODS
-from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINING, key_of
+from experiments.paper.rows import DEPLOYMENT, SEARCH, STRUCTURE, TRAINED, TRAINING, key_of
 from qt_jax import records
 from qt_jax.errors import InvalidInput
 from qt_jax.records import Record
 from qt_jax.reporting.pivot import REFERENCE, Row, precision
 
-FLOAT, PUBLISHED, RECOMMENDED = "float", "quant-trim", "recommended"
-"""Names of the methods that tables and figures single out."""
+PUBLISHED, RECOMMENDED = "quant-trim", "recommended"
+"""Names of the methods that tables and figures single out, beside `FLOAT`."""
 
 LEVEL = 0.95
 """Confidence level of intervals."""
@@ -54,12 +54,14 @@ class Evidence(NamedTuple):
       training: The records of training.jsonl.
       structure: The records of structure.jsonl.
       search: The records of search.jsonl.
+      trained: The records of trained.jsonl: networks of `experiments.accelerator`, deployed or not.
     """
 
     deployed: dict[str, dict[str, dict[Row, dict[int, Record]]]]
     training: list[Record]
     structure: list[Record]
     search: list[Record]
+    trained: list[Record]
 
     @property
     def tasks(self) -> list[str]:
@@ -114,8 +116,8 @@ def read(folder: Path) -> Evidence:
     Raises:
       InvalidInput: The seeds of a method were trained with different configs.
     """
-    deployment, training, structure, search = (
-        records.read(folder / name) for name in (DEPLOYMENT, TRAINING, STRUCTURE, SEARCH)
+    deployment, training, structure, search, trained = (
+        records.read(folder / name) for name in (DEPLOYMENT, TRAINING, STRUCTURE, SEARCH, TRAINED)
     )
     configs: dict[tuple[str, str], str] = {}
     for record in training:
@@ -129,7 +131,7 @@ def read(folder: Path) -> Evidence:
             )
     complete = {key_of(record) for record in training}
     kept = ([r for r in rows if key_of(r) in complete] for rows in (deployment, training, structure))
-    return arrange(*kept, search)
+    return arrange(*kept, search, trained)
 
 
 def arrange(
@@ -137,6 +139,7 @@ def arrange(
     training: Sequence[Record] = (),
     structure: Sequence[Record] = (),
     search: Sequence[Record] = (),
+    trained: Sequence[Record] = (),
 ) -> Evidence:
     """Arrange records in an order that does not depend on the one in which rows have ended.
 
@@ -155,7 +158,7 @@ def arrange(
             kept, key=lambda r: (r["task"], order.index(r["method"]), r["seed"], r.get("factor", 0))
         )
 
-    return Evidence(deployed, known(training), known(structure), known(search))
+    return Evidence(deployed, *map(known, (training, structure, search, trained)))
 
 
 def score(record: Mapping) -> float | None:

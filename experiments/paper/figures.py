@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from experiments.configs.methods import METHODS
-from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, reference_score, score
+from experiments.configs.methods import FLOAT, METHODS
+from experiments.paper.evidence import PUBLISHED, RECOMMENDED, Evidence, reference_score, score
 from experiments.paper.structure import BINS
 from experiments.paper.tables import layer_sqnr
 from qt_jax.diagnosis.toolchains import LAYER_SCHEMES

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -22,10 +23,20 @@ import qt_jax as qt
 from experiments import models
 from experiments.data import Dataset, load
 from experiments.paper.collect import collect
-from experiments.paper.rows import ATTEMPTS, DESCRIPTION, GRAPH, StudyRow, folder_of, locked, results_of
+from experiments.paper.rows import (
+    ATTEMPTS,
+    DESCRIPTION,
+    GRAPH,
+    NETWORK,
+    StudyRow,
+    folder_of,
+    locked,
+    results_of,
+)
 from experiments.pipeline import describe
 from experiments.runs import model_input, vendor_arrays
-from experiments.training.finishing import reestimate
+from experiments.training.checkpoints import read_variables
+from experiments.training.finishing import batch_norm_on
 from experiments.training.loop import train
 from qt_jax import records
 from qt_jax.backends import cost
@@ -34,7 +45,7 @@ from qt_jax.export import network
 from qt_jax.export.deploy import deploy
 from qt_jax.interception import COLLECTION
 
-CHECKPOINTS, REESTIMATED = "checkpoints", "reestimated"
+CHECKPOINTS, REESTIMATED, ADOPTED = "checkpoints", "reestimated", "adopted"
 
 REESTIMATION = 10_000
 """Training images with which batch norm is estimated again."""
@@ -99,10 +110,12 @@ def prepare(row: StudyRow, runs: Path, dataset: Dataset, console: Console) -> No
     """
     folder, name = folder_of(row, runs), row.method.network or row.name
     checkpoint = trained_in(row, runs) / CHECKPOINTS / name
-    if row.method.network is None:
+    if row.preset.accelerated:
+        checkpoint = _adopted(row, trained_in(row, runs))
+    elif row.method.network is None:
         config = row.config
-        if row.method.start is not None:
-            start = folder_of(row.source, runs) / CHECKPOINTS / row.method.start
+        if row.source is not None:
+            start = folder_of(row.source, runs) / CHECKPOINTS / row.source.name
             config = dataclasses.replace(config, fine_tune=start)
         model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
         train(config, model, dataset, folder, name)
@@ -119,17 +132,41 @@ def prepare(row: StudyRow, runs: Path, dataset: Dataset, console: Console) -> No
         )
 
 
+def _adopted(row: StudyRow, folder: Path) -> Path:
+    """Return the path of the checkpoint of a network that `experiments.accelerator` has left in a folder.
+
+    Raises:
+      InvalidInput: It has left none.
+    """
+    path = folder / CHECKPOINTS / ADOPTED
+    if not path.exists():
+        if not (folder / NETWORK).exists():
+            raise qt.InvalidInput(
+                f"{row}: {folder / NETWORK} is not there: train it on a GPU with "
+                f"`python -m experiments.accelerator --preset {row.preset.name}`, and bring its folder here"
+            )
+        held = read_variables(folder / NETWORK)
+        _save(row, held["params"], held[COLLECTION], path)
+    return path
+
+
+def _save(row: StudyRow, params: Any, batch_stats: Any, path: Path) -> None:
+    """Write a checkpoint that holds nothing but the deployed network."""
+    key = "average" if row.config.averages else "params"
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(path.absolute(), {key: params, COLLECTION: batch_stats})
+
+
 def _reestimated(row: StudyRow, checkpoint: Path, path: Path, dataset: Dataset) -> Path:
     """Return the path of a copy of a checkpoint whose batch norm is measured on the float graph."""
     if path.exists():
         return path
     model = models.create(row.config.model, dataset.num_classes, jnp.float32)
     trained = network.restore(checkpoint)
-    params = "average" if row.config.ema else "params"
+    params = "average" if row.config.averages else "params"
     variables = {"params": trained[params], COLLECTION: trained[COLLECTION]}
-    found = reestimate(model, variables, dataset.train_images[:REESTIMATION], dataset)
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(path.absolute(), {params: trained[params], COLLECTION: found[COLLECTION]})
+    found = batch_norm_on(model, dataset.train_images[:REESTIMATION], dataset)(variables)
+    _save(row, trained[params], found[COLLECTION], path)
     return path
 
 

@@ -14,10 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.paper.launch import Progress, last_lines
-from experiments.paper.rows import ATTEMPTS, SEARCH, TRAINING, StudyRow, done, folder_of, held, key_of, log_of
+from experiments.paper.rows import (
+    ATTEMPTS,
+    NETWORK,
+    SEARCH,
+    TRAINING,
+    StudyRow,
+    done,
+    folder_of,
+    held,
+    key_of,
+    log_of,
+)
 from qt_jax import records
 
-STATES = ("done", "running", "failed", "begun", "pending")
+STATES = ("done", "running", "failed", "begun", "trained", "pending")
 
 
 class Display:
@@ -154,13 +165,18 @@ def listing(rows: Sequence[StudyRow], runs: Path, results: Path) -> Table:
 
 
 def state(row: StudyRow, runs: Path) -> str:
-    """Return the state of a row that is not done: running, failed, begun (and interrupted) or pending."""
+    """Return the state of a row that is not done: running, failed, begun, trained or pending.
+
+    A row that is begun was interrupted. One that is trained has a network from `experiments.accelerator`.
+    """
     folder = folder_of(row, runs)
     if not folder.exists():
         return "pending"
     if held(folder):
         return "running"
     attempts = records.read(folder / ATTEMPTS)
+    if not attempts and (folder / NETWORK).exists():
+        return "trained"
     return "failed" if attempts and attempts[-1]["error"] else "begun"
 
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import qt_jax as qt
-from experiments.configs.methods import BASELINES
+from experiments.configs.methods import BASELINES, FLOAT
 from experiments.paper import tables
-from experiments.paper.evidence import FLOAT, PUBLISHED, RECOMMENDED, Evidence, read
+from experiments.paper.evidence import PUBLISHED, RECOMMENDED, Evidence, read
 from experiments.paper.figures import StudyFigure, figures
 from qt_jax.diagnosis.toolchains import LAYER_SCHEMES
 from qt_jax.files import write_whole
@@ -45,6 +45,13 @@ EDGE_NOTE = (
     "within a column. Energy is a model (Horowitz, ISSCC 2014)."
 )
 
+TRAINED_NOTE = (
+    "Networks as `experiments.accelerator` has trained and measured them: accuracy on the test images in "
+    "%, in float32. Numbers are means ± half the 95 % t-interval over seeds. Six views average the logits of "
+    "an image, its mirror image and four shifted ones; an exported graph sees one view. Seconds are those of "
+    "one training, without compilation."
+)
+
 LAYER_NOTE = (
     "Numbers are the SQNR in dB of each layer's output, after the activation that is fused with it: "
     "onnxruntime's deployment against the float graph, on validation images. They are means over the seeds "
@@ -64,7 +71,7 @@ def render(folder: Path, page: Path | None = None) -> list[Path]:
       InvalidInput: There are no records, or the page asks for a table that they do not give.
     """
     evidence = read(folder)
-    if not evidence.deployed:
+    if not (evidence.deployed or evidence.trained):
         raise qt.InvalidInput(f"{folder} holds no records of finished rows: run the study first.")
     pictures = figures(evidence)
     texts = pages(evidence, folder.name, list(pictures))
@@ -84,7 +91,15 @@ def pages(evidence: Evidence, study: str, pictures: list[str]) -> dict[str, str]
       evidence: The records.
       study: Name of the study, for titles.
       pictures: File names of the figures.
+
+    Before the first deployment there is only the table of the trained networks.
     """
+    trained = {}
+    if evidence.trained:
+        parts = [TRAINED_NOTE, tables.trained(evidence), tables.trained_where(evidence)]
+        trained["trained.md"] = _page(f"{study}: trained networks", parts)
+    if not evidence.deployed:
+        return trained
     found = {
         "accuracy.md": _page(f"{study}: accuracy by backend and scheme", _accuracy(evidence)),
         "quality.md": _page(f"{study}: calibration and fidelity", _quality(evidence)),
@@ -92,6 +107,7 @@ def pages(evidence: Evidence, study: str, pictures: list[str]) -> dict[str, str]
         "layers.md": _page(f"{study}: SQNR by layer", _layers(evidence)),
         "training.md": _page(f"{study}: training", [tables.training(evidence), *_search(evidence)]),
         "methods.md": _page(f"{study}: methods", [METHODS_NOTE, tables.methods_table(evidence)]),
+        **trained,
     }
     edge = {task: tables.edge(evidence, task) for task in evidence.tasks}
     if any(edge.values()):
@@ -196,6 +212,8 @@ def blocks(evidence: Evidence, study: str) -> dict[str, str]:
     They are the cost, the legend and, for every task, summary and gains of every table.
     """
     found = {f"{study} cost": tables.cost(evidence), f"{study} legend": tables.LEGEND}
+    if evidence.trained:
+        found[f"{study} trained"] = tables.trained(evidence)
     for task in evidence.tasks:
         found[f"{study} {task} leads"] = tables.leads(evidence, task)
         found[f"{study} {task} losses"] = tables.losses(evidence, task)

@@ -77,15 +77,12 @@ def find(options: Options) -> StudyRow:
       InvalidInput: The preset, the task or the method is unknown.
     """
     chosen = preset(options.preset)
-    tasks = {task.name: task for task in chosen.tasks}
-    for flag, name, known in (
-        ("--task", options.task, list(tasks)),
-        ("--method", options.method, list(tasks[options.task].methods if options.task in tasks else ())),
-    ):
-        if name not in known:
-            raise qt.InvalidInput(f"{flag} {name!r} is unknown here; choose one of {', '.join(known)}")
+    task = chosen.task(options.task)
+    if options.method not in task.methods:
+        known = ", ".join(task.methods)
+        raise qt.InvalidInput(f"--method {options.method!r} is unknown here; choose one of {known}")
     found = records.read(results_of(chosen, options.results) / SEARCH)
-    return row_of(chosen, tasks[options.task], options.method, options.seed, found, options.factor)
+    return row_of(chosen, task, options.method, options.seed, found, options.factor)
 
 
 if __name__ == "__main__":

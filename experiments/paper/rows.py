@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 import qt_jax as qt
-from experiments.configs.methods import METHODS, Method, config_of
+from experiments.configs.methods import FLOAT, METHODS, Method, config_of
 from experiments.configs.study import Preset, Target, Task
 from experiments.configs.training import Config
 from qt_jax import records
@@ -29,7 +29,9 @@ DEFAULT_RESULTS = tyro.conf.arg(help_behavior_hint="(default: experiments/result
 TRAINING, DEPLOYMENT, STRUCTURE = "training.jsonl", "deployment.jsonl", "structure.jsonl"
 SEARCH = "search.jsonl"
 GRAPH, DESCRIPTION = "model.onnx", "model.json"
-ATTEMPTS, LOG, LOCK = "attempts.jsonl", "log.txt", ".lock"
+TRAINED, NETWORK = "trained.jsonl", "network.npz"
+"""What `experiments.accelerator` leaves: records in the folder of the preset, a network in that of a row."""
+ATTEMPTS, METRICS, LOG, LOCK = "attempts.jsonl", "metrics.jsonl", "log.txt", ".lock"
 
 SEARCH_TARGETS = (Target("onnxruntime", "reference", ("int4w-pt-minmax", "int4w-pc-minmax")),)
 """Deployments of a trial of the search beside FP32, on the validation split."""
@@ -148,8 +150,9 @@ def row_of(
     config = config_of(METHODS[method.network or name], task.base, seed, factor)
     origin = chosen and f"{chosen['method']} seed {chosen['seed']} factor {factor:g}"
     source = None
-    if method.needs is not None:
-        source = row_of(preset, task, method.needs, seed, found, None if trial is None else 1.0)
+    needed = (task, method.needs) if task.start is None or method.needs else (preset.task(task.start), FLOAT)
+    if needed[1] is not None:
+        source = row_of(preset, *needed, seed, found, None if trial is None else 1.0)
     return StudyRow(preset, task, name, seed, config, factor, origin, source, trial is not None)
 
 
@@ -243,8 +246,22 @@ def log_of(row: StudyRow, runs: Path) -> Path:
 
 
 def forget(row: StudyRow, runs: Path) -> None:
-    """Remove the folder of a row."""
-    shutil.rmtree(folder_of(row, runs), ignore_errors=True)
+    """Remove the folder of a row; what `experiments.accelerator` has left in it stays."""
+    folder = folder_of(row, runs)
+    if not row.preset.accelerated:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in (NETWORK, METRICS):
+            path.unlink()
+
+
+def has_network(row: StudyRow, runs: Path) -> bool:
+    """Tell whether `experiments.accelerator` has left the network that a row deploys."""
+    trained = row.source if row.method.network else row
+    return (folder_of(trained, runs) / NETWORK).exists()
 
 
 @contextlib.contextmanager

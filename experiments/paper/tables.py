@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from math import fsum
 from statistics import fmean
 
-from experiments.configs.methods import BASELINES, METHODS
+from experiments.configs.methods import BASELINES, FLOAT, METHODS
 from experiments.paper.evidence import (
-    FLOAT,
     GROUPS,
     PUBLISHED,
     RECOMMENDED,
@@ -237,6 +236,34 @@ def training(evidence: Evidence) -> str:
         )
     header = ["task", "method", "changes", "learning rate", "validation FP32", "fake-quantized"]
     return markdown_table([*header, "minutes", "seeds"], rows, words=4)
+
+
+def trained(evidence: Evidence) -> str:
+    """Tabulate the networks of `experiments.accelerator`: test accuracy, and seconds of training."""
+    columns = (("top1", 100), ("top1_fake_quant", 100), ("top1_six_views", 100), ("seconds", 1))
+    kinds: dict[tuple[str, str], list[Record]] = {}
+    for record in evidence.trained:
+        good = kinds.setdefault((record["task"], record["method"]), [])
+        good += [record] if record["status"] == "ok" else []
+    rows = []
+    for (task, method), good in kinds.items():
+        found = [interval(r[key] for r in good if r[key] is not None) for key, _ in columns]
+        shown = [written(value, scale) for value, (_, scale) in zip(found, columns, strict=True)]
+        rows.append([task, METHODS[method].title, *shown, str(len(good))])
+    header = ["task", "method", "FP32", "fake-quantized", "six views", "seconds", "seeds"]
+    return markdown_table(header, rows, words=2)
+
+
+def trained_where(evidence: Evidence) -> str:
+    """Say on what the networks of `experiments.accelerator` were trained, and which rows failed."""
+    machines = sorted({record["accelerator"] or "a CPU" for record in evidence.trained})
+    failed: dict[str, list[str]] = {}
+    for record in evidence.trained:
+        if record["status"] != "ok":
+            row = f"{record['task']} {record['method']} {record['seed']}"
+            failed.setdefault(f"{record['status']} ({record['reason']})", []).append(row)
+    said = [f"Trained on {', '.join(machines)}."]
+    return " ".join([*said, *(f"Not trained, {why}: {', '.join(rows)}." for why, rows in failed.items())])
 
 
 def _changes(record: Mapping) -> str:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -24,10 +23,11 @@ from rich.table import Table
 
 import qt_jax as qt
 from experiments.data import Dataset, load
-from experiments.data.store import write_npz
+from experiments.data.augment import VIEWS
 from experiments.devices import accelerator
 from experiments.speedrun.deployment import SPEEDRUN_SCHEMES, deploy
-from experiments.speedrun.program import VIEWS, Recipe, make_evaluation, make_training
+from experiments.speedrun.program import Recipe, make_evaluation, make_training
+from experiments.training.checkpoints import read_variables, write_variables
 from qt_jax import records
 from qt_jax.command_line import command
 from qt_jax.provenance import provenance
@@ -205,17 +205,6 @@ def deploy_seeds(
 def variables_path(path: Path, method: str, seed: int) -> Path:
     """Return the path of the parameters of one training."""
     return path.with_name(f"{method}-{seed}.npz")
-
-
-def write_variables(path: Path, variables: Any) -> None:
-    """Write an .npz of the arrays by path."""
-    write_npz(path, {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()})
-
-
-def read_variables(path: Path) -> dict[str, Any]:
-    """Read what `write_variables` wrote."""
-    with np.load(path) as archive:
-        return unflatten_dict({name: archive[name] for name in archive.files}, sep="/")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -12,8 +12,8 @@ import numpy as np
 
 import qt_jax as qt
 from experiments.data import Dataset
-from experiments.data.augment import normalize
-from experiments.speedrun.program import VIEWS, Recipe, weighted_views
+from experiments.data.augment import VIEWS, normalize, weighted_views
+from experiments.speedrun.program import Recipe
 from qt_jax.backends import ort
 from qt_jax.export import save_verified
 

@@ -16,10 +16,9 @@ import optax
 import qt_jax as qt
 from experiments.data.augment import crop_flip, normalize
 from experiments.models.speed_net import SpeedNet, whitening_kernel
+from experiments.training.state import average_parameters
+from experiments.training.step import make_logits
 from qt_jax.interception import is_quant_trim_statistic
-
-VIEWS = 6
-"""Views of an image in the accuracy that records of such trainings state."""
 
 WHITENED = 5000
 """Images from which the whitening is computed."""
@@ -209,21 +208,6 @@ def make_training(
     return train
 
 
-def average_parameters(step: jax.Array, total: int, every: int, params: Any, average: Any) -> tuple[Any, Any]:
-    """Move the average towards the parameters at every `every`-th step, and replace the parameters by it.
-
-    The weight of the old average is 0.95^every (step / total)^3, so the average moves less and less.
-    """
-    keep = jnp.float32(0.95**every) * (step.astype(jnp.float32) / total) ** 3
-    moved = optax.incremental_update(params, average, 1.0 - keep)
-    due = (step + 1) % every == 0
-
-    def chosen(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, old)
-
-    return chosen(moved, params), chosen(moved, average)
-
-
 def _remeasured(model: Any, params: Any, batch_stats: Any, batches: jax.Array, mean: Any, std: Any) -> Any:
     """Return the statistics with those of batch norm averaged over batches. Ranges stay as they are."""
     model = model.clone(norm_momentum=0.0)
@@ -248,34 +232,6 @@ def _remeasured(model: Any, params: Any, batch_stats: Any, batches: jax.Array, m
 def make_evaluation(
     recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
 ) -> Callable[..., jax.Array]:
-    """Build `logits(variables, images, views) -> float32 (n, num_classes)`. `views` is static under jit.
-
-    One view is the image as it is. Six views add its mirror image, and both shifted by a pixel up left and
-    down right. Each of these four has half the weight of the first two.
-    """
+    """Build `logits(variables, images, views) -> float32 (n, num_classes)`, see `make_logits`."""
     model = recipe.model(num_classes)
-
-    def logits(variables: Any, images: jax.Array, views: int) -> jax.Array:
-        def seen(part: jax.Array) -> jax.Array:
-            return sum(
-                weight * model.apply(variables, normalize(view, mean, std), train=False)
-                for weight, view in weighted_views(part, views)
-            )
-
-        size = 2000 if len(images) % 2000 == 0 else len(images)
-        return jax.lax.map(seen, images.reshape(-1, size, *images.shape[1:])).reshape(-1, num_classes)
-
-    return logits
-
-
-def weighted_views(images: jax.Array, views: int) -> list[tuple[float, jax.Array]]:
-    """Return each view's weight and its images. The weights add up to 1; the first view is unchanged."""
-    if views == 1:
-        return [(1.0, images)]
-    n = len(images)
-    moves = [(0.25, (1, 1)), (0.125, (0, 0)), (0.125, (2, 2))]
-    return [
-        (weight, crop_flip(images, jnp.tile(jnp.asarray([move]), (n, 1)), jnp.full(n, flipped), 1))
-        for weight, move in moves
-        for flipped in (False, True)
-    ]
+    return make_logits(partial(model.apply, train=False), mean, std)

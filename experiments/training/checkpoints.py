@@ -7,16 +7,19 @@ that wrote it. They tell a damaged checkpoint from one of another network.
 import errno
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 import qt_jax as qt
 from experiments import devices
+from experiments.data.store import write_npz
 from experiments.training.logs import warn
 from experiments.training.state import TrainState
 from experiments.training.step import Totals
@@ -197,3 +200,30 @@ def _tell_versions(there: dict[str, str | None], step: int) -> None:
             f"the checkpoint of step {step} was written with other versions ({', '.join(differ)}). The "
             "result may differ from that of an uninterrupted run."
         )
+
+
+def write_variables(path: Path, variables: Any) -> None:
+    """Write the variables of a network as an .npz of their leaves by path, whole or not at all.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "network.npz"
+    >>> write_variables(path, {"params": {"head": {"bias": np.ones(2)}}})
+    >>> read_variables(path)["params"]["head"]["bias"].tolist()
+    [1.0, 1.0]
+    """
+    write_npz(path, {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()})
+
+
+def read_variables(path: Path) -> dict[str, Any]:
+    """Read what `write_variables` wrote.
+
+    Raises:
+      InvalidInput: The file is missing or damaged.
+    """
+    try:
+        with np.load(path) as archive:
+            return unflatten_dict({name: archive[name] for name in archive.files}, sep="/")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise qt.InvalidInput(
+            f"{path} holds no network ({error}): train it again, or bring a whole copy"
+        ) from error

@@ -1,6 +1,7 @@
 """Finish a network after its last step: clip learned kernels and re-estimate batch norm for deployment."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,28 +16,48 @@ from experiments.data import Dataset
 from experiments.data.augment import normalize
 from experiments.training import quantizers
 from experiments.training.state import TrainState
+from qt_jax.batch_norm import reestimator
 from qt_jax.interception import COLLECTION, KERNEL
 
 BATCH = 500
 """Images in one forward pass."""
 
 
-def finish(config: Config, dataset: Dataset, state: TrainState) -> TrainState:
-    """Return the state with learned clips of kernels applied, and with batch norm re-estimated if asked for.
+Variables = dict[str, Any]
+"""Flax collections."""
 
-    LSQ clips every kernel to the ends of its learned grid in each forward pass. Clipping the kernel itself
+
+def finish(config: Config, dataset: Dataset, state: TrainState) -> TrainState:
+    """Return the finished state of one run, see `finisher`."""
+    return finisher(config, dataset)(state)
+
+
+def finisher(config: Config, dataset: Dataset) -> Callable[[TrainState], TrainState]:
+    """Build `finish(state) -> state`, compiled once for all states of a config.
+
+    It applies the learned clips of kernels, and measures batch norm again if the config asks for it. LSQ
+    clips every kernel to the ends of its learned grid in each forward pass. Clipping the kernel itself
     changes nothing there, and gives the exported graph the learned range.
     """
-    if config.quantizer == "lsq":
-        state = state.replace(params=clip_to_grid(state.params, state.batch_stats))
-    if not config.reestimate:
-        return state
     model = models.create(config.model, dataset.num_classes)  # float32, as it is exported
     images = dataset.train_images[: config.train_limit][: config.reestimate]
-    variables = reestimate(model, state.deployed, images, dataset)
-    if config.folded:
-        variables = refold(config, model, variables, images)
-    return state.replace(batch_stats=variables[COLLECTION])
+    measure = batch_norm_on(model, images, dataset)
+    refold = refolder(config, model, images.shape[1:]) if config.folded else None
+
+    def finish(state: TrainState) -> TrainState:
+        if config.quantizer == "lsq":
+            clipped = clip_to_grid(state.params, state.batch_stats)
+            state = state.replace(params=clipped)
+            if config.averages:
+                state = state.replace(average=clip_to_grid(state.average, state.batch_stats))
+        if not config.reestimate:
+            return state
+        variables = measure(state.deployed)
+        if refold is not None:
+            variables = refold(variables)
+        return state.replace(batch_stats=variables[COLLECTION])
+
+    return finish
 
 
 def clip_to_grid(params: Any, batch_stats: Any) -> Any:
@@ -50,31 +71,27 @@ def clip_to_grid(params: Any, batch_stats: Any) -> Any:
     return unflatten_dict(kernels)
 
 
-def reestimate(model: nn.Module, variables: Any, images: np.ndarray, dataset: Dataset) -> dict[str, Any]:
-    """Return the variables with batch norm pooled over uint8 images, in the float network.
+def batch_norm_on(model: nn.Module, images: np.ndarray, dataset: Dataset) -> Callable[[Variables], Variables]:
+    """Build a function that returns variables with batch norm pooled over uint8 images, in the float network.
 
     Images that do not fill a batch are left out.
     """
-    size = min(BATCH, len(images))
-    batches = (
-        normalize(images[start : start + size], dataset.mean, dataset.std)
-        for start in range(0, len(images) - size + 1, size)
-    )
 
-    def forward(variables, batch):
+    @reestimator
+    def pooled(variables, batch):
+        batch = normalize(batch, dataset.mean, dataset.std)
         return model.apply(variables, batch, train=True, mutable=[COLLECTION])
 
-    return qt.reestimate_batch_norm(forward, variables, batches)
+    size = min(BATCH, len(images))
+    starts = range(0, len(images) - size + 1, size) if size else ()
+    return lambda variables: pooled(variables, (images[start : start + size] for start in starts))
 
 
-def refold(config: Config, model: nn.Module, variables: Any, images: np.ndarray) -> dict[str, Any]:
-    """Return the variables with the gains and the ranges of kernels that their present batch norm implies."""
-    image_shape = images.shape[1:]
-    variables = quantizers.fusion(model, image_shape).refresh(variables)
-    unseen = {
-        path: np.zeros_like(leaf) if KERNEL in path and path[-1] == "count" else leaf
-        for path, leaf in flatten_dict(variables[COLLECTION]).items()
-    }
+def refolder(
+    config: Config, model: nn.Module, image_shape: tuple[int, ...]
+) -> Callable[[Variables], Variables]:
+    """Build a function that returns variables with the gains and kernel ranges that batch norm implies."""
+    fusion = quantizers.fusion(model, image_shape)
     specs = dataclasses.replace(quant_config(config), activations=None)
 
     @jax.jit
@@ -83,9 +100,17 @@ def refold(config: Config, model: nn.Module, variables: Any, images: np.ndarray)
             images = np.zeros((1, *image_shape), np.float32)
             return model.apply(variables, images, train=False, mutable=[COLLECTION])[1][COLLECTION]
 
-    observed = flatten_dict(observe({**variables, COLLECTION: unflatten_dict(unseen)}))
-    kept = {
-        path: observed[path] if KERNEL in path else leaf
-        for path, leaf in flatten_dict(variables[COLLECTION]).items()
-    }
-    return {**variables, COLLECTION: unflatten_dict(kept)}
+    def refold(variables: Variables) -> Variables:
+        variables = fusion.refresh(variables)
+        unseen = {
+            path: np.zeros_like(leaf) if KERNEL in path and path[-1] == "count" else leaf
+            for path, leaf in flatten_dict(variables[COLLECTION]).items()
+        }
+        observed = flatten_dict(observe({**variables, COLLECTION: unflatten_dict(unseen)}))
+        kept = {
+            path: observed[path] if KERNEL in path else leaf
+            for path, leaf in flatten_dict(variables[COLLECTION]).items()
+        }
+        return {**variables, COLLECTION: unflatten_dict(kept)}
+
+    return refold

@@ -15,14 +15,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 import qt_jax as qt
-from experiments import devices
+from experiments import devices, models
 from experiments.configs.training import Config, lambda_schedule
 from experiments.data import Dataset
+from experiments.data.augment import normalize
 from experiments.training.quantizers import LEARNED_NAMES
 from experiments.training.state import TrainState, create_state, learning_rate_schedule, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
 from qt_jax.export.network import restore
 from qt_jax.interception import is_quant_trim_statistic
+
+FIRST_IMAGES = 5000
+"""Training images from which a network may take parameters before the first step."""
 
 
 class Program(NamedTuple):
@@ -65,7 +69,7 @@ def build(config: Config, model: nn.Module, dataset: Dataset, mesh: Mesh) -> Pro
     order = jax.jit(lambda epoch: epoch_order(config, len(images), epoch), out_shardings=everywhere)
 
     def create() -> TrainState:
-        return create_state(config, model, tx, images.shape[1:])
+        return create_state(config, model, tx, images.shape[1:], first_images(model, images, dataset))
 
     return Program(
         config,
@@ -75,12 +79,21 @@ def build(config: Config, model: nn.Module, dataset: Dataset, mesh: Mesh) -> Pro
         per_epoch,
         template=jax.eval_shape(create),
         first=lambda: devices.replicate(fine_tune(create(), config.fine_tune), mesh),
-        run=make_train_step(config, model, tx, lam, dataset.mean, dataset.std, dataset.num_classes, mesh),
+        run=make_train_step(
+            config, model, tx, lam, dataset.mean, dataset.std, dataset.num_classes, mesh, total
+        ),
         order=lambda epoch: order(np.int32(epoch)),
         split=Split(devices.split_rows(images, mesh), devices.split_rows(labels, mesh)),
         lam=lam,
         rate=learning_rate_schedule(config, total),
     )
+
+
+def first_images(model: nn.Module, images: np.ndarray, dataset: Dataset) -> jax.Array | None:
+    """Return the normalised images from which the network takes parameters; None if it takes none."""
+    if not models.is_fitted(model):
+        return None
+    return normalize(images[:FIRST_IMAGES], dataset.mean, dataset.std)
 
 
 def _steps_per_epoch(config: Config, images: int, count: int) -> int:
@@ -113,9 +126,18 @@ def fine_tune(state: TrainState, folder: Path | None) -> TrainState:
     if folder is None:
         return state
     held = restore(folder)
-    params = _with_own_leaves(state.params, held.get("average") or held.get("params"), folder)
-    batch_stats = _with_own_leaves(state.batch_stats, held.get("batch_stats"), folder)
-    average = None if state.average is None else params
+    return start_from(state, held.get("average") or held.get("params"), held.get("batch_stats"), folder)
+
+
+def start_from(state: TrainState, params: Any, batch_stats: Any, folder: Path) -> TrainState:
+    """Return a first state with these parameters and this batch norm, which come from `folder`.
+
+    Raises:
+      InvalidInput: They are of another network.
+    """
+    params = _with_own_leaves(state.params, params, folder)
+    batch_stats = _with_own_leaves(state.batch_stats, batch_stats, folder)
+    average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, batch_stats=batch_stats, average=average)
 
 

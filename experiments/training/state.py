@@ -1,5 +1,7 @@
 """Define the state that a training run carries from step to step, and the optimizer that updates it."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +12,12 @@ import numpy as np
 import optax
 
 import qt_jax as qt
+from experiments import models
 from experiments.configs.training import Config
 from experiments.training import quantizers
+
+Path = tuple[Any, ...]
+"""Path of a leaf of the parameters, as `jax.tree_util` gives it."""
 
 
 @flax.struct.dataclass
@@ -34,10 +40,10 @@ class TrainState:
         return {"params": quantizers.plain(params), "batch_stats": self.batch_stats}
 
 
-def random_key(config: Config, purpose: str, index: jax.Array | int) -> jax.Array:
-    """Return the key for a purpose (parameters, order, augmentation) at the step or epoch `index`."""
-    family = ("parameters", "order", "augmentation").index(purpose)
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), family), index)
+def random_key(seed: jax.Array | int, purpose: str, index: jax.Array | int) -> jax.Array:
+    """Return the key for a purpose (parameters, order, augmentation, mirror) at the step or epoch `index`."""
+    family = ("parameters", "order", "augmentation", "mirror").index(purpose)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), family), index)
 
 
 def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
@@ -48,7 +54,8 @@ def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, end)
     peak = max(1, total_steps // 5)
     up = optax.linear_schedule(0.1 * config.learning_rate, config.learning_rate, peak)
-    down = optax.linear_schedule(config.learning_rate, 0.0, max(1, total_steps - peak))
+    end = config.final_rate * config.learning_rate
+    down = optax.linear_schedule(config.learning_rate, end, max(1, total_steps - peak))
     return optax.join_schedules([up, down], [peak])
 
 
@@ -56,8 +63,17 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     """Return SGD with Nesterov momentum and weight decay, followed by reverse pruning if the config has it.
 
     `quantizers.is_decayed` selects the decayed leaves. `update` takes `rate_scale`, and `batch_stats` for
-    reverse pruning of folded kernels.
+    reverse pruning of folded kernels. Frozen leaves get no update.
+
+    Raises:
+      InvalidInput: The run ends before `--average-every` has replaced the parameters once.
     """
+    if config.average_every > total_steps:
+        raise qt.InvalidInput(
+            f"--average-every {config.average_every} is more than the {total_steps} steps of the run: the "
+            "average would never move"
+        )
+    frozen = is_frozen(config)
     chain = [
         optax.add_decayed_weights(
             config.weight_decay,
@@ -66,6 +82,12 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
         optax.sgd(learning_rate_schedule(config, total_steps), config.momentum, nesterov=True),
         scaled_by_rate(),
     ]
+    if config.bias_rate != 1.0:
+        chain.append(
+            optax.masked(optax.scale(config.bias_rate), _masked(lambda path: path[-1].key == "bias"))
+        )
+    if config.frozen:
+        chain.append(optax.masked(optax.set_to_zero(), _masked(frozen)))
     if config.reverse_pruning is not None:
         chain.append(
             qt.reverse_pruning(
@@ -75,9 +97,54 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
                 folded=config.reverse_pruning_folded,
                 spread=config.reverse_pruning_spread,
                 seed=config.seed,
+                mask=(lambda path, _: not frozen(path)) if config.frozen else None,
             )
         )
     return optax.chain(*chain)
+
+
+def is_frozen(config: Config) -> Callable[[Path], bool]:
+    """Return a function that tells whether a parameter stays as it is, by its path."""
+    patterns = [re.compile(pattern) for pattern in config.frozen]
+
+    def frozen(path: Path) -> bool:
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        return any(pattern.fullmatch(name) for pattern in patterns)
+
+    return frozen
+
+
+def _masked(selects: Callable[[Path], bool]) -> Callable[[Any], Any]:
+    """Return a mask for optax: True for the leaves whose path is selected."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: selects(path), params)
+
+
+def move_average(config: Config, step: jax.Array, total: int, params: Any, average: Any) -> tuple[Any, Any]:
+    """Return the parameters and their moving average after a step; the average is None without one."""
+    if config.ema:
+        return params, optax.incremental_update(params, average, 1.0 - config.ema)
+    if config.average_every:
+        return average_parameters(step, total, config.average_every, params, average)
+    return params, average
+
+
+def average_parameters(step: jax.Array, total: int, every: int, params: Any, average: Any) -> tuple[Any, Any]:
+    """Move the average towards the parameters at every `every`-th step, and replace the parameters by it.
+
+    The weight of the old average is 0.95^every (step / total)^3, so the average moves less and less.
+
+    >>> params, average = average_parameters(jnp.int32(5), 10, 1, jnp.ones(1), jnp.zeros(1))
+    >>> params.tolist() == average.tolist(), round(average.item(), 4)  # 1 - 0.95 / 8
+    (True, 0.8813)
+    """
+    keep = jnp.float32(0.95**every) * (step.astype(jnp.float32) / total) ** 3
+    moved = optax.incremental_update(params, average, 1.0 - keep)
+    due = (step + 1) % every == 0
+
+    def chosen(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, old)
+
+    return chosen(moved, params), chosen(moved, average)
 
 
 def scaled_by_rate() -> optax.GradientTransformationExtraArgs:
@@ -91,10 +158,14 @@ def scaled_by_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def taus(opt_state: optax.OptState) -> list[Any]:
+    """Return the trees of reverse pruning's tau in the state of an optimizer. Empty without pruning."""
+    return [{"tau": tau} for _, tau in optax.tree_utils.tree_get_all_with_path(opt_state, "tau")]
+
+
 def thresholds(opt_state: optax.OptState) -> dict[str, float]:
     """Return reverse pruning's tau of each kernel by path, the mean over channels. Empty without pruning."""
-    found = optax.tree_utils.tree_get_all_with_path(opt_state, "tau")
-    leaves = [leaf for _, tau in found for leaf in jax.tree.leaves_with_path(tau)]
+    leaves = [leaf for found in taus(opt_state) for leaf in jax.tree.leaves_with_path(found["tau"])]
     return {
         jax.tree_util.keystr(path[:-1], simple=True, separator="/"): float(jnp.mean(tau))
         for path, tau in leaves
@@ -103,21 +174,55 @@ def thresholds(opt_state: optax.OptState) -> dict[str, float]:
 
 
 def create_state(
-    config: Config, model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...]
+    config: Config,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    first: jax.Array | None = None,
+    seed: jax.Array | None = None,
 ) -> TrainState:
-    """Create the state before the first step, with all that the quantizer keeps attached."""
+    """Create the state before the first step, with all that the quantizer keeps attached.
 
-    def init(key):
+    Args:
+      config: Config of the run.
+      model: Network to train.
+      tx: Its optimizer.
+      image_shape: Height, width and channels.
+      first: Normalised images for a network that takes parameters from them, else None; see
+        `models.fit_to_data`.
+      seed: Seed of the parameters; None for the config's.
+
+    Raises:
+      InvalidInput: A pattern of `--frozen` matches no parameter.
+    """
+
+    def init(key, first):
         images = jnp.zeros((1, *image_shape), jnp.float32)
-        variables = quantizers.attach(config, model, model.init(key, images), images)
+        variables = model.init(key, images)
+        if first is not None:
+            variables = {**variables, "params": models.fit_to_data(model, variables["params"], first)}
+        _check_frozen(config, variables["params"])
+        variables = quantizers.attach(config, model, variables, images)
         params = variables["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
             opt_state=tx.init(params),
-            average=params if config.ema else None,
+            average=params if config.averages else None,
             rate_scale=jnp.ones((), jnp.float32),
         )
 
-    return jax.jit(init)(random_key(config, "parameters", 0))
+    return jax.jit(init)(random_key(config.seed if seed is None else seed, "parameters", 0), first)
+
+
+def _check_frozen(config: Config, params: Any) -> None:
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree.leaves_with_path(params)
+    ]
+    for pattern in config.frozen:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise qt.InvalidInput(
+                f"--frozen {pattern!r} matches no parameter; their paths are {', '.join(names)}"
+            )

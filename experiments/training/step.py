@@ -12,13 +12,17 @@ import optax
 from jax.sharding import Mesh
 
 from experiments.configs.training import Config
-from experiments.data.augment import normalize, random_crop_flip
+from experiments.data.augment import normalize, random_crop_flip, weighted_views
 from experiments.devices import constrained, replicated, split_rows
 from experiments.training import quantizers
-from experiments.training.state import TrainState, random_key
+from experiments.training.state import TrainState, move_average, random_key
 
 FLIPPABLE = {"cifar10", "cifar100", "fashion-mnist", "composed", "oxford-pet", "oxford-pet-128"}
 """Data sets whose classes survive a left-right flip."""
+
+
+CHUNKS = (2000, 1000)
+"""Images in one forward pass of `make_logits`, the first that divides their number."""
 
 
 class Split(NamedTuple):
@@ -57,12 +61,15 @@ def make_train_step(
     std: tuple[float, ...],
     num_classes: int,
     mesh: Mesh | None = None,
+    total: int = 1,
 ) -> Callable[..., tuple[TrainState, Totals]]:
-    """Build `run(state, totals, split, order, steps) -> (state, totals)`, compiled once.
+    """Build `run(state, totals, split, order, steps, seed) -> (state, totals)`, compiled once.
 
     `order` is the epoch's permutation of the split, `(steps per epoch * batch,)` int32. `steps` (int32) is
     the number of steps to take. With `steps_per_dispatch` 1 it takes exactly one, without a loop: inside a
-    loop XLA's CPU backend runs convolutions on one thread, forty times slower.
+    loop XLA's CPU backend runs convolutions on one thread, forty times slower. `seed` (uint32) is that of the
+    augmentation; without it the config's is compiled in. The seeds of reverse pruning and of vendors' grids
+    are always the config's.
 
     Args:
       config: Config of the run.
@@ -73,6 +80,7 @@ def make_train_step(
       num_classes: Number of classes.
       mesh: Devices among which every batch is divided. `state`, `totals` and `order` are replicated on them,
         and the rows of `split` may be spread. None stands for the one device on which the arguments are.
+      total: Steps of the whole run, for `--average-every`.
     """
 
     gradient_fn = jax.value_and_grad(_loss_function(config, model, lam, num_classes), has_aux=True)
@@ -99,8 +107,8 @@ def make_train_step(
         mean_of = 1.0 / count
         return loss * mean_of, correct, batch_stats, optax.tree.scale(mean_of, gradients)
 
-    def step(state: TrainState, totals: Totals, split: Split, order: jax.Array):
-        images, labels = draw_batch(config, split, order, state.step, mesh)
+    def step(state: TrainState, totals: Totals, split: Split, order: jax.Array, seed: jax.Array | None):
+        images, labels = draw_batch(config, split, order, state.step, mesh, seed)
         images = normalize(images, mean, std)
         loss, correct, batch_stats, gradients = gradients_of(state, images, labels)
         params, average = (
@@ -111,19 +119,18 @@ def make_train_step(
             gradients, state.opt_state, params, batch_stats=batch_stats, rate_scale=state.rate_scale
         )
         params = optax.apply_updates(params, updates)
-        if config.ema:
-            average = optax.incremental_update(params, average, 1.0 - config.ema)
-        final = average if config.ema else params
+        params, average = move_average(config, state.step, total, params, average)
+        final = average if config.averages else params
         batch_stats = quantizers.publish_learned(config, final, batch_stats)
         batch_stats = quantizers.refresh_gains(config, model, final, batch_stats, images.shape[1:])
         seen = Totals(loss * config.batch_size, correct, jnp.float32(config.batch_size))
         state = TrainState(state.step + 1, params, batch_stats, opt_state, average, state.rate_scale)
         return state, jax.tree.map(jnp.add, totals, seen)
 
-    def run(state, totals, split, order, steps):
+    def run(state, totals, split, order, steps, seed=None):
         if config.steps_per_dispatch == 1:
-            return step(state, totals, split, order)
-        return jax.lax.fori_loop(0, steps, lambda _, carry: step(*carry, split, order), (state, totals))
+            return step(state, totals, split, order, seed)
+        return jax.lax.fori_loop(0, steps, lambda _, carry: step(*carry, split, order, seed), (state, totals))
 
     placed = None if mesh is None else replicated(mesh)
     return jax.jit(run, donate_argnums=(0, 1), out_shardings=placed)
@@ -154,13 +161,23 @@ def _loss_function(
 
 
 def draw_batch(
-    config: Config, split: Split, order: jax.Array, step: jax.Array, mesh: Mesh | None = None
+    config: Config,
+    split: Split,
+    order: jax.Array,
+    step: jax.Array,
+    mesh: Mesh | None = None,
+    seed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw the augmented uint8 images and int32 labels of one step, only from the seed and the step."""
-    position = (step % (order.size // config.batch_size)) * config.batch_size
+    per_epoch = order.size // config.batch_size
+    position = (step % per_epoch) * config.batch_size
     chosen = jax.lax.dynamic_slice(order, (position,), (config.batch_size,))
-    key = random_key(config, "augmentation", step)
-    move = partial(random_crop_flip, key, flip=config.dataset in FLIPPABLE)
+    seed = config.seed if seed is None else seed
+    flip: bool | jax.Array = config.dataset in FLIPPABLE
+    if flip and config.flips == "alternating":
+        keys = jax.vmap(partial(random_key, seed, "mirror"))(chosen)
+        flip = jax.vmap(jax.random.bernoulli)(keys) ^ (step // per_epoch % 2 == 1)
+    move = partial(random_crop_flip, random_key(seed, "augmentation", step), pad=config.shift, flip=flip)
     images, labels = (constrained(rows[chosen], mesh) for rows in split)
     images = move(images)
     if labels.ndim > 1:  # the same key moves a mask with its image
@@ -173,9 +190,10 @@ def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive in (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
 
 
-def epoch_order(config: Config, images: int, epoch: int) -> jax.Array:
+def epoch_order(config: Config, images: int, epoch: int, seed: jax.Array | None = None) -> jax.Array:
     """Return the order of an epoch: an int32 permutation of the split, cut to whole batches."""
-    shuffled = jax.random.permutation(random_key(config, "order", epoch), images)
+    seed = config.seed if seed is None else seed
+    shuffled = jax.random.permutation(random_key(seed, "order", epoch), images)
     return shuffled[: images // config.batch_size * config.batch_size]
 
 
@@ -225,3 +243,30 @@ def make_predict(
         return np.concatenate([np.asarray(logits(variables, part)) for part in parts])[:n]
 
     return predict
+
+
+def make_logits(
+    forward: Callable[[Any, jax.Array], jax.Array], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Any, jax.Array, int], jax.Array]:
+    """Build `logits(variables, images, views) -> float32 (n, num_classes)`, one function to be jitted.
+
+    It averages the logits over the views of `weighted_views`. `images` are uint8 on the device; `views` is
+    static under jit. Where n is a multiple of `CHUNKS`, they are computed in a loop over chunks of that many.
+
+    Args:
+      forward: `(variables, images) -> logits` of normalised images.
+      mean, std: One number per channel, as `augment.normalize` takes them.
+    """
+
+    def logits(variables: Any, images: jax.Array, views: int) -> jax.Array:
+        def seen(part: jax.Array) -> jax.Array:
+            return sum(
+                weight * forward(variables, normalize(view, mean, std))
+                for weight, view in weighted_views(part, views)
+            )
+
+        size = next((size for size in CHUNKS if len(images) % size == 0), len(images))
+        found = jax.lax.map(seen, images.reshape(-1, size, *images.shape[1:]))
+        return found.reshape(-1, found.shape[-1])
+
+    return logits

@@ -9,7 +9,20 @@ from experiments.configs.study import preset
 from experiments.configs.training import Config
 from experiments.paper import rows
 from experiments.paper.collect import replace
-from experiments.paper.rows import changed, done, expected, folder_of, row_of, select, study, trials
+from experiments.paper.rows import (
+    METRICS,
+    NETWORK,
+    changed,
+    done,
+    expected,
+    folder_of,
+    forget,
+    has_network,
+    row_of,
+    select,
+    study,
+    trials,
+)
 
 SMOKE = preset("smoke")
 TASK = SMOKE.tasks[0]
@@ -121,3 +134,17 @@ def test_a_trial_is_done_by_its_own_record(tmp_path):
     record = {"task": "digits", "method": first.name, "seed": first.seed, "factor": first.factor}
     replace(tmp_path / rows.SEARCH, [record | {"digest": first.digest}], ("factor",))
     assert done([first, *others], tmp_path) == {first}
+
+
+def test_what_the_accelerator_has_trained_is_never_forgotten(tmp_path):
+    first, tuned = (study(preset("quarter-hour"))[index] for index in (0, 12))
+    assert tuned.source == first and not has_network(first, tmp_path)
+    for row in (first, tuned, study(SMOKE)[0]):
+        folder = folder_of(row, tmp_path)
+        (folder / "evaluation").mkdir(parents=True)
+        for name in (NETWORK, METRICS, "model.onnx"):
+            (folder / name).touch()
+        assert has_network(row, tmp_path)
+        forget(row, tmp_path)
+        left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        assert left == ({NETWORK, METRICS} if row.preset.accelerated else set())

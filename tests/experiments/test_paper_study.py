@@ -41,7 +41,8 @@ def test_backends_offer_what_presets_ask_for(name):
 
 
 def test_unknown_preset_is_refused():
-    assert list(STUDIES) == ["cpu", "accelerator", "smoke", "accelerator-reduced"]
+    names = ["cpu", "accelerator", "smoke", "accelerator-reduced", "quarter-hour", "quarter-hour-reduced"]
+    assert list(STUDIES) == names
     with pytest.raises(qt.InvalidInput, match="choose one of cpu, accelerator, smoke"):
         preset("tpu")
 

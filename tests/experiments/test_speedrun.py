@@ -11,8 +11,10 @@ import pytest
 
 import qt_jax as qt
 from experiments.data import load
+from experiments.data.augment import VIEWS, weighted_views
 from experiments.models.speed_net import identity_first, max_pool, whitening_kernel
-from experiments.speedrun.program import VIEWS, Recipe, average_parameters, make_training, weighted_views
+from experiments.speedrun.program import Recipe, make_training
+from experiments.training.state import average_parameters
 from qt_jax import records
 
 command = importlib.import_module("experiments.speedrun.__main__")

@@ -7,10 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qt_jax as qt
+from experiments import models
 from experiments.configs.training import PRESETS, Config, lambda_schedule
+from experiments.data.augment import crop_flip
 from experiments.models.resnet import ResNet
-from experiments.training.state import create_state, learning_rate_schedule, optimizer
-from experiments.training.step import Split, Totals, epoch_order, make_train_step
+from experiments.models.speed_net import whitening_kernel
+from experiments.training.state import (
+    create_state,
+    learning_rate_schedule,
+    move_average,
+    optimizer,
+    random_key,
+)
+from experiments.training.step import Split, Totals, draw_batch, epoch_order, make_train_step
 
 CONFIG = dataclasses.replace(PRESETS["smoke"], dataset="digits", reverse_pruning_every=2)
 TINY = ResNet((1,), width=4)
@@ -49,3 +59,97 @@ def test_learning_rate_peaks_and_ends_at_zero(name, total):
     assert max(rates) == pytest.approx(0.5 if total > 1 else max(rates))
     assert rates[-1] == pytest.approx(0.0, abs=1e-7)
     assert min(rates) >= 0.0
+
+
+def test_learning_rate_ends_at_the_final_share():
+    rate = learning_rate_schedule(Config(learning_rate=0.5, final_rate=0.1), 100)
+    assert float(rate(100)) == pytest.approx(0.05) and float(rate(20)) == pytest.approx(0.5)
+
+
+PARAMS = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "b": {"kernel": jnp.full((2, 2), 3.0)}}
+
+
+def updates_of(**changes):
+    """Return the first update of parameters with gradients of one, and the rate of plain SGD."""
+    config = Config(**{"momentum": 0.0, "weight_decay": 0.0, "reverse_pruning": None, **changes})
+    tx = optimizer(config, 10)
+    gradients = jax.tree.map(jnp.ones_like, PARAMS)
+    return tx.update(gradients, tx.init(PARAMS), PARAMS)[0], float(learning_rate_schedule(config, 10)(0))
+
+
+def test_biases_have_a_rate_of_their_own():
+    updates, rate = updates_of(bias_rate=8.0)
+    np.testing.assert_allclose(updates["a"]["bias"], -8.0 * rate, rtol=1e-6)
+    np.testing.assert_allclose(updates["a"]["kernel"], -rate, rtol=1e-6)
+
+
+def test_frozen_parameters_get_no_update_from_anything():
+    updates, rate = updates_of(
+        frozen=("b/.*",),
+        weight_decay=0.1,
+        reverse_pruning=0.5,
+        reverse_pruning_every=1,
+        reverse_pruning_start=0.0,
+    )
+    np.testing.assert_array_equal(updates["b"]["kernel"], 0.0)
+    np.testing.assert_allclose(updates["a"]["kernel"], -1.1 * rate, rtol=1e-6)
+
+
+def test_a_pattern_that_freezes_nothing_is_refused():
+    config = dataclasses.replace(CONFIG, frozen=("nothing",))
+    with pytest.raises(qt.InvalidInput, match=r"--frozen 'nothing' matches no parameter; .*head/kernel"):
+        create_state(config, TINY, optimizer(config, 10), (8, 8, 1))
+
+
+def test_the_average_replaces_the_parameters_when_it_is_due():
+    config, params, average = Config(average_every=2), {"w": jnp.float32(4.0)}, {"w": jnp.float32(2.0)}
+    kept, same = move_average(config, jnp.int32(4), 10, params, average)
+    assert (float(kept["w"]), float(same["w"])) == (4.0, 2.0)
+    replaced, moved = move_average(config, jnp.int32(5), 10, params, average)
+    keep = 0.95**2 * 0.5**3
+    np.testing.assert_allclose([replaced["w"], moved["w"]], [4 - 2 * keep] * 2, rtol=1e-6)
+    with pytest.raises(qt.InvalidInput, match="the average would never move"):
+        optimizer(config, 1)
+    with pytest.raises(qt.InvalidInput, match="give one"):
+        Config(average_every=2, ema=0.9)
+
+
+def test_alternating_flips_mirror_each_image_in_every_other_epoch():
+    config = Config(batch_size=8, shift=0, flips="alternating")
+    images = jax.random.randint(jax.random.key(0), (8, 32, 32, 3), 0, 255, jnp.uint8)
+    split, order = Split(images, jnp.arange(8)), jnp.arange(8)[::-1]
+    seen = [draw_batch(config, split, order, jnp.int32(step))[0] for step in range(3)]
+    mirrored = [np.any(np.asarray(batch != images[::-1]), axis=(1, 2, 3)) for batch in seen]
+    np.testing.assert_array_equal(mirrored[0], ~mirrored[1])
+    np.testing.assert_array_equal(seen[0], seen[2])
+    assert 0 < mirrored[0].sum() < 8
+    where = jnp.zeros((8, 2), jnp.int32)
+    np.testing.assert_array_equal(seen[0], crop_flip(images[::-1], where, jnp.asarray(mirrored[0]), 0))
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_a_seed_given_as_an_argument_draws_as_that_of_the_config(seed):
+    config = Config(batch_size=4, seed=seed)
+    split = Split(jnp.arange(4 * 32 * 32 * 3).astype(jnp.uint8).reshape(4, 32, 32, 3), jnp.arange(4))
+    given = jnp.uint32(seed)
+    draw = jax.jit(
+        lambda order, seed: draw_batch(Config(batch_size=4), split, order, jnp.int32(3), seed=seed)
+    )
+    order = jax.jit(lambda seed: epoch_order(Config(batch_size=4), 4, 2, seed))(given)
+    np.testing.assert_array_equal(order, epoch_order(config, 4, 2))
+    for one, other in zip(draw(order, given), draw_batch(config, split, order, jnp.int32(3)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    keys = [jax.random.key_data(random_key(value, "parameters", 0)) for value in (seed, given)]
+    np.testing.assert_array_equal(*keys)
+
+
+def test_the_speed_network_takes_its_whitening_from_the_first_images():
+    config = Config(model="speed-tiny", dataset="digits", frozen=("whitening/kernel",))
+    model = models.create(config.model, 10)
+    images = jax.random.normal(jax.random.key(0), (64, 8, 8, 1))
+    state = create_state(config, model, optimizer(config, 10), (8, 8, 1), images)
+    expected = whitening_kernel(images)
+    np.testing.assert_allclose(
+        np.abs(state.params["whitening"]["kernel"]), np.abs(expected), rtol=1e-3, atol=1e-4
+    )
+    assert models.is_fitted(model) and not models.is_fitted(TINY)

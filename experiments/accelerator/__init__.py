@@ -1,0 +1,1 @@
+"""Train the study's networks in a quarter of an hour on one GPU: `python -m experiments.accelerator`."""
