@@ -37,6 +37,7 @@ OPTIONS = {
     "experiments.cifar": (Config, PRESETS["cpu"]),
     "experiments.segmentation": (Config, SEGMENTATION_PRESETS["cpu"]),
     "qt_jax.backends": "Command",
+    "experiments.accelerator.parcels": "Command",
 }
 """Module -> the class that its flags are parsed into, with defaults. Other modules have a class `Options`."""
 
@@ -51,6 +52,11 @@ OTHER_COMMANDS = {
     "python ../../docs/examples/": ROOT / "tests" / "test_own_model.py",  # which runs them
     "ruff check .": ROOT / "pyproject.toml",
     "ruff format --check .": ROOT / "pyproject.toml",
+    "pip download --no-deps --only-binary=:all:": ROOT
+    / "experiments"
+    / "accelerator"
+    / "wheels.txt",
+    "bash experiments/accelerator/start.sh": ROOT / "docs" / "guides" / "accelerator.md",
     "pip download --no-deps rapidocr-onnxruntime==1.4.4": ROOT / "experiments" / "text_direction.py",
 }
 """Command -> the file that holds the command or its requirement. These commands are not run."""

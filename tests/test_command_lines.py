@@ -20,7 +20,10 @@ from qt_jax.errors import InvalidInput
 ROOT = Path(__file__).parents[1]
 WORKER = "qt_jax.backends.worker"
 """The harness starts this module by its path with the file of a job. Users do not."""
-SUBCOMMANDS = {"qt_jax.backends": ("list", "doctor", "install", "run")}
+SUBCOMMANDS = {
+    "qt_jax.backends": ("list", "doctor", "install", "run"),
+    "experiments.accelerator.parcels": ("data", "join", "send", "receive"),
+}
 
 
 def commands() -> list[str]:

@@ -23,11 +23,12 @@ from experiments import devices
 from experiments.accelerator import measurements, networks, plan
 from experiments.accelerator.program import Placed, SeedProgram, build, place, rehearsed, train
 from experiments.configs.study import preset
+from experiments.configs.training import Config
 from experiments.data import Dataset, load
 from experiments.paper.rows import NETWORK, StudyRow, folder_of, held, locked, select
 from experiments.training.checkpoints import read_variables
 from qt_jax import records
-from qt_jax.command_line import Failed, command
+from qt_jax.command_line import Failed, command, terminate_like_interrupt
 from qt_jax.provenance import provenance
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -74,6 +75,15 @@ class Options:
             raise qt.InvalidInput(f"--minutes must be above 0, got {self.minutes:g}")
 
 
+DataKey = tuple[str, Path | None, int | None]
+"""What decides the training images: name and folder of the data set, and their limit."""
+
+
+def data_key(config: Config) -> DataKey:
+    """Return the key of the training images of a config."""
+    return config.dataset, config.data_dir, config.train_limit
+
+
 class Session(NamedTuple):
     """Hold what all rows of one launch share.
 
@@ -81,14 +91,14 @@ class Session(NamedTuple):
       options: Flags of the launch.
       console: Prints what happens.
       ends: `time.monotonic()` at which the time is up.
-      data: Maps the name of a data set to it and to its splits on the device.
+      data: Maps the `data_key` of a config to the data set and to its splits on the device.
       about: What all records of the launch state: provenance and flags.
     """
 
     options: Options
     console: Console
     ends: float
-    data: Mapping[str, tuple[Dataset, Placed]]
+    data: Mapping[DataKey, tuple[Dataset, Placed]]
     about: Mapping[str, Any]
 
     def left(self) -> float:
@@ -116,6 +126,7 @@ def run(options: Options, console: Console) -> None:
       InvalidInput: There is no accelerator for the full preset, or another process trains in the folder.
       Failed: A row or a measurement has failed.
     """
+    terminate_like_interrupt()
     ends = time.monotonic() + 60 * options.minutes
     chosen = preset(options.preset)
     parts = plan.parts(chosen)
@@ -150,13 +161,12 @@ def set_up(cache: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def load_data(rows: set[StudyRow]) -> dict[str, tuple[Dataset, Placed]]:
+def load_data(rows: set[StudyRow]) -> dict[DataKey, tuple[Dataset, Placed]]:
     """Load the data sets of the rows, and place them on the device."""
-    limits = {(row.config.dataset, row.config.data_dir, row.config.train_limit) for row in rows}
     found = {}
-    for name, folder, limit in limits:
+    for name, folder, limit in {data_key(row.config) for row in rows}:
         dataset = load(name, folder, seed=0)
-        found[name] = dataset, place(dataset, limit)
+        found[name, folder, limit] = dataset, place(dataset, limit)
     return found
 
 
@@ -223,7 +233,7 @@ def compiled(
         config = dataclasses.replace(row.config, seed=0)
         program: SeedProgram | Exception
         try:
-            program = rehearsed(build(config, *session.data[config.dataset], at_once=key[1]))
+            program = rehearsed(build(config, *session.data[data_key(config)], at_once=key[1]))
         except Exception as error:
             program = error
         return program, time.perf_counter() - started
@@ -283,34 +293,55 @@ def take_measurements(session: Session, name: str, home: Path) -> list[str]:
 
 
 def conclude(session: Session, rows: Sequence[StudyRow], failed: Sequence[str]) -> None:
-    """Print the table of the trained networks and what is left, with the command that goes on.
+    """Print the table of the trained networks and what is left, with the commands that go on.
 
     Raises:
       Failed: A row, or a measurement among `failed`, has failed.
     """
-    options, console = session.options, session.console
-    found = networks.trained(rows, options.runs)
-    console.print(networks.table([*found.values()]))
-    left = networks.missing(rows, options.runs)
-    broken = [row for row in left if row in found]
-    measured = plan.seconds_by_kind(found.values())
-    seconds = sum(plan.expected_seconds(row, measured) for row in left)
-    home = networks.home_of(rows[0].preset, options.runs)
-    open_ones = [m.name for m in measurements.pending(rows[0].preset, home)] if options.measure else []
-    console.print(
-        f"left: {len(left)} of {len(rows)} rows, about {seconds:.0f} s without compilation"
-        if left
-        else "all rows are trained"
-    )
-    if open_ones:
-        console.print(f"not measured: {', '.join(open_ones)}")
-    if left or open_ones:
-        console.print("The same command goes on from here.")
-    deploy = f"python -m experiments.paper --preset {options.preset} --runs {options.runs}"
-    console.print(f"Export and deploy on a CPU: {deploy}")
-    if broken or failed:
-        names = [*map(str, broken), *failed]
+    options, preset_name = session.options, session.options.preset
+    found, left = networks.trained(rows, options.runs), networks.missing(rows, options.runs)
+    session.console.print(networks.table([*found.values()]))
+    for line in remaining(rows, left, found, options):
+        session.console.print(line)
+    deploy = f"python -m experiments.paper --preset {preset_name} --runs {options.runs}"
+    session.console.print(f"Export and deploy on a CPU: {deploy}")
+    if names := [*(str(row) for row in left if row in found), *failed]:
         raise Failed(f"{len(names)} have failed: {', '.join(names)}")
+
+
+def remaining(
+    rows: Sequence[StudyRow],
+    left: Sequence[StudyRow],
+    found: Mapping[StudyRow, records.Record],
+    options: Options,
+) -> list[str]:
+    """Return lines that say what is left of the rows and of the measurements.
+
+    Args:
+      rows: All rows of the launch.
+      left: Those that are to be trained.
+      found: Records of the others, and of those that failed.
+      options: Flags of the launch.
+    """
+    chosen = rows[0].preset
+    home = networks.home_of(chosen, options.runs)
+    lines = ["all rows are trained"]
+    if left:
+        measured = plan.seconds_by_kind(found.values())
+        seconds = sum(plan.expected_seconds(row, measured) for row in left)
+        lines = [f"left: {len(left)} of {len(rows)} rows, about {seconds:.0f} s without compilation"]
+    orphans = [row for row in left if row.source not in left and not have_start([row], options.runs)]
+    if orphans:
+        lines.append(
+            f"{len(orphans)} of them cannot be trained: the networks that they start from have diverged, or "
+            f"are not in {home}"
+        )
+    waiting = [one.name for one in measurements.pending(chosen, home)] if options.measure else []
+    if waiting:
+        lines.append(f"not measured: {', '.join(waiting)}")
+    if waiting or len(left) > len(orphans):
+        lines.append("The same command goes on from here.")
+    return lines
 
 
 if __name__ == "__main__":

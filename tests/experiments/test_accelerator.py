@@ -355,37 +355,45 @@ def test_commands_of_measurements_have_flags_that_exist(tmp_path):
 # The whole, with cuts.
 
 
+def cut(moments, *flags):
+    """Launch the command and kill it at a random moment, half of the time while rows are trained."""
+    process = launch(*flags)
+    if moments.random() < 0.5:
+        time.sleep(moments.uniform(2.0, 12.0))
+    else:
+        next((line for line in process.stdout if "compiled in" in line), None)
+        time.sleep(moments.uniform(0.0, 2.5))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def by_row(rows):
+    """Return records by task, method and seed."""
+    return {(r["task"], r["method"], r["seed"]): r for r in rows}
+
+
 def test_three_cuts_at_random_moments_lose_nothing_and_repeat_nothing(tmp_path):
     """Kill the training three times, let the fourth launch end, deploy its networks and render the tables."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed of the cuts: {seed}")
     moments, flags = random.Random(seed), ("--tasks", TUNED.name, "--methods", "quant-trim")
-    runs, results = tmp_path / "runs", tmp_path / "results"
+    runs, whole, results = tmp_path / "runs", tmp_path / "whole", tmp_path / "results"
     survived: dict[tuple, dict] = {}
     for _ in range(3):
-        process = launch(*flags, "--runs", str(runs))
-        time.sleep(moments.uniform(4.0, 25.0))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        now = {(r["task"], r["method"], r["seed"]): r for r in kept(runs)}
-        assert {key: now[key] for key in survived} == survived
+        cut(moments, *flags, "--runs", str(runs))
+        now = by_row(kept(runs))
+        assert {row: now[row] for row in survived} == survived
         survived = now
-    process = launch(*flags, "--runs", str(runs))
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    found = kept(runs)
-    assert len(found) == len({(r["task"], r["method"], r["seed"]) for r in found}) == 4
-    assert {key: r for key, r in survived.items()}.items() <= {
-        (r["task"], r["method"], r["seed"]): r for r in found
-    }.items()
-    assert not list(runs.rglob("*.partial")) or survived
-    whole = tmp_path / "whole"
-    process = launch(*flags, "--runs", str(whole))
-    assert process.wait(300) == 0
-    for cut, uncut in zip(found, kept(whole), strict=True):
-        assert [cut[key] for key in ("digest", "top1", "validation_fp32")] == [
-            uncut[key] for key in ("digest", "top1", "validation_fp32")
-        ]
+    for folder in (runs, whole):
+        process = launch(*flags, "--runs", str(folder))
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, printed
+    found = by_row(kept(runs))
+    assert len(kept(runs)) == len(found) == 4 and survived.items() <= found.items()
+    for row, uncut in by_row(kept(whole)).items():
+        for key in ("digest", "top1", "validation_fp32"):
+            assert found[row][key] == uncut[key]
+
     study_command = importlib.import_module("experiments.paper.__main__")
     chosen = ("--preset", REDUCED.name, *flags, "--runs", str(runs), "--results", str(results))
     assert study_command.main([*chosen]) == 0
@@ -395,12 +403,6 @@ def test_three_cuts_at_random_moments_lose_nothing_and_repeat_nothing(tmp_path):
     assert "[trained](trained.md)" in summary
     deployed = records.read(folder / "deployment.jsonl")
     assert len(deployed) == 4 * 4 and {r["status"] for r in deployed} == {"ok"}
-    for record in found:
-        (reference,) = (
-            r
-            for r in deployed
-            if r["scheme"] == "fp32" and all(r[key] == record[key] for key in ("task", "method", "seed"))
-        )
-        assert reference["top1"] == pytest.approx(
-            record["top1"], abs=0.006
-        )  # the same network, to two images
+    references = by_row(r for r in deployed if r["scheme"] == "fp32")
+    for row, record in found.items():
+        assert references[row]["top1"] == pytest.approx(record["top1"], abs=0.006)  # but for two images
