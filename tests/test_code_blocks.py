@@ -52,10 +52,7 @@ OTHER_COMMANDS = {
     "python ../../docs/examples/": ROOT / "tests" / "test_own_model.py",  # which runs them
     "ruff check .": ROOT / "pyproject.toml",
     "ruff format --check .": ROOT / "pyproject.toml",
-    "pip download --no-deps --only-binary=:all:": ROOT
-    / "experiments"
-    / "accelerator"
-    / "wheels.txt",
+    "pip download --no-deps --only-binary=:all:": ROOT / "experiments" / "accelerator" / "wheels.txt",
     "bash experiments/accelerator/start.sh": ROOT / "docs" / "guides" / "accelerator.md",
     "pip download --no-deps rapidocr-onnxruntime==1.4.4": ROOT / "experiments" / "text_direction.py",
 }
