@@ -97,7 +97,7 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
                 folded=config.reverse_pruning_folded,
                 spread=config.reverse_pruning_spread,
                 seed=config.seed,
-                mask=(lambda path, _: not frozen(path)) if config.frozen else None,
+                mask=lambda path, _: path[-1] == "kernel" and not frozen(path),
             )
         )
     return optax.chain(*chain)

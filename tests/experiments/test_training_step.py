@@ -19,6 +19,7 @@ from experiments.training.state import (
     move_average,
     optimizer,
     random_key,
+    taus,
 )
 from experiments.training.step import Split, Totals, draw_batch, epoch_order, make_train_step
 
@@ -93,6 +94,15 @@ def test_frozen_parameters_get_no_update_from_anything():
     )
     np.testing.assert_array_equal(updates["b"]["kernel"], 0.0)
     np.testing.assert_allclose(updates["a"]["kernel"], -1.1 * rate, rtol=1e-6)
+
+
+def test_reverse_pruning_leaves_biases_and_frozen_kernels_alone():
+    config = Config(frozen=("b/.*",), reverse_pruning_every=1, reverse_pruning_start=0.0)
+    tx = optimizer(config, 10)
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+    (found,) = taus(state)
+    (tau,) = jax.tree.leaves_with_path(found["tau"])
+    assert jax.tree_util.keystr(tau[0], simple=True, separator="/") == "a/kernel"
 
 
 def test_a_pattern_that_freezes_nothing_is_refused():
