@@ -9,6 +9,7 @@ machine is prepared.
 import dataclasses
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 MOST_JOBS = 16
 """Most programs that are compiled at a time by default."""
+
+
+LONGEST_REASON = 300
+"""Characters of the reason in a record of a failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +153,11 @@ def run(options: Options, console: Console) -> None:
         raise qt.InvalidInput(f"another process trains in {home}: wait for it, or name another --runs")
     with locked(workplace):
         session = Session(options, console, ends, load_data(wanted), about(options))
+        rows = [row for part in parts for row in part]
         for part in parts:
-            train_part(session, part)
+            train_part(session, part, rows)
         failed = take_measurements(session, chosen.name, home) if options.measure else []
-    conclude(session, [row for part in parts for row in part], failed)
+    conclude(session, rows, failed)
 
 
 def set_up(cache: Path) -> None:
@@ -176,59 +182,69 @@ def about(options: Options) -> dict[str, Any]:
     return shared | {"device": jax.devices()[0].device_kind, "seeds_at_once": options.seeds_at_once}
 
 
-def train_part(session: Session, rows: Sequence[StudyRow]) -> None:
-    """Compile the programs of the rows that are missing, and train them in their order while time is left."""
+def train_part(session: Session, part: Sequence[StudyRow], rows: Sequence[StudyRow]) -> None:
+    """Compile the programs of a part's missing rows, and train them in their order, as far as time allows.
+
+    Args:
+      session: What all rows share.
+      part: Rows whose programs are compiled together.
+      rows: All rows of the launch.
+    """
     options = session.options
-    waiting = networks.missing(rows, options.runs)
-    measured = plan.seconds_by_kind(networks.trained(rows, options.runs).values())
-    batches = [
-        batch
-        for batch in plan.batches(waiting, options.seeds_at_once)
-        if session.left() > sum(plan.expected_seconds(row, measured) for row in batch)
+    missing = set(networks.missing(rows, options.runs))
+    waiting = [
+        row for row in part if row in missing and (row.source in missing or have_start([row], options.runs))
     ]
+    measured = plan.seconds_by_kind(networks.trained(rows, options.runs).values())
+    batches = plan.affordable(
+        plan.batches(waiting, options.seeds_at_once), session.left(), measured, jobs_of(options)
+    )
     programs = compiled(session, batches)
     for batch in batches:
-        program, compile_seconds = programs[program_key(batch)]
+        program, compile_seconds = programs[plan.program_key(batch)]
         expected = sum(plan.expected_seconds(row, measured) for row in batch)
         if isinstance(program, Exception):
             fail(session, batch, program)
         elif session.left() > expected and have_start(batch, options.runs):
-            started = time.perf_counter()
-            try:
-                results = train(program, [row.seed for row in batch], start_of(batch, options.runs))
-            except Exception as error:  # costs these rows, not those that follow
-                fail(session, batch, error)
-                continue
-            seconds = (time.perf_counter() - started) / len(batch)
-            for row, result in zip(batch, results, strict=True):
-                images = row.config.epochs * program.steps_per_epoch * row.config.batch_size
-                shared = {**session.about, "compile_seconds": compile_seconds}
-                shared |= {"images_per_second": images / result.seconds, "row_seconds": seconds}
-                record = networks.keep(row, options.runs, result, shared)
-                measured.setdefault(plan.kind(row), []).append(seconds)
-                session.console.print(f"{row}: {said(record)}; {session.left():.0f} s left")
+            seconds = train_batch(session, batch, program, compile_seconds)
+            measured.setdefault(plan.kind(batch[0]), []).extend(seconds)
 
 
-ProgramKey = tuple[plan.Kind, int]
-"""Kind of the rows that share a program, and how many seeds it trains at once."""
+def train_batch(
+    session: Session, batch: Sequence[StudyRow], program: SeedProgram, compile_seconds: float
+) -> list[float]:
+    """Train the rows of a batch and write what came of them. Return the seconds that each has taken."""
+    runs, started = session.options.runs, time.perf_counter()
+    try:
+        results = train(program, [row.seed for row in batch], start_of(batch, runs))
+    except Exception as error:  # costs these rows, not those that follow
+        fail(session, batch, error)
+        return []
+    seconds = (time.perf_counter() - started) / len(batch)
+    for row, result in zip(batch, results, strict=True):
+        images = row.config.epochs * program.steps_per_epoch * row.config.batch_size
+        shared = {**session.about, "compile_seconds": compile_seconds, "row_seconds": seconds}
+        shared |= {"images_per_second": images / result.seconds}
+        record = networks.keep(row, runs, result, shared)
+        session.console.print(f"{row}: {said(record)}; {session.left():.0f} s left")
+    return [seconds] * len(batch)
 
 
-def program_key(batch: Sequence[StudyRow]) -> ProgramKey:
-    """Return what tells the program of a batch from others."""
-    return plan.kind(batch[0]), len(batch)
+def jobs_of(options: Options) -> int:
+    """Return how many programs are compiled at a time."""
+    return options.compile_jobs or min(MOST_JOBS, os.cpu_count() or 1)
 
 
 def compiled(
     session: Session, batches: Sequence[Sequence[StudyRow]]
-) -> dict[ProgramKey, tuple[SeedProgram | Exception, float]]:
+) -> dict[plan.ProgramKey, tuple[SeedProgram | Exception, float]]:
     """Compile the programs of the batches, several at a time, and return each with the seconds it took.
 
     A program that cannot be built is represented by its error.
     """
-    firsts = {program_key(batch): batch[0] for batch in reversed(batches)}
-    jobs = session.options.compile_jobs or min(MOST_JOBS, os.cpu_count() or 1)
+    firsts = {plan.program_key(batch): batch[0] for batch in batches}
 
-    def compile_one(key: ProgramKey) -> tuple[SeedProgram | Exception, float]:
+    def compile_one(key: plan.ProgramKey) -> tuple[SeedProgram | Exception, float]:
         started, row = time.perf_counter(), firsts[key]
         config = dataclasses.replace(row.config, seed=0)
         program: SeedProgram | Exception
@@ -241,7 +257,8 @@ def compiled(
     if not firsts:
         return {}
     started = time.perf_counter()
-    with session.console.status(f"compiling {len(firsts)} programs"), ThreadPoolExecutor(jobs) as executor:
+    status = session.console.status(f"compiling {len(firsts)} programs")
+    with status, ThreadPoolExecutor(jobs_of(session.options)) as executor:
         programs = dict(zip(firsts, executor.map(compile_one, firsts), strict=True))
     seconds = time.perf_counter() - started
     session.console.print(f"{len(firsts)} programs compiled in {seconds:.0f} s; {session.left():.0f} s left")
@@ -263,7 +280,7 @@ def fail(session: Session, batch: Sequence[StudyRow], error: Exception) -> None:
     """Write records of rows that could not be trained."""
     status = "refused" if isinstance(error, qt.InvalidInput) else "crashed"
     status = "unavailable" if isinstance(error, ImportError) else status
-    reason = f"{type(error).__name__}: {error}"
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST_REASON)
     for row in batch:
         networks.note(row, session.options.runs, session.about, status=status, reason=reason)
         session.console.print(f"{row}: {status}, {reason}", style="red")

@@ -13,16 +13,13 @@ from rich.table import Table
 
 from experiments.accelerator.program import Trained
 from experiments.configs.study import Preset
-from experiments.paper.collect import KEYS, replace
+from experiments.paper.collect import FINAL, KEYS, replace
 from experiments.paper.rows import METRICS, NETWORK, TRAINED, StudyRow, folder_of, key_of
 from experiments.training.checkpoints import write_variables
 from qt_jax import records
 from qt_jax.files import write_whole
 from qt_jax.records import Record
 from qt_jax.reporting.tables import with_spread
-
-FINAL = ("ok", "invalid")
-"""Statuses of rows that are not trained again, because the same seed would end in the same way."""
 
 
 def home_of(preset: Preset, runs: Path) -> Path:
@@ -39,9 +36,19 @@ def trained(rows: Sequence[StudyRow], runs: Path) -> dict[StudyRow, Record]:
 
 
 def missing(rows: Sequence[StudyRow], runs: Path) -> list[StudyRow]:
-    """Return the rows that are to be trained: those without a record of a status in `FINAL`."""
+    """Return the rows that are to be trained: those that have no record of a status in `FINAL`.
+
+    A row whose network is not in the folder, although its record is, is trained again only where a row that
+    is to be trained starts from it.
+    """
     found = trained(rows, runs)
-    return [row for row in rows if row not in found or found[row]["status"] not in FINAL]
+    left = {row for row in rows if row not in found or found[row]["status"] not in FINAL}
+    lost = {
+        row.source
+        for row in left
+        if row.source in found and not (folder_of(row.source, runs) / NETWORK).exists()
+    }
+    return [row for row in rows if row in left or (row in lost and found[row]["status"] == "ok")]
 
 
 def keep(row: StudyRow, runs: Path, result: Trained, about: Mapping[str, Any]) -> Record:

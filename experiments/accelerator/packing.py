@@ -57,7 +57,7 @@ def pack(content: bytes, name: str, folder: Path, most: int) -> int:
     (4, b'seven b')
     """
     manifest_of(folder, name).unlink(missing_ok=True)
-    for earlier in folder.glob(f"{name}.[0-9]*"):
+    for earlier in folder.glob(f"{name}.[0-9][0-9]"):
         earlier.unlink()
     parts = [content[start : start + most] for start in range(0, len(content), most)]
     for index, part in enumerate(parts):

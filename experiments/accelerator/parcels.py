@@ -26,7 +26,7 @@ from experiments.accelerator.packing import manifest_of, pack, read_manifest, un
 from experiments.configs.study import preset
 from experiments.data.cifar import CIFAR10_SHA256, NPZ_NAME, load_cifar10
 from experiments.data.store import NAMES, CorruptData, cache_dir, cached, read_npz
-from experiments.paper.collect import KEYS, replace
+from experiments.paper.collect import KEYS, replace, united
 from experiments.paper.rows import METRICS, NETWORK, TRAINED, folder_of, key_of
 from qt_jax import records
 from qt_jax.command_line import exit_status, read_flags, statuses, text_console
@@ -302,14 +302,16 @@ def merge(brought: Path, runs: Path) -> tuple[int, int]:
         new, old = brought / name, runs / name
         old.parent.mkdir(parents=True, exist_ok=True)
         if name.name == TRAINED:
-            known = {key_of(record): record for record in records.read(old)}
+            known = records.read(old)
+            there = {key_of(record) for record in known}
             found = [
                 record
                 for record in records.read(new)
-                if key_of(record) not in known or name.parent / row_folder(record) not in mine
+                if key_of(record) not in there or name.parent / row_folder(record) not in mine
             ]
-            rows += sum(record != known.get(key_of(record)) for record in found)
-            replace(old, found, KEYS)
+            all_records = united(known, found)
+            rows += sum(record not in known for record in all_records)
+            replace(old, all_records, KEYS)
         elif name.parent not in mine and (name.name in (METRICS, NETWORK) or _is_longer(new, old)):
             os.replace(new, old)
             came += name.name == NETWORK

@@ -4,6 +4,7 @@ The estimate of a row comes from rows of its kind that were trained before. With
 throughput that docs/speed.md states for an NVIDIA H200.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
@@ -12,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.configs.study import FIRST_METHODS, Preset
+from experiments.paper.collect import FINAL
 from experiments.paper.rows import StudyRow, study
 from qt_jax.records import Record
 
@@ -24,8 +26,12 @@ TRAINING_IMAGES = {"cifar10": 45_000}
 AROUND = 0.5
 """Seconds of a row beside training: measuring the network and writing it."""
 
-COMPILATION = 22.0
-"""Seconds in which a program of the speed network was compiled on that machine, docs/speed.md."""
+COMPILATION = {"speed": 22.0, "resnet18": 45.0}
+"""Seconds in which a program is compiled there: the speed network's as docs/speed.md states it, twice as long
+for twice as many layers. Other networks count as `OTHER_COMPILATION`."""
+
+OTHER_COMPILATION = 10.0
+"""Seconds in which a program of a small network is compiled on a CPU."""
 
 Kind = tuple[str, str]
 """Task and method of a row: rows of a kind differ in the seed alone and share a program."""
@@ -81,6 +87,37 @@ def expected_seconds(row: StudyRow, measured: Mapping[Kind, Sequence[float]]) ->
     return config.epochs * images / IMAGES_PER_SECOND[config.model] + AROUND
 
 
+def affordable(
+    batches: Iterable[list[StudyRow]], seconds: float, measured: Mapping[Kind, Sequence[float]], jobs: int
+) -> list[list[StudyRow]]:
+    """Return the batches that end within some seconds, after their programs have been compiled.
+
+    Args:
+      batches: Batches in the order of their worth, see `batches`.
+      seconds: Seconds that are left.
+      measured: Seconds that rows of each kind have taken.
+      jobs: Programs that are compiled at a time.
+    """
+    kept, programs, training = [], {}, 0.0
+    for batch in batches:
+        more = programs | {program_key(batch): COMPILATION.get(batch[0].config.model, OTHER_COMPILATION)}
+        rows = sum(expected_seconds(row, measured) for row in batch)
+        compiling = max(more.values()) * math.ceil(len(more) / jobs)
+        if compiling + training + rows <= seconds:
+            kept.append(batch)
+            programs, training = more, training + rows
+    return kept
+
+
+ProgramKey = tuple[Kind, int]
+"""Kind of the rows that share a program, and how many seeds it trains at once."""
+
+
+def program_key(batch: Sequence[StudyRow]) -> ProgramKey:
+    """Return what tells the program of a batch from others."""
+    return kind(batch[0]), len(batch)
+
+
 def seconds_by_kind(trained: Iterable[Record]) -> dict[Kind, list[float]]:
     """Return the seconds that trained rows have taken, by kind, from their records."""
     found: dict[Kind, list[float]] = {}
@@ -100,21 +137,25 @@ def listing(parts: Sequence[Sequence[StudyRow]], found: Mapping[StudyRow, Record
     shown = Table(title="rows in the order of their worth", box=box.SIMPLE_HEAD)
     for heading in ("task", "method"):
         shown.add_column(heading, no_wrap=True)
-    for heading in ("epochs", "seeds", "trained", "seconds per row", "seconds left", "up to here"):
+    for heading in ("epochs", "seeds", "ended", "seconds per row", "seconds left", "up to here"):
         shown.add_column(heading, justify="right")
     measured, total = seconds_by_kind(found.values()), 0.0
     for part in parts:
-        kinds: dict[Kind, list[StudyRow]] = {}
-        for row in part:
-            kinds.setdefault(kind(row), []).append(row)
-        for (task, method), rows in kinds.items():
-            trained = sum(row in found and found[row]["status"] == "ok" for row in rows)
+        for (task, method), rows in by_kind(part).items():
+            ended = sum(row in found and found[row]["status"] in FINAL for row in rows)
             seconds = expected_seconds(rows[0], measured)
-            left = seconds * (len(rows) - trained)
+            left = seconds * (len(rows) - ended)
             total += left
             known = [f"{seconds:.2f}", f"{left:.0f}", f"{total:.0f}"] if seconds else ["?", "?", "?"]
-            shown.add_row(task, method, str(rows[0].config.epochs), str(len(rows)), str(trained), *known)
+            shown.add_row(task, method, str(rows[0].config.epochs), str(len(rows)), str(ended), *known)
         shown.add_section()
-    programs = sum(len({kind(row) for row in part if row not in found}) for part in parts)
-    shown.caption = f"without the compilation of {programs} programs, {COMPILATION:.0f} s each on one core"
+    shown.caption = "without compilation: one program for each line that is not complete"
     return shown
+
+
+def by_kind(rows: Sequence[StudyRow]) -> dict[Kind, list[StudyRow]]:
+    """Return the rows by kind, in their order."""
+    kinds: dict[Kind, list[StudyRow]] = {}
+    for row in rows:
+        kinds.setdefault(kind(row), []).append(row)
+    return kinds

@@ -4,7 +4,6 @@ A seed is an argument of the compiled functions, not a constant in them. Several
 once, by `jax.vmap`. No checkpoint is written on the way, and the host reads nothing before the last step.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from experiments.configs.training import Config, lambda_schedule
 from experiments.data import Dataset
 from experiments.data.augment import VIEWS
 from experiments.training import quantizers
-from experiments.training.divergence import are_finite
+from experiments.training.divergence import are_finite, is_sound
 from experiments.training.finishing import finisher
 from experiments.training.program import first_images, start_from
 from experiments.training.state import (
@@ -71,11 +70,6 @@ class SeedProgram(NamedTuple):
     lam: Callable[[int], Any]
     rate: Callable[[int], Any]
 
-    @property
-    def total(self) -> int:
-        """Return the number of steps of a training."""
-        return self.steps_per_epoch * self.config.epochs
-
 
 class Trained(NamedTuple):
     """Hold what came of one seed.
@@ -95,8 +89,8 @@ class Trained(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Tell whether every loss and every number of the network is finite."""
-        return are_finite(self.network) and all(math.isfinite(row["loss"]) for row in self.curve)
+        """Tell whether every number of the network is finite, and every loss sound."""
+        return are_finite(self.network) and all(is_sound(row["loss"]) for row in self.curve)
 
 
 def place(dataset: Dataset, limit: int | None) -> Placed:

@@ -117,7 +117,7 @@ class Config:
     final_rate: float = 0.0
     """Share of the peak rate at which one-cycle ends."""
     bias_rate: float = 1.0
-    """Learning rate of biases, in units of that of kernels."""
+    """Learning rate of biases that have no kernel beside them, as in batch norm, in units of the others'."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4

@@ -6,6 +6,7 @@ relaunch goes on where the last one stopped. With --launcher, rows are jobs of a
 """
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.configs.study import preset
+from experiments.configs.study import Preset, preset
 from experiments.paper import rows as study
-from experiments.paper.collect import KEYS, replace
+from experiments.paper.collect import united
 from experiments.paper.launch import command, detached_command, run_rows, submit_rows
 from experiments.paper.progress import Display, listing
 from experiments.paper.render import STUDY_PAGE, render
@@ -25,6 +26,7 @@ from experiments.paper.rows import DEFAULT_RESULTS, StudyRow
 from qt_jax import command_line, records
 from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.errors import InvalidInput
+from qt_jax.files import write_whole
 from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 
@@ -108,32 +110,39 @@ def run(options: Options, console: Console) -> list[StudyRow]:
         console.print(listing(rows, options.runs, folder))
         return []
     if chosen.accelerated:
-        rows = trained(rows, options, console)
+        adopt_records(chosen, options)
+        rows = with_networks(rows, options, console)
     failed = perform(rows, options, console) if rows else []
     if not options.search:
         rendered(folder, options, console)
     return failed
 
 
-def trained(rows: list[StudyRow], options: Options, console: Console) -> list[StudyRow]:
-    """Bring the records of training into the folder of results, and return the rows that have a network.
+def adopt_records(chosen: Preset, options: Options) -> None:
+    """Bring the records of trained networks into the folder of results. Those of other configs are dropped.
 
     Raises:
-      InvalidInput: `experiments.accelerator` has trained nothing yet.
+      InvalidInput: `experiments.accelerator` has trained nothing with the present configs.
     """
-    chosen = rows[0].preset
     home, folder = options.runs / f"paper-{chosen.name}", study.results_of(chosen, options.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    if found := records.read(home / study.TRAINED):
-        replace(folder / study.TRAINED, found, KEYS)
-    if not records.read(folder / study.TRAINED):
+    present = {row.digest for row in study.study(chosen)}
+    both = (records.read(place / study.TRAINED) for place in (folder, home))
+    kept = united(*([record for record in found if record["digest"] in present] for found in both))
+    if not kept:
         raise InvalidInput(
             f"{home} holds no trained networks: run `python -m experiments.accelerator --preset "
             f"{chosen.name}` on a GPU, and bring that folder here"
         )
+    write_whole(folder / study.TRAINED, "".join(f"{json.dumps(record)}\n" for record in kept))
+
+
+def with_networks(rows: list[StudyRow], options: Options, console: Console) -> list[StudyRow]:
+    """Return the rows that have a network, and say how many have none."""
     ready = [row for row in rows if study.has_network(row, options.runs)]
     if absent := len(rows) - len(ready):
-        console.print(f"{absent} of {len(rows)} rows have no network in {home}: they are not deployed")
+        console.print(
+            f"{absent} of {len(rows)} rows have no network in {options.runs}: they are not deployed"
+        )
     return ready
 
 
@@ -186,7 +195,7 @@ def perform(rows: list[StudyRow], options: Options, console: Console) -> list[St
 
 def unfinished(rows: list[StudyRow], done: set[StudyRow], runs: Path) -> list[StudyRow]:
     """Return the rows to run: those not done, and their sources whose networks are not on this disk."""
-    sources = {row.source for row in rows if row not in done and row.source is not None}
+    sources = {row.waits_for for row in rows if row not in done and row.waits_for is not None}
     lost = {row for row in sources if not (study.folder_of(row, runs) / study.DESCRIPTION).exists()}
     return [row for row in rows if row not in done or row in lost]
 

@@ -37,6 +37,9 @@ DIGITS = 6
 
 KEYS = ("task", "method", "seed")
 
+FINAL = ("ok", "invalid")
+"""Statuses of trained networks that training again with the same seed would not change."""
+
 
 def collect(
     row: StudyRow, folder: Path, trained: Path, found: Sequence[Record], images: np.ndarray, results: Path
@@ -99,7 +102,7 @@ def training(row: StudyRow, metrics: Sequence[Mapping[str, Any]], seconds: float
         "changes": json.loads(json.dumps({name: own[name] for name in differ}, default=str)),
         "learning_rate": row.config.learning_rate,
         "rate_from": row.chosen,
-        "start": row.method.start,
+        "start": row.method.start or (row.source.name if row.task.start and row.source else None),
         "network": row.method.network,
         "export": row.method.export,
         **{name: last[name] for name in last if name.startswith("validation_")},
@@ -117,6 +120,22 @@ def compact(record: Record) -> Record:
     if bins := kept.get("reliability"):
         kept["reliability"] = [[None if x is None else float(f"{x:.{DIGITS}g}") for x in row] for row in bins]
     return kept
+
+
+def united(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
+    """Return records of trained networks with one for each row: the new one, unless it is a mere failure.
+
+    >>> row = {"task": "t", "method": "m", "seed": 0}
+    >>> good, bad = row | {"status": "ok"}, row | {"status": "crashed"}
+    >>> [record["status"] for record in united([good], [bad])], len(united([bad], [good]))
+    (['ok'], 1)
+    """
+    found = {tuple(record[key] for key in KEYS): record for record in old}
+    for record in new:
+        known = found.get(row := tuple(record[key] for key in KEYS))
+        if known is None or record["status"] in FINAL or known["status"] not in FINAL:
+            found[row] = record
+    return list(found.values())
 
 
 def replace(path: Path, new: Sequence[Record], keys: Sequence[str]) -> None:

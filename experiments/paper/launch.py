@@ -227,12 +227,12 @@ def _start_ready(
         if slot in {running.slot for running in progress.running}:
             continue
         blocked = {*progress.waiting, *(running.row for running in progress.running)}
-        row = next((row for row in progress.waiting if row.source not in blocked), None)
+        row = next((row for row in progress.waiting if row.waits_for not in blocked), None)
         if row is None:
             return
         progress.waiting.remove(row)
-        if row.source in progress.failed:
-            progress.failed[row] = f"needs {row.source}, which has failed"
+        if row.waits_for in progress.failed:
+            progress.failed[row] = f"needs {row.waits_for}, which has failed"
             continue
         progress.running.append(Running(row, start(row, slots[slot]), time.monotonic(), slot))
 

@@ -74,6 +74,14 @@ class StudyRow:
         return SEARCH_TARGETS if self.searching else self.task.targets(self.name)
 
     @property
+    def waits_for(self) -> "StudyRow | None":
+        """Return the row that must have ended before this one begins.
+
+        Rows of an accelerated preset are trained already: only the network of another row is waited for.
+        """
+        return None if self.preset.accelerated and self.method.network is None else self.source
+
+    @property
     def digest(self) -> str:
         """Return the SHA-256 of everything that decides the network, except the program."""
         source = self.source and self.source.digest

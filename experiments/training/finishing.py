@@ -22,7 +22,6 @@ from qt_jax.interception import COLLECTION, KERNEL
 BATCH = 500
 """Images in one forward pass."""
 
-
 Variables = dict[str, Any]
 """Flax collections."""
 
@@ -79,12 +78,15 @@ def batch_norm_on(model: nn.Module, images: np.ndarray, dataset: Dataset) -> Cal
 
     @reestimator
     def pooled(variables, batch):
-        batch = normalize(batch, dataset.mean, dataset.std)
         return model.apply(variables, batch, train=True, mutable=[COLLECTION])
 
-    size = min(BATCH, len(images))
-    starts = range(0, len(images) - size + 1, size) if size else ()
-    return lambda variables: pooled(variables, (images[start : start + size] for start in starts))
+    def measure(variables: Variables) -> Variables:
+        size = min(BATCH, len(images))
+        starts = range(0, len(images) - size + 1, size)
+        batches = (normalize(images[start : start + size], dataset.mean, dataset.std) for start in starts)
+        return pooled(variables, batches)
+
+    return measure
 
 
 def refolder(

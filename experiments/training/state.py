@@ -16,7 +16,7 @@ from experiments import models
 from experiments.configs.training import Config
 from experiments.training import quantizers
 
-Path = tuple[Any, ...]
+LeafPath = tuple[Any, ...]
 """Path of a leaf of the parameters, as `jax.tree_util` gives it."""
 
 
@@ -83,9 +83,7 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
         scaled_by_rate(),
     ]
     if config.bias_rate != 1.0:
-        chain.append(
-            optax.masked(optax.scale(config.bias_rate), _masked(lambda path: path[-1].key == "bias"))
-        )
+        chain.append(optax.masked(optax.scale(config.bias_rate), lone_biases))
     if config.frozen:
         chain.append(optax.masked(optax.set_to_zero(), _masked(frozen)))
     if config.reverse_pruning is not None:
@@ -103,18 +101,30 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     return optax.chain(*chain)
 
 
-def is_frozen(config: Config) -> Callable[[Path], bool]:
+def lone_biases(params: Any) -> Any:
+    """Return a mask that is True for biases without a kernel beside them, as batch norm has.
+
+    >>> lone_biases({"norm": {"bias": 0.0}, "conv": {"bias": 0.0, "kernel": 0.0}})
+    {'conv': {'bias': False, 'kernel': False}, 'norm': {'bias': True}}
+    """
+    owners = {path[:-1] for path, _ in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "bias" and path[:-1] not in owners, params
+    )
+
+
+def is_frozen(config: Config) -> Callable[[LeafPath], bool]:
     """Return a function that tells whether a parameter stays as it is, by its path."""
     patterns = [re.compile(pattern) for pattern in config.frozen]
 
-    def frozen(path: Path) -> bool:
+    def frozen(path: LeafPath) -> bool:
         name = "/".join(str(getattr(key, "key", key)) for key in path)
         return any(pattern.fullmatch(name) for pattern in patterns)
 
     return frozen
 
 
-def _masked(selects: Callable[[Path], bool]) -> Callable[[Any], Any]:
+def _masked(selects: Callable[[LeafPath], bool]) -> Callable[[Any], Any]:
     """Return a mask for optax: True for the leaves whose path is selected."""
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: selects(path), params)
 

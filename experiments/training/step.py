@@ -20,9 +20,8 @@ from experiments.training.state import TrainState, move_average, random_key
 FLIPPABLE = {"cifar10", "cifar100", "fashion-mnist", "composed", "oxford-pet", "oxford-pet-128"}
 """Data sets whose classes survive a left-right flip."""
 
-
 CHUNKS = (2000, 1000)
-"""Images in one forward pass of `make_logits`, the first that divides their number."""
+"""Images in one forward pass of `make_logits`: the first that divides their number."""
 
 
 class Split(NamedTuple):

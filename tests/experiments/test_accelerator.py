@@ -30,13 +30,14 @@ from experiments.training.checkpoints import read_variables
 from experiments.training.loop import train as train_with_checkpoints
 from experiments.training.step import Totals
 from qt_jax import records
+from qt_jax.command_line import parse
 
 command = importlib.import_module("experiments.accelerator.__main__")
 
 ROOT = Path(__file__).parents[2]
 FULL, REDUCED = preset("quarter-hour"), preset("quarter-hour-reduced")
 SCRATCH, TUNED, DEEP = REDUCED.tasks
-SHORT = {"epochs": 1, "train_limit": 256, "dtype": "float32", "average_every": 2}
+SHORT = {"epochs": 1, "train_limit": 256, "dtype": "float32", "average_every": 2, "reverse_pruning_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,20 @@ def test_seconds_come_from_the_throughput_and_then_from_rows_of_the_kind():
     assert plan.expected_seconds(plan.parts(REDUCED)[0][0], {}) == 0.0
 
 
+def test_only_what_can_be_compiled_and_trained_in_time_is_begun():
+    row = plan.parts(FULL)[0][0]
+    seconds = plan.expected_seconds(row, {})
+    batches = [[row] for row in plan.parts(FULL)[0][:7]]  # seven programs
+
+    def count(left, jobs):
+        return len(plan.affordable(batches, left, {}, jobs))
+
+    assert count(22 + 7 * seconds + 1, jobs=16) == 7
+    assert count(22 + 7 * seconds - 1, jobs=16) == 6
+    assert count(44 + 2 * seconds + 1, jobs=1) == 2
+    assert count(22, jobs=16) == 0
+
+
 @pytest.mark.parametrize("task", [FULL.tasks[0], FULL.tasks[2]], ids=lambda task: task.name)
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # Qwix
 @jax.numpy_dtype_promotion("standard")  # Linen's batch norm mixes bfloat16 with float32
@@ -133,22 +148,44 @@ def test_every_program_of_the_full_preset_traces_at_full_width(task):
 # The networks.
 
 
-@pytest.mark.parametrize("method", ["recommended", "lsq-w4"])
-def test_a_network_equals_that_of_the_ordinary_trainer(method, digits, tmp_path):
+@pytest.mark.parametrize(("method", "seed"), [("recommended", 0), ("quant-trim", 3)])
+def test_a_network_equals_that_of_the_ordinary_trainer(method, seed, digits, tmp_path):
     config = short(method)
-    program = build(config, digits, place(digits, config.train_limit))
-    (result,) = train(program, [0])
+    (result,) = train(build(config, digits, place(digits, config.train_limit)), [seed])
     model = models.create(config.model, digits.num_classes)
-    expected = train_with_checkpoints(config, model, digits, tmp_path, "m", on=jax.devices()[:1])
+    ordinary = dataclasses.replace(config, seed=seed)
+    expected = train_with_checkpoints(ordinary, model, digits, tmp_path, "m", on=jax.devices()[:1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 2e-4), result.network, expected)
     (row,) = records.read(tmp_path / "metrics.jsonl")
     assert result.curve[0]["loss"] == pytest.approx(row["loss"], rel=1e-4)
-    assert result.curve[0]["tau"] == pytest.approx(row["tau"], rel=1e-3)
+    assert row["tau"] and result.curve[0]["tau"] == pytest.approx(row["tau"], rel=1e-3)
     assert result.accuracies["validation_fp32"] == pytest.approx(row["validation_fp32"], abs=0.01)
 
 
+@jax.numpy_dtype_promotion("standard")
+def test_colour_images_take_the_path_of_the_full_preset(digits):
+    """Loops of several steps, bfloat16, alternating flips and six views, on noise."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (96, 12, 12, 3), np.uint8), random.integers(0, 10, 96, np.int32)
+    fields = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    fields |= {f"{part}_images": images for part in ("train", "validation", "test")}
+    fields |= {f"{part}_labels": labels for part in ("train", "validation", "test")}
+    changes = {
+        "model": "speed-tiny",
+        "epochs": 3,
+        "batch_size": 32,
+        "steps_per_dispatch": 2,
+        "average_every": 2,
+    }
+    config = dataclasses.replace(config_of(METHODS["quant-trim"], FULL.tasks[0].base, 0), **changes)
+    dataset = dataclasses.replace(digits, **fields)
+    (result,) = train(build(config, dataset, place(dataset, None)), [0])
+    assert result.is_finite and [row["step"] for row in result.curve] == [3, 6, 9]
+    assert all(value is not None and 0 <= value <= 1 for value in result.accuracies.values())
+
+
 def test_seeds_differ_and_are_the_same_one_by_one_and_at_once(digits):
-    config = short("quant-trim")
+    config = short("quant-trim", reverse_pruning=None)
     data = place(digits, config.train_limit)
     alone = [train(build(config, digits, data), [seed])[0] for seed in (3, 4)]
     together = train(build(config, digits, data, at_once=2), [3, 4])
@@ -306,6 +343,34 @@ def test_a_diverged_network_is_recorded_and_not_trained_again(quick, tmp_path, m
     assert run(tmp_path, *flags) == 0 and len(quick) == 2  # what would start from them is left
 
 
+def test_a_diverged_network_holds_up_no_other_seed(quick, tmp_path, monkeypatch, capsys):
+    train_fake = command.train
+
+    def diverge(program, seeds, start=()):
+        results = train_fake(program, seeds, start)
+        bad = [{**results[0].curve[0], "loss": float("inf")}]
+        return [
+            one._replace(curve=bad) if seed == 1 else one for seed, one in zip(seeds, results, strict=True)
+        ]
+
+    monkeypatch.setattr(command, "train", diverge)
+    flags = ("--tasks", TUNED.name, "--methods", "float", "--seeds-at-once", "2")
+    assert run(tmp_path, *flags) == 0 and "The same command goes on" in capsys.readouterr().out
+    assert run(tmp_path, *flags) == 0
+    assert [seeds for *_, seeds, _ in quick] == [(0, 1), (0,)]
+    assert "1 of them cannot be trained" in capsys.readouterr().out
+
+
+def test_a_lost_network_is_trained_again_only_where_a_row_starts_from_it(quick, tmp_path):
+    assert run(tmp_path, "--tasks", SCRATCH.name, "--methods", "float", "qat") == 0
+    for row in study(REDUCED):
+        if row.task is SCRATCH and row.seed == 0:
+            (folder_of(row, tmp_path) / NETWORK).unlink(missing_ok=True)
+    assert run(tmp_path, "--tasks", SCRATCH.name, "--methods", "float", "qat") == 0 and len(quick) == 4
+    assert run(tmp_path, "--tasks", TUNED.name, "--methods", "qat") == 0
+    assert [(seeds, starts) for *_, seeds, starts in quick[4:]] == [((0,), 0), ((0,), 1), ((1,), 1)]
+
+
 def test_no_row_begins_that_would_not_end_in_time(quick, tmp_path, capsys):
     assert run(tmp_path, "--minutes", "1e-6") == 0
     assert (
@@ -343,13 +408,9 @@ def test_commands_of_measurements_have_flags_that_exist(tmp_path):
     for chosen in (FULL, REDUCED):
         for measurement in measurements.measurements(chosen):
             module, *flags = measurement.command_line(tmp_path)[2:]
-            target = importlib.import_module(
-                module if module != "experiments.accelerator" else f"{module}.__main__"
-            )
-            qt_options = target.Options
-            from qt_jax.command_line import parse
-
-            assert isinstance(parse(qt_options, flags, module), qt_options)
+            name = "experiments.accelerator.__main__" if module == "experiments.accelerator" else module
+            options = importlib.import_module(name).Options
+            assert isinstance(parse(options, flags, module), options)
 
 
 # The whole, with cuts.

@@ -17,6 +17,7 @@ from experiments.accelerator import lossless, packing, parcels, plan
 from experiments.configs.study import preset
 from experiments.data import store
 from experiments.data.dataset import PublishedSet
+from experiments.paper.collect import KEYS, replace
 from experiments.paper.rows import METRICS, NETWORK, TRAINED, folder_of
 from qt_jax import records
 from qt_jax.errors import InvalidInput
@@ -316,6 +317,17 @@ def test_received_records_replace_those_of_their_rows_alone(tmp_path):
     (home / "step-vit.log").write_text("an even longer log of the third\n")
     assert receive(tmp_path / "out", tmp_path / "home") == 0
     assert "third" in (home / "step-vit.log").read_text()
+
+
+def test_a_failure_elsewhere_replaces_no_trained_network(tmp_path):
+    home = make_up(tmp_path / "home", ROWS[:1])
+    there = make_up(tmp_path / "runs", ROWS[:1], date="second")
+    for folder in ("home", "runs"):
+        (folder_of(ROWS[0], tmp_path / folder) / NETWORK).unlink()
+    (record,) = records.read(there / TRAINED)
+    replace(there / TRAINED, [record | {"status": "crashed"}], KEYS)
+    assert send(tmp_path / "runs", tmp_path / "out") == receive(tmp_path / "out", tmp_path / "home") == 0
+    assert [(r["status"], r["date"]) for r in records.read(home / TRAINED)] == [("ok", "first")]
 
 
 def test_network_curve_and_record_stay_those_of_one_training(tmp_path):

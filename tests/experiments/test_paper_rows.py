@@ -148,3 +148,9 @@ def test_what_the_accelerator_has_trained_is_never_forgotten(tmp_path):
         forget(row, tmp_path)
         left = {path.name for path in folder.iterdir()} if folder.exists() else set()
         assert left == ({NETWORK, METRICS} if row.preset.accelerated else set())
+
+
+def test_what_is_trained_already_waits_for_no_source():
+    tuned = next(row for row in study(preset("quarter-hour")) if row.source)
+    fine_tuned = next(row for row in study(SMOKE) if row.name == "fine-tuned")
+    assert tuned.waits_for is None and fine_tuned.waits_for == fine_tuned.source

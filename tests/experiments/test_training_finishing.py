@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 import qt_jax as qt
 from experiments import models
 from experiments.configs.training import Config, quant_config
+from experiments.data.augment import normalize
 from experiments.data.dataset import Dataset
 from experiments.training import finishing, quantizers
 from experiments.training.state import create_state, optimizer
@@ -85,3 +86,16 @@ def test_kernels_of_lsq_are_clipped_to_their_grid_which_changes_nothing_on_it(da
     assert float(jnp.abs(after.params["stem"]["kernel"]).max()) == pytest.approx(0.5 * peak)
     outputs = [quantizers.quantized_forward(config, model, s.deployed, images) for s in (state, after)]
     np.testing.assert_array_equal(*outputs)
+
+
+def test_one_measurement_serves_many_networks_and_equals_that_of_the_package(dataset):
+    model, state = begun(CONFIG)
+    measure = finishing.batch_norm_on(model, dataset.train_images, dataset)
+    other = {**state.deployed, "params": jax.tree.map(lambda leaf: 2 * leaf, state.deployed["params"])}
+    for variables in (state.deployed, other):
+        expected = qt.reestimate_batch_norm(
+            lambda variables, batch: model.apply(variables, batch, train=True, mutable=["batch_stats"]),
+            variables,
+            [normalize(dataset.train_images[:500], dataset.mean, dataset.std)],
+        )
+        jax.tree.map(np.testing.assert_array_equal, measure(variables), expected)

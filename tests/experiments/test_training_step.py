@@ -67,7 +67,11 @@ def test_learning_rate_ends_at_the_final_share():
     assert float(rate(100)) == pytest.approx(0.05) and float(rate(20)) == pytest.approx(0.5)
 
 
-PARAMS = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "b": {"kernel": jnp.full((2, 2), 3.0)}}
+PARAMS = {
+    "a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "b": {"kernel": jnp.full((2, 2), 3.0)},
+    "norm": {"bias": jnp.ones(2)},
+}
 
 
 def updates_of(**changes):
@@ -78,10 +82,11 @@ def updates_of(**changes):
     return tx.update(gradients, tx.init(PARAMS), PARAMS)[0], float(learning_rate_schedule(config, 10)(0))
 
 
-def test_biases_have_a_rate_of_their_own():
+def test_biases_without_a_kernel_have_a_rate_of_their_own():
     updates, rate = updates_of(bias_rate=8.0)
-    np.testing.assert_allclose(updates["a"]["bias"], -8.0 * rate, rtol=1e-6)
-    np.testing.assert_allclose(updates["a"]["kernel"], -rate, rtol=1e-6)
+    np.testing.assert_allclose(updates["norm"]["bias"], -8.0 * rate, rtol=1e-6)
+    for leaf in updates["a"].values():
+        np.testing.assert_allclose(leaf, -rate, rtol=1e-6)
 
 
 def test_frozen_parameters_get_no_update_from_anything():
