@@ -26,7 +26,7 @@ from experiments.accelerator.program import Placed, SeedProgram, build, place, r
 from experiments.configs.study import preset
 from experiments.configs.training import Config
 from experiments.data import Dataset, load
-from experiments.paper.rows import NETWORK, StudyRow, folder_of, held, locked, select
+from experiments.paper.rows import NETWORK, StudyRow, folder_of, held, home_of, locked, select
 from experiments.training.checkpoints import read_variables
 from qt_jax import records
 from qt_jax.command_line import Failed, command, terminate_like_interrupt
@@ -37,7 +37,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 MOST_JOBS = 16
 """Most programs that are compiled at a time by default."""
-
 
 LONGEST_REASON = 300
 """Characters of the reason in a record of a failure."""
@@ -137,7 +136,7 @@ def run(options: Options, console: Console) -> None:
     parts = plan.parts(chosen)
     wanted = set(select([row for part in parts for row in part], (), options.tasks, options.methods))
     parts = [[row for row in part if row in wanted] for part in parts]
-    home = networks.home_of(chosen, options.runs)
+    home = home_of(chosen, options.runs)
     if options.list:
         console.print(plan.listing(parts, networks.trained([*wanted], options.runs)))
         return
@@ -341,7 +340,7 @@ def remaining(
       options: Flags of the launch.
     """
     chosen = rows[0].preset
-    home = networks.home_of(chosen, options.runs)
+    home = home_of(chosen, options.runs)
     lines = ["all rows are trained"]
     if left:
         measured = plan.seconds_by_kind(found.values())

@@ -3,7 +3,6 @@
 The record is written last. A row without one is trained again, and replaces what a cut has left of it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,12 @@ from rich import box
 from rich.table import Table
 
 from experiments.accelerator.program import Trained
-from experiments.configs.study import Preset
-from experiments.paper.collect import FINAL, KEYS, replace
-from experiments.paper.rows import METRICS, NETWORK, TRAINED, StudyRow, folder_of, key_of
+from experiments.paper.collect import FINAL, KEYS, replace, write_lines
+from experiments.paper.rows import METRICS, NETWORK, TRAINED, StudyRow, folder_of, home_of, key_of
 from experiments.training.checkpoints import write_variables
 from qt_jax import records
-from qt_jax.files import write_whole
 from qt_jax.records import Record
 from qt_jax.reporting.tables import with_spread
-
-
-def home_of(preset: Preset, runs: Path) -> Path:
-    """Return the folder of all rows of a preset."""
-    return runs / f"paper-{preset.name}"
 
 
 def trained(rows: Sequence[StudyRow], runs: Path) -> dict[StudyRow, Record]:
@@ -74,7 +66,7 @@ def keep(row: StudyRow, runs: Path, result: Trained, about: Mapping[str, Any]) -
     curve = [{**shared, **dict.fromkeys(validated), **epoch} for epoch in result.curve]
     curve[-1] |= validated
     write_variables(folder / NETWORK, result.network)
-    write_whole(folder / METRICS, "".join(f"{json.dumps(epoch, allow_nan=False)}\n" for epoch in curve))
+    write_lines(folder / METRICS, curve)
     return note(row, runs, about, status="ok", seconds=result.seconds, **result.accuracies)
 
 

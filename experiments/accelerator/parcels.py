@@ -27,7 +27,7 @@ from experiments.configs.study import preset
 from experiments.data.cifar import CIFAR10_SHA256, NPZ_NAME, load_cifar10
 from experiments.data.store import NAMES, CorruptData, cache_dir, cached, read_npz
 from experiments.paper.collect import KEYS, replace, united
-from experiments.paper.rows import METRICS, NETWORK, TRAINED, folder_of, key_of
+from experiments.paper.rows import METRICS, NETWORK, TRAINED, folder_name, folder_of, home_of, key_of
 from qt_jax import records
 from qt_jax.command_line import exit_status, read_flags, statuses, text_console
 from qt_jax.errors import InvalidInput
@@ -205,7 +205,7 @@ def send(options: Send, console: Console) -> None:
       InvalidInput: The output folder holds a parcel, nothing was trained, or the records alone do not fit.
     """
     chosen = preset(options.preset)
-    home = networks.home_of(chosen, options.runs)
+    home = home_of(chosen, options.runs)
     if manifest_of(options.out, RESULTS).exists():
         raise InvalidInput(f"{options.out} holds a parcel already: receive it, and name another folder")
     if not home.is_dir():
@@ -325,7 +325,7 @@ def _is_longer(new: Path, old: Path) -> bool:
 
 def row_folder(record: records.Record) -> Path:
     """Return the folder of a trained row within that of its preset, as `folder_of` names it."""
-    return Path(record["task"], f"{record['method']}-{record['seed']}-{record['digest'][:8]}")
+    return folder_name(*(record[key] for key in (*KEYS, "digest")))
 
 
 def _bytes(megabytes: float) -> int:

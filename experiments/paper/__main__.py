@@ -6,7 +6,6 @@ relaunch goes on where the last one stopped. With --launcher, rows are jobs of a
 """
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from experiments.configs.study import Preset, preset
 from experiments.paper import rows as study
-from experiments.paper.collect import united
+from experiments.paper.collect import united, write_lines
 from experiments.paper.launch import command, detached_command, run_rows, submit_rows
 from experiments.paper.progress import Display, listing
 from experiments.paper.render import STUDY_PAGE, render
@@ -26,7 +25,6 @@ from experiments.paper.rows import DEFAULT_RESULTS, StudyRow
 from qt_jax import command_line, records
 from qt_jax.command_line import terminate_like_interrupt
 from qt_jax.errors import InvalidInput
-from qt_jax.files import write_whole
 from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 
@@ -124,7 +122,7 @@ def adopt_records(chosen: Preset, options: Options) -> None:
     Raises:
       InvalidInput: `experiments.accelerator` has trained nothing with the present configs.
     """
-    home, folder = options.runs / f"paper-{chosen.name}", study.results_of(chosen, options.results)
+    home, folder = study.home_of(chosen, options.runs), study.results_of(chosen, options.results)
     present = {row.digest for row in study.study(chosen)}
     both = (records.read(place / study.TRAINED) for place in (folder, home))
     kept = united(*([record for record in found if record["digest"] in present] for found in both))
@@ -133,7 +131,7 @@ def adopt_records(chosen: Preset, options: Options) -> None:
             f"{home} holds no trained networks: run `python -m experiments.accelerator --preset "
             f"{chosen.name}` on a GPU, and bring that folder here"
         )
-    write_whole(folder / study.TRAINED, "".join(f"{json.dumps(record)}\n" for record in kept))
+    write_lines(folder / study.TRAINED, kept)
 
 
 def with_networks(rows: list[StudyRow], options: Options, console: Console) -> list[StudyRow]:
@@ -164,7 +162,7 @@ def perform(rows: list[StudyRow], options: Options, console: Console) -> list[St
     if scheduler.launcher == "slurm" and chosen.pinned and scheduler.job_cpus is None:
         scheduler = dataclasses.replace(scheduler, job_cpus=1)
     display = Display(rows, done - {*waiting}, len(slots), options.runs, folder, console)
-    home = options.runs / f"paper-{chosen.name}"
+    home = study.home_of(chosen, options.runs)
     shared = {
         "log": lambda row: study.log_of(row, options.runs),
         "slots": slots,

@@ -151,5 +151,9 @@ def replace(path: Path, new: Sequence[Record], keys: Sequence[str]) -> None:
     mine = {tuple(record[key] for key in keys) for record in new}
     with locked(path.parent):
         kept = [record for record in records.read(path) if tuple(record[key] for key in keys) not in mine]
-        lines = [json.dumps(record, allow_nan=False) for record in (*kept, *new)]
-        write_whole(path, "".join(f"{line}\n" for line in lines))
+        write_lines(path, (*kept, *new))
+
+
+def write_lines(path: Path, found: Sequence[Record]) -> None:
+    """Write records to a file of JSON lines, whole or not at all, in place of what it holds."""
+    write_whole(path, "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in found))

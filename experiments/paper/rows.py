@@ -243,9 +243,19 @@ def results_of(preset: Preset, results: Path = RESULTS) -> Path:
     return results / f"paper-{preset.name}"
 
 
+def home_of(preset: Preset, runs: Path) -> Path:
+    """Return the folder of all rows of a preset."""
+    return runs / f"paper-{preset.name}"
+
+
 def folder_of(row: StudyRow, runs: Path) -> Path:
     """Return the folder in which a row works. Another config has another folder."""
-    return runs / f"paper-{row.preset.name}" / row.task.name / f"{row.name}-{row.seed}-{row.digest[:8]}"
+    return home_of(row.preset, runs) / folder_name(row.task.name, row.name, row.seed, row.digest)
+
+
+def folder_name(task: str, method: str, seed: int, digest: str) -> Path:
+    """Return the folder of a row within that of its preset."""
+    return Path(task, f"{method}-{seed}-{digest[:8]}")
 
 
 def log_of(row: StudyRow, runs: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -85,7 +86,8 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     if config.bias_rate != 1.0:
         chain.append(optax.masked(optax.scale(config.bias_rate), lone_biases))
     if config.frozen:
-        chain.append(optax.masked(optax.set_to_zero(), _masked(frozen)))
+        still = partial(jax.tree_util.tree_map_with_path, lambda path, _: frozen(path))
+        chain.append(optax.masked(optax.set_to_zero(), still))
     if config.reverse_pruning is not None:
         chain.append(
             qt.reverse_pruning(
@@ -122,11 +124,6 @@ def is_frozen(config: Config) -> Callable[[LeafPath], bool]:
         return any(pattern.fullmatch(name) for pattern in patterns)
 
     return frozen
-
-
-def _masked(selects: Callable[[LeafPath], bool]) -> Callable[[Any], Any]:
-    """Return a mask for optax: True for the leaves whose path is selected."""
-    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: selects(path), params)
 
 
 def move_average(config: Config, step: jax.Array, total: int, params: Any, average: Any) -> tuple[Any, Any]:

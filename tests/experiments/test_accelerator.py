@@ -20,12 +20,12 @@ import pytest
 
 import qt_jax as qt
 from experiments import models
-from experiments.accelerator import measurements, networks, plan
+from experiments.accelerator import measurements, plan
 from experiments.accelerator.program import Trained, build, place, train
 from experiments.configs.methods import METHODS, config_of
 from experiments.configs.study import FIRST_METHODS, preset
 from experiments.data import load
-from experiments.paper.rows import METRICS, NETWORK, TRAINED, folder_of, study
+from experiments.paper.rows import METRICS, NETWORK, TRAINED, folder_of, home_of, study
 from experiments.training.checkpoints import read_variables
 from experiments.training.loop import train as train_with_checkpoints
 from experiments.training.step import Totals
@@ -383,7 +383,7 @@ def test_wrong_launches_are_refused(quick, tmp_path, capsys):
     assert command.main(["--runs", str(tmp_path)]) == 2
     assert "finds no GPU or TPU here" in capsys.readouterr().err
     assert run(tmp_path, "--methods", "nothing") == 2
-    folder = networks.home_of(REDUCED, tmp_path) / "accelerator"
+    folder = home_of(REDUCED, tmp_path) / "accelerator"
     folder.mkdir(parents=True, exist_ok=True)
     with command.locked(folder):
         assert run(tmp_path) == 2
