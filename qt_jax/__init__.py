@@ -8,7 +8,7 @@ through vendors' toolchains. Each name is at home in the module that it is impor
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qt_jax import metrics, schedules
+from qt_jax import metrics, recipes, schedules
 from qt_jax.batch_norm import reestimate as reestimate_batch_norm
 from qt_jax.config import INHERIT, QuantConfig, Rule
 from qt_jax.errors import InvalidInput
@@ -49,6 +49,7 @@ __all__ = [
     "quantiles",
     "quantization_parameters",
     "quantize",
+    "recipes",
     "reestimate_batch_norm",
     "reverse_pruning",
     "schedules",

@@ -14,13 +14,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.errors import InvalidInput
-from qt_jax.interception import COLLECTION, Call, Handler, intercept, shadowed
+from qt_jax.interception import COLLECTION, Call, intercept, is_quant_trim_statistic, shadowed
 
 Path = tuple[str, ...]
 """Flax path of a module, key by key."""
 
-MEAN, VARIANCE = "mean", "var"
-"""Names of the statistics of Linen's batch norm."""
+MEAN, VARIANCE, SIZE = "mean", "var", "reestimated_size"
+"""Names of the statistics of Linen's batch norm, and of the number of elements that they were taken over."""
 
 
 def reestimate(
@@ -30,12 +30,14 @@ def reestimate(
 ) -> dict[str, Any]:
     """Return `variables` with the statistics of every batch norm pooled over all `batches`.
 
-    The statistics of batch k, mean m_k and variance v_k of n_k examples, give
+    The statistics of batch k, mean m_k and variance v_k of n_k elements of a channel, give
 
         mean = sum n_k m_k / n        var = sum n_k (v_k + (m_k - mean)^2) / n        n = sum n_k
 
-    This is the mean and the (biased) variance of all inputs of a layer. Neither the module's momentum nor
-    the order of the batches matters (precise batch norm: Wu and Johnson, arXiv 2105.07576, section 3).
+    This is the mean and the (biased) variance of all inputs of a layer, those under a `mask` alone if it is
+    given one. Neither the module's momentum nor the order of the batches matters (precise batch norm: Wu and
+    Johnson, arXiv 2105.07576, section 3). A layer that is called several times, also by a lifted loop, gets
+    the statistics of all its inputs.
 
     Each batch takes one forward pass in training mode. A batch norm then normalises with the statistics of
     the batch, so that a deeper layer is measured on inputs normalised as they will be, whatever the old
@@ -45,18 +47,20 @@ def reestimate(
     Args:
       apply_fn: `(variables, batch) -> (outputs, updated)`, the forward in training mode with `batch_stats`
         mutable. A plain forward measures the float network. One inside `qt.quant_trim(..., train=False)`
-        measures the fake-quantized network. It is jitted here.
+        measures the fake-quantized network. It is jitted here, and may be jitted already. The statistics
+        that it is given hold one leaf more for each batch norm.
       variables: Flax collections. Parameters and all other statistics, Quant-Trim's ranges among them, come
         back as they are. Without batch norm, the result equals `variables`.
-      batches: What `apply_fn` takes: arrays, or pytrees of arrays, with the examples along the first axis.
-        Give a few thousand examples in all, prepared as for inference (no augmentation).
+      batches: What `apply_fn` takes: arrays, or pytrees of arrays. Give a few thousand examples in all,
+        prepared as for inference (no augmentation).
 
     Returns:
       {"params": ..., "batch_stats": ..., ...}. The new statistics have the dtype of the old.
 
     Raises:
       InvalidInput: There is no batch, all batch norms use their running averages, `apply_fn` does not return
-        the updated collection, or statistics are not finite.
+        the updated collection, statistics are not finite, or a module that is no nn.BatchNorm moves a mean
+        and a variance of its own, which cannot be measured.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -96,11 +100,15 @@ def reestimator(
     >>> [pooled(variables, [batch])["batch_stats"]["norm"]["mean"].item() for batch in (x, x + 1)]
     [1.0, 2.0]
     """
-    modes: dict[Path, bool] = {}
+    classes: dict[Path, str] = {}
+
+    def record(call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        classes.setdefault(call.module.path, type(call.module).__name__)
+        return _measured(call, *args, **kwargs)
 
     @jax.jit
-    def measure(variables: Any, batch: Any) -> dict[Path, tuple[jax.Array, jax.Array]]:
-        with intercept(_recorder(modes)):
+    def measure(variables: Any, batch: Any) -> dict[Path, jax.Array]:
+        with intercept(record):
             answer = apply_fn(variables, batch)
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
             raise InvalidInput(
@@ -108,90 +116,135 @@ def reestimator(
                 f"mutable=[{COLLECTION!r}], in training mode"
             )
         updated = flatten_dict(answer[1].get(COLLECTION, {}))
-        training = [path for path, running in modes.items() if not running]
-        return {path: (updated[*path, MEAN], updated[*path, VARIANCE]) for path in training}
+        return {path: leaf for path, leaf in updated.items() if not is_quant_trim_statistic(path)}
 
     def pooled_over(variables: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, Any]:
-        sizes, measured = [], []
-        for batch in batches:
-            sizes.append(len(jax.tree.leaves(batch)[0]))
-            measured.append(jax.device_get(measure(variables, batch)))
-        if not measured:
+        statistics = flatten_dict(dict(variables.get(COLLECTION, {})))
+        norms = [
+            path[:-1] for path in statistics if path[-1] == MEAN and (*path[:-1], VARIANCE) in statistics
+        ]
+        empty = {(*path, SIZE): jnp.zeros(np.shape(statistics[*path, MEAN])) for path in norms}
+        given = {**variables, COLLECTION: unflatten_dict({**statistics, **empty})}
+        answers = [jax.device_get(measure(given, batch)) for batch in batches]
+        if not answers:
             raise InvalidInput("batch norm cannot be estimated from no batches: give at least one")
-        if modes and not measured[0]:
+        measured = [path for path in norms if any(np.any(answer.get((*path, SIZE), 0)) for answer in answers)]
+        _check_all_measured(statistics, answers[0], measured, classes)
+        if norms and not measured:
             raise InvalidInput(
                 "every batch norm uses its running averages: apply_fn must call the model in training mode "
                 "(use_running_average=False), such as model.apply(variables, x, train=True, ...)"
             )
-        return _with_pooled(variables, measured, sizes) if modes else dict(variables)
+        pooled = {**statistics, **_pooled(statistics, answers, measured)}
+        return {**variables, COLLECTION: unflatten_dict(pooled)} if measured else dict(variables)
 
     return pooled_over
 
 
-def _with_pooled(
-    variables: Mapping[str, Any], measured: Sequence[dict[Path, tuple[Any, Any]]], sizes: Sequence[int]
-) -> dict[str, Any]:
-    """Return the variables with the statistics of batches of these sizes pooled."""
-    pooled = dict(flatten_dict(dict(variables.get(COLLECTION, {}))))
-    for path in measured[0]:
-        means, variances = zip(*(answer[path] for answer in measured), strict=True)
-        for name, value in zip((MEAN, VARIANCE), pool(means, variances, sizes), strict=True):
+def _measured(call: Call, /, *args: Any, **kwargs: Any) -> Any:
+    """Run one module. A batch norm in training mode is left with the statistics of all its inputs so far.
+
+    The number of elements that it has seen lies beside its statistics, and passes with them through loops
+    and other lifted transformations. How often their bodies are traced does not matter.
+    """
+    module = call.module
+    if not (isinstance(module, nn.BatchNorm) and module.has_variable(COLLECTION, SIZE)):
+        return call(*args, **kwargs)
+    x: Any = args[0] if args else kwargs["x"]
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    if nn.merge_param("use_running_average", module.use_running_average, given):
+        return call(*args, **kwargs)
+    before: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE, SIZE)}
+    with shadowed(module, momentum=0.0):
+        outputs = call(*args, **kwargs)
+    mean: Any = module.get_variable(COLLECTION, MEAN)
+    variance: Any = module.get_variable(COLLECTION, VARIANCE)
+    mask = kwargs.get("mask")
+    if mask is None:
+        size = jnp.full(mean.shape, x.size // mean.size, jnp.float32)
+    else:
+        features = (module.axis,) if isinstance(module.axis, int) else module.axis
+        others = [axis for axis in range(x.ndim) if axis not in {feature % x.ndim for feature in features}]
+        counted = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
+        size = jnp.sum(counted, axis=others, dtype=jnp.float32).reshape(mean.shape)
+    share = (size / (before[SIZE] + size)).astype(mean.dtype)
+    step = mean - before[MEAN]
+    spread = share * (1.0 - share) * step**2
+    first = before[SIZE] == 0
+    pooled = {
+        MEAN: jnp.where(first, mean, before[MEAN] + share * step),
+        VARIANCE: jnp.where(
+            first, variance, before[VARIANCE] + share * (variance - before[VARIANCE]) + spread
+        ),
+        SIZE: before[SIZE] + size,
+    }
+    for name, value in pooled.items():
+        module.put_variable(COLLECTION, name, value)
+    return outputs
+
+
+def _check_all_measured(
+    before: Mapping[Path, Any],
+    after: Mapping[Path, Any],
+    measured: Sequence[Path],
+    classes: Mapping[Path, str],
+) -> None:
+    """Raise InvalidInput if a mean and a variance moved that belong to no module which is measured."""
+    owners: dict[Path, set[str]] = {}
+    for path, leaf in before.items():
+        if (
+            path in after
+            and path[:-1] not in measured
+            and not np.array_equal(leaf, after[path], equal_nan=True)
+        ):
+            owners.setdefault(path[:-1], set()).add(path[-1])
+    for owner, moved in owners.items():
+        if all(any(kind in name for name in moved) for kind in (MEAN, VARIANCE)):
+            nearest = next(
+                owner[:end] for end in range(len(owner), -1, -1) if owner[:end] in classes or not end
+            )
+            raise InvalidInput(
+                f"{'/'.join(owner)!r} ({classes.get(nearest, 'of a class that was not called')}) moves "
+                f"statistics of its own, {' and '.join(sorted(moved))}, which cannot be measured: use "
+                "nn.BatchNorm or derive the class from it. To leave them as they are, let apply_fn return "
+                "those that it was given."
+            )
+
+
+def _pooled(
+    statistics: Mapping[Path, Any], answers: Sequence[Mapping[Path, Any]], measured: Sequence[Path]
+) -> dict[Path, jax.Array]:
+    """Return the new statistics of the batch norms at the paths `measured`, pooled over the batches."""
+    found = {}
+    for path in measured:
+        means, variances, sizes = (
+            [answer[*path, name] for answer in answers] for name in (MEAN, VARIANCE, SIZE)
+        )
+        reached = np.sum(sizes, axis=0) > 0  # a lifted loop may leave one layer of many out
+        weights = [np.where(reached, size, 1.0) for size in sizes]
+        for name, value in zip((MEAN, VARIANCE), pool(means, variances, weights), strict=True):
             if not np.all(np.isfinite(value)):
                 raise InvalidInput(
                     f"the {name} of {'/'.join(path)!r} is not finite: look at the batches, and at the "
                     "statistics that are there"
                 )
-            pooled[*path, name] = jnp.asarray(value, pooled[*path, name].dtype)
-    return {**variables, COLLECTION: unflatten_dict(pooled)}
-
-
-def _recorder(modes: dict[Path, bool]) -> Handler:
-    """Return a handler for one trace that leaves each batch norm with the statistics of its inputs.
-
-    A module that is called twice gets the pooled statistics of both calls. The handler fills `modes`, which
-    maps the path of each batch norm to whether it uses its running averages.
-    """
-    seen: dict[Path, int] = {}
-
-    def record(call: Call, /, *args: Any, **kwargs: Any) -> Any:
-        module = call.module
-        if not isinstance(module, nn.BatchNorm):
-            return call(*args, **kwargs)
-        path, given = module.path, args[1] if len(args) > 1 else kwargs.get("use_running_average")
-        running = nn.merge_param("use_running_average", module.use_running_average, given)
-        modes[path] = running and modes.get(path, True)
-        if running:
-            return call(*args, **kwargs)
-        before: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE)}
-        with shadowed(module, momentum=0.0):
-            outputs = call(*args, **kwargs)
-        if path in seen:
-            share = args[0].size / (args[0].size + seen[path])
-            mean: Any = module.get_variable(COLLECTION, MEAN)
-            variance: Any = module.get_variable(COLLECTION, VARIANCE)
-            step = mean - before[MEAN]
-            spread = share * (1.0 - share) * step**2
-            pooled = before[VARIANCE] + share * (variance - before[VARIANCE]) + spread
-            module.put_variable(COLLECTION, MEAN, before[MEAN] + share * step)
-            module.put_variable(COLLECTION, VARIANCE, pooled)
-        seen[path] = seen.get(path, 0) + args[0].size
-        return outputs
-
-    return record
+            old = statistics[*path, name]
+            found[*path, name] = jnp.asarray(np.where(reached, value, old), old.dtype)
+    return found
 
 
 def pool(
-    means: Iterable[np.ndarray], variances: Iterable[np.ndarray], sizes: Iterable[int]
+    means: Iterable[np.ndarray], variances: Iterable[np.ndarray], sizes: Iterable[int | np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and biased variance of the union of samples with these means, variances and sizes.
 
-    The arithmetic is in float64.
+    A size is one number, or one for each element of the mean. The arithmetic is in float64.
 
     >>> mean, variance = pool([np.array([1.0]), np.array([7.0])], [np.ones(1), np.zeros(1)], [2, 1])
     >>> mean.item(), round(variance.item(), 4)
     (3.0, 8.6667)
     """
     centres, spreads = (np.stack([*parts]).astype(np.float64) for parts in (means, variances))
-    weights = np.asarray([*sizes], np.float64)
+    weights = np.stack([np.broadcast_to(size, mean.shape) for size, mean in zip(sizes, centres, strict=True)])
     mean = np.average(centres, axis=0, weights=weights)
     return mean, np.average(spreads + (centres - mean) ** 2, axis=0, weights=weights)

@@ -5,13 +5,12 @@ w * gain, not w, with gain = gamma / sqrt(variance + epsilon), one for each outp
 requantizes the operands of a residual sum. The published method puts its points on the raw kernel and on the
 inputs of layers (Quant-Trim, arXiv 2511.15300). This module finds the other points.
 
-It looks only at data flow: every layer's output is followed through the jaxpr of the inference pass,
-whatever modules are called and however they are named.
+It looks only at data flow: every layer's output is followed through the jaxpr of the inference pass
+(`qt_jax.dataflow`), whatever modules are called and however they are named.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,38 +18,35 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Literal
 
+from qt_jax.dataflow import TRANSPARENT, Equation, TracedProgram, known_leaves, trace
 from qt_jax.errors import InvalidInput
-from qt_jax.interception import COLLECTION, GAIN, LAYERS, Call, intercept
-
-TRANSPARENT = frozenset({"name", "convert_element_type", "copy", "optimization_barrier"})
-"""Primitives that hand a tensor on as it is."""
+from qt_jax.interception import COLLECTION, GAIN, LAYERS, Call, intercept, require_linen, shadowed
 
 JOINS = frozenset({"add", "mul", "concatenate"})
 """Primitives whose operands a compiler requantizes."""
 
-CALLS = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "checkpoint", "remat2"), "jaxpr"),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
-}
-"""Maps each primitive that is inlined to the parameter that holds the jaxpr it calls."""
-
-
-class Equation(NamedTuple):
-    """Describe one operation of the inlined program. Operands are the numbers of values, or literals."""
-
-    primitive: Any
-    inputs: tuple[int | Literal, ...]
-    outputs: tuple[int, ...]
-    params: Mapping[str, Any]
-
 
 class Factor(NamedTuple):
-    """Name a value that a layer's output is multiplied with, or divided by."""
+    """Name a static value that a layer's output is multiplied with, or divided by."""
 
     value: int
     divides: bool
+
+
+class Folded(NamedTuple):
+    """Describe a layer whose kernel has a gain.
+
+    Attributes:
+      factors: What its output is multiplied with and divided by.
+      loops: The loops around the layer, the outermost first.
+      transposed: Whether the features are the kernel's last axis but one.
+    """
+
+    factors: tuple[Factor, ...]
+    loops: tuple[int, ...]
+    transposed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,62 +55,73 @@ class Fusion:
 
     Attributes:
       outputs: Paths of the modules whose output is an operand of a sum, product or concatenation of
-        activations, or an output of the model. They are meant for `QuantConfig.fused_outputs`.
+        activations. They are meant for `QuantConfig.fused_outputs`.
     """
 
     outputs: tuple[str, ...]
-    _factors: Mapping[str, tuple[Factor, ...]]
+    _folded: Mapping[str, Folded]
+    _program: TracedProgram
     _equations: tuple[Equation, ...]
-    _leaves: Mapping[tuple[str, ...], int]
-    _constants: Mapping[int, Any]
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Return the paths of the layers whose kernel has a gain."""
-        return tuple(self._factors)
+        return tuple(self._folded)
 
     def gains(self, variables: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Return the gains by layer path, float32 `(channels,)`.
+        """Return the gains by layer path, float32 `(channels,)`, inside nn.scan `(length, channels)`.
 
         Folding multiplies the kernel's output channels with them. The function can be traced, and computes
         only what the gains need: for batch norm gamma * rsqrt(variance + epsilon).
+
+        Args:
+          variables: As the network was traced with. A leaf may have another shape of as many elements.
+
+        Raises:
+          InvalidInput: A leaf is missing, or has another number of elements.
         """
-        leaves = flatten_dict(dict(variables))
-        known = {number: leaves[path] for path, number in self._leaves.items() if path in leaves}
-        known |= self._constants
-        for equation in self._equations:
-            operands = [x.val if isinstance(x, Literal) else known[x] for x in equation.inputs]
-            found = equation.primitive.bind(*operands, **equation.params)
-            found = found if equation.primitive.multiple_results else [found]
-            known |= zip(equation.outputs, found, strict=True)
+        values, lengths = self._program.values, self._program.lengths
+        factors = [factor.value for layer in self._folded.values() for factor in layer.factors]
+        leaves = known_leaves(self._program, self._equations, factors, nn.unbox(variables))
+        known = self._program.evaluate(self._equations, leaves)
         gains = {}
-        for path, factors in self._factors.items():
-            gain = jnp.ones((), jnp.float32)
-            for factor in factors:
-                value = jnp.ravel(known[factor.value]).astype(jnp.float32)
+        for path, layer in self._folded.items():
+            gain = jnp.ones((1,) * (len(layer.loops) + 1), jnp.float32)
+            for factor in layer.factors:
+                steps = [lengths[i] if i in values[factor.value].loops else 1 for i in layer.loops]
+                value = jnp.reshape(known[factor.value], (*steps, -1)).astype(jnp.float32)
                 gain = gain / value if factor.divides else gain * value
-            gains[path] = gain
+            gains[path] = jnp.broadcast_to(gain, (*(lengths[i] for i in layer.loops), gain.shape[-1]))
         return gains
 
     def refresh(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Return the variables with the gains of their normalisation statistics in `batch_stats`.
 
         Call it on the result of every training step, so that the gains always belong to the statistics
-        beside them. `attach_statistics` with a config that is `folded` makes the places for the gains.
+        beside them. `attach_statistics` with a config that is `folded` makes the places for the gains. A
+        layer whose kernel that config does not quantize has none, and is passed over.
 
         Raises:
-          InvalidInput: There is no place for a gain.
+          InvalidInput: There is no place for any gain, or one of another shape; or as in `gains`.
         """
         statistics = flatten_dict(dict(variables.get(COLLECTION, {})))
+        if self._folded and not any(path[-1] == GAIN for path in statistics):
+            raise InvalidInput(
+                f"no place for the gain of {self.layers[0]!r} in {COLLECTION!r}: attach the statistics with "
+                "a QuantConfig(folded=True) first"
+            )
         for path, gain in self.gains(variables).items():
             place = (*path.split("/"), GAIN) if path else (GAIN,)
             if place not in statistics:
-                raise InvalidInput(
-                    f"no place for the gain of {path!r} in {COLLECTION!r}: attach the statistics with a "
-                    "QuantConfig(folded=True) first"
-                )
+                continue
+            gain = gain[..., None] if self._folded[path].transposed else gain
             shape = statistics[place].shape
-            statistics[place] = jnp.broadcast_to(gain, (math.prod(shape),)).reshape(shape)
+            if shape[-gain.ndim :] != gain.shape:
+                raise InvalidInput(
+                    f"the gain of {path!r} has shape {gain.shape}, and its place in {COLLECTION!r} {shape}: "
+                    f'inside nn.scan, lift the collection along axis 0, variable_axes={{"{COLLECTION}": 0}}'
+                )
+            statistics[place] = jnp.broadcast_to(gain, shape)
         return {**variables, COLLECTION: unflatten_dict(statistics)}
 
 
@@ -124,8 +131,11 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     A layer's kernel has a gain if its output is used once, and is then only added to and multiplied with
     values that depend only on the variables, channel by channel. Batch norm on running statistics does so,
     and a layer scale. A factor that is one number for all channels ends the search: it moves no grid, and
-    exporters leave it where it is. An `nn.Einsum` has no gain, since its kernel may have its features on any
-    axis.
+    exporters leave it where it is. Layers inside nn.scan have one gain for each kernel of the stack. A kernel
+    that all steps share has one only if all steps have the same factors.
+
+    An `nn.Einsum` has no gain, since its kernel may have its features on any axis. Neither has a layer whose
+    kernel nn.vmap stacks, since compilers fold nothing into a product of two batches.
 
     Args:
       model: Any Linen module.
@@ -135,12 +145,15 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     Returns:
       A `Fusion`, which gives the gains of any variables of these shapes.
 
+    Raises:
+      InvalidInput: The model is not a Linen module.
+
     >>> class Net(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, x, train=False):
     ...         x = nn.Dense(4, use_bias=False, name="first")(x)
     ...         x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
-    ...         return nn.Dense(2, name="second")(x)
+    ...         return x + nn.Dense(4, name="second")(x)
     >>> x = jnp.ones((1, 3))
     >>> variables = Net().init(jax.random.key(0), x)
     >>> fusion = find_fusion(Net(), variables, x)
@@ -149,148 +162,97 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     >>> fusion.gains(variables)["first"].round(4).tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    marks: dict[str, None] = {}  # an ordered set of paths
+    require_linen(model)
+    marked: dict[str, int] = {}  # how often each path was marked, in the order of the calls
+    kernels: dict[
+        str, tuple[int, bool]
+    ] = {}  # a kernel's rank where it is used, and whether it is transposed
 
     def mark(call: Call, /, *args: Any, **kwargs: Any) -> Any:
-        path, outputs = call.path, call(*args, **kwargs)
-        if not path or not isinstance(outputs, jax.Array):
-            return outputs
-        marks.setdefault(path)
-        if isinstance(call.module, LAYERS) and not isinstance(call.module, nn.Einsum):
+        path, module = call.path, call.module
+        before = marked.get(path)
+        if isinstance(module, LAYERS) and not isinstance(module, nn.Einsum):
+            promote = module.promote_dtype
+
+            def promote_marked(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
+                kernels[path] = kernel.ndim, getattr(module, "transpose_kernel", False)
+                return promote(inputs, checkpoint_name(kernel, f"kernel:{path}"), *rest, **options)
+
+            with shadowed(module, promote_dtype=promote_marked):
+                outputs = call(*args, **kwargs)
+        else:
+            outputs = call(*args, **kwargs)
+        if not path or not isinstance(outputs, jax.Array) or marked.get(path) != before:
+            return outputs  # a lifted class, such as nn.remat(nn.Dense), was marked inside the transformation
+        marked[path] = marked.get(path, 0) + 1
+        if path in kernels:
             outputs = checkpoint_name(outputs, f"layer:{path}")
         return checkpoint_name(outputs, f"module:{path}")
 
-    def forward(leaves: dict[tuple[str, ...], Any], inputs: tuple[Any, ...]) -> Any:
-        with intercept(mark):
-            return model.apply(unflatten_dict(leaves), *inputs, **options)
-
-    leaves = flatten_dict(dict(variables))
-    closed = jax.make_jaxpr(forward)(leaves, inputs)
-    order = sorted(leaves)  # as a dict of tuples is flattened
-    program = _Program(closed, len(leaves))
-    numbers = dict(zip(order, range(len(leaves)), strict=True))
-    factors = {path: found for path in marks if (found := program.factors(f"layer:{path}"))}
-    needed = program.slice({factor.value for found in factors.values() for factor in found})
-    return Fusion(
-        outputs=tuple(path for path in marks if program.joins(f"module:{path}")),
-        _factors=factors,
-        _equations=needed,
-        _leaves=numbers,
-        _constants=program.constants,
-    )
+    program = trace(model, nn.unbox(variables), inputs, options, lambda: intercept(mark))
+    folded = {}
+    for path, (rank, transposed) in kernels.items():
+        if layer := _folded(program, path, rank, transposed):
+            folded[path] = layer
+    wanted = {factor.value for layer in folded.values() for factor in layer.factors}
+    outputs = tuple(path for path in marked if _is_joined(program, f"module:{path}"))
+    return Fusion(outputs, folded, program, program.slice(wanted))
 
 
-class _Program:
-    """Hold a jaxpr with its calls inlined. The first `leaves` values are variables, then come the inputs."""
+def _folded(program: TracedProgram, path: str, rank: int, transposed: bool) -> Folded | None:
+    """Return what folds into the kernel of a layer, which has this rank, or None.
 
-    def __init__(self, closed: ClosedJaxpr, leaves: int):
-        self.equations: list[Equation] = []
-        self.shapes: list[tuple[int, ...]] = []
-        self.constants: dict[int, Any] = {}
-        arguments = [self._new(_shape(v)) for v in closed.jaxpr.invars]
-        self.results = set(self._inline(closed.jaxpr, closed.consts, arguments))
-        self.static = set(range(leaves)) | self.constants.keys()
-        self.users: dict[int, list[Equation]] = {}
-        for equation in self.equations:
-            for value in {x for x in equation.inputs if isinstance(x, int)}:
-                self.users.setdefault(value, []).append(equation)
-            if all(self._is_static(x) for x in equation.inputs):
-                self.static |= set(equation.outputs)
-
-    def _new(self, shape: tuple[int, ...]) -> int:
-        self.shapes.append(shape)
-        return len(self.shapes) - 1
-
-    def _is_static(self, x: int | Literal) -> bool:
-        return isinstance(x, Literal) or x in self.static
-
-    def _inline(
-        self, jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[int | Literal]
-    ) -> list[int | Literal]:
-        values = dict(zip(jaxpr.invars, arguments, strict=True))
-        for variable, constant in zip(jaxpr.constvars, constants, strict=True):
-            values[variable] = number = self._new(_shape(variable))
-            self.constants[number] = constant
-        for equation in jaxpr.eqns:
-            operands = tuple(x if isinstance(x, Literal) else values[x] for x in equation.invars)
-            inner = equation.params.get(CALLS.get(equation.primitive.name, ""))
-            if inner is not None:
-                body, consts = (inner, []) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
-                outputs = self._inline(body, consts, operands)
-            else:
-                fresh = [self._new(_shape(v)) for v in equation.outvars]
-                known = Equation(equation.primitive, operands, tuple(fresh), equation.params)
-                self.equations.append(known)
-                outputs = [*fresh]
-            values |= zip(equation.outvars, outputs, strict=True)
-        return [x if isinstance(x, Literal) else values[x] for x in jaxpr.outvars]
-
-    def _marked(self, name: str) -> list[int]:
-        return [e.outputs[0] for e in self.equations if e.params.get("name") == name]
-
-    def factors(self, mark: str) -> tuple[Factor, ...]:
-        """Return the factors, one per channel, that the output under `mark` is multiplied or divided by.
-
-        The output is followed through shifts and factors by static values, up to the first other operation.
-        There are no factors unless exactly one output bears the mark.
-        """
-        outputs = self._marked(mark)
-        if len(outputs) != 1:  # a layer that is applied twice has no single gain
-            return ()
-        [value] = outputs
-        channels = self.shapes[value][-1:]
-        found: list[Factor] = []
-        while len(self.users.get(value, ())) == 1 and value not in self.results:
-            [equation] = self.users[value]
-            name = equation.primitive.name
-            others = [x for x in equation.inputs if x != value]
-            if name not in TRANSPARENT:
-                if name not in ("add", "sub", "mul", "div") or len(others) != 1:
+    The output is followed through shifts and factors by static values, up to the first other operation.
+    """
+    outputs, kernels = program.marks.get(f"layer:{path}", []), program.marks.get(f"kernel:{path}", [])
+    if len(outputs) != 1 or not kernels:  # a layer that is applied twice has no single gain
+        return None
+    [(value, loops)], kernel = outputs, program.values[kernels[0].value]
+    if len(kernel.shape) != rank:
+        return None
+    channels = program.values[value].shape[-1:]
+    factors: list[Factor] = []
+    while len(program.users.get(value, ())) == 1 and value not in program.ends:
+        [equation] = program.users[value]
+        name = equation.primitive.name
+        others = [x for x in equation.inputs if x != value]
+        if name not in TRANSPARENT:
+            if name not in ("add", "sub", "mul", "div") or len(others) != 1:
+                break
+            [other] = others
+            after = equation.inputs[0] == value
+            if not program.is_static(other) or not (after or name in ("add", "mul")):
+                break
+            if name in ("mul", "div"):
+                if isinstance(other, Literal) or not _is_gain(program, other, channels, kernel.loops):
                     break
-                [other] = others
-                after = equation.inputs[0] == value
-                if not self._is_static(other) or not (after or name in ("add", "mul")):
-                    break
-                if name in ("mul", "div"):
-                    if isinstance(other, Literal) or not self._varies_by_channel(other, channels):
-                        break
-                    found.append(Factor(other, name == "div"))
-            [value] = equation.outputs
-        return tuple(found)
-
-    def _varies_by_channel(self, x: int, channels: tuple[int, ...]) -> bool:
-        """Return whether a static value has one number for each element of the last axis."""
-        shape = self.shapes[x]
-        return shape[-1:] == channels and all(size == 1 for size in shape[:-1])
-
-    def joins(self, mark: str) -> bool:
-        """Return whether an output under `mark` is itself an operand of a join or an output of the model."""
-        found = False
-        for value in self._marked(mark):
-            pending = [value]
-            while pending:
-                value = pending.pop()
-                found |= value in self.results
-                for equation in self.users.get(value, ()):
-                    name = equation.primitive.name
-                    if name == "name" and equation.params["name"].startswith("module:"):
-                        continue  # the module around this one returns it, and has a mark for it
-                    if name in TRANSPARENT:
-                        pending += equation.outputs
-                    elif name in JOINS:
-                        others = [x for x in equation.inputs if x != value]
-                        found |= any(not self._is_static(x) for x in others)
-        return found
-
-    def slice(self, wanted: set[int]) -> tuple[Equation, ...]:
-        """Return the equations that the values `wanted` depend on, in order."""
-        needed: list[Equation] = []
-        for equation in reversed(self.equations):
-            if wanted & set(equation.outputs):
-                needed.append(equation)
-                wanted |= {x for x in equation.inputs if isinstance(x, int)}
-        return tuple(reversed(needed))
+                factors.append(Factor(other, name == "div"))
+        [value] = equation.outputs
+    return Folded(tuple(factors), loops, transposed) if factors else None
 
 
-def _shape(variable: Any) -> tuple[int, ...]:
-    return variable.aval.shape
+def _is_gain(program: TracedProgram, x: int, channels: tuple[int, ...], loops: tuple[int, ...]) -> bool:
+    """Tell whether a static value has one number for each channel, and for each kernel of these loops."""
+    shape = program.values[x].shape
+    by_channel = shape[-1:] == channels and all(size == 1 for size in shape[:-1])
+    return by_channel and set(program.values[x].loops) <= {*loops}
+
+
+def _is_joined(program: TracedProgram, name: str) -> bool:
+    """Tell whether a value of this mark is itself an operand of a join of activations."""
+    pending = [mark.value for mark in program.marks.get(name, ())]
+    seen = {*pending}
+    while pending:
+        value = pending.pop()
+        reached = [*program.handed.get(value, ())]
+        for equation in program.users.get(value, ()):
+            kind = equation.primitive.name
+            if kind == "name" and equation.params["name"].startswith("module:"):
+                continue  # the module around this one returns it, and has a mark for it
+            if kind in TRANSPARENT:
+                reached += equation.outputs
+            elif kind in JOINS and not all(program.is_static(x) for x in equation.inputs if x != value):
+                return True
+        pending += [x for x in reached if x not in seen]
+        seen |= {*reached}
+    return False

@@ -107,7 +107,8 @@ def fake_quant(
     """Return `x` blended with its image on the grid of the range [low, high].
 
     Args:
-      x: Array of any shape, float32 or lower. The arithmetic is in float32, the result has the dtype of `x`.
+      x: Array of any shape and float dtype. The arithmetic is in float32, or in float64 if that is the dtype
+        of `x`. The result has the dtype of `x`.
       low, high: float32 range: scalars, or `(channels,)` when `spec.axis` is set.
       spec: The grid.
       lam: Blend coefficient in [0, 1], a scalar that may be traced.
@@ -118,15 +119,22 @@ def fake_quant(
     >>> fake_quant(jnp.array([0.0, 0.3, 5.0]), jnp.float32(-7.0), jnp.float32(7.0), QuantSpec(4)).tolist()
     [0.0, 0.0, 5.0]
     """
-    value = x.astype(jnp.float32)
-    scale, zero_point = quantization_parameters(low, high, spec)
-    scale, zero_point = along_axis(scale, value, spec), along_axis(zero_point, value, spec)
+    value = wide(x)
+    scale, zero_point = (
+        along_axis(parameter, value, spec).astype(value.dtype)
+        for parameter in quantization_parameters(low, high, spec)
+    )
     x_hat = (_grid(value, scale, zero_point, spec) - zero_point) * scale
     inside = None
     if spec.ste == "clipped":
         q_min, q_max = spec.integer_range
         inside = (value >= (q_min - zero_point) * scale) & (value <= (q_max - zero_point) * scale)
-    return blend(value, x_hat, jnp.asarray(lam, jnp.float32), inside).astype(x.dtype)
+    return blend(value, x_hat, jnp.asarray(lam, value.dtype), inside).astype(x.dtype)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Return `x` in the type of all arithmetic on grids: float64 if it is that, else float32."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def quantization_parameters(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
@@ -160,18 +168,30 @@ def quantization_parameters(low: ArrayLike, high: ArrayLike, spec: QuantSpec) ->
 def blend(x: jax.Array, x_hat: jax.Array, lam: jax.Array, inside: jax.Array | None = None) -> jax.Array:
     """Return x_tilde = x + lambda * stop_gradient(x_hat - x): plain at lambda = 0, fully quantized at 1.
 
-    It is computed as (1 - lambda) x + lambda x_hat, which is `x` to the bit at 0 and `x_hat` to the bit at 1.
-    The gradient with respect to `x` is the identity. Where the boolean mask `inside` is false, it is
-    1 - lambda instead (the clipped straight-through estimator).
+    It is computed as (1 - lambda) x + lambda x_hat, which is `x` to the bit at 0, infinities included, and
+    `x_hat` to the bit at 1. The gradient with respect to `x` is the identity. Where the boolean mask `inside`
+    is false, it is 1 - lambda instead (the clipped straight-through estimator).
 
     >>> blend(jnp.array([1.0]), jnp.array([2.0]), jnp.float32(0.25)).tolist()
     [1.25]
     """
-    value = jax.lax.stop_gradient((1.0 - lam) * x + lam * x_hat)
-    passing = x - jax.lax.stop_gradient(x)  # zero, with the gradient of x
-    if inside is not None:
-        passing = jnp.where(inside, passing, (1.0 - lam) * passing)
-    return value + passing
+    plain, rounded, lam = (jax.lax.stop_gradient(value) for value in (x, x_hat, lam))
+    mixed = (1.0 - lam) * plain + lam * rounded  # NaN of an infinity at either end
+    value = jnp.where(lam == 0.0, plain, jnp.where(lam == 1.0, rounded, mixed))
+    slope = jnp.ones((), x.dtype) if inside is None else jnp.where(inside, 1.0, 1.0 - lam).astype(x.dtype)
+    return _straight_through(x, value, slope)
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
+    """Return `value`, with the gradient `slope` with respect to `x` and none with respect to the others."""
+    return value
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    _, value, slope = primals
+    return value, slope * tangents[0]
 
 
 def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -220,7 +240,7 @@ def fake_quant_on_drawn_grid(
     """Return `x` blended with its image on one of the vendors' four grids, each with probability 1/4.
 
     Args:
-      x: Kernel, float32 or lower.
+      x: Kernel of any float dtype. The arithmetic is as for `fake_quant`.
       low, high: float32 `(channels,)`, along `spec.axis`; taken as symmetric, with a = max(-low, high).
       spec: Gives bits and axis. Its gradient is the identity.
       lam: Blend coefficient in [0, 1].
@@ -240,10 +260,10 @@ def fake_quant_on_drawn_grid(
     magnitude = jnp.maximum(-low, high)
     magnitude = jnp.where(per_tensor, jnp.max(magnitude), magnitude)
     scale = jnp.maximum(magnitude * jnp.where(full, 1 / (half - 0.5), 1 / (half - 1)), SCALE_FLOOR)
-    value = x.astype(jnp.float32)
-    scale = along_axis(scale, value, spec)
+    value = wide(x)
+    scale = along_axis(scale, value, spec).astype(value.dtype)
     x_hat = jnp.clip(jnp.round(value / scale), jnp.where(full, -half, 1 - half), half - 1) * scale
-    return blend(value, x_hat, lam).astype(x.dtype)
+    return blend(value, x_hat, lam.astype(value.dtype)).astype(x.dtype)
 
 
 def grid_key(seed: int, path: str, count: jax.Array) -> jax.Array:

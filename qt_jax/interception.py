@@ -4,6 +4,10 @@ An interceptor is a handler that `intercept` runs around every `__call__` of eve
 The handler decides what to call the module with and what to return. The model's code and its parameters stay
 as they are. `shadowed` replaces a field of a module for the length of one call.
 
+JAX keeps the traces of jitted functions, and knows nothing of interceptors. `intercept` therefore sets a
+value that is part of the key of JAX's trace cache, and new for every context. A function that was jitted
+elsewhere is traced anew inside the context, and one that is traced inside does not stay intercepted outside.
+
 The module also names what the interceptors agree on: the layers that Quant-Trim reaches, and the names under
 which the ranges live in `batch_stats`.
 """
@@ -14,7 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Concatenate
 
 import flax.linen as nn
+import jax
 from flax.linen.module import InterceptorContext
+
+from qt_jax.errors import InvalidInput
 
 LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 """Layers that are reached. The projections of Linen's attention are `DenseGeneral`."""
@@ -30,13 +37,21 @@ GAIN = "quant_gain"
 `(channels, 1)` where the features are the kernel's last axis but one."""
 
 
+SEVERAL = "quant_several"
+"""Name of the mark of a layer that is applied to several tensors in one pass: an int32 zero. Such a layer
+shares its grid with no other layer."""
+
+STEP = "quant_step"
+"""Name of the number of updates that a `Recipe` has counted: an int32 scalar at the top of the collection."""
+
+
 def is_quant_trim_statistic(path: tuple[str, ...]) -> bool:
-    """Tell whether a leaf of `batch_stats` at this path belongs to Quant-Trim: a range or a gain.
+    """Tell whether a leaf of `batch_stats` at this path is Quant-Trim's: a range, a gain, a mark or a step.
 
     >>> is_quant_trim_statistic(("head", "quant_input", "low")), is_quant_trim_statistic(("norm", "mean"))
     (True, False)
     """
-    return not {KERNEL, INPUT, OUTPUT, GAIN}.isdisjoint(path)
+    return not {KERNEL, INPUT, OUTPUT, GAIN, SEVERAL, STEP}.isdisjoint(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +87,10 @@ def intercept(handler: Handler, *, every_method: bool = False) -> Iterator[None]
     A subclass may call the `__call__` that it inherits. The handler runs once, around the outer call. Of
     nested contexts the inner one's handler is closest to the module.
 
+    Jitted functions are traced anew in every context, submodules under `nn.jit` among them, and arithmetic
+    outside of jit is compiled anew. Enter a context inside a jitted function, or around a whole loop. What
+    was compiled ahead of time (`jax.jit(f).lower(...).compile()`) cannot be intercepted.
+
     Args:
       handler: Must return the module's outputs, as a rule those of `call(*args, **kwargs)`. Make its first
         parameter positional-only if a module may have a keyword `call`.
@@ -105,8 +124,61 @@ def intercept(handler: Handler, *, every_method: bool = False) -> Iterator[None]
         finally:
             running.discard(id(call.module))
 
-    with nn.intercept_methods(intercepted):
+    with _trace_key(object()), nn.intercept_methods(intercepted):
         yield
+
+
+_trace_key = jax.make_user_context(None)
+"""Part of the key of JAX's trace cache: another object for every `intercept`, None outside of all."""
+
+
+def share_traces() -> contextlib.AbstractContextManager[None]:
+    """Let JAX keep the traces of what runs inside, for all contexts. No module may be called inside.
+
+    Arithmetic outside of jit would else be compiled anew in every `intercept`.
+    """
+    return _trace_key(None)
+
+
+def shapes_of(forward: Callable[..., Any], variables: Any, inputs: Any) -> Any:
+    """Return the shapes of `forward(variables, inputs)`, which is traced, not run.
+
+    Args:
+      forward: Takes any trees.
+      variables: Tree of arrays, or of their shapes.
+      inputs: Tree of arrays or their shapes (`jax.ShapeDtypeStruct`). What is neither, such as True or None,
+        reaches `forward` as it is.
+    """
+    leaves: list[Any]
+    tree: Any
+    leaves, tree = jax.tree.flatten(inputs)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+
+    def traced(variables: Any, arrays: dict[int, Any]) -> Any:
+        return forward(variables, tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.eval_shape(traced, variables, arrays)
+
+
+def require_linen(model: object) -> None:
+    """Raise InvalidInput unless the model is a Linen module, and name the module inside a wrapper.
+
+    >>> require_linen(lambda x: x)
+    Traceback (most recent call last):
+    qt_jax.errors.InvalidInput: function is not a Linen module: ...
+    """
+    if isinstance(model, nn.Module):
+        return
+    inner = getattr(model, "module", None)
+    remedy = (
+        f"Pass its Linen module, the attribute `module` ({type(inner).__name__})."
+        if isinstance(inner, nn.Module)
+        else "NNX modules are not supported."
+    )
+    raise InvalidInput(
+        f"{type(model).__name__} is not a Linen module: qt_jax takes flax.linen modules, which get their "
+        f"variables in apply. {remedy}"
+    )
 
 
 @contextlib.contextmanager

@@ -1,18 +1,23 @@
 """Tabulate what a config reaches in a model, and what it does not, before training."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import tracers
+from flax.core.scope import union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from rich.table import Table
 
-from qt_jax.config import QuantConfig, Sites
+from qt_jax.config import QuantConfig, Sites, check_rules_used
+from qt_jax.dataflow import trace
+from qt_jax.errors import InvalidInput
 from qt_jax.grid import QuantSpec
-from qt_jax.interception import COLLECTION, LAYERS, Call, intercept, is_quant_trim_statistic
-from qt_jax.trim import quant_trim
+from qt_jax.interception import COLLECTION, LAYERS, Call, intercept, is_quant_trim_statistic, require_linen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,9 @@ def coverage(
 ) -> list[CoverageRow]:
     """Print which layers and sites are quantized and how, and which kernels are not reached and why.
 
+    It fails for no model that plain Flax traces. The row of a layer that `quant_trim` would refuse says what
+    to change.
+
     Args:
       model, variables: Any Linen module and its variables. The model is traced, not run.
       *inputs, **options: What `model.apply` takes after the variables.
@@ -69,49 +77,46 @@ def coverage(
       One row for every module that owns a parameter of rank 2 or more, in the order of the parameters.
 
     Raises:
-      InvalidInput: A rule of the config matches no layer.
+      InvalidInput: A rule of the config matches no layer, the model is not a Linen module, or the variables
+        hold no parameters.
 
     >>> model, x = nn.Dense(2), jax.numpy.ones((1, 3))
     >>> rows = coverage(model, model.init(jax.random.key(0), x), x, console=Console(quiet=True))
     >>> rows[0].layer, rows[0].weights
     ('Dense', 'int8 symmetric per-tensor')
     """
-    variables = _without_ranges(variables)
-    classes: dict[str, type[nn.Module]] = {}
-
-    def note_class(call: Call, /, *args: Any, **kwargs: Any) -> Any:
-        classes.setdefault(call.path, type(call.module))
-        return call(*args, **kwargs)
-
-    def forward(variables: dict[str, Any]) -> dict[str, Any]:
-        with intercept(note_class, every_method=True), quant_trim(config, 0.0, train=False) as visit:
-            model.apply(variables, *inputs, mutable=[COLLECTION], **options)
-        return visit.layers
-
-    visited: dict[str, Any] = {}
-    jax.eval_shape(lambda variables: visited.update(forward(variables)), variables)
-
-    sizes: dict[str, int] = {}
+    require_linen(model)
+    variables = _without_ranges(nn.unbox(variables))
+    if not variables.get("params"):
+        raise InvalidInput("the variables hold no 'params': pass all that model.init or the checkpoint holds")
+    leaves: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten_dict(variables["params"]).items():
         if leaf.ndim >= 2:
-            owner = "/".join(path[:-1])
-            sizes[owner] = sizes.get(owner, 0) + leaf.size
+            leaves.setdefault("/".join(path[:-1]), {})[path[-1]] = leaf
+    seen = _Calls(frozenset(leaves))
+    options["mutable"] = union_filters(options.get("mutable", False), COLLECTION)
+    program = trace(model, variables, inputs, options, seen.noted)
+    check_rules_used(config, seen.layers)
 
     rows = []
-    for path, size in sizes.items():
-        layer = classes[path].__name__ if path in classes else "?"
-        if path in visited:
-            sites = visited[path]
-            reason = "" if sites.weights else _why_float(config, sites)
-            specs = (describe(sites.weights), describe(sites.inputs), describe(sites.outputs))
-            rows.append(CoverageRow(path, layer, size, *specs, reason))
-        else:
-            rows.append(CoverageRow(path, layer, size, "-", "-", "-", _why_not(classes.get(path))))
+    for path, owned in leaves.items():
+        sites, why = config.sites(path), seen.layers.get(path)
+        if path in seen.layers and not sites.weights:
+            why = _why_float(config, sites)
+        elif path not in seen.layers:
+            keys = tuple(path.split("/")) if path else ()
+            fates = {name: program.meets(program.leaves["params", *keys, name]) for name in owned}
+            why = seen.why_not(path, fates)
+        reached = path in seen.layers and not seen.layers[path]
+        specs = (sites.weights, sites.inputs, sites.outputs) if reached else (None, None, None)
+        weights, activations, outputs = map(describe, specs)
+        size = sum(leaf.size for leaf in owned.values())
+        rows.append(CoverageRow(path, seen.name(path), size, weights, activations, outputs, why or ""))
     _print(rows, console or Console())
     return rows
 
 
-def _without_ranges(variables: dict[str, Any]) -> dict[str, Any]:
+def _without_ranges(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Return the variables without any ranges, whose shapes may be those of another config."""
     statistics = flatten_dict(variables.get(COLLECTION, {}))
     plain = {path: leaf for path, leaf in statistics.items() if not is_quant_trim_statistic(path)}
@@ -125,15 +130,149 @@ def _why_float(config: QuantConfig, sites: Sites) -> str:
     return f"set so by rule {config.rules[sites.rule].path!r}"
 
 
-def _why_not(module_class: type[nn.Module] | None) -> str:
-    """Say why a module was not reached."""
-    if module_class is None:
-        return "never called in this forward pass"
-    if issubclass(module_class, nn.Embed):
-        return "a table look-up, no product"
-    if issubclass(module_class, LAYERS):
-        return "called through another method than __call__"
-    return f"{module_class.__name__} multiplies in its own code; nn.Dense or nn.Einsum would be reached"
+@dataclasses.dataclass
+class _Calls:
+    """Note which modules one forward pass calls.
+
+    Attributes:
+      owners: The paths of the modules that own a parameter of rank 2 or more.
+      classes: The class of each module of which any method was called, by path, as the user wrote it.
+      layers: Why no range can be kept for each layer that was called, by path; empty if it can.
+      applied: The class of a module that another one, by path, calls with variables of its own making.
+      methods: The root scope of each method that is running, and the trace that it is part of.
+      running: The modules whose `__call__` is running.
+    """
+
+    owners: frozenset[str]
+    classes: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
+    layers: dict[str, str] = dataclasses.field(default_factory=dict)
+    applied: dict[str, str] = dataclasses.field(default_factory=dict)
+    methods: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    running: list[Call] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note the calls inside the context."""
+        with intercept(self._note_method, every_method=True), intercept(self._note_call):
+            yield
+
+    def _note_method(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        known, found = self.classes.get(call.path), type(call.module)
+        if known is None or issubclass(known, found):  # a lifted class calls the one that it was made of
+            self.classes[call.path] = found
+        self.methods.append((_root(call), tracers.current_trace()))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.methods.pop()
+
+    def _note_call(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        self.running.append(call)
+        try:
+            outputs = call(*args, **kwargs)
+            if isinstance(call.module, LAYERS):
+                self._note_layer(call, outputs)
+            return outputs
+        finally:
+            self.running.pop()
+
+    def _note_layer(self, call: Call, outputs: Any) -> None:
+        carries = [running.module.is_mutable_collection(COLLECTION) for running in self.running]
+        around = self.running[carries.index(False) - 1] if False in carries[1:] else None
+        own = call.path in self.owners and issubclass(type(call.module), self.classes[call.path])
+        why = ""
+        if around is not None and not own:
+            self.applied[around.path] = type(self.running[carries.index(False)].module).__name__
+            return
+        if around is not None:
+            why = _why_not_carried(around)
+        elif next(trace for root, trace in self.methods if root is _root(call)) != tracers.current_trace():
+            why = (
+                "called inside one of JAX's own transformations, which Flax does not know of: use nn.cond, "
+                "nn.scan, nn.remat, nn.vmap or nn.jit, with the module as its argument"
+            )
+        elif jax.numpy.iscomplexobj(outputs):
+            why = f"computes with complex numbers: leave it out, qt.Rule({call.path!r}, skip=True)"
+        self.layers[call.path] = self.layers.get(call.path) or why
+
+    def name(self, path: str) -> str:
+        """Return the name of the class of the module at a path, one that a user writes."""
+        if self._is_part_of_lstm(path):
+            return "OptimizedLSTMCell"
+        return self.classes[path].__name__ if path in self.classes else "?"
+
+    def _is_part_of_lstm(self, path: str) -> bool:
+        around = self.classes.get(path.rpartition("/")[0])
+        return around is not None and issubclass(around, nn.OptimizedLSTMCell)
+
+    def why_not(self, path: str, fates: Mapping[str, set[str]]) -> str:
+        """Say why a module is not reached.
+
+        Args:
+          path: Its path.
+          fates: The primitives in which each of its parameters meets the activations, by name.
+        """
+        if self._is_part_of_lstm(path):
+            return (
+                "nn.OptimizedLSTMCell multiplies in its own code: nn.LSTMCell is the same cell of nn.Dense "
+                "layers, with the same parameters"
+            )
+        if path in self.applied:
+            return (
+                f"applies {self.applied[path]} with variables of its own making: call it as a submodule, "
+                "which is reached"
+            )
+        found = self.classes.get(path)
+        if found is None and not any(fates.values()):
+            return "never called in this forward pass"
+        if found is not None and issubclass(found, LAYERS):
+            return "called through another method than __call__"
+        return "; ".join(f"{name}: {_fate(primitives)}" for name, primitives in fates.items())
+
+
+def _root(call: Call) -> Any:
+    """Return the root scope of a call's module. Each lifted transformation opens one."""
+    assert call.module.scope is not None
+    return call.module.scope.root
+
+
+def _why_not_carried(around: Call) -> str:
+    """Say why nothing can be kept for a layer that the module `around` calls by a lifted transformation."""
+    if isinstance(around.module, nn.RNN):
+        return f'nn.RNN keeps no ranges by default: give nn.RNN(cell, variable_axes={{"{COLLECTION}": 0}})'
+    if isinstance(around.module, (nn.WeightNorm, nn.SpectralNorm)):
+        return f"{type(around.module).__name__} computes its kernel, and carries no {COLLECTION!r}"
+    name, path = type(around.module).__name__, around.path
+    return (
+        f"{repr(path) if path else 'the model'} ({name}) calls it by a transformation that does not carry "
+        f'{COLLECTION!r}: give "{COLLECTION}": 0 among the variable_axes of its nn.scan or nn.vmap'
+    )
+
+
+PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
+"""Primitives of products of matrices, in which a compiler quantizes both operands."""
+
+FATES = {
+    **dict.fromkeys(("gather", "dynamic_slice"), "a table look-up"),
+    **dict.fromkeys(("add", "sub"), "added"),
+    **dict.fromkeys(("mul", "div"), "scales by elements"),
+    "concatenate": "joined to the activations",
+    "carry": "the first state of a loop",
+}
+"""What happens to a parameter where it meets the activations, by primitive."""
+
+
+def _fate(primitives: set[str]) -> str:
+    """Say what happens to a parameter that meets the activations in these primitives.
+
+    >>> _fate({"add"}), _fate({"gather", "dot_general"})
+    ('added, no product', "a table look-up, multiplied in the module's own code (...")
+    """
+    others = sorted({FATES.get(name, f"enters {name}") for name in primitives - PRODUCTS})
+    if primitives & PRODUCTS:
+        product = "multiplied in the module's own code (nn.Dense or nn.Einsum would be reached)"
+        return ", ".join([*others, product])
+    return ", ".join([*others, "no product"]) if others else "not used in this forward pass"
 
 
 def _print(rows: list[CoverageRow], console: Console) -> None:

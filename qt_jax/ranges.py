@@ -1,10 +1,12 @@
 """Observe robust ranges: quantiles of a fair sub-sample, smoothed by an exponential moving average.
 
-The cost of an observation depends on the size of the sample, never on that of the tensor. The method is that
-of Quant-Trim, arXiv 2511.15300, section on robust quantile statistics. Sub-sampling and the sample sizes are
-this package's choice.
+The cost of a quantile depends on the size of the sample, never on that of the tensor. Extremes, which are
+the quantile 1, are those of the whole tensor, and cost one reduction. The method is that of Quant-Trim, arXiv
+2511.15300, section on robust quantile statistics. Sub-sampling and the sample sizes are this package's
+choice.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -200,7 +202,7 @@ def observe(
 
     Args:
       x: Array of any shape and float dtype.
-      quantile: Upper level, in (0.5, 1].
+      quantile: Upper level, in (0.5, 1]. At 1 the range holds every element, whatever the sample size.
       symmetric: Whether the range is [-high, high].
       axis: Channel axis for one range per channel, or None.
       sample_size: See `subsample`.
@@ -222,7 +224,8 @@ class Sample(NamedTuple):
     """Keep what was drawn of one tensor, and say which robust range is asked of it.
 
     Attributes:
-      values: float32 `(n,)`, or `(channels, n)`. Constant for differentiation.
+      values: float32 `(n,)`, or `(channels, n)`. At quantile 1 it holds the smallest and the largest element
+        of the tensor, n = 2. Constant for differentiation.
       quantile: Upper level, in (0.5, 1].
       symmetric: Whether the range is symmetric.
     """
@@ -235,9 +238,16 @@ class Sample(NamedTuple):
 def draw(
     x: jax.Array, *, quantile: float, symmetric: bool, axis: int | None = None, sample_size: int = 4096
 ) -> Sample:
-    """Draw the sub-sample of one tensor. The arguments are as for `observe`."""
-    values = jax.lax.stop_gradient(subsample(x, sample_size, axis)).astype(jnp.float32)
-    return Sample(values, quantile, symmetric)
+    """Draw the sub-sample of one tensor, or its extremes. The arguments are as for `observe`."""
+    x = jax.lax.stop_gradient(x)
+    values = _extremes(x, axis) if quantile == 1.0 else subsample(x, sample_size, axis)
+    return Sample(values.astype(jnp.float32), quantile, symmetric)
+
+
+def _extremes(x: jax.Array, axis: int | None) -> jax.Array:
+    """Return the smallest and the largest element: `(2,)`, or `(channels, 2)` with an axis."""
+    others = None if axis is None else tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+    return jnp.stack([jnp.min(x, others), jnp.max(x, others)], axis=-1)
 
 
 def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tuple[jax.Array, jax.Array]]:
@@ -273,6 +283,8 @@ def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tupl
         if axis_name is not None:
             together = jax.lax.all_gather(together, axis_name, axis=1, tiled=True)
         (highs,) = quantiles(together, (quantile,))
+        if axis_name is not None:  # equal on all devices, which shard_map does not know of gathered values
+            highs = jax.lax.pmax(highs, axis_name)
         parts = iter(jnp.split(highs, np.cumsum([len(row) for row in rows])[:-1]))
         for index in members:
             shape = samples[index].values.shape[:-1]
@@ -283,6 +295,34 @@ def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tupl
 def _sides(sample: Sample) -> list[jax.Array]:
     """Return the tensors whose upper quantiles are the ends of the range."""
     return [jnp.abs(sample.values)] if sample.symmetric else [sample.values, -sample.values]
+
+
+def hull(bounds: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Return the smallest range that holds all of these.
+
+    >>> low, high = hull([(jnp.float32(-1), jnp.float32(2)), (jnp.float32(0), jnp.float32(3))])
+    >>> float(low), float(high)
+    (-1.0, 3.0)
+    """
+    lows, highs = zip(*bounds, strict=True)
+    return functools.reduce(jnp.minimum, lows), functools.reduce(jnp.maximum, highs)
+
+
+@jax.custom_batching.custom_vmap
+def hull_over_vmap(average: Range, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (low, high). Where `vmap` maps them and not the range, return their hull over the mapped axis.
+
+    Layers under `nn.vmap` may share one range, such as those with `variable_axes={"batch_stats": None}`.
+    """
+    return low, high
+
+
+@hull_over_vmap.def_vmap
+def _hull_over_vmap(size: int, mapped: tuple, average: Range, low: jax.Array, high: jax.Array) -> tuple:
+    if any(jax.tree.leaves(mapped[0])):
+        return (low, high), tuple(mapped[1:])
+    low, high = jnp.min(low, 0) if mapped[1] else low, jnp.max(high, 0) if mapped[2] else high
+    return hull_over_vmap(average, low, high), (False, False)
 
 
 def empty_range(channels: int | None = None) -> Range:

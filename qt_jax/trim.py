@@ -6,18 +6,15 @@ for the length of one call, by a function that fake-quantizes both. The rounding
 `qt_jax.grid.fake_quant`, and lambda is blended in `qt_jax.grid.blend`. The model's code and its parameters
 stay as they are.
 
-Each tensor that is put on a grid is a quantization point. Its range lives in the mutable collection
-`batch_stats`, under the layer's own path. A `ForwardPass` holds the points of one pass while it is traced: it
-takes all quantiles together when the pass ends. In training, a tensor that enters several layers, such as
-that of an attention's queries, keys and values, is put on one grid once, as a vendor's compiler does it.
-
+Each tensor that is put on a grid is a quantization point; `qt_jax.points` holds the points of one pass.
 `attach_statistics` makes the ranges for a checkpoint that has none yet.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qt_jax.config import QuantConfig, Sites, check_rules_used
 from qt_jax.errors import InvalidInput
-from qt_jax.grid import QuantSpec, fake_quant, fake_quant_on_drawn_grid, grid_key
+from qt_jax.grid import QuantSpec
 from qt_jax.interception import (
     COLLECTION,
     GAIN,
@@ -37,9 +34,13 @@ from qt_jax.interception import (
     Call,
     intercept,
     is_quant_trim_statistic,
+    require_linen,
     shadowed,
+    shapes_of,
 )
-from qt_jax.ranges import Sample, draw, empty_range, ranges, update_range
+from qt_jax.points import ForwardPass, root_of
+
+_entered = contextvars.ContextVar("quant_trim is entered", default=False)
 
 
 @dataclasses.dataclass
@@ -65,11 +66,13 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     tensors: rounding fuses with the operation that computes the tensor, and all quantiles are taken together.
     A site that has not observed anything yet, as in the first step, passes its tensor through.
 
-    The body of a lifted transformation, such as nn.scan or nn.remat, counts as a separate pass. So does each
-    submodule that is called through a `method=` which is a plain function, not a method of the model.
+    A range belongs to what one layer sees. If it sees several tensors in one pass, its range holds the robust
+    ranges of all, and moves once. The body of a lifted transformation, such as nn.scan or nn.remat, counts as
+    a separate pass. So does each submodule that is called through a `method=` which is a plain function, not
+    a method of the model.
 
-    Enter the context inside the function that is jitted. Around a function that is already compiled it has no
-    effect, and raises. `lam` may be traced, so that a moving lambda costs no recompilation. Attach the
+    Enter the context inside the function that is jitted: around it, the function is traced anew each time the
+    context is entered. `lam` may be traced, so that a moving lambda costs no recompilation. Attach the
     statistics first: a training step that has to create them returns another tree than it was given, and is
     traced twice.
 
@@ -83,9 +86,10 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
       A `Visit` that lists the layers reached, by path.
 
     Raises:
-      InvalidInput: Lambda is out of range, a rule matches no layer, no layer is reached, statistics are
-        absent from the variables or have another shape than the config wants, or no range could move
-        although `train` is True.
+      InvalidInput: Lambda is out of range, a rule matches no layer, no layer is reached, a layer is complex,
+        statistics are absent from the variables or have another shape than the config wants, no range could
+        move although `train` is True, a layer is called inside one of JAX's own transformations, or the
+        context is entered inside another one.
 
     >>> model = nn.Dense(2)
     >>> x = jnp.ones((4, 3))
@@ -97,9 +101,18 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     """
     if isinstance(lam, (int, float)) and not 0.0 <= lam <= 1.0:
         raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
+    if _entered.get():
+        raise InvalidInput(
+            "quant_trim is entered inside quant_trim, which would round every layer twice: leave the outer "
+            "context first (attach_statistics and coverage enter one, too)"
+        )
     trim = _Trim(config, jnp.asarray(lam, jnp.float32), train)
-    with intercept(trim.run_pass, every_method=True), intercept(trim.quantize):
-        yield trim.visit
+    token = _entered.set(True)
+    try:
+        with intercept(trim.run_pass, every_method=True), intercept(trim.quantize):
+            yield trim.visit
+    finally:
+        _entered.reset(token)
     trim.check()
 
 
@@ -110,7 +123,8 @@ class _Trim:
     Attributes:
       config, lam, train: As given to `quant_trim`, lambda as a float32 scalar.
       visit: What was seen so far.
-      passes: The forward passes that are running, by root scope.
+      passes: The forward passes that are running, by root scope, the outermost first.
+      calls: The calls of modules that are running, the outermost first.
       moved: Whether any range moved.
       frozen_path: Path of a range that was to move in a collection that is not mutable, or None.
     """
@@ -119,38 +133,58 @@ class _Trim:
     lam: jax.Array
     train: bool
     visit: Visit = dataclasses.field(default_factory=Visit)
-    passes: dict[int, "ForwardPass"] = dataclasses.field(default_factory=dict)
+    passes: dict[int, ForwardPass] = dataclasses.field(default_factory=dict)
+    calls: list[Call] = dataclasses.field(default_factory=list)
     moved: bool = False
     frozen_path: str | None = None
 
     def run_pass(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         """Open a forward pass around the first call within a root scope, and move its ranges at the end."""
-        root = _root(call.module)
+        root = id(root_of(call.module))
         if root in self.passes:
             return call(*args, **kwargs)
-        running = self.passes[root] = ForwardPass(self.config, self.lam, self.train)
+        outer = next(iter(self.passes.values()), None)
+        running = ForwardPass.open(self.config, self.lam, self.train, call.module, outer, self.calls)
+        self.passes[root] = running
         try:
             outputs = call(*args, **kwargs)
             running.end()
         finally:
             del self.passes[root]
-        self.moved = self.moved or bool(running.observed)
+        self.moved = self.moved or running.moves
         self.frozen_path = self.frozen_path or running.frozen_path
         return outputs
 
     def quantize(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         """Run one module with its kernel, its input and its output on their grids, as the config says."""
+        self.calls.append(call)
+        try:
+            return self._quantized(call, *args, **kwargs)
+        finally:
+            self.calls.pop()
+
+    def _quantized(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         module, path = call.module, call.path
         skipped = any(rule.skip and rule.matches(path) for rule in self.config.rules)
         fused = self.config.activations if path in self.config.fused_outputs and not skipped else None
         self.visit.outputs.add(path)
         if not isinstance(module, LAYERS):
-            return self._point(module, OUTPUT, call(*args, **kwargs), fused)
+            outputs = call(*args, **kwargs)
+            if fused is not None and not isinstance(outputs, jax.Array):
+                raise InvalidInput(
+                    f"QuantConfig.fused_outputs names {path!r}, which returns a {type(outputs).__name__}, "
+                    "not an array: name the modules that make its parts, as qt.find_fusion(...).outputs does"
+                )
+            return self._point(module, OUTPUT, outputs, fused)
         sites = self.visit.layers.setdefault(path, self.config.sites(path))
         promote = module.promote_dtype
 
         def promote_quantized(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
-            gain = _gain(module, kernel) if self.config.folded else None
+            if sites.weights is not None or sites.inputs is not None:
+                inputs = _real(module, inputs, kernel)
+            running = self.passes[id(root_of(module))]
+            folded = self.config.folded and sites.weights is not None
+            gain = running.gain(module, kernel, _feature_axis(module)) if folded else None
             kernel = self._point(module, KERNEL, kernel, _kernel_spec(module, sites.weights), gain)
             inputs = self._point(module, INPUT, inputs, sites.inputs)
             return promote(inputs, kernel, *rest, **options)
@@ -169,15 +203,14 @@ class _Trim:
     ) -> jax.Array:
         if spec is None:
             return x
-        return self.passes[_root(module)].quantized(module, name, x, spec, gain)
+        return self.passes[id(root_of(module))].quantized(module, name, x, spec, gain)
 
     def check(self) -> None:
         """Raise InvalidInput if the context had no effect, or not the effect that was asked for."""
         if not self.visit.layers:
             raise InvalidInput(
-                "quant_trim saw no layer. Enter the context inside the jitted function (around a compiled "
-                "one it has no effect), and check that the model uses Linen's Conv, Dense, DenseGeneral or "
-                "Einsum."
+                "quant_trim saw no layer. Call the model inside the context, not a function that was "
+                "compiled ahead of time, and check that it uses Linen's Conv, Dense, DenseGeneral or Einsum."
             )
         if self.frozen_path and not self.moved:
             raise InvalidInput(
@@ -193,18 +226,19 @@ class _Trim:
             )
 
 
-def _root(module: nn.Module) -> int:
-    """Return the identity of the root scope of a module that is being called."""
-    assert module.scope is not None
-    return id(module.scope.root)
+def _real(module: nn.Module, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return the inputs as floating point: whole numbers in the kernel's type, in which a grid can hold them.
 
-
-def _gain(module: nn.Module, kernel: jax.Array) -> jax.Array:
-    """Return the gains that are kept beside a layer's ranges, with the kernel's rank."""
-    axis = _feature_axis(module)
-    shape = (kernel.shape[axis], *(1,) * (-1 - axis))
-    gain = module.variable(COLLECTION, GAIN, jnp.ones, shape, jnp.float32).value
-    return jax.lax.stop_gradient(jnp.expand_dims(gain, range(kernel.ndim - gain.ndim)))
+    Raises:
+      InvalidInput: The layer computes with complex numbers.
+    """
+    if jnp.iscomplexobj(inputs) or jnp.iscomplexobj(kernel):
+        path = "/".join(module.path)
+        raise InvalidInput(
+            f"the layer {path!r} computes with complex numbers, for which no integer grid exists: leave it "
+            f"out with qt.Rule({path!r}, skip=True)"
+        )
+    return inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else inputs.astype(kernel.dtype)
 
 
 def _feature_axis(module: nn.Module) -> int:
@@ -219,125 +253,6 @@ def _kernel_spec(module: nn.Module, spec: QuantSpec | None) -> QuantSpec | None:
     return spec
 
 
-class _Shared(NamedTuple):
-    """Keep a layer's input and its image on the grid, for the other layers that the input enters."""
-
-    tensor: jax.Array
-    image: jax.Array
-    leader: nn.Variable
-
-
-@dataclasses.dataclass
-class ForwardPass:
-    """Hold the points of one forward pass while it is traced: the calls within one root scope of Flax.
-
-    A lifted transformation (nn.scan, nn.vmap, nn.remat, nn.map_variables) opens a root scope whose values and
-    variables end with it. So does an `apply` inside a module. Each is a separate pass.
-
-    Attributes:
-      config: Gives momentum, sample size, axis name and seed. The specs come from the caller.
-      lam: Blend coefficient, a float32 scalar.
-      train: Whether ranges move where `batch_stats` is mutable.
-      observed: The ranges that move at the end, each with the sample that its point has drawn.
-      shared: Inputs that are on their grids, by identity and spec. Each input is kept, so that no other
-        tensor gets its identity.
-      leaders: Maps the path of an input's point to the range that it moves: its own, or the range of the
-        point whose image it has taken.
-      followers: Maps each follower's range to the leader's range, which it copies when the pass ends.
-      frozen_path: Path of a range that was to move in a collection that is not mutable, or None.
-    """
-
-    config: QuantConfig
-    lam: jax.Array
-    train: bool
-    observed: list[tuple[nn.Variable, Sample]] = dataclasses.field(default_factory=list)
-    shared: dict[tuple[int, QuantSpec], _Shared] = dataclasses.field(default_factory=dict)
-    leaders: dict[str, nn.Variable] = dataclasses.field(default_factory=dict)
-    followers: list[tuple[nn.Variable, nn.Variable]] = dataclasses.field(default_factory=list)
-    frozen_path: str | None = None
-
-    def quantized(
-        self, module: nn.Module, name: str, x: jax.Array, spec: QuantSpec, gain: jax.Array | None = None
-    ) -> jax.Array:
-        """Return `x` blended with its image on the grid of its range. In training, also observe `x`.
-
-        In training the first layer that an input enters leads. Other layers of the same spec follow it,
-        unless they have had another input before: they take the leader's image, and from then on hold its
-        range. With frozen ranges each layer rounds with its own range, which after a step of training is
-        the leader's.
-
-        With a gain g the grid is laid over g x, and the result is x + (fake_quant(g x) - g x) / g. It is `x`
-        to the bit at lambda = 0, and has the gradient of `fake_quant`.
-
-        Raises:
-          InvalidInput: The module has no statistics for this point, or has them in another shape.
-        """
-        where = "/".join((*module.path, name))
-        statistics = _statistics(module, name, where, x, spec)
-        trains = self.train and not module.is_initializing()
-        moves = trains and module.is_mutable_collection(COLLECTION)
-        if trains and not moves:
-            self.frozen_path = where
-        if moves and name == INPUT:
-            found = self.shared.get((id(x), spec))
-            if found is not None and where not in self.leaders:
-                self.leaders[where] = found.leader
-                self.followers.append((statistics, found.leader))
-                return found.image
-            statistics = self.leaders.setdefault(where, statistics)
-        seen = statistics.value
-        deployed = x if gain is None else x * gain
-        if moves:
-            whole = name == KERNEL and spec.quantile == 1.0
-            sample = draw(
-                deployed,
-                quantile=spec.quantile,
-                symmetric=spec.symmetric,
-                axis=spec.axis,
-                sample_size=x.size if whole else self.config.sample_size,
-            )
-            self.observed.append((statistics, sample))
-        effective = jnp.where(seen["count"] > 0, self.lam, jnp.zeros_like(self.lam))
-        if spec.grids == "vendors" and moves:
-            key = grid_key(self.config.seed, where, seen["count"])
-            image = fake_quant_on_drawn_grid(deployed, seen["low"], seen["high"], spec, effective, key)
-        else:
-            image = fake_quant(deployed, seen["low"], seen["high"], spec, effective)
-        if gain is not None:
-            return x + (image - deployed) / jnp.where(gain == 0.0, 1.0, gain)
-        if moves and name == INPUT:
-            self.shared.setdefault((id(x), spec), _Shared(x, image, statistics))
-        return image
-
-    def end(self) -> None:
-        """Move the ranges by what their points have observed."""
-        found = ranges([sample for _, sample in self.observed], self.config.axis_name)
-        for (statistics, _), (low, high) in zip(self.observed, found, strict=True):
-            statistics.value = update_range(statistics.value, low, high, self.config.momentum)
-        for statistics, leader in self.followers:
-            statistics.value = leader.value
-
-
-def _statistics(module: nn.Module, name: str, where: str, x: jax.Array, spec: QuantSpec) -> nn.Variable:
-    """Return the range of one point, which is empty if it is new."""
-    if not module.is_mutable_collection(COLLECTION) and not module.has_variable(COLLECTION, name):
-        raise InvalidInput(
-            f"no statistics for {where!r} in {COLLECTION!r}. Attach them to a plain checkpoint with "
-            "qt.attach_statistics(model, variables, config, input), or pass the collection to apply. Under a "
-            "transformation that does not lift the collection (nn.WeightNorm, nn.map_variables) the layer "
-            "cannot be reached: leave it out with qt.Rule(path, skip=True)."
-        )
-    channels = None if spec.axis is None else x.shape[spec.axis]
-    statistics = module.variable(COLLECTION, name, empty_range, channels)
-    expected = () if channels is None else (channels,)
-    if statistics.value["low"].shape != expected:
-        raise InvalidInput(
-            f"the statistics of {where!r} have shape {statistics.value['low'].shape}, the config wants "
-            f"{expected}: they were made with another axis. Drop them and attach them again."
-        )
-    return statistics
-
-
 def attach_statistics(
     model: nn.Module, variables: dict[str, Any], config: QuantConfig, *inputs: Any, **options: Any
 ) -> dict[str, Any]:
@@ -350,7 +265,8 @@ def attach_statistics(
       model: Any Linen module.
       variables: {"params": ..., and other collections} as `model.init` returns them.
       config: Specs and rules.
-      *inputs, **options: What `model.apply` takes after the variables. Shapes matter, values do not.
+      *inputs, **options: What `model.apply` takes after the variables. Shapes matter, values do not, and
+        `jax.ShapeDtypeStruct` will do.
 
     Returns:
       The variables with the ranges in `batch_stats`.
@@ -364,17 +280,9 @@ def attach_statistics(
     >>> int(attached["batch_stats"]["quant_kernel"]["count"])
     0
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(
-            f"{type(model).__name__} is not a Linen module: qt_jax takes flax.linen modules, which get their "
-            "variables in apply. NNX modules are not supported."
-        )
+    require_linen(model)
 
-    def forward(variables: dict[str, Any]) -> Any:
-        with quant_trim(config, 0.0, train=False):
-            return model.apply(variables, *inputs, mutable=[COLLECTION], **options)[1]
-
-    wanted = flatten_dict(jax.eval_shape(forward, variables).get(COLLECTION, {}))
+    wanted = flatten_dict(_statistics_of(model, variables, config, inputs, options))
     present = flatten_dict(variables.get(COLLECTION, {}))
     missing = {
         path: jnp.full(leaf.shape, 1 if path[-1] == GAIN else 0, leaf.dtype)
@@ -388,3 +296,42 @@ def attach_statistics(
             "model.init or the checkpoint holds, not only the parameters."
         )
     return {**variables, COLLECTION: unflatten_dict({**present, **missing})}
+
+
+def _statistics_of(
+    model: nn.Module,
+    variables: dict[str, Any],
+    config: QuantConfig,
+    inputs: tuple[Any, ...],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the shapes of all that `batch_stats` holds after a pass under Quant-Trim."""
+
+    def plain(variables: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
+        return model.apply(variables, *inputs, **{**options, "mutable": [COLLECTION]})[1]
+
+    def forward(variables: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
+        with quant_trim(config, 0.0, train=False):
+            return plain(variables, inputs)
+
+    def initialize(_: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
+        rngs = {"params": jax.random.key(0), **options.get("rngs", {})}
+        rest = {name: value for name, value in options.items() if name not in ("rngs", "mutable")}
+        with quant_trim(config, 0.0, train=False):
+            return model.init(rngs, *inputs, **rest)
+
+    try:
+        return shapes_of(forward, variables, inputs).get(COLLECTION, {})
+    except AssertionError as error:
+        shapes_of(plain, variables, inputs)  # lets an assertion of the model's own pass
+        raise InvalidInput(
+            "a lifted transformation of the model cannot carry the ranges, which are scalars: give it "
+            f'variable_axes={{"{COLLECTION}": 0}}'
+        ) from error
+    except TypeError as error:
+        # The branches of nn.cond and nn.switch make different ranges, except in init, which runs them all.
+        try:
+            made = flatten_dict(shapes_of(initialize, variables, inputs).get(COLLECTION, {}))
+        except Exception:
+            raise error from None
+        return unflatten_dict({path: leaf for path, leaf in made.items() if is_quant_trim_statistic(path)})

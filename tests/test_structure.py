@@ -20,8 +20,9 @@ FLOORS = (
     ("qt_jax.grid", "qt_jax.ranges"),
     ("qt_jax.config",),
     ("qt_jax.interception",),
+    ("qt_jax.dataflow", "qt_jax.points"),
     ("qt_jax.trim", "qt_jax.batch_norm", "qt_jax.fusion", "qt_jax.pruning"),
-    ("qt_jax.layer_coverage",),
+    ("qt_jax.layer_coverage", "qt_jax.recipes"),
     # from a trained network to tables: export -> backends -> tables
     ("qt_jax.export",),
     ("qt_jax.backends",),

@@ -5,10 +5,9 @@ The files that the command line needs are written too: the graphs, calibration.n
 
 import numpy as np
 import onnx
+import qt_jax as qt
 from digits import Net, data
 from flax import serialization
-
-import qt_jax as qt
 
 (images, labels), (test_images, test_labels) = data()
 calibration, test_images = (x.transpose(0, 3, 1, 2) for x in (images[:256], test_images))  # channels first

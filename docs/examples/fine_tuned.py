@@ -1,4 +1,6 @@
-"""Fine-tune float.msgpack in plain Flax and optax, and write fine_tuned.msgpack."""
+"""Fine-tune float.msgpack, and write the result under the name of this file."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ from flax import serialization
 
 (images, labels), (test_images, test_labels) = data()
 steps, model = 300, Net()
-tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 with open("float.msgpack", "rb") as file:
     variables = serialization.msgpack_restore(file.read())
+tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
 
 @jax.jit
@@ -23,7 +25,8 @@ def train_step(variables, opt_state, images, labels):
 
     grads, new = jax.grad(loss_fn, has_aux=True)(variables["params"])
     updates, opt_state = tx.update(grads, opt_state, variables["params"])
-    return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state
+    variables = {"params": optax.apply_updates(variables["params"], updates), **new}
+    return variables, opt_state
 
 
 opt_state, order = tx.init(variables["params"]), np.random.default_rng(1)
@@ -33,5 +36,5 @@ for _ in range(steps):
 
 correct = jnp.argmax(model.apply(variables, test_images), -1) == test_labels
 print(f"{100 * np.mean(correct):.1f} % of the test images")
-with open("fine_tuned.msgpack", "wb") as file:
+with open(f"{Path(__file__).stem}.msgpack", "wb") as file:
     file.write(serialization.to_bytes(variables))

@@ -20,7 +20,7 @@ import qt_jax as qt
 from experiments import models
 from experiments.baselines.qwix_qat import qwix_model
 from experiments.benchmarks.timing import Variant, peak_bytes
-from experiments.configs.training import Config, float_twin, lambda_schedule
+from experiments.configs.training import RECOMMENDED, Config, float_twin, lambda_schedule
 from experiments.training.state import TrainState, create_state, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_train_step
 from qt_jax.errors import InvalidInput
@@ -31,6 +31,7 @@ IMAGE_SHAPE, MASK_SHAPE, CLASSES = (32, 32, 3), (64, 64, 3), 10
 
 FP32, UNFUSED, GROUPED = "fp32", "fp32, unfused inputs", "fp32, XLA's grouped convolution"
 QUANT_TRIM, PRUNED = "quant-trim", "quant-trim + reverse pruning"
+RECIPE = "quant-trim, recommended recipe"
 PULL = "quant-trim, a step that prunes"
 QWIX, AQT = "qwix", "aqt"
 TORCH, TORCH_QAT = "fp32, PyTorch", "PyTorch QAT W8A8"
@@ -83,6 +84,9 @@ def build(
         QUANT_TRIM: step(dataclasses.replace(config, reverse_pruning=None), model),
         PRUNED: pruned,
         PULL: pull,
+        RECIPE: step(
+            dataclasses.replace(config, **RECOMMENDED), model, prepare=partial(with_pruning_count, count=1)
+        ),
     }
     if config.model.startswith("mobilenet"):
         variants[GROUPED] = step(twin, WithArithmetic(model, jax.lax.conv_general_dilated))

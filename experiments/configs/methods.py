@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import qt_jax as qt
-from experiments.configs.training import Config
+from experiments.configs.training import PLAIN_QAT, RECOMMENDED, Config
 
 BASELINES = "main"
 """The table of the methods that are compared with each other. Its rows go through the most backends."""
@@ -83,24 +83,11 @@ def config_of(method: Method, base: Config, seed: int, factor: float = 1.0) -> C
     return dataclasses.replace(base, **values)
 
 
-PLAIN_QAT: Mapping[str, Any] = {"sched": "constant", "reverse_pruning": None}
-"""Full fake quantization from the first step on, without reverse pruning."""
-
 W4: Mapping[str, Any] = {"bits": 4, "reestimate": 10_000}
 """4-bit weights, and batch norm re-estimated in the float network.
 
 The recommended recipe re-estimates batch norm, too, so the 4-bit baselines do not differ from it in this.
 """
-
-RECOMMENDED_CHANGES: Mapping[str, Any] = {
-    "folded": True,
-    "activation_quantile": 1.0,
-    "reverse_pruning": 0.97,
-    "reverse_pruning_folded": True,
-    "reverse_pruning_spread": 0.13,
-    "reestimate": 10_000,
-}
-"""Changes of the recommended recipe to the published one."""
 
 METHODS: dict[str, Method] = {
     # Baselines. They are compared with each other and with both recipes of Quant-Trim.
@@ -185,12 +172,13 @@ METHODS: dict[str, Method] = {
         "The recipe that this project recommends: Quant-Trim at the points where vendors quantize. It "
         "differs from the published recipe in four ways. Grids and reverse pruning apply to the folded "
         "kernel. Reverse pruning takes the quantile 0.97 and spreads its bounds over one step of INT4, so "
-        "that no plateau of weights meets the end of a vendor's grid. Activation ranges come from the "
-        "extremes of the sample. Batch norm is re-estimated in the float network. The recipe was chosen "
-        "on the validation split of CIFAR-10 in some forty single runs of fast8 (exploration.jsonl). The "
-        'ablations "points" take its parts away one by one.',
+        "that no plateau of weights meets the end of a vendor's grid. Activation ranges are extremes: of a "
+        "sample when the committed records were made, of the whole tensor since. Batch norm is "
+        "re-estimated in the float network. The recipe was chosen on the validation split of CIFAR-10 in "
+        'some forty single runs of fast8 (exploration.jsonl). The ablations "points" take its parts away '
+        "one by one.",
         tables=("main", "bits", "points", "start", "export"),
-        changes=RECOMMENDED_CHANGES,
+        changes=RECOMMENDED,
     ),
     # The published recipe without one of its halves.
     "no-reverse-pruning": Method(
@@ -349,7 +337,7 @@ METHODS: dict[str, Method] = {
         "The recommended recipe with its grids and its reverse pruning on raw kernels, as published. It "
         "shows what looking through batch norm buys.",
         tables=("points",),
-        changes={**RECOMMENDED_CHANGES, "folded": False, "reverse_pruning_folded": False},
+        changes={**RECOMMENDED, "folded": False, "reverse_pruning_folded": False},
         rate="recommended",
     ),
     "recommended-plateau": Method(
@@ -357,7 +345,7 @@ METHODS: dict[str, Method] = {
         "The recommended recipe with all clipped weights exactly at the threshold. It shows what spreading "
         "their bounds buys.",
         tables=("points",),
-        changes={**RECOMMENDED_CHANGES, "reverse_pruning_spread": 0.0},
+        changes={**RECOMMENDED, "reverse_pruning_spread": 0.0},
         rate="recommended",
     ),
     "recommended-unpruned": Method(
@@ -365,7 +353,7 @@ METHODS: dict[str, Method] = {
         "The recommended recipe without reverse pruning. It shows what reverse pruning adds to the right "
         "quantization points.",
         tables=("points",),
-        changes={**RECOMMENDED_CHANGES, "reverse_pruning": None, "reverse_pruning_folded": False},
+        changes={**RECOMMENDED, "reverse_pruning": None, "reverse_pruning_folded": False},
         rate="recommended",
     ),
     "recommended-running": Method(
@@ -373,7 +361,7 @@ METHODS: dict[str, Method] = {
         "The recommended recipe with the running averages of batch norm, as training left them. It shows "
         "what re-estimating batch norm in the float network buys.",
         tables=("points",),
-        changes={**RECOMMENDED_CHANGES, "reestimate": 0},
+        changes={**RECOMMENDED, "reestimate": 0},
         rate="recommended",
     ),
     "recommended-clipped": Method(
@@ -381,7 +369,7 @@ METHODS: dict[str, Method] = {
         "The recommended recipe with the published quantiles of activations. It shows what the tails of "
         "activations cost.",
         tables=("points",),
-        changes={**RECOMMENDED_CHANGES, "activation_quantile": 0.999},
+        changes={**RECOMMENDED, "activation_quantile": 0.999},
         rate="recommended",
     ),
     "recommended-w4": Method(
@@ -390,7 +378,7 @@ METHODS: dict[str, Method] = {
         "shows what fake quantization at 4 bits adds to kernels that reverse pruning has already made fit "
         "for INT4.",
         tables=("points", "bits"),
-        changes={**RECOMMENDED_CHANGES, "bits": 4, "vendor_grids": True},
+        changes={**RECOMMENDED, "bits": 4, "vendor_grids": True},
         rate="recommended",
     ),
     "recommended-one-grid": Method(
@@ -398,7 +386,7 @@ METHODS: dict[str, Method] = {
         "The recommended recipe on one 4-bit grid: per tensor, narrow. Beside `recommended-w4` it shows "
         "what drawing a vendor's grid at every step buys.",
         tables=("points",),
-        changes={**RECOMMENDED_CHANGES, "bits": 4, "weight_quantile": 1.0},
+        changes={**RECOMMENDED, "bits": 4, "weight_quantile": 1.0},
         rate="recommended",
     ),
     "recommended-fused": Method(
@@ -406,7 +394,7 @@ METHODS: dict[str, Method] = {
         "The recommended recipe with grids at residual sums and outputs, too. It shows what placing the "
         "grids of activations where vendors requantize buys.",
         tables=("points",),
-        changes={**RECOMMENDED_CHANGES, "fused_outputs": True},
+        changes={**RECOMMENDED, "fused_outputs": True},
         rate="recommended",
     ),
     # Another start of training, and other exports of a trained network.

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -25,6 +25,8 @@ Schedule = Literal["quartic", "quartic-only", "linear", "cosine", "step", "const
 
 Quantizer = Literal["quant-trim", "lsq", "pact", "qwix"]
 
+RecipeName = Literal["published", "recommended", "recommended-w4", "plain-qat"]
+
 PresetName = Literal["auto", "cpu", "gpu", "smoke"]
 
 DatasetName = Literal[
@@ -38,8 +40,30 @@ BASELINE_SCHEDULES: dict[str, tuple[str, ...]] = {
 }
 """Schedules that each quantizer other than Quant-Trim takes: always on, or on after float training."""
 
+RECOMMENDED: Mapping[str, Any] = {
+    "folded": True,
+    "activation_quantile": 1.0,
+    "reverse_pruning": 0.97,
+    "reverse_pruning_folded": True,
+    "reverse_pruning_spread": 0.13,
+    "reestimate": 10_000,
+}
+"""Fields in which the recommended recipe differs from the published one."""
+
+PLAIN_QAT: Mapping[str, Any] = {"sched": "constant", "reverse_pruning": None}
+"""Full fake quantization from the first step on, without reverse pruning."""
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "published": {},
+    "recommended": RECOMMENDED,
+    "recommended-w4": {**RECOMMENDED, "bits": 4, "vendor_grids": True},
+    "plain-qat": PLAIN_QAT,
+}
+"""Maps each recipe of `--recipe` to its changes of the defaults."""
+
 FREE_TO_CHANGE = {
-    *("compare", "data_dir", "distributed", "out", "preset", "remat", "retries", "steps_per_dispatch")
+    *("compare", "data_dir", "distributed", "out", "preset", "recipe", "remat", "retries"),
+    "steps_per_dispatch",
 }
 """Fields in which a relaunch may differ. They do not change the numbers, except for rounding."""
 
@@ -84,6 +108,11 @@ class Config:
     qwix: Google's Qwix at its defaults. These three need --reverse-pruning None and --sched constant (lsq
     and pact also take step: float training first). They ignore the quantiles, except for pact's signed
     inputs."""
+    recipe: RecipeName = "published"
+    """Defaults of the flags for quantization and pruning; `--recipe recommended --help` shows those of
+    recommended. published: Quant-Trim as in its paper; recommended: grids and pruning where vendors
+    quantize; recommended-w4: the same on 4-bit grids, a vendor's at every step; plain-qat: W8A8 from the
+    first step on, without reverse pruning."""
     preset: PresetName = "auto"
     """Defaults of all flags below; `--preset gpu --help` shows those of gpu.
     auto: gpu where JAX finds an accelerator, else cpu;
@@ -125,7 +154,8 @@ class Config:
     label_smoothing: float = 0.1
     """Share of the label that is spread over all classes."""
     ema: float = 0.0
-    """Decay of a moving average of the parameters, which is then evaluated and exported. 0: no average."""
+    """Decay of a moving average of the parameters, which is then evaluated and exported. 0: no average.
+    The batch norm of training belongs to the parameters: measure it again on the average (--reestimate)."""
     average_every: int = 0
     """Steps between two replacements of the parameters by a moving average of theirs, which is evaluated and
     exported. The average moves less and less. 0: no replacement."""
@@ -242,6 +272,7 @@ class Config:
         """Return the folder of the run."""
         smoke = "-smoke" if self.preset == "smoke" else ""
         method = self.sched if self.quantizer == "quant-trim" else f"{self.quantizer}-{self.sched}"
+        method += "" if self.recipe == "published" else f"-{self.recipe}"
         return self.out or Path("runs") / f"{self.dataset}-{self.model}-{method}-{self.seed}{smoke}"
 
 
@@ -439,7 +470,7 @@ def parse(
     module: str = "experiments.cifar",
     about: str | None = None,
 ) -> Config:
-    """Read the config of a command line: the values of the preset, overridden by the given flags.
+    """Read the config of a command line: the values of preset and recipe, overridden by the given flags.
 
     `--distributed` connects the processes before anything asks JAX for devices.
 
@@ -450,7 +481,7 @@ def parse(
       about: What `--help` begins with; None: the docstring of `Config`.
 
     Raises:
-      InvalidInput: The preset is unknown, or the processes cannot be connected.
+      InvalidInput: The preset or the recipe is unknown, or the processes cannot be connected.
       SystemExit: A flag or choice is unknown, or a value is out of range (status 2). tyro has then printed
         what is allowed. Also raised by `--help` (status 0).
     """
@@ -462,12 +493,16 @@ def parse(
         preset = "cpu" if jax.default_backend() == "cpu" else "gpu"
     if preset not in presets:
         raise qt.InvalidInput(f"--preset {preset!r} is unknown; choose auto or one of {', '.join(presets)}")
-    return command_line.parse(Config, arguments, module, about=about, default=presets[preset])
+    if first.recipe not in RECIPES:
+        raise qt.InvalidInput(f"--recipe {first.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+    default = dataclasses.replace(presets[preset], recipe=first.recipe, **RECIPES[first.recipe])
+    return command_line.parse(Config, arguments, module, about=about, default=default)
 
 
 @dataclasses.dataclass(frozen=True)
 class _First:
-    """Hold the flags that are needed before JAX is asked for its devices."""
+    """Hold the flags that decide about the defaults of others, or are needed before JAX sees its devices."""
 
     preset: str = "auto"
+    recipe: str = "published"
     distributed: str | None = None

@@ -26,7 +26,7 @@ from experiments.data import Dataset, load
 from experiments.data.augment import VIEWS
 from experiments.devices import accelerator
 from experiments.speedrun.deployment import SPEEDRUN_SCHEMES, deploy
-from experiments.speedrun.program import Recipe, make_evaluation, make_training
+from experiments.speedrun.program import Speedrun, make_evaluation, make_training
 from experiments.training.checkpoints import read_variables, write_variables
 from qt_jax import records
 from qt_jax.command_line import command
@@ -46,7 +46,7 @@ class Options:
         python -m experiments.speedrun --seeds 1 --train-limit 5000
     """
 
-    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    recipe: Speedrun = dataclasses.field(default_factory=Speedrun)
     seeds: int = 10
     """Trainings of each method, with seeds 0, 1, ..."""
     split: Literal["test", "validation"] = "test"
@@ -115,7 +115,7 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
-def done(path: Path, options: Options, recipe: Recipe) -> list[dict[str, Any]]:
+def done(path: Path, options: Options, recipe: Speedrun) -> list[dict[str, Any]]:
     """Return the rows in the folder.
 
     Raises:
@@ -132,7 +132,7 @@ def done(path: Path, options: Options, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def train_seeds(
-    options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path, console: Console
+    options: Options, method: str, recipe: Speedrun, dataset: Dataset, path: Path, console: Console
 ) -> None:
     """Train each seed that has no row, and write its row and its file of parameters."""
     trained = {row["seed"] for row in done(path, options, recipe) if row["method"] == method}
@@ -182,7 +182,7 @@ def train_seeds(
 
 
 def deploy_seeds(
-    options: Options, method: str, recipe: Recipe, dataset: Dataset, path: Path, console: Console
+    options: Options, method: str, recipe: Speedrun, dataset: Dataset, path: Path, console: Console
 ) -> None:
     """Deploy each seed that has parameters, and write a row for each scheme that has none."""
     rows = [row for row in done(path, options, recipe) if row["method"] == method]

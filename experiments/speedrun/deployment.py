@@ -13,7 +13,7 @@ import numpy as np
 import qt_jax as qt
 from experiments.data import Dataset
 from experiments.data.augment import VIEWS, normalize, weighted_views
-from experiments.speedrun.program import Recipe
+from experiments.speedrun.program import Speedrun
 from qt_jax.backends import ort
 from qt_jax.export import save_verified
 
@@ -29,12 +29,12 @@ replace Gelu in older opsets to 8 bits, which costs this network 1.7 points."""
 
 
 def deploy(
-    recipe: Recipe, variables: Any, dataset: Dataset, names: Sequence[str] = SPEEDRUN_SCHEMES
+    recipe: Speedrun, variables: Any, dataset: Dataset, names: Sequence[str] = SPEEDRUN_SCHEMES
 ) -> Iterator[dict[str, Any]]:
     """Yield the graph's accuracy on the test images under each scheme: scheme, top1, top1_six_views, n.
 
     Args:
-      recipe: Recipe of the network.
+      recipe: Speedrun of the network.
       variables: Its trained variables.
       dataset: Test images, and training images for the calibration.
       names: Names of the schemes.

@@ -1,6 +1,6 @@
 """Define a whole training run as one compiled function of the data and a seed.
 
-A `Recipe` holds its settings: how long, at which rates, and when Quant-Trim sets in.
+A `Speedrun` holds its settings: how long, at which rates, and when Quant-Trim sets in.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ WHITENED = 5000
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Speedrun:
     """Hold the settings of a run. The defaults were chosen on a validation split."""
 
     epochs: float = 13.0
@@ -133,7 +133,7 @@ class State(NamedTuple):
 
 
 def make_training(
-    recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
+    recipe: Speedrun, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
 ) -> Callable[[jax.Array, jax.Array, jax.Array], dict[str, Any]]:
     """Build `train(images, labels, key) -> variables`, to be jitted: draw, train and average parameters.
 
@@ -230,7 +230,7 @@ def _remeasured(model: Any, params: Any, batch_stats: Any, batches: jax.Array, m
 
 
 def make_evaluation(
-    recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
+    recipe: Speedrun, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
 ) -> Callable[..., jax.Array]:
     """Build `logits(variables, images, views) -> float32 (n, num_classes)`, see `make_logits`."""
     model = recipe.model(num_classes)

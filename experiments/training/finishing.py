@@ -1,21 +1,21 @@
 """Finish a network after its last step: clip learned kernels and re-estimate batch norm for deployment."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-import qt_jax as qt
 from experiments import models
 from experiments.configs.training import Config, quant_config
 from experiments.data import Dataset
 from experiments.data.augment import normalize
 from experiments.training import quantizers
 from experiments.training.state import TrainState
+from qt_jax import recipes
 from qt_jax.batch_norm import reestimator
 from qt_jax.interception import COLLECTION, KERNEL
 
@@ -34,8 +34,9 @@ def finish(config: Config, dataset: Dataset, state: TrainState) -> TrainState:
 def finisher(config: Config, dataset: Dataset) -> Callable[[TrainState], TrainState]:
     """Build `finish(state) -> state`, compiled once for all states of a config.
 
-    It applies the learned clips of kernels, and measures batch norm again if the config asks for it. LSQ
-    clips every kernel to the ends of its learned grid in each forward pass. Clipping the kernel itself
+    It applies the learned clips of kernels, and measures batch norm again if the config asks for it. Gains
+    and ranges of folded kernels then follow; in training they belong to the parameters, not to their average.
+    LSQ clips every kernel to the ends of its learned grid in each forward pass. Clipping the kernel itself
     changes nothing there, and gives the exported graph the learned range.
     """
     model = models.create(config.model, dataset.num_classes)  # float32, as it is exported
@@ -49,10 +50,8 @@ def finisher(config: Config, dataset: Dataset) -> Callable[[TrainState], TrainSt
             state = state.replace(params=clipped)
             if config.averages:
                 state = state.replace(average=clip_to_grid(state.average, state.batch_stats))
-        if not config.reestimate:
-            return state
-        variables = measure(state.deployed)
-        if refold is not None:
+        variables = measure(state.deployed) if config.reestimate else state.deployed
+        if refold is not None and (config.reestimate or config.averages):
             variables = refold(variables)
         return state.replace(batch_stats=variables[COLLECTION])
 
@@ -93,26 +92,6 @@ def refolder(
     config: Config, model: nn.Module, image_shape: tuple[int, ...]
 ) -> Callable[[Variables], Variables]:
     """Build a function that returns variables with the gains and kernel ranges that batch norm implies."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     fusion = quantizers.fusion(model, image_shape)
-    specs = dataclasses.replace(quant_config(config), activations=None)
-
-    @jax.jit
-    def observe(variables):
-        with qt.quant_trim(specs, 0.0, train=True):
-            images = np.zeros((1, *image_shape), np.float32)
-            return model.apply(variables, images, train=False, mutable=[COLLECTION])[1][COLLECTION]
-
-    def refold(variables: Variables) -> Variables:
-        variables = fusion.refresh(variables)
-        unseen = {
-            path: np.zeros_like(leaf) if KERNEL in path and path[-1] == "count" else leaf
-            for path, leaf in flatten_dict(variables[COLLECTION]).items()
-        }
-        observed = flatten_dict(observe({**variables, COLLECTION: unflatten_dict(unseen)}))
-        kept = {
-            path: observed[path] if KERNEL in path else leaf
-            for path, leaf in flatten_dict(variables[COLLECTION]).items()
-        }
-        return {**variables, COLLECTION: unflatten_dict(kept)}
-
-    return refold
+    return recipes.refolder(model, quant_config(config), fusion, images, train=False)

@@ -19,6 +19,7 @@ from experiments import devices, models
 from experiments.configs.training import Config, lambda_schedule
 from experiments.data import Dataset
 from experiments.data.augment import normalize
+from experiments.training.finishing import refolder
 from experiments.training.quantizers import LEARNED_NAMES
 from experiments.training.state import TrainState, create_state, learning_rate_schedule, optimizer
 from experiments.training.step import Split, Totals, epoch_order, make_predict, make_train_step
@@ -172,10 +173,14 @@ def validation(program: Program) -> Callable[[TrainState], dict[str, float]]:
         for name, quantized in kinds.items()
     }
 
+    shape = dataset.train_images.shape[1:]
+    refold = refolder(config, model, shape) if config.folded and config.averages else None
+
     def validate(state: TrainState) -> dict[str, float]:
         found = {}
+        variables = state.deployed if refold is None else refold(state.deployed)
         for name, predict in predictors.items():
-            logits = predict(state.deployed, dataset.validation_images)
+            logits = predict(variables, dataset.validation_images)
             found[f"validation_{name}"] = accuracy(logits, dataset.validation_labels)
             if logits.ndim == 4:
                 decisions = logits.argmax(-1)

@@ -1,6 +1,7 @@
 """Apply `--quantizer` in training: the one place where Quant-Trim, LSQ, PACT and Qwix differ."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -35,8 +36,9 @@ def quantization(config: Config, model: nn.Module, image_shape: tuple[int, ...])
     return dataclasses.replace(found, fused_outputs=fusion(model, image_shape).outputs)
 
 
+@functools.lru_cache(maxsize=8)
 def fusion(model: nn.Module, image_shape: tuple[int, ...]) -> qt.Fusion:
-    """Find what a vendor folds and fuses in the model. Only shapes are traced."""
+    """Find what a vendor folds and fuses in the model. Only shapes are traced, once for each model."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return qt.find_fusion(model, variables, images, train=False)

@@ -176,7 +176,7 @@ def thresholds(opt_state: optax.OptState) -> dict[str, float]:
     return {
         jax.tree_util.keystr(path[:-1], simple=True, separator="/"): float(jnp.mean(tau))
         for path, tau in leaves
-        if jnp.all(jnp.isfinite(tau))
+        if jnp.all(jnp.isfinite(tau) & (tau > 0))
     }
 
 

@@ -121,7 +121,7 @@ def make_train_step(
         params, average = move_average(config, state.step, total, params, average)
         final = average if config.averages else params
         batch_stats = quantizers.publish_learned(config, final, batch_stats)
-        batch_stats = quantizers.refresh_gains(config, model, final, batch_stats, images.shape[1:])
+        batch_stats = quantizers.refresh_gains(config, model, params, batch_stats, images.shape[1:])
         seen = Totals(loss * config.batch_size, correct, jnp.float32(config.batch_size))
         state = TrainState(state.step + 1, params, batch_stats, opt_state, average, state.rate_scale)
         return state, jax.tree.map(jnp.add, totals, seen)

@@ -116,7 +116,7 @@ def test_variants_are_the_trainers_steps(tiny, monkeypatch):
     plain, unfused = after[variants.FP32].params, after[variants.UNFUSED].params["model"]
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(unfused), strict=True):
         assert a.shape == b.shape
-    assert np.all(np.isinf(jax.tree.leaves(after[variants.PRUNED].opt_state[-1].tau)))
+    assert not np.any(jax.tree.leaves(after[variants.PRUNED].opt_state[-1].tau))
     tau = after[variants.PULL].opt_state[-1].tau["conv"]["kernel"]
     assert np.max(np.abs(after[variants.PULL].params["conv"]["kernel"])) <= tau
     assert tau < np.max(np.abs(after[variants.PRUNED].params["conv"]["kernel"]))
@@ -148,6 +148,7 @@ def test_command_line(tiny, promotion, tmp_path, capsys, monkeypatch):
         variants.UNFUSED,
         variants.QUANT_TRIM,
         variants.PRUNED,
+        variants.RECIPE,
         variants.QWIX,
         variants.AQT,
         variants.TORCH,
@@ -155,8 +156,8 @@ def test_command_line(tiny, promotion, tmp_path, capsys, monkeypatch):
     ]
     for row, package in zip(rows[-3:], ("aqt", "torch", "torch"), strict=True):
         assert row["status"] == "unavailable" and f"{package} cannot be imported" in row["reason"]
-    assert [row["weight_bits"] for row in rows] == [None, None, 8, 8, 8, 8, None, 8]
-    assert [row["per_channel"] for row in rows] == [None, None, False, False, True, True, None, False]
+    assert [row["weight_bits"] for row in rows] == [None, None, 8, 8, 8, 8, 8, None, 8]
+    assert [row["per_channel"] for row in rows] == [None, None, False, False, False, True, True, None, False]
     for row in rows[:-3]:
         assert (row["benchmark"], row["model"], row["batch_size"], row["repeats"]) == (
             "train_step",

@@ -5,13 +5,23 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import flax
 import jax
 import numpy as np
 import pytest
 
 import qt_jax as qt
 from experiments.configs import training
-from experiments.configs.training import FREE_TO_CHANGE, PRESETS, RANGES, Config, parse
+from experiments.configs.training import (
+    FREE_TO_CHANGE,
+    PRESETS,
+    RANGES,
+    RECIPES,
+    Config,
+    lambda_schedule,
+    parse,
+    quant_config,
+)
 from experiments.data import load
 from experiments.training.step import FLIPPABLE
 
@@ -59,6 +69,41 @@ def test_flags_override_the_preset_wherever_they_stand(preset):
     flags = ["--epochs", "7", "--bits=4", "--no-compare", "--reverse-pruning", "None"]
     wanted = dataclasses.replace(PRESETS["smoke"], epochs=7, bits=4, compare=False, reverse_pruning=None)
     assert parse([*preset, *flags]) == parse([*flags, *preset]) == wanted
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_sets_the_defaults_of_its_flags(recipe):
+    config = parse(["--preset", "cpu", "--recipe", recipe])
+    assert config == dataclasses.replace(PRESETS["cpu"], recipe=recipe, **RECIPES[recipe])
+    changed = parse(["--recipe", recipe, "--preset", "cpu", "--reverse-pruning", "0.9"])
+    assert changed == dataclasses.replace(config, reverse_pruning=0.9)
+
+
+def test_the_recipes_are_those_of_the_package():
+    """Check that both spellings of a recipe, in Python and on the command line, say the same."""
+    x = jax.numpy.ones((1, 4))
+    model = flax.linen.Dense(2)
+    variables = model.init(jax.random.key(0), x)
+    for name, bits in (("published", 8), ("recommended", 8), ("recommended-w4", 4)):
+        config = parse(["--preset", "cpu", "--recipe", name])
+        make = getattr(qt.recipes, name.removesuffix("-w4"))
+        recipe = make(model, variables, x, steps=3000, bits=bits)
+        assert recipe.config == quant_config(config)
+        names = {"quantile": "reverse_pruning", "folded": "reverse_pruning_folded"}
+        fields = {"spread": "reverse_pruning_spread", "every": "reverse_pruning_every", **names}
+        defaults = {"folded": False, "spread": 0.0}
+        assert {key: {**defaults, **recipe.pruning}[key] for key in fields} == {
+            key: getattr(config, field) for key, field in fields.items()
+        }
+        assert recipe.pruning["start"] == round(config.reverse_pruning_start * 3000)
+        assert recipe.reestimates == bool(config.reestimate)
+        steps = np.arange(0, 3000, 100)
+        np.testing.assert_allclose(recipe.lam(steps), lambda_schedule(config, 3000)(steps), atol=1e-6)
+
+
+def test_unknown_recipe_names_the_known_ones():
+    with pytest.raises(qt.InvalidInput, match="published, recommended"):
+        parse(["--recipe", "best"])
 
 
 def test_unknown_preset_names_the_known_ones():

@@ -13,13 +13,13 @@ import qt_jax as qt
 from experiments.data import load
 from experiments.data.augment import VIEWS, weighted_views
 from experiments.models.speed_net import identity_first, max_pool, whitening_kernel
-from experiments.speedrun.program import Recipe, make_training
+from experiments.speedrun.program import Speedrun, make_training
 from experiments.training.state import average_parameters
 from qt_jax import records
 
 command = importlib.import_module("experiments.speedrun.__main__")
 
-TINY = Recipe(epochs=2, batch_size=32, width=0.1, dtype="float32", reestimate=1, reverse_pruning=0.9)
+TINY = Speedrun(epochs=2, batch_size=32, width=0.1, dtype="float32", reestimate=1, reverse_pruning=0.9)
 FLAGS = [
     *("--recipe.epochs", "1", "--recipe.batch-size", "32", "--recipe.width", "0.1"),
     *("--recipe.dtype", "float32", "--train-limit", "64", "--seeds", "1"),

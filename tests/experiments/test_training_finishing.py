@@ -10,11 +10,12 @@ from flax.traverse_util import flatten_dict
 
 import qt_jax as qt
 from experiments import models
-from experiments.configs.training import Config, quant_config
+from experiments.configs.training import Config, lambda_schedule, quant_config
 from experiments.data.augment import normalize
 from experiments.data.dataset import Dataset
 from experiments.training import finishing, quantizers
 from experiments.training.state import create_state, optimizer
+from experiments.training.step import Split, Totals, epoch_order, make_train_step
 from qt_jax.interception import GAIN
 
 SHAPE = (8, 8, 3)
@@ -99,3 +100,25 @@ def test_one_measurement_serves_many_networks_and_equals_that_of_the_package(dat
             [normalize(dataset.train_images[:500], dataset.mean, dataset.std)],
         )
         jax.tree.map(np.testing.assert_array_equal, measure(variables), expected)
+
+
+def test_gains_in_training_are_those_of_the_parameters_and_at_the_end_those_of_their_average(dataset):
+    config = dataclasses.replace(CONFIG, ema=0.5, reestimate=0, batch_size=50, reverse_pruning_start=1.0)
+    model = models.create(config.model, 10)
+    tx = optimizer(config, 10)
+    state = create_state(config, model, tx, SHAPE)
+    split = Split(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
+    step = make_train_step(config, model, tx, lambda_schedule(config, 10), (0.5,) * 3, (0.25,) * 3, 10)
+    for _ in range(3):
+        state, _ = step(state, Totals.zero(), split, epoch_order(config, 600, 0), jnp.int32(1))
+
+    def gains(params):
+        norm = np.asarray(state.batch_stats["stem_norm"]["var"])
+        return np.asarray(params["stem_norm"]["scale"]) / np.sqrt(norm + 1e-5)
+
+    np.testing.assert_allclose(state.batch_stats["stem"][GAIN], gains(state.params), rtol=1e-5)
+    assert not np.allclose(gains(state.params), gains(state.average), rtol=1e-4)
+    after = finishing.finish(config, dataset, state)
+    np.testing.assert_allclose(after.batch_stats["stem"][GAIN], gains(state.average), rtol=1e-5)
+    peak = np.abs(np.asarray(state.average["stem"]["kernel"]) * gains(state.average)).max((0, 1, 2))
+    np.testing.assert_allclose(after.batch_stats["stem"]["quant_kernel"]["high"], peak, rtol=1e-5)

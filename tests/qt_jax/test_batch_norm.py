@@ -159,3 +159,226 @@ def test_pooling_is_exact_where_float32_sums_are_not():
 def test_wrong_input_is_refused(apply_fn, batches, message, variables):
     with pytest.raises(InvalidInput, match=message):
         qt.reestimate_batch_norm(apply_fn, variables, batches)
+
+
+class Block(nn.Module):
+    """Add a layer and its batch norm to what comes in, as a carry of `nn.scan`."""
+
+    own: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = OwnNorm if self.own else nn.BatchNorm
+        y = norm(use_running_average=not train, momentum=0.9, name="norm")(nn.Dense(6, name="dense")(x))
+        return x + y, None
+
+
+class Stack(nn.Module):
+    """Apply three blocks by a lifted loop, or two blocks by another lifted transformation."""
+
+    lift: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        if self.lift == "scan":
+            axes = {"params": 0, "batch_stats": 0}
+            scanned = nn.scan(Block, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=3)
+            return scanned(name="blocks")(x, train)[0]
+        if self.lift == "vmap":
+            axes = {"params": 0, "batch_stats": 0}
+            mapped = nn.vmap(Block, axes, split_rngs={"params": True}, in_axes=(1, None), out_axes=1)
+            return mapped(name="blocks")(x, train)[0]
+        block = {"jit": nn.jit, "remat": nn.remat}[self.lift](Block, static_argnums=(2,))
+        return block(name="first")(block(name="second")(x, train)[0], train)[0]
+
+
+def block_reference(params, x, axis=0):
+    """Compute in float64 mean and variance of the norm's inputs in one block, and what the block returns."""
+    y = x @ params["dense"]["kernel"] + params["dense"]["bias"]
+    mean, variance = y.mean(axis), y.var(axis)
+    z = (y - mean) / np.sqrt(variance + 1e-5) * params["norm"]["scale"] + params["norm"]["bias"]
+    return {"mean": mean, "var": variance}, x + z
+
+
+def float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def stack_reference(lift, params, x):
+    if lift == "scan":
+        found = []
+        for layer in range(3):
+            statistics, x = block_reference(jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"]), x)
+            found.append(statistics)
+        return {"blocks": {"norm": jax.tree.map(lambda *rows: np.stack(rows), *found)}}
+    if lift == "vmap":
+        members = [jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(x.shape[1])]
+        found = [block_reference(member, x[:, i])[0] for i, member in enumerate(members)]
+        return {"blocks": {"norm": jax.tree.map(lambda *rows: np.stack(rows), *found)}}
+    second, x = block_reference(params["second"], x)
+    return {"first": {"norm": block_reference(params["first"], x)[0]}, "second": {"norm": second}}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("lift", ["scan", "vmap", "jit", "remat"])
+def test_lifted_norms_are_measured_as_plain_ones(lift, compiled):
+    x = np.stack([X, 2 * X + 1], axis=1) if lift == "vmap" else X
+    model = Stack(lift)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    apply_fn = training(model)
+    if compiled:
+        apply_fn = jax.jit(apply_fn)
+        apply_fn(variables, x)  # a trace without the interceptor is kept
+    found = qt.reestimate_batch_norm(apply_fn, variables, [x])["batch_stats"]
+    expected = stack_reference(lift, float64(variables["params"]), x.astype(np.float64))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+class Recurrent(nn.Module):
+    """Apply one batch norm at every step, its statistics carried or shared by the loop over time."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, total, x):
+                y = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+                return total + y, None
+
+        step = nn.scan(
+            Step,
+            variable_broadcast="params",
+            variable_carry="batch_stats",
+            split_rngs={"params": False},
+            in_axes=1,
+        )
+        return step(name="step")(jnp.zeros_like(x[:, 0]), x)[0]
+
+
+def test_a_norm_that_a_loop_calls_at_every_step_has_all_inputs():
+    x = np.random.default_rng(2).normal(1.0, np.arange(1, 6)[None, :, None], (20, 5, 3)).astype(np.float32)
+    params = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    statistics = {"mean": jnp.full(3, 9.0), "var": jnp.full(3, 9.0)}
+    variables = {"params": {"step": {"norm": params}}, "batch_stats": {"step": {"norm": statistics}}}
+    found = qt.reestimate_batch_norm(training(Recurrent()), variables, [x[:4], x[4:]])["batch_stats"]
+    union = x.astype(np.float64).reshape(-1, 3)
+    np.testing.assert_allclose(found["step"]["norm"]["mean"], union.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["step"]["norm"]["var"], union.var(0), rtol=1e-5)
+
+
+def test_a_jitted_norm_that_is_called_twice_has_both_inputs():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            norm = nn.jit(nn.BatchNorm)(use_running_average=not train, name="norm")
+            return norm(x[:8]), norm(x[8:] * 3)
+
+    variables = Twice().init(jax.random.key(0), X)
+    found = qt.reestimate_batch_norm(training(Twice()), variables, [X])["batch_stats"]["norm"]
+    union = np.concatenate([X[:8], X[8:] * 3]).astype(np.float64)
+    np.testing.assert_allclose(found["mean"], union.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], union.var(0), rtol=1e-5)
+
+
+def test_masked_inputs_and_inputs_by_keyword():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, batch, train=False):
+            x, mask = batch
+            return nn.BatchNorm(use_running_average=not train, name="norm")(x=x, mask=mask)
+
+    mask = np.arange(40)[:, None] % 3 != np.zeros((40, 1))
+    batches = [(X[:10], mask[:10]), (X[10:], mask[10:])]
+    variables = Masked().init(jax.random.key(0), batches[0])
+    found = qt.reestimate_batch_norm(training(Masked()), variables, batches)["batch_stats"]["norm"]
+    union = X[mask[:, 0]].astype(np.float64)
+    np.testing.assert_allclose(found["mean"], union.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], union.var(0), rtol=1e-5)
+
+
+class OwnNorm(nn.Module):
+    """Normalise as `nn.BatchNorm` does, without being one: models bring such classes."""
+
+    use_running_average: bool
+    momentum: float = 0.9
+    names: tuple[str, str] = ("mean", "var")
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (1, x.shape[-1])
+        scale, bias = (
+            self.param(n, init, shape)
+            for n, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        old = [
+            self.variable("batch_stats", name, start, shape)
+            for name, start in zip(self.names, (jnp.zeros, jnp.ones), strict=True)
+        ]
+        if self.use_running_average:
+            mean, variance = (statistic.value for statistic in old)
+        else:
+            mean, variance = x.mean(0, keepdims=True), x.var(0, keepdims=True)
+            if not self.is_initializing():
+                for statistic, new in zip(old, (mean, variance), strict=True):
+                    statistic.value = self.momentum * statistic.value + (1 - self.momentum) * new
+        return (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
+
+
+class Foreign(nn.Module):
+    """Put a batch norm of the model's own beside one of Linen's, and one that this forward never calls."""
+
+    frozen: bool = False
+    names: tuple[str, str] = ("mean", "var")
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(4, name="dense")(x))
+        own = OwnNorm(self.frozen or not train, names=self.names, name="own")
+        unused = nn.BatchNorm(use_running_average=False, name="unused")
+        return unused(own(x)) if self.is_initializing() else own(x)
+
+
+@pytest.mark.parametrize("names", [("mean", "var"), ("running_mean", "running_variance")])
+def test_a_batch_norm_of_the_models_own_is_not_left_out_in_silence(names):
+    model = Foreign(names=names)
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(
+        InvalidInput, match=rf"'own' \(OwnNorm\) moves .*, {' and '.join(names)}, .*nn.BatchNorm"
+    ):
+        qt.reestimate_batch_norm(training(model), variables, [X])
+
+    def kept(variables, x):
+        outputs, updated = training(model)(variables, x)
+        statistics = {**updated["batch_stats"], "own": variables["batch_stats"]["own"]}
+        return outputs, {"batch_stats": statistics}
+
+    found = qt.reestimate_batch_norm(kept, variables, [X])["batch_stats"]
+    assert np.allclose(found["own"][names[0]], 0) and not np.allclose(found["norm"]["mean"], 0)
+
+
+def test_norms_that_are_frozen_or_not_called_are_left_without_a_word():
+    variables = Foreign().init(jax.random.key(0), X)
+    found = qt.reestimate_batch_norm(training(Foreign(frozen=True)), variables, [X])["batch_stats"]
+    for name in ("own", "unused"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], variables["batch_stats"][name])
+    inputs = X.astype(np.float64) @ np.asarray(variables["params"]["dense"]["kernel"], np.float64)
+    np.testing.assert_allclose(found["norm"]["mean"], inputs.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_scanned_norms_of_the_models_own_are_refused_too():
+    scanned = nn.scan(
+        Block, {"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3
+    )(own=True)
+    variables = scanned.init(jax.random.key(0), X, False)
+    apply_fn = lambda v, x: scanned.apply(v, x, True, mutable=["batch_stats"])  # noqa: E731
+    with pytest.raises(InvalidInput, match=r"'norm' \(OwnNorm\) moves statistics"):
+        qt.reestimate_batch_norm(apply_fn, variables, [X])
+
+
+def test_batches_count_by_the_elements_that_a_layer_sees():
+    sequences = [X[:10].reshape(2, 5, 6), X[10:].reshape(2, 15, 6)]  # of the same number, of other lengths
+    model = nn.BatchNorm(use_running_average=False)
+    variables = model.init(jax.random.key(0), sequences[0])
+    found = qt.reestimate_batch_norm(partial(model.apply, mutable=["batch_stats"]), variables, sequences)
+    np.testing.assert_allclose(found["batch_stats"]["mean"], X.astype(np.float64).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["batch_stats"]["var"], X.astype(np.float64).var(0), rtol=1e-5)

@@ -137,7 +137,7 @@ def test_subclasses_are_measured_and_folded_as_their_parents_are():
     model, x = Folded(), jax.random.normal(jax.random.key(1), (50, 3))
     variables = model.init(jax.random.key(0), x)
     fusion = qt.find_fusion(model, variables, x)
-    assert (fusion.layers, fusion.outputs) == (("layer",), ("norm",))
+    assert (fusion.layers, fusion.outputs) == (("layer",), ())
     found = qt.reestimate_batch_norm(
         lambda variables, x: model.apply(variables, x, True, mutable=["batch_stats"]), variables, [x]
     )["batch_stats"]["norm"]

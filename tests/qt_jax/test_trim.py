@@ -188,7 +188,7 @@ class Vmap(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "shape", "count"),
-    [(SharedAndSetup(), (), 2), (Remat(), (), 1), (Scan(), (3,), 1), (Vmap(), (3,), 1)],
+    [(SharedAndSetup(), (), 1), (Remat(), (), 1), (Scan(), (3,), 1), (Vmap(), (3,), 1)],
     ids=["shared", "remat", "scan", "vmap"],
 )
 def test_transformed_modules(model, shape, count):
@@ -261,10 +261,9 @@ def test_unfinished_input_is_refused_with_a_remedy():
         quantized(model, plain, x, lam=1.5)
     with pytest.raises(qt.InvalidInput, match="another axis"):
         quantized(model, ready(model, x), x, config=qt.QuantConfig(weights=qt.QuantSpec(axis=-1)))
-    compiled = jax.jit(model.apply)
-    compiled(plain, x)
+    compiled = jax.jit(model.apply).lower(plain, x).compile()
     with (
-        pytest.raises(qt.InvalidInput, match="inside the jitted function"),
+        pytest.raises(qt.InvalidInput, match="compiled ahead of time"),
         qt.quant_trim(CONFIG, 1.0, train=False),
     ):
         compiled(plain, x)

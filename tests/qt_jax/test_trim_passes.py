@@ -97,24 +97,55 @@ def test_a_tensor_that_enters_three_layers_is_sampled_once():
 
 
 class Siamese(nn.Module):
-    """Apply `both` to two tensors, and `one` to the smaller of them."""
+    """Apply `both` to two tensors, and `one` to the smaller of them, in this order."""
+
+    order: tuple[str, ...]
 
     @nn.compact
     def __call__(self, x):
-        both, one = nn.Dense(4, name="both"), nn.Dense(4, name="one")
-        return both(x) + one(x) + both(100.0 * x)
+        layers = {name: nn.Dense(4, name=name) for name in ("both", "one")}
+        tensors = {"both": iter((x, 100.0 * x)), "one": iter((x,))}
+        return sum(layers[name](next(tensors[name])) for name in self.order)
 
 
-def test_layers_on_one_tensor_hold_one_range_also_when_one_of_them_is_called_again():
-    """Check that a pass rounds with the range that is kept and exported."""
-    model, x = Siamese(), data()
-    _, variables = trained(model, attached(model, x), x)
-    one, both = (variables["batch_stats"][name]["quant_input"] for name in ("one", "both"))
-    assert jax.tree.all(jax.tree.map(np.array_equal, one, both))
-    assert int(both["count"]) == 2 and float(both["high"]) > 50.0
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("order", ["both one both", "one both both", "both both one"])
+def test_a_layer_that_sees_several_tensors_has_a_range_of_its_own(order, attach):
+    """Check the ranges in every order of calls, and that a pass rounds with those that are kept."""
+    model, x = Siamese(tuple(order.split())), data()
+    variables = model.init(jax.random.key(9), x)
+    variables = qt.attach_statistics(model, variables, CONFIG, x) if attach else variables
+    plain = variables
+    _, variables = trained(model, variables, x)
+    statistics = variables["batch_stats"]
+    low, high = qt.observe(x, quantile=0.999, symmetric=False)
+    np.testing.assert_array_equal(_ends(statistics["one"]), [low, high])
+    np.testing.assert_allclose(_ends(statistics["both"]), [100.0 * low, 100.0 * high], rtol=1e-6)
+    assert statistics["both"]["quant_input"]["count"] == 1 and "quant_several" in statistics["both"]
+    assert "quant_several" not in statistics["one"]
+    if attach:
+        assert jax.tree.structure(variables) == jax.tree.structure(plain)
     y, _ = trained(model, variables, x)
     with qt.quant_trim(CONFIG, 1.0, train=False):
         np.testing.assert_allclose(model.apply(variables, x), y, rtol=1e-5, atol=1e-4)
+
+
+def _ends(statistics):
+    return [statistics["quant_input"][end] for end in ("low", "high")]
+
+
+def test_statistics_that_do_not_know_of_several_tensors_are_refused_where_it_matters():
+    model, x = Siamese(("both", "one", "both")), data()
+    _, variables = trained(model, attached(model, x), x)
+    statistics = variables["batch_stats"]
+    old = {**statistics, "both": {**statistics["both"]}}
+    del old["both"]["quant_several"]
+    with pytest.raises(
+        qt.InvalidInput, match=r"'both/quant_input' sees several tensors.*attach_statistics again"
+    ):
+        trained(model, {**variables, "batch_stats": old}, x)
+    mended = qt.attach_statistics(model, {**variables, "batch_stats": old}, CONFIG, x)
+    jax.tree.map(np.testing.assert_array_equal, mended, variables)
 
 
 def test_frozen_ranges_are_each_layers_own():

@@ -1,0 +1,356 @@
+"""Check faults that were seen in the training core: each has the right value, or is refused in a sentence."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qt_jax as qt
+
+CONFIG = qt.QuantConfig()
+X = jax.random.normal(jax.random.key(0), (16, 10))
+JittedDense = nn.jit(nn.Dense)
+
+
+def learned(model, variables, x, lam=1.0, config=CONFIG, passes=2, **options):
+    """Attach statistics and take training passes; return the last outputs, the variables, and the visit."""
+    variables = qt.attach_statistics(model, variables, config, x, **options)
+    for _ in range(passes):
+        with qt.quant_trim(config, lam, train=True) as visit:
+            y, new = model.apply(variables, x, mutable=["batch_stats"], **options)
+        variables = {**variables, **new}
+    return y, variables, visit
+
+
+class Nested(nn.Module):
+    """Put a layer under nn.jit, or not."""
+
+    jit: bool
+
+    @nn.compact
+    def __call__(self, x):
+        first = JittedDense if self.jit else nn.Dense
+        return nn.Dense(3, name="second")(nn.relu(first(8, name="first")(x)))
+
+
+def test_a_submodule_under_jit_is_traced_anew_in_every_context():
+    variables = Nested(True).init(jax.random.key(0), X)
+    found = {}
+    for jit in (True, False):
+        _, state, _ = learned(Nested(jit), variables, X, 0.0)
+        found[jit], _, visit = learned(Nested(jit), state, X, 1.0, passes=1)
+        assert set(visit.layers) == {"first", "second"}
+    np.testing.assert_allclose(found[True], found[False], rtol=1e-6, atol=1e-6)
+
+    state = qt.attach_statistics(Nested(True), variables, CONFIG, X)
+    for lam in (0.0, 1.0):  # two jitted steps in one process
+
+        @jax.jit
+        def step(state, lam=lam):
+            with qt.quant_trim(CONFIG, lam, train=True):
+                return Nested(True).apply(state, X, mutable=["batch_stats"])[1]
+
+        state = {**state, **step(state)}
+    assert int(state["batch_stats"]["first"]["quant_input"]["count"]) == 2
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_a_jitted_function_is_quantized_inside_a_context_and_nowhere_else(inside_first):
+    model = nn.Dense(4)
+    _, variables, _ = learned(model, model.init(jax.random.key(0), X), X)
+    plain = model.apply(variables, X)
+    with qt.quant_trim(CONFIG, 1.0, train=False):
+        quantized = model.apply(variables, X)
+    forward = jax.jit(lambda variables: model.apply(variables, X))
+
+    def inside():
+        with qt.quant_trim(CONFIG, 1.0, train=False):
+            return forward(variables)
+
+    order = (inside, lambda: forward(variables)) if inside_first else (lambda: forward(variables), inside)
+    found = {True: order[0](), False: order[1]()}
+    np.testing.assert_allclose(found[inside_first], quantized, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[not inside_first], plain, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(inside(), inside())
+    assert not np.allclose(quantized, plain, rtol=1e-4)
+
+
+def test_complex_layers_are_refused_unless_a_rule_leaves_them_out():
+    model, z = nn.Dense(3, dtype=jnp.complex64, param_dtype=jnp.complex64), jax.lax.complex(X, X)
+    variables = model.init(jax.random.key(0), z)
+    with pytest.raises(qt.InvalidInput, match="complex numbers"):
+        qt.attach_statistics(model, variables, CONFIG, z)
+    config = qt.QuantConfig(rules=(qt.Rule("", skip=True),))
+    y, _, _ = learned(model, variables, z, config=config, passes=1)
+    np.testing.assert_array_equal(y, model.apply(variables, z))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_whole_numbers_are_rounded_as_floats_are(dtype):
+    whole = jax.random.randint(jax.random.key(0), (64, 10), 0, 6).astype(dtype)
+    model, found = nn.Dense(3), []
+    variables = model.init(jax.random.key(1), jnp.zeros((1, 10)))
+    with jax.numpy_dtype_promotion("standard"):
+        for x in (whole, whole.astype(jnp.float32)):
+            found.append(learned(model, variables, x)[0])
+        np.testing.assert_array_equal(*found)
+        np.testing.assert_array_equal(learned(model, variables, whole, 0.0)[0], model.apply(variables, whole))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_folded_kernels_keep_their_type(dtype):
+    model, x = nn.Dense(3, dtype=dtype, param_dtype=dtype), X.astype(dtype)
+    variables = model.init(jax.random.key(0), x)
+    config = qt.QuantConfig(folded=True)
+    y, state, _ = learned(model, variables, x, 0.0, config)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, model.apply(variables, x))
+    with qt.quant_trim(config, 1.0, train=False):
+        assert model.apply(state, x).dtype == dtype
+
+
+def test_float64_is_rounded_in_float64_and_plain_at_lambda_zero():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 10)))
+        model = nn.Dense(3, param_dtype=jnp.float64)
+        variables = model.init(jax.random.key(0), x)
+        y, state, _ = learned(model, variables, x, 0.0)
+        np.testing.assert_array_equal(y, model.apply(variables, x))
+        with qt.quant_trim(CONFIG, 1.0, train=False):
+            y = np.asarray(model.apply(state, x))
+        seen = state["batch_stats"]["quant_kernel"]
+        scale = np.float64(np.float32(seen["high"]) / np.float32(127))
+        kernel = np.clip(np.round(np.asarray(variables["params"]["kernel"]) / scale), -127, 127) * scale
+        low, high = (np.float32(state["batch_stats"]["quant_input"][end]) for end in ("low", "high"))
+        step = (high - low) / np.float32(255)
+        zero = np.round(-low / step).astype(np.float64)
+        image = (np.clip(np.round(np.asarray(x) / step) + zero, 0, 255) - zero) * np.float64(step)
+        np.testing.assert_allclose(y, image @ kernel, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_passes_at_lambda_zero(value):
+    model = nn.Dense(3)
+    _, variables, _ = learned(model, model.init(jax.random.key(0), X), X)
+    x = X.at[0, 0].set(value)
+    with qt.quant_trim(CONFIG, 0.0, train=False):
+        np.testing.assert_array_equal(model.apply(variables, x), nn.Dense(3).apply(variables, x))
+
+
+class ConvBN(nn.Module):
+    """Hold layers made in `setup`."""
+
+    def setup(self):
+        self.conv, self.norm = nn.Conv(4, (3, 3), use_bias=False), nn.BatchNorm()
+
+    def __call__(self, x, train=False):
+        return self.norm(self.conv(x), use_running_average=not train)
+
+
+class Arranged(nn.Module):
+    """Hold modules made in `setup`, one of them an operand of a sum."""
+
+    def setup(self):
+        self.block, self.head = ConvBN(), nn.Dense(2)
+
+    def __call__(self, x, train=False):
+        return self.head(nn.relu(x + self.block(x, train)).mean((1, 2)))
+
+
+def test_outputs_of_modules_made_in_setup_have_ranges():
+    images = jax.random.normal(jax.random.key(0), (16, 6, 6, 4))
+    variables = Arranged().init(jax.random.key(0), images)
+    outputs = qt.find_fusion(Arranged(), variables, images).outputs
+    assert "block" in outputs or "block/norm" in outputs
+    _, state, _ = learned(Arranged(), variables, images, config=qt.QuantConfig(fused_outputs=outputs))
+    [owner] = {"block", "block/norm"} & set(outputs)
+    found = state["batch_stats"]["block"]
+    found = found if owner == "block" else found["norm"]
+    assert int(found["quant_output"]["count"]) == 2
+
+
+class Recurrent(nn.Module):
+    """Run a cell over time."""
+
+    options: dict
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="head")(nn.RNN(nn.LSTMCell(4, name="cell"), **self.options)(x)[:, -1])
+
+
+def test_a_recurrent_cell_needs_its_collection_carried():
+    x = X.reshape(16, 2, 5)
+    variables = Recurrent({}).init(jax.random.key(0), x)
+    with pytest.raises(
+        qt.InvalidInput, match=r'cannot be kept.*nn\.RNN\(cell, variable_axes=\{"batch_stats": 0'
+    ):
+        qt.attach_statistics(Recurrent({}), variables, CONFIG, x)
+    _, state, visit = learned(Recurrent({"variable_axes": {"batch_stats": 0}}), variables, x)
+    assert {path.split("/")[-1] for path in visit.layers} >= {"hi", "ii", "head"}
+    assert state["batch_stats"]["cell"]["hi"]["quant_input"]["high"].shape == (2,)
+
+
+class Stacked(nn.Module):
+    """Scan over layers, with the axis of `batch_stats` that is given."""
+
+    axis: int | None
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0} if self.axis is None else {"params": 0, "batch_stats": self.axis}
+        scan = nn.scan(
+            lambda layer, x, _: (layer(x), None), variable_axes=axes, split_rngs={"params": True}, length=3
+        )
+        return nn.Dense(2, name="head")(scan(nn.Dense(10, name="layer"), x, None)[0])
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [(None, r"'layer/quant_kernel' cannot be kept.*skip=True"), (1, r'variable_axes=\{"batch_stats": 0\}')],
+)
+def test_a_scan_that_cannot_carry_the_ranges_is_named(axis, message):
+    variables = Stacked(axis).init(jax.random.key(0), X)
+    with pytest.raises(qt.InvalidInput, match=message):
+        qt.attach_statistics(Stacked(axis), variables, CONFIG, X)
+    config = qt.QuantConfig(rules=(qt.Rule("layer", skip=True),))
+    assert set(qt.attach_statistics(Stacked(axis), variables, config, X)["batch_stats"]) == {"head"}
+
+
+class Shared(nn.Module):
+    """Map one layer over an axis, with one range for all."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": None, "batch_stats": None},
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+            axis_name=self.axis_name,
+        )
+        return layer(3, name="layer")(x)
+
+
+@pytest.mark.parametrize("axis_name", [None, "tokens"])
+def test_a_layer_that_is_mapped_with_one_range_holds_the_ranges_of_all(axis_name):
+    x, model = X.reshape(16, 2, 5) * jnp.array([1.0, 9.0])[None, :, None], Shared(axis_name)
+    _, state, _ = learned(model, model.init(jax.random.key(0), x), x)
+    seen = state["batch_stats"]["layer"]["quant_input"]
+    ends = [qt.observe(x[:, i], quantile=0.999, symmetric=False) for i in range(2)]
+    np.testing.assert_allclose(seen["low"], min(float(low) for low, _ in ends), rtol=1e-6)
+    np.testing.assert_allclose(seen["high"], max(float(high) for _, high in ends), rtol=1e-6)
+
+
+def test_an_axis_name_that_is_not_mapped_is_named():
+    config, model = qt.QuantConfig(axis_name="batch"), nn.Dense(2)
+    with pytest.raises(qt.InvalidInput, match="axis_name='batch' is not a mapped axis"):
+        learned(model, model.init(jax.random.key(0), X), X, config=config)
+
+
+class Switched(nn.Module):
+    """Choose one of two layers by Flax's own switch."""
+
+    def setup(self):
+        self.first, self.second = nn.Dense(4), nn.Dense(4)
+
+    def __call__(self, x, index):
+        if self.is_initializing():
+            self.first(x), self.second(x)
+        return nn.switch(index, [lambda model, x: model.first(x), lambda model, x: model.second(x)], self, x)
+
+
+class Closed(nn.Module):
+    """Choose one of two layers that the branches close over."""
+
+    @nn.compact
+    def __call__(self, x, index):
+        first, second = nn.Dense(4, name="first"), nn.Dense(4, name="second")
+        if self.is_initializing():
+            first(x), second(x)
+        return nn.cond(index > 0, lambda _, x: first(x), lambda _, x: second(x), self, x)
+
+
+def test_the_branch_that_is_taken_moves_its_ranges():
+    variables = Switched().init(jax.random.key(0), X, 0)
+    variables = qt.attach_statistics(Switched(), variables, CONFIG, X, 0)
+    for index in (0, 1, 1):
+        with qt.quant_trim(CONFIG, 1.0, train=True):
+            _, new = Switched().apply(variables, X, jnp.int32(index), mutable=["batch_stats"])
+        variables = {**variables, **new}
+    counts = [int(variables["batch_stats"][name]["quant_input"]["count"]) for name in ("first", "second")]
+    assert counts == [1, 2]
+
+
+def test_layers_inside_jax_s_own_transformations_cannot_move():
+    variables = Closed().init(jax.random.key(0), X, 0)
+    variables = qt.attach_statistics(Closed(), variables, CONFIG, X, 0)
+    with pytest.raises(qt.InvalidInput, match=r"cannot move: its layer is called inside one of JAX's own"):
+        learned(Closed(), variables, X, index=jnp.int32(1))
+
+
+class Pair(nn.Module):
+    """Return two tensors."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x), x
+
+
+def test_an_output_that_is_no_array_cannot_be_fused():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Pair(name="pair")(x)[0]
+
+    variables = Model().init(jax.random.key(0), X)
+    with pytest.raises(qt.InvalidInput, match="names 'pair', which returns a tuple"):
+        qt.attach_statistics(Model(), variables, qt.QuantConfig(fused_outputs=("pair",)), X)
+
+
+@pytest.mark.parametrize("quantile", [0.999, 1.0])
+def test_shard_map_infers_that_ranges_are_replicated(quantile):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = qt.QuantSpec(8, symmetric=False, quantile=quantile)
+    config, model = qt.QuantConfig(axis_name="batch", activations=spec), nn.Dense(2)
+    variables = qt.attach_statistics(model, model.init(jax.random.key(0), X), config, X)
+
+    def forward(variables, x):
+        with qt.quant_trim(config, 1.0, train=True):
+            return model.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]["quant_input"]
+
+    split = jax.sharding.PartitionSpec("batch")
+    whole = jax.sharding.PartitionSpec()
+    found = jax.shard_map(forward, mesh=mesh, in_specs=(whole, split), out_specs=whole)(variables, X)
+    low, high = qt.observe(X, quantile=quantile, symmetric=False)
+    np.testing.assert_allclose([found["low"], found["high"]], [low, high], rtol=1e-6)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_a_context_inside_a_context_is_refused(attach):
+    model = nn.Dense(2)
+    variables = model.init(jax.random.key(0), X)
+    refused = pytest.raises(qt.InvalidInput, match="inside quant_trim")
+    with refused, qt.quant_trim(CONFIG, 1.0, train=False):
+        if attach:
+            qt.attach_statistics(model, variables, CONFIG, X)
+        with qt.quant_trim(CONFIG, 1.0, train=False):
+            model.apply(variables, X)
+    _, variables, _ = learned(model, variables, X)  # the context that failed is left
+
+
+@pytest.mark.parametrize("axis", [None, -1, 0])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quantile_one_is_the_extreme_of_the_whole_tensor(symmetric, axis):
+    x = np.array(jax.random.normal(jax.random.key(0), (64, 32, 32, 4)))
+    x[3, 3, 3, 3] = 100.0
+    others = None if axis is None else tuple(d for d in range(4) if d != axis % 4)
+    low, high = qt.observe(jnp.asarray(x), quantile=1.0, symmetric=symmetric, axis=axis)
+    peak = np.abs(x).max(others)
+    expected = (-peak, peak) if symmetric else (x.min(others), x.max(others))
+    np.testing.assert_array_equal(low, expected[0])
+    np.testing.assert_array_equal(high, expected[1])
