@@ -150,15 +150,14 @@ def _measured(call: Call, /, *args: Any, **kwargs: Any) -> Any:
     module = call.module
     if not (isinstance(module, nn.BatchNorm) and module.has_variable(COLLECTION, SIZE)):
         return call(*args, **kwargs)
-    x: Any = args[0] if args else kwargs["x"]
-    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
-    if nn.merge_param("use_running_average", module.use_running_average, given):
-        return call(*args, **kwargs)
     before: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE, SIZE)}
     with shadowed(module, momentum=0.0):
         outputs = call(*args, **kwargs)
     mean: Any = module.get_variable(COLLECTION, MEAN)
     variance: Any = module.get_variable(COLLECTION, VARIANCE)
+    if mean is before[MEAN] or module.get_variable(COLLECTION, SIZE) is not before[SIZE]:
+        return outputs  # it used its running averages, or the module inside a lifted one was measured
+    x = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, jax.Array))
     mask = kwargs.get("mask")
     if mask is None:
         size = jnp.full(mean.shape, x.size // mean.size, jnp.float32)

@@ -80,8 +80,8 @@ class QuantConfig:
       outputs: Default for the outputs of every layer. It is None, since the next layer's input covers them.
       rules: Exceptions. The first rule whose path matches a layer wins.
       momentum: Momentum of the moving averages of the ranges, in [0, 1).
-      sample_size: Number of elements observed of each tensor. A larger sample is surer and slower. Kernels
-        whose quantile is 1 are observed whole.
+      sample_size: Number of elements observed of each tensor. A larger sample is surer and slower. Where the
+        quantile is 1 the whole tensor is observed.
       folded: Whether to lay the grids of the kernels where a vendor does: over the kernel times the gain of
         its batch norm, which `Fusion.refresh` keeps up to date. The paper's grids lie over the raw kernel.
       fused_outputs: Paths of modules whose output also gets the grid of `activations`, since a vendor

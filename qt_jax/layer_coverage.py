@@ -74,7 +74,8 @@ def coverage(
       console: Where to print; a new console on standard output if not given.
 
     Returns:
-      One row for every module that owns a parameter of rank 2 or more, in the order of the parameters.
+      One row for every module that owns a parameter of rank 2 or more, in the order of the parameters. Then
+      one for every other module that applies a layer with variables of its own making, such as a tied head.
 
     Raises:
       InvalidInput: A rule of the config matches no layer, the model is not a Linen module, or the variables
@@ -96,7 +97,7 @@ def coverage(
     seen = _Calls(frozenset(leaves))
     options["mutable"] = union_filters(options.get("mutable", False), COLLECTION)
     program = trace(model, variables, inputs, options, seen.noted)
-    check_rules_used(config, seen.layers)
+    check_rules_used(config, {*seen.layers, *seen.applied.values()})
 
     rows = []
     for path, owned in leaves.items():
@@ -112,6 +113,11 @@ def coverage(
         weights, activations, outputs = map(describe, specs)
         size = sum(leaf.size for leaf in owned.values())
         rows.append(CoverageRow(path, seen.name(path), size, weights, activations, outputs, why or ""))
+    rows += [
+        CoverageRow(path, "?", 0, "-", "-", "-", seen.why_not(path, {}))
+        for path in seen.applied
+        if path not in leaves
+    ]
     _print(rows, console or Console())
     return rows
 
@@ -138,7 +144,7 @@ class _Calls:
       owners: The paths of the modules that own a parameter of rank 2 or more.
       classes: The class of each module of which any method was called, by path, as the user wrote it.
       layers: Why no range can be kept for each layer that was called, by path; empty if it can.
-      applied: The class of a module that another one, by path, calls with variables of its own making.
+      applied: The path of a layer in the variables that another module, by path, makes for it.
       methods: The root scope of each method that is running, and the trace that it is part of.
       running: The modules whose `__call__` is running.
     """
@@ -182,7 +188,7 @@ class _Calls:
         own = call.path in self.owners and issubclass(type(call.module), self.classes[call.path])
         why = ""
         if around is not None and not own:
-            self.applied[around.path] = type(self.running[carries.index(False)].module).__name__
+            self.applied[around.path] = call.path
             return
         if around is not None:
             why = _why_not_carried(around)
@@ -219,8 +225,8 @@ class _Calls:
             )
         if path in self.applied:
             return (
-                f"applies {self.applied[path]} with variables of its own making: call it as a submodule, "
-                "which is reached"
+                "applies a layer with variables of its own making, such as a tied head: call it as a "
+                f"submodule, or leave it out with qt.Rule({self.applied[path]!r}, skip=True)"
             )
         found = self.classes.get(path)
         if found is None and not any(fates.values()):
@@ -239,7 +245,10 @@ def _root(call: Call) -> Any:
 def _why_not_carried(around: Call) -> str:
     """Say why nothing can be kept for a layer that the module `around` calls by a lifted transformation."""
     if isinstance(around.module, nn.RNN):
-        return f'nn.RNN keeps no ranges by default: give nn.RNN(cell, variable_axes={{"{COLLECTION}": 0}})'
+        return (
+            f'nn.RNN keeps no ranges by default: give nn.RNN(cell, variable_axes={{"{COLLECTION}": 0}}), '
+            "which keeps one for each step of sequences of this length"
+        )
     if isinstance(around.module, (nn.WeightNorm, nn.SpectralNorm)):
         return f"{type(around.module).__name__} computes its kernel, and carries no {COLLECTION!r}"
     name, path = type(around.module).__name__, around.path
@@ -269,9 +278,9 @@ def _fate(primitives: set[str]) -> str:
     ('added, no product', "a table look-up, multiplied in the module's own code (...")
     """
     others = sorted({FATES.get(name, f"enters {name}") for name in primitives - PRODUCTS})
-    if primitives & PRODUCTS:
-        product = "multiplied in the module's own code (nn.Dense or nn.Einsum would be reached)"
-        return ", ".join([*others, product])
+    if products := primitives & PRODUCTS:
+        layer = "nn.Conv" if products == {"conv_general_dilated"} else "nn.Dense or nn.Einsum"
+        return ", ".join([*others, f"multiplied in the module's own code ({layer} would be reached)"])
     return ", ".join([*others, "no product"]) if others else "not used in this forward pass"
 
 

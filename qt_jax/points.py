@@ -23,7 +23,7 @@ from flax.core.scope import Variable
 from qt_jax.config import QuantConfig
 from qt_jax.errors import InvalidInput
 from qt_jax.grid import QuantSpec, fake_quant, fake_quant_on_drawn_grid, grid_key, wide
-from qt_jax.interception import COLLECTION, GAIN, INPUT, SEVERAL, Call, share_traces
+from qt_jax.interception import COLLECTION, GAIN, INPUT, KERNEL, SEVERAL, Call, share_traces
 from qt_jax.ranges import Sample, draw, empty_range, hull, hull_over_vmap, ranges, update_range
 
 
@@ -181,15 +181,25 @@ class ForwardPass:
 
     def _absence(self, module: nn.Module, where: str) -> str:
         """Say why a point has no range, and what to do."""
-        skip = f"leave the layer out with qt.Rule({'/'.join(module.path)!r}, skip=True)"
+        inside = root_of(module).path
+        out = f"{'/'.join(inside)}/.*" if 0 < len(inside) < len(module.path) else "/".join(module.path)
+        skip = f"leave it out with qt.Rule({out!r}, skip=True)"
         if not self.carried or self.lifting is None:
             return (
                 f"no statistics for {where!r} in {COLLECTION!r}. Attach them to a plain checkpoint with "
                 "qt.attach_statistics(model, variables, config, input), or pass the collection to apply."
             )
         around, path = type(self.lifting.module).__name__, self.lifting.path
+        if path and not inside:
+            return (
+                f"{where!r} cannot be kept: {path!r} ({around}) applies this layer with variables of its own "
+                f"making, which hold no {COLLECTION!r}. Call it as a submodule, or {skip}."
+            )
         if isinstance(self.lifting.module, nn.RNN):
-            remedy = f'give nn.RNN(cell, variable_axes={{"{COLLECTION}": 0}})'
+            remedy = (
+                f'give nn.RNN(cell, variable_axes={{"{COLLECTION}": 0}}), which keeps a range for each step '
+                "of sequences of this length"
+            )
         else:
             remedy = (
                 f'give "{COLLECTION}": 0 among the variable_axes of its nn.scan or nn.vmap (nn.WeightNorm, '
@@ -269,10 +279,10 @@ class ForwardPass:
 
     def end(self) -> None:
         """Move the ranges by what their points have observed, and mark layers that saw several tensors."""
-        moving = [point for point in self.points.values() if point.samples]
+        moving = [(where, point) for where, point in self.points.items() if point.samples]
         with share_traces():
-            bounds = iter(self._bounds([sample for point in moving for sample in point.samples]))
-            for point in moving:
+            bounds = iter(self._bounds(moving))
+            for _, point in moving:
                 average = point.range.value
                 low, high = hull([next(bounds) for _ in point.samples])
                 if self.nested:
@@ -285,11 +295,23 @@ class ForwardPass:
             if several and point.scope.is_mutable_collection(COLLECTION):
                 point.scope.variable(COLLECTION, SEVERAL, jnp.zeros, (), jnp.int32)
 
-    def _bounds(self, samples: list[Sample]) -> list[tuple[jax.Array, jax.Array]]:
+    def _bounds(self, points: Sequence[tuple[str, _Point]]) -> list[tuple[jax.Array, jax.Array]]:
+        """Return the robust range of every sample of the points, which are given with their paths.
+
+        Kernels are the same on all devices: their samples are not gathered, for n copies of a sample have
+        other quantiles than one.
+        """
+        kernels = [where.endswith(KERNEL) for where, point in points for _ in point.samples]
+        samples = [sample for _, point in points for sample in point.samples]
+        if self.config.axis_name is None:
+            return ranges(samples)
+        alone = iter(ranges([s for s, kernel in zip(samples, kernels, strict=True) if kernel]))
+        others = [s for s, kernel in zip(samples, kernels, strict=True) if not kernel]
         try:
-            return ranges(samples, self.config.axis_name)
+            together = iter(ranges(others, self.config.axis_name))
         except NameError as error:
             raise InvalidInput(
                 f"QuantConfig.axis_name={self.config.axis_name!r} is not a mapped axis here: it names that "
                 "of shard_map or pmap around the whole model; leave it out under plain jit and nn.vmap"
             ) from error
+        return [next(alone if kernel else together) for kernel in kernels]

@@ -408,8 +408,8 @@ def _gains(
         )
     if not any((*path[:-1], GAIN) in statistics for path in paths):
         raise InvalidInput(
-            f"reverse_pruning(folded=True): no kernel has a gain, {'/'.join(paths[0])} for one; params must be "
-            "the tree below 'params', with the paths of batch_stats"
+            f"reverse_pruning(folded=True): no kernel has a gain, {'/'.join(paths[0])} for one; params must "
+            "be the tree below 'params', with the paths of batch_stats"
         )
     found = []
     for path, kernel in zip(paths, kernels, strict=True):

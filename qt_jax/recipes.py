@@ -140,7 +140,14 @@ class Recipe:
     def _refreshed(self, variables: Mapping[str, Any]) -> Variables:
         return dict(variables) if self.fusion is None else self.fusion.refresh(variables)
 
-    def finish(self, variables: Mapping[str, Any], batches: Iterable[Any], **options: Any) -> Variables:
+    def finish(
+        self,
+        variables: Mapping[str, Any],
+        batches: Iterable[Any],
+        *,
+        forward: Callable[[Any, Any], tuple[Any, Mapping[str, Any]]] | None = None,
+        **options: Any,
+    ) -> Variables:
         """Return the variables to deploy.
 
         If the recipe says so, batch norm is measured again in the float network. Gains and ranges of kernels
@@ -149,6 +156,8 @@ class Recipe:
         Args:
           variables: After the last `advance`.
           batches: Inputs of the model, or tuples of them, as for inference; see `qt.reestimate_batch_norm`.
+          forward: What `qt.reestimate_batch_norm` takes, for a model that needs more than its inputs, such as
+            a mapped axis. By default `model.apply` in training mode.
           **options: What `model.apply` takes in training mode, such as `train=True`.
 
         Raises:
@@ -162,11 +171,11 @@ class Recipe:
         if not self.reestimates:
             return dict(variables)
 
-        def forward(variables: Any, batch: Any) -> Any:
+        def apply(variables: Any, batch: Any) -> Any:
             inputs = batch if isinstance(batch, tuple) else (batch,)
             return self.model.apply(variables, *inputs, mutable=[COLLECTION], **options)
 
-        measured = reestimate(forward, variables, batches)
+        measured = reestimate(forward or apply, variables, batches)
         if self.fusion is None:
             return measured
         return refolder(self.model, self.config, self.fusion, *self.inputs, **self.options)(measured)
@@ -270,7 +279,12 @@ def refolder(
       *inputs, **options: What `model.apply` takes after the variables in inference. Shapes matter.
     """
     kernels = dataclasses.replace(
-        config, activations=None, outputs=None, fused_outputs=(), rules=_weights_only(config)
+        config,
+        activations=None,
+        outputs=None,
+        fused_outputs=(),
+        axis_name=None,
+        rules=tuple(dataclasses.replace(rule, inputs=None, outputs=None) for rule in config.rules),
     )
 
     @jax.jit
@@ -293,7 +307,3 @@ def refolder(
         return {**variables, COLLECTION: unflatten_dict(kept)}
 
     return refold
-
-
-def _weights_only(config: QuantConfig) -> tuple[Rule, ...]:
-    return tuple(dataclasses.replace(rule, inputs=None, outputs=None) for rule in config.rules)

@@ -68,8 +68,9 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
 
     A range belongs to what one layer sees. If it sees several tensors in one pass, its range holds the robust
     ranges of all, and moves once. The body of a lifted transformation, such as nn.scan or nn.remat, counts as
-    a separate pass. So does each submodule that is called through a `method=` which is a plain function, not
-    a method of the model.
+    a separate pass: a layer that two bodies share, or a body and its surroundings, moves in each of them. So
+    does each submodule that is called through a `method=` which is a plain function, not a method of the
+    model.
 
     Enter the context inside the function that is jitted: around it, the function is traced anew each time the
     context is entered. `lam` may be traced, so that a moving lambda costs no recompilation. Attach the

@@ -382,3 +382,25 @@ def test_batches_count_by_the_elements_that_a_layer_sees():
     found = qt.reestimate_batch_norm(partial(model.apply, mutable=["batch_stats"]), variables, sequences)
     np.testing.assert_allclose(found["batch_stats"]["mean"], X.astype(np.float64).mean(0), rtol=1e-5)
     np.testing.assert_allclose(found["batch_stats"]["var"], X.astype(np.float64).var(0), rtol=1e-5)
+
+
+class Renamed(nn.BatchNorm):
+    """Decide by an argument of another name whether to train."""
+
+    @nn.compact
+    def __call__(self, x, training):
+        return super().__call__(x, use_running_average=not training)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_derived_norm_may_rename_its_arguments(by_name):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            norm = Renamed(name="norm")
+            return norm(x, training=train) if by_name else norm(x, train)
+
+    variables = Net().init(jax.random.key(0), X)
+    found = qt.reestimate_batch_norm(training(Net()), variables, BATCHES)["batch_stats"]["norm"]
+    np.testing.assert_allclose(found["mean"], X.astype(np.float64).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], X.astype(np.float64).var(0), rtol=1e-4)

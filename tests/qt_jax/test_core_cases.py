@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import qt_jax as qt
 
@@ -354,3 +355,53 @@ def test_quantile_one_is_the_extreme_of_the_whole_tensor(symmetric, axis):
     expected = (-peak, peak) if symmetric else (x.min(others), x.max(others))
     np.testing.assert_array_equal(low, expected[0])
     np.testing.assert_array_equal(high, expected[1])
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+def test_ranges_of_kernels_do_not_depend_on_the_number_of_devices(axis):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    config = qt.QuantConfig(weights=qt.QuantSpec(8, axis=axis), axis_name="batch", sample_size=10**6)
+    model, whole = nn.Dense(5), jax.sharding.PartitionSpec()
+    variables = qt.attach_statistics(model, model.init(jax.random.key(0), X), config, X)
+
+    def forward(variables, x):
+        with qt.quant_trim(config, 1.0, train=True):
+            return model.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]["quant_kernel"]
+
+    split = jax.sharding.PartitionSpec("batch")
+    found = jax.shard_map(forward, mesh=mesh, in_specs=(whole, split), out_specs=whole)(variables, X)
+    kernel = np.abs(np.asarray(variables["params"]["kernel"]))
+    expected = np.quantile(kernel, 0.999, axis=None if axis is None else 0)
+    np.testing.assert_allclose(found["high"], expected, rtol=1e-6)
+
+
+class Tied(nn.Module):
+    """Apply a head with the transposed kernel of another layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(7, name="embed")(x)
+        kernel = self.variables["params"]["embed"]["kernel"].T
+        return nn.Dense(10, use_bias=False, parent=None).apply({"params": {"kernel": kernel}}, x)
+
+
+class Decoder(nn.Module):
+    """Hold a tied head inside."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Tied(name="decoder")(x)
+
+
+def test_a_layer_with_variables_of_its_own_is_said_and_can_be_left_out():
+    variables = Decoder().init(jax.random.key(0), X)
+    with pytest.raises(
+        qt.InvalidInput, match=r"'decoder' \(Tied\) applies this layer with variables of its own"
+    ):
+        qt.attach_statistics(Decoder(), variables, CONFIG, X)
+    config = qt.QuantConfig(rules=(qt.Rule("", skip=True),))
+    attached = qt.attach_statistics(Decoder(), variables, config, X)
+    assert set(attached["batch_stats"]["decoder"]) == {"embed"}
+    quiet = Console(quiet=True)
+    rows = {row.path: row for row in qt.coverage(Decoder(), variables, X, config=config, console=quiet)}
+    assert rows["decoder/embed"].weights != "-" and "qt.Rule('', skip=True)" in rows["decoder"].reason

@@ -189,7 +189,11 @@ class Odd(nn.Module):
     ("way", "path", "reason"),
     [
         ("cond by closure", "dense", "JAX's own transformations, which Flax does not know of: use nn.cond"),
-        ("apply", "", "applies Dense with variables of its own making: call it as a submodule"),
+        (
+            "apply",
+            "",
+            "applies a layer with variables of its own making, such as a tied head: call it as a submodule",
+        ),
         ("complex", "dense", "complex numbers: leave it out, qt.Rule('dense', skip=True)"),
         ("weight norm", "dense", "WeightNorm computes its kernel, and carries no 'batch_stats'"),
         ("attend", "embed", "multiplied in the module's own code"),

@@ -173,3 +173,17 @@ def test_bits_rules_and_a_recipe_without_pruning():
 
 def test_the_step_is_a_statistic_of_quant_trim():
     assert is_quant_trim_statistic(("quant_step",))
+
+
+def test_finish_takes_a_forward_and_needs_no_mapped_axis():
+    recipe, step, state, _ = build(qt.recipes.recommended)
+    for _ in range(3):
+        state = step(*state)
+    mapped = dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, axis_name="batch"))
+
+    def forward(variables, batch):
+        return Net().apply(variables, batch, train=True, mutable=["batch_stats"])
+
+    expected = recipe.finish(state[0], [X], train=True)
+    found = mapped.finish(state[0], [X], forward=forward)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
