@@ -58,6 +58,7 @@ def modules() -> dict[str, ast.Module]:
     return found
 
 
+@functools.cache
 def commands() -> set[str]:
     """Return the modules that `python -m` runs."""
     return {

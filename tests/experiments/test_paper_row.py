@@ -26,8 +26,6 @@ from experiments.paper.structure import BINS, kernel_tails
 from qt_jax import records
 from qt_jax.export.network import load
 
-pytestmark = pytest.mark.usefixtures("shared_compilations")
-
 SMOKE = preset("smoke")
 FEW = (Target("onnxruntime", "reference", ("int4w-pt-minmax",)),)
 NONE = (Target("onnxruntime", "reference", ()),)
@@ -38,7 +36,7 @@ KINDS = {name: row_of(SMOKE, TASK, name, 0) for name in DONE}
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, shared_compilations):
+def study(tmp_path_factory):
     """Return the folder of a study of which one seed is done."""
     base = tmp_path_factory.mktemp("study")
     for row in KINDS.values():

@@ -22,8 +22,6 @@ from qt_jax import records
 from qt_jax.backends import steps
 from qt_jax.export import __main__ as cli
 
-pytestmark = pytest.mark.usefixtures("shared_compilations")
-
 FLAGS = (
     *("--preset", "smoke", "--dataset", "digits", "--model", "tiny", "--train-limit", "256"),
     *("--batch-size", "64", "--epochs", "2", "--reverse-pruning-every", "2"),
@@ -57,7 +55,7 @@ def tiny_networks():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_networks, shared_compilations) -> Finished:
+def finished(tmp_path_factory, tiny_networks) -> Finished:
     folder = tmp_path_factory.mktemp("a folder with a name that is longer than eighty columns " + "x" * 40)
     trained, printed, train = {}, io.StringIO(), pipeline.train
 

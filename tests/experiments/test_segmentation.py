@@ -20,8 +20,6 @@ from experiments.training.step import Split, Totals, epoch_order, make_predict, 
 from qt_jax import metrics, records
 from qt_jax.errors import InvalidInput
 
-pytestmark = pytest.mark.usefixtures("shared_compilations")
-
 SCHEMES = ("fp32", "int4w-pt-minmax")
 FLAGS = (
     *("--preset", "smoke", "--model", "tiny", "--batch-size", "16", "--reverse-pruning-every", "2"),
@@ -50,7 +48,7 @@ def toys():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, toys, shared_compilations) -> Path:
+def finished(tmp_path_factory, toys) -> Path:
     folder = tmp_path_factory.mktemp("segmentation") / "run"
     assert segmentation.main([*FLAGS, "--out", str(folder)]) == 0
     return folder

@@ -26,8 +26,6 @@ from experiments.training.logs import drift
 from qt_jax import records
 from qt_jax.export.network import restore
 
-pytestmark = pytest.mark.usefixtures("shared_compilations")
-
 METHOD = "quant-trim"
 STEPS_PER_EPOCH, EPOCHS = 4, 3
 CONFIG = dataclasses.replace(
@@ -66,7 +64,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, shared_compilations) -> Path:
+def whole(tmp_path_factory) -> Path:
     """Carry out an undisturbed run, and return its folder."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder)

@@ -28,8 +28,6 @@ from experiments.training.logs import TrainingLog
 from experiments.training.state import create_state, learning_rate_schedule, optimizer
 from qt_jax import records
 
-pytestmark = pytest.mark.usefixtures("shared_compilations")
-
 METHOD = "quant-trim"
 STEPS_PER_EPOCH, EPOCHS = 4, 3
 CONFIG = dataclasses.replace(
@@ -80,7 +78,7 @@ class Whole(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, shared_compilations) -> Whole:
+def whole(tmp_path_factory) -> Whole:
     folder, traces, validations = tmp_path_factory.mktemp("whole"), [], []
 
     def counted_schedule(config, total):

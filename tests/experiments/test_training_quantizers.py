@@ -29,10 +29,7 @@ from qt_jax.export.encodings import read_ranges
 from qt_jax.export.network import load as load_network
 from qt_jax.grid import quantization_parameters
 
-pytestmark = [
-    pytest.mark.usefixtures("shared_compilations"),
-    pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
 
 CONFIG = dataclasses.replace(
     PRESETS["smoke"],
@@ -189,7 +186,7 @@ def test_bfloat16_and_the_loop_keep_every_type(quantizer):
 
 
 @pytest.fixture(scope="module", params=["lsq", "pact"])
-def trained(request, tmp_path_factory, shared_compilations):
+def trained(request, tmp_path_factory):
     """Return (config, folder, deployed variables) of a run of two steps with a model.json."""
     config, folder = with_quantizer(request.param), tmp_path_factory.mktemp(request.param)
     variables = loop.train(config, TINY, DIGITS, folder, request.param)

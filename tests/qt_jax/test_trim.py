@@ -1,5 +1,6 @@
 """Check `quant_trim` on every kind of layer and transformation that it promises to reach."""
 
+import functools
 from typing import Any
 
 import chex
@@ -14,17 +15,24 @@ import qt_jax as qt
 CONFIG = qt.QuantConfig()
 
 
-def ready(model, x, config=CONFIG, **options):
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def ready(model, x, config=CONFIG):
     """Return variables with statistics, after one training pass that fills them."""
-    variables = qt.attach_statistics(model, model.init(jax.random.key(0), x, **options), config, x, **options)
+    variables = qt.attach_statistics(model, model.init(jax.random.key(0), x), config, x)
     with qt.quant_trim(config, 0.0, train=True):
-        _, updated = model.apply(variables, x, mutable=["batch_stats"], **options)
+        _, updated = model.apply(variables, x, mutable=["batch_stats"])
     return {**variables, **updated}
 
 
-def quantized(model, variables, x, lam=1.0, config=CONFIG, **options):
+@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("lam", "config"))
+def quantized(model, variables, x, lam=1.0, config=CONFIG):
     with qt.quant_trim(config, lam, train=False):
-        return model.apply(variables, x, **options)
+        return model.apply(variables, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain(model, variables, x):
+    return model.apply(variables, x)
 
 
 IMAGE = (2, 8, 8, 4)
@@ -46,13 +54,18 @@ def test_layer_equals_plain_layer_on_quantized_tensors(name):
     x = jax.random.normal(jax.random.key(1), shape)
     variables = ready(model, x)
     stats, params = variables["batch_stats"], variables["params"]
-    x_hat = qt.fake_quant(x, stats["quant_input"]["low"], stats["quant_input"]["high"], CONFIG.activations)
-    kernel = qt.fake_quant(
-        params["kernel"], stats["quant_kernel"]["low"], stats["quant_kernel"]["high"], CONFIG.weights
-    )
-    expected = model.apply({"params": {**params, "kernel": kernel}}, x_hat)
+
+    @jax.jit
+    def on_quantized_tensors(params, stats, x):
+        ranges, range_of_kernel = stats["quant_input"], stats["quant_kernel"]
+        x_hat = qt.fake_quant(x, ranges["low"], ranges["high"], CONFIG.activations)
+        ends = range_of_kernel["low"], range_of_kernel["high"]
+        kernel = qt.fake_quant(params["kernel"], *ends, CONFIG.weights)
+        return model.apply({"params": {**params, "kernel": kernel}}, x_hat)
+
+    expected = on_quantized_tensors(params, stats, x)
     np.testing.assert_array_equal(quantized(model, variables, x), expected)
-    assert not np.array_equal(expected, model.apply({"params": params}, x))
+    assert not np.array_equal(expected, plain(model, {"params": params}, x))
 
 
 class Block(nn.Module):

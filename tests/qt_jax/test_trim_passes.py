@@ -1,6 +1,7 @@
 """Check the points of one forward pass: the ranges they round with, when these move, what is shared."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -32,14 +33,27 @@ def data(seed: int = 0, size: int = 32) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (size, 6))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def attached(model: nn.Module, x: jax.Array, config: qt.QuantConfig = CONFIG):
     return qt.attach_statistics(model, model.init(jax.random.key(9), x), config, x)
 
 
-def trained(model, variables, x, lam=1.0, config=CONFIG):
-    with qt.quant_trim(config, lam, train=True):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="config")
+def trained(model, variables, x, config=CONFIG):
+    with qt.quant_trim(config, 1.0, train=True):
         y, updated = model.apply(variables, x, mutable=["batch_stats"])
     return y, {**variables, **updated}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluated(model, variables, x):
+    with qt.quant_trim(CONFIG, 1.0, train=False):
+        return model.apply(variables, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain(model, variables, x):
+    return model.apply({"params": variables["params"]}, x)
 
 
 def eqns(jaxpr, name: str) -> int:
@@ -54,9 +68,8 @@ def test_a_pass_rounds_with_the_ranges_it_began_with(lifted):
     model, x, larger = Branches(lifted), data(), 3.0 * data(1)
     variables = attached(model, x)
     y, variables = trained(model, variables, x)
-    np.testing.assert_array_equal(y, model.apply({"params": variables["params"]}, x))
-    with qt.quant_trim(CONFIG, 1.0, train=False):
-        frozen = model.apply(variables, larger)
+    np.testing.assert_array_equal(y, plain(model, variables, x))
+    frozen = evaluated(model, variables, larger)
     y, after = trained(model, variables, larger)
     np.testing.assert_array_equal(y, frozen)
     for name in ("query", "out"):
@@ -66,11 +79,11 @@ def test_a_pass_rounds_with_the_ranges_it_began_with(lifted):
 
 def test_a_lifted_layer_has_the_ranges_of_a_plain_one():
     x = data()
-    plain, lifted = (
+    flat, lifted = (
         trained(model, attached(model, x), x)[1]["batch_stats"] for model in (Branches(), Branches(True))
     )
-    assert jax.tree.structure(plain) == jax.tree.structure(lifted)
-    for (path, mine), other in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(lifted), strict=True):
+    assert jax.tree.structure(flat) == jax.tree.structure(lifted)
+    for (path, mine), other in zip(jax.tree.leaves_with_path(flat), jax.tree.leaves(lifted), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
@@ -115,7 +128,7 @@ def test_a_layer_that_sees_several_tensors_has_a_range_of_its_own(order, attach)
     model, x = Siamese(tuple(order.split())), data()
     variables = model.init(jax.random.key(9), x)
     variables = qt.attach_statistics(model, variables, CONFIG, x) if attach else variables
-    plain = variables
+    before = jax.tree.structure(variables)
     _, variables = trained(model, variables, x)
     statistics = variables["batch_stats"]
     low, high = qt.observe(x, quantile=0.999, symmetric=False)
@@ -124,10 +137,9 @@ def test_a_layer_that_sees_several_tensors_has_a_range_of_its_own(order, attach)
     assert statistics["both"]["quant_input"]["count"] == 1 and "quant_several" in statistics["both"]
     assert "quant_several" not in statistics["one"]
     if attach:
-        assert jax.tree.structure(variables) == jax.tree.structure(plain)
+        assert jax.tree.structure(variables) == before
     y, _ = trained(model, variables, x)
-    with qt.quant_trim(CONFIG, 1.0, train=False):
-        np.testing.assert_allclose(model.apply(variables, x), y, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(evaluated(model, variables, x), y, rtol=1e-5, atol=1e-4)
 
 
 def _ends(statistics):
@@ -311,7 +323,7 @@ def test_an_apply_inside_a_module_is_a_pass_of_its_own(moves):
     x, teacher = data(), nn.Dense(4)
     _, variables = trained(teacher, attached(teacher, x), 100.0 * x)
     student = Student(teacher, variables, moves)
-    state = attached(student, x)
+    state = qt.attach_statistics(student, student.init(jax.random.key(9), x), CONFIG, x)
     with qt.quant_trim(CONFIG, 1.0, train=True):
         _, updated = student.apply(state, x, mutable=["batch_stats", "intermediates"])
     ranges = updated["batch_stats"]["layer"]["quant_input"]
