@@ -129,7 +129,8 @@ def reestimator(
         if not answers:
             raise InvalidInput("batch norm cannot be estimated from no batches: give at least one")
         measured = [path for path in norms if any(np.any(answer.get((*path, SIZE), 0)) for answer in answers)]
-        _check_all_measured(statistics, answers[0], measured, classes)
+        for answer in answers:
+            _check_all_measured(statistics, answer, measured, classes)
         if norms and not measured:
             raise InvalidInput(
                 "every batch norm uses its running averages: apply_fn must call the model in training mode "
@@ -157,7 +158,7 @@ def _measured(call: Call, /, *args: Any, **kwargs: Any) -> Any:
     variance: Any = module.get_variable(COLLECTION, VARIANCE)
     if mean is before[MEAN] or module.get_variable(COLLECTION, SIZE) is not before[SIZE]:
         return outputs  # it used its running averages, or the module inside a lifted one was measured
-    x = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, jax.Array))
+    x: Any = args[0] if args else kwargs.get("x", next(iter(kwargs.values()), None))
     mask = kwargs.get("mask")
     if mask is None:
         size = jnp.full(mean.shape, x.size // mean.size, jnp.float32)
@@ -166,6 +167,8 @@ def _measured(call: Call, /, *args: Any, **kwargs: Any) -> Any:
         others = [axis for axis in range(x.ndim) if axis not in {feature % x.ndim for feature in features}]
         counted = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
         size = jnp.sum(counted, axis=others, dtype=jnp.float32).reshape(mean.shape)
+    if module.axis_name is not None:  # all devices or lanes have been measured together
+        size = jax.lax.psum(size, module.axis_name)
     share = (size / (before[SIZE] + size)).astype(mean.dtype)
     step = mean - before[MEAN]
     spread = share * (1.0 - share) * step**2
@@ -188,7 +191,10 @@ def _check_all_measured(
     measured: Sequence[Path],
     classes: Mapping[Path, str],
 ) -> None:
-    """Raise InvalidInput if a mean and a variance moved that belong to no module which is measured."""
+    """Raise InvalidInput if two statistics of one shape moved that belong to no module which is measured.
+
+    A mean and a variance are such a pair, whatever a model calls them.
+    """
     owners: dict[Path, set[str]] = {}
     for path, leaf in before.items():
         if (
@@ -198,7 +204,8 @@ def _check_all_measured(
         ):
             owners.setdefault(path[:-1], set()).add(path[-1])
     for owner, moved in owners.items():
-        if all(any(kind in name for name in moved) for kind in (MEAN, VARIANCE)):
+        shapes = [np.shape(before[*owner, name]) for name in moved]
+        if len(set(shapes)) < len(shapes) and classes.get(owner) != "SpectralNorm":
             nearest = next(
                 owner[:end] for end in range(len(owner), -1, -1) if owner[:end] in classes or not end
             )

@@ -41,6 +41,11 @@ SEVERAL = "quant_several"
 """Name of the mark of a layer that is applied to several tensors in one pass: an int32 zero. Such a layer
 shares its grid with no other layer."""
 
+PASSES = "quant_passes"
+"""Name of what a layer that several lifted bodies reach keeps of the pass that is running, for each point:
+{"low", "high", "count"} of the range as the pass began, "seen_low" and "seen_high", and "open", an int32 that
+is 1 while it holds something."""
+
 STEP = "quant_step"
 """Name of the number of updates that a `Recipe` has counted: an int32 scalar at the top of the collection."""
 
@@ -51,7 +56,7 @@ def is_quant_trim_statistic(path: tuple[str, ...]) -> bool:
     >>> is_quant_trim_statistic(("head", "quant_input", "low")), is_quant_trim_statistic(("norm", "mean"))
     (True, False)
     """
-    return not {KERNEL, INPUT, OUTPUT, GAIN, SEVERAL, STEP}.isdisjoint(path)
+    return not {KERNEL, INPUT, OUTPUT, GAIN, SEVERAL, PASSES, STEP}.isdisjoint(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,13 @@ A range belongs to what its layer sees. In training, the layers that one tensor 
 and value of an attention, share one image and one range, as in a vendor's graph, as long as each of them sees
 nothing else in the pass. A layer that is applied to several tensors is marked when its statistics are
 attached. It shares with no other layer, and its range holds what it saw of all.
+
+Each lifted body (nn.remat, nn.jit, nn.scan) is traced as a pass of its own. A layer that several bodies reach
+keeps in `batch_stats` what the outermost pass has seen so far, so that its range moves once all the same.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +27,8 @@ from flax.core.scope import Variable
 from qt_jax.config import QuantConfig
 from qt_jax.errors import InvalidInput
 from qt_jax.grid import QuantSpec, fake_quant, fake_quant_on_drawn_grid, grid_key, wide
-from qt_jax.interception import COLLECTION, GAIN, INPUT, KERNEL, SEVERAL, Call, share_traces
-from qt_jax.ranges import Sample, draw, empty_range, hull, hull_over_vmap, ranges, update_range
+from qt_jax.interception import COLLECTION, GAIN, INPUT, KERNEL, PASSES, SEVERAL, Call, share_traces
+from qt_jax.ranges import Range, Sample, draw, empty_range, hull, hull_over_vmap, lane, ranges, update_range
 
 
 def root_of(module: nn.Module) -> Scope:
@@ -39,6 +43,7 @@ class _Point:
 
     Attributes:
       scope: Scope of the layer.
+      name: Name of the point.
       range: Its range.
       new: Whether the range was made in this pass.
       tensors: The tensors seen, by identity. They are kept, so that no other tensor gets their identity.
@@ -48,12 +53,41 @@ class _Point:
     """
 
     scope: Scope
+    name: str
     range: Variable
     new: bool
     tensors: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     leader: "_Point | None" = None
     leads: bool = False
+
+    @property
+    def state(self) -> dict[str, jax.Array] | None:
+        """Return what `PASSES` keeps for this point, or None."""
+        kept: Any = self.scope.get_variable(COLLECTION, PASSES, {})
+        return kept.get(self.name)
+
+    def begun(self) -> Range:
+        """Return the range as it was when the outermost pass began."""
+        now, state = self.range.value, self.state
+        if state is None:
+            return now
+        return {key: jnp.where(state["open"] > 0, state[key], now[key]) for key in now}
+
+    def move(self, low: jax.Array, high: jax.Array, momentum: float) -> None:
+        """Move the range by what was seen here, and by other bodies in the outermost pass."""
+        begun, state = self.begun(), self.state
+        if state is not None:
+            opened = state["open"] > 0
+            low = jnp.where(opened, jnp.minimum(low, state["seen_low"]), low)
+            high = jnp.where(opened, jnp.maximum(high, state["seen_high"]), high)
+            self.keep({**begun, "seen_low": low, "seen_high": high, "open": jnp.ones_like(state["open"])})
+        self.range.value = update_range(begun, low, high, momentum)
+
+    def keep(self, state: dict[str, jax.Array]) -> None:
+        """Replace what `PASSES` keeps for this point."""
+        kept: Any = self.scope.get_variable(COLLECTION, PASSES)
+        self.scope.put_variable(COLLECTION, PASSES, {**kept, self.name: state})
 
 
 class _Shared(NamedTuple):
@@ -76,7 +110,11 @@ class ForwardPass:
       train: Whether ranges move where `batch_stats` is mutable.
       trace: The state of JAX's tracing in which the pass was opened.
       lifting: The module around a nested pass that made it, or None. It is named in errors.
-      nested: Whether the pass runs inside another one.
+      root: The root scope.
+      outermost: The pass around all others, which is this one if `lifting` is None.
+      reached: How many passes have reached each point, by the path of its layer and by its name, and whether
+        its range is new; of the outermost pass.
+      arrays: Inputs of the outermost pass and one of its parameters, which tell what JAX maps around it.
       carried: Whether `batch_stats` is mutable in the outermost pass.
       points: The points that were reached, by path.
       drawn: The samples of tensors, by identity and kind of range.
@@ -89,12 +127,15 @@ class ForwardPass:
     train: bool
     trace: Any
     lifting: Call | None
-    nested: bool
+    root: Scope
+    outermost: "ForwardPass | None"
+    arrays: Sequence[jax.Array]
     carried: bool
     points: dict[str, _Point] = dataclasses.field(default_factory=dict)
     drawn: dict[tuple, Sample] = dataclasses.field(default_factory=dict)
     shared: dict[tuple[int, QuantSpec], _Shared] = dataclasses.field(default_factory=dict)
     frozen_path: str | None = None
+    reached: dict[tuple[str, ...], dict[str, tuple[int, bool]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(
@@ -105,11 +146,26 @@ class ForwardPass:
         module: nn.Module,
         outer: "ForwardPass | None",
         calls: Sequence[Call],
+        arrays: Sequence[jax.Array],
     ) -> "ForwardPass":
-        """Open the pass of a module's root scope, inside the outermost pass if there is one."""
+        """Open the pass of a module's root scope, inside the outermost pass if there is one.
+
+        Args:
+          config, lam, train: As given to `quant_trim`.
+          module: The first module that is called in the pass.
+          outer: The outermost pass, or None.
+          calls: The calls that are running, the outermost first.
+          arrays: What the module is called with.
+        """
         carried = outer.carried if outer else module.is_mutable_collection(COLLECTION)
         lifting = calls[-1] if outer and calls else None
-        return cls(config, lam, train, tracers.current_trace(), lifting, outer is not None, carried)
+        if outer is None:
+            assert isinstance(module.scope, Scope)
+            params = jax.tree.leaves(module.scope.root.variables().get("params", {}))
+            floats = [x for x in (*arrays, *params[:1]) if jnp.issubdtype(x.dtype, jnp.number)]
+        around = outer.arrays if outer else floats
+        trace = tracers.current_trace()
+        return cls(config, lam, train, trace, lifting, root_of(module), outer, around, carried)
 
     @property
     def moves(self) -> bool:
@@ -129,6 +185,11 @@ class ForwardPass:
             cannot move.
         """
         where = "/".join((*module.path, name))
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InvalidInput(
+                f"{where!r} holds {x.dtype} numbers, for which no integer grid exists: leave the layer out "
+                f"with qt.Rule({'/'.join(module.path)!r}, skip=True), or the module out of fused_outputs"
+            )
         point = self._reached(module, name, where, x, spec)
         trains = self.train and not module.is_initializing()
         moves = trains and module.is_mutable_collection(COLLECTION)
@@ -145,7 +206,7 @@ class ForwardPass:
             deployed = x if gain is None else wide(x) * gain
             if moves:
                 self._observe(point, name, x, deployed, spec)
-            image = self._image(where, deployed, point.range.value, spec, moves)
+            image = self._image(where, deployed, point.begun(), spec, moves)
             if gain is not None:
                 delta = (image - deployed) / jnp.where(gain == 0.0, 1.0, gain).astype(image.dtype)
                 image = (wide(x) + delta).astype(x.dtype)
@@ -159,7 +220,7 @@ class ForwardPass:
         if point is None:
             assert isinstance(module.scope, Scope)
             new = not module.scope.has_variable(COLLECTION, name)
-            point = _Point(module.scope, self._range(module, name, where, x, spec), new)
+            point = _Point(module.scope, name, self._range(module, name, where, x, spec), new)
             self.points[where] = point
         point.tensors[id(x)] = x
         return point
@@ -283,17 +344,43 @@ class ForwardPass:
         with share_traces():
             bounds = iter(self._bounds(moving))
             for _, point in moving:
-                average = point.range.value
                 low, high = hull([next(bounds) for _ in point.samples])
-                if self.nested:
-                    low, high = hull_over_vmap(average, low, high)
-                point.range.value = update_range(average, low, high, self.config.momentum)
+                if self.lifting is not None:
+                    average = point.range.value
+                    around = {**average, "low": average["low"] + lane(*self.arrays)}
+                    low, high = hull_over_vmap(around, low, high)
+                point.move(low, high, self.config.momentum)
         for where, point in self.points.items():
             if point.leader is not None:
                 point.range.value = point.leader.range.value
+                if point.state is not None and point.leader.state is not None:
+                    point.keep(point.leader.state)
             several = where.endswith(INPUT) and len(point.tensors) > 1 and (point.new or not self.train)
             if several and point.scope.is_mutable_collection(COLLECTION):
                 point.scope.variable(COLLECTION, SEVERAL, jnp.zeros, (), jnp.int32)
+
+        reached = (self.outermost or self).reached
+        for point in self.points.values():
+            layer = reached.setdefault(point.scope.path, {})
+            times, new = layer.get(point.name, (0, False))
+            layer[point.name] = times + 1, new or point.new
+        if self.outermost is None and self.root.is_mutable_collection(COLLECTION):
+            self._close()
+
+    def _close(self) -> None:
+        """End the outermost pass: forget what layers kept of it, and make the place where they need one."""
+        for path, points in self.reached.items():
+            scope = functools.reduce(lambda scope, name: scope.push(name, reuse=True), path, self.root)
+            kept: Any = scope.get_variable(COLLECTION, PASSES, None)
+            if kept is not None:
+                closed = {
+                    name: {**state, "open": jnp.zeros_like(state["open"])} for name, state in kept.items()
+                }
+                scope.put_variable(COLLECTION, PASSES, closed)
+            elif any(times > 1 and (new or not self.train) for times, new in points.values()):
+                found: Any = {name: scope.get_variable(COLLECTION, name) for name in points}
+                made = {name: _unopened(statistics) for name, statistics in found.items() if statistics}
+                scope.put_variable(COLLECTION, PASSES, made)
 
     def _bounds(self, points: Sequence[tuple[str, _Point]]) -> list[tuple[jax.Array, jax.Array]]:
         """Return the robust range of every sample of the points, which are given with their paths.
@@ -315,3 +402,9 @@ class ForwardPass:
                 "of shard_map or pmap around the whole model; leave it out under plain jit and nn.vmap"
             ) from error
         return [next(alone if kernel else together) for kernel in kernels]
+
+
+def _unopened(statistics: Range) -> dict[str, jax.Array]:
+    """Return what `PASSES` keeps of a range while no pass is running."""
+    seen = {f"seen_{end}": jnp.zeros_like(statistics[end]) for end in ("low", "high")}
+    return {**jax.tree.map(jnp.zeros_like, statistics), **seen, "open": jnp.zeros_like(statistics["count"])}

@@ -264,7 +264,7 @@ class _Pruning:
             high = jnp.nextafter(high, jnp.finfo(high.dtype).max)
         tau = _smooth(tau, high, self.ema)
         others = [] if self.axis is None else [d for d in range(param.ndim) if d != self.axis % param.ndim]
-        limit = jnp.broadcast_to(jnp.expand_dims(tau, others), param.shape)
+        limit = jnp.expand_dims(tau, others) + jnp.zeros_like(param, jnp.float32)  # sharded as param is
         unset = limit == 0.0
         if self.spread:
             limit *= 1.0 - np.float32(self.spread) * jax.random.uniform(

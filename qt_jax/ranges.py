@@ -54,15 +54,12 @@ def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
     >>> subsample(jnp.ones((3, 3, 64, 128)), 4096, axis=-1).shape
     (128, 256)
     """
-    if size < 1:
-        raise InvalidInput(f"sample size must be at least 1, got {size}")
     x = jnp.asarray(x)
+    _check(x, size, axis)
     if axis is None:
         if x.size <= size:
             return _whole(x).reshape(-1)
         return x.at[tuple(_lattice(x.shape, size))].get(mode="promise_in_bounds", out_sharding=_replicated(x))
-    if not -x.ndim <= axis < x.ndim:
-        raise InvalidInput(f"channel axis {axis} is out of range for an array of shape {x.shape}")
     channels = jnp.moveaxis(x, axis, 0)
     elements = math.prod(channels.shape[1:])
     wanted = max(size // channels.shape[0], PER_CHANNEL_MINIMUM)
@@ -70,6 +67,15 @@ def subsample(x: jax.Array, size: int, axis: int | None = None) -> jax.Array:
         return _whole(channels).reshape(channels.shape[0], elements)
     index = (slice(None), *_lattice(channels.shape[1:], wanted))
     return channels.at[index].get(mode="promise_in_bounds", out_sharding=_replicated(channels))
+
+
+def _check(x: jax.Array, size: int, axis: int | None) -> None:
+    if size < 1:
+        raise InvalidInput(f"sample size must be at least 1, got {size}")
+    if x.size == 0:
+        raise InvalidInput(f"an array of shape {x.shape} has no elements, and no range")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise InvalidInput(f"channel axis {axis} is out of range for an array of shape {x.shape}")
 
 
 def _lattice(shape: Sequence[int], size: int) -> list[np.ndarray]:
@@ -239,7 +245,8 @@ def draw(
     x: jax.Array, *, quantile: float, symmetric: bool, axis: int | None = None, sample_size: int = 4096
 ) -> Sample:
     """Draw the sub-sample of one tensor, or its extremes. The arguments are as for `observe`."""
-    x = jax.lax.stop_gradient(x)
+    x = jax.lax.stop_gradient(jnp.asarray(x))
+    _check(x, sample_size, axis)
     values = _extremes(x, axis) if quantile == 1.0 else subsample(x, sample_size, axis)
     return Sample(values.astype(jnp.float32), quantile, symmetric)
 
@@ -247,7 +254,7 @@ def draw(
 def _extremes(x: jax.Array, axis: int | None) -> jax.Array:
     """Return the smallest and the largest element: `(2,)`, or `(channels, 2)` with an axis."""
     others = None if axis is None else tuple(d for d in range(x.ndim) if d != axis % x.ndim)
-    return jnp.stack([jnp.min(x, others), jnp.max(x, others)], axis=-1)
+    return jnp.stack([_whole(end(x, others)) for end in (jnp.min, jnp.max)], axis=-1)
 
 
 def ranges(samples: Sequence[Sample], axis_name: str | None = None) -> list[tuple[jax.Array, jax.Array]]:
@@ -312,7 +319,8 @@ def hull(bounds: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
 def hull_over_vmap(average: Range, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return (low, high). Where `vmap` maps them and not the range, return their hull over the mapped axis.
 
-    Layers under `nn.vmap` may share one range, such as those with `variable_axes={"batch_stats": None}`.
+    Layers under `nn.vmap` may share one range, such as those with `variable_axes={"batch_stats": None}`. An
+    average to which `lane` was added is mapped wherever the arrays given to `lane` are.
     """
     return low, high
 
@@ -323,6 +331,12 @@ def _hull_over_vmap(size: int, mapped: tuple, average: Range, low: jax.Array, hi
         return (low, high), tuple(mapped[1:])
     low, high = jnp.min(low, 0) if mapped[1] else low, jnp.max(high, 0) if mapped[2] else high
     return hull_over_vmap(average, low, high), (False, False)
+
+
+def lane(*arrays: jax.Array) -> jax.Array:
+    """Return a zero, float32, which `vmap` maps over every axis over which it maps one of the arrays."""
+    empty = [jax.lax.stop_gradient(x)[..., :0] for x in arrays if x.ndim]
+    return sum((jnp.sum(x).astype(jnp.float32) for x in empty), jnp.zeros((), jnp.float32))
 
 
 def empty_range(channels: int | None = None) -> Range:

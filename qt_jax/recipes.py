@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -68,15 +69,22 @@ class Recipe:
     inputs: tuple[Any, ...]
     options: Mapping[str, Any]
 
-    def attach(self, variables: Mapping[str, Any]) -> Variables:
+    def attach(self, variables: Mapping[str, Any], **options: Any) -> Variables:
         """Return the variables with an empty range for every point, the gains, and the step 0.
 
         What is there is kept, so that it does nothing to variables of an interrupted training.
 
+        Args:
+          variables: Those of a plain checkpoint, or of an interrupted training.
+          **options: What replaces the recipe's options, such as `train=True` with `rngs` for a model that
+            uses a layer more often in training.
+
         Raises:
           InvalidInput: As `attach_statistics`.
         """
-        attached = attach_statistics(self.model, dict(variables), self.config, *self.inputs, **self.options)
+        attached = attach_statistics(
+            self.model, dict(variables), self.config, *self.inputs, **{**self.options, **options}
+        )
         statistics = {STEP: jnp.zeros((), jnp.int32), **attached[COLLECTION]}
         return self._refreshed({**attached, COLLECTION: statistics})
 
@@ -108,7 +116,10 @@ class Recipe:
             return self.model.apply(variables, *inputs, **options)
 
     def quantized(self, variables: Mapping[str, Any], *inputs: Any, **options: Any) -> Any:
-        """Call `model.apply` for evaluation: fully fake-quantized, with frozen ranges."""
+        """Call `model.apply` for evaluation: fully fake-quantized, with frozen ranges.
+
+        A range that has seen no batch yet leaves its tensor in float.
+        """
         with quant_trim(self.config, 1.0, train=False):
             return self.model.apply(variables, *inputs, **options)
 
@@ -119,7 +130,8 @@ class Recipe:
     def reverse_pruning(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
         """Return the optax transformation of the recipe, which comes last in the chain.
 
-        Pass it the new statistics: `tx.update(grads, opt_state, params, **new)` with the collections that
+        Only what freezes weights comes after it. Kernels that the config leaves in float are not pruned. Pass
+        it the new statistics: `tx.update(grads, opt_state, params, **new)` with the collections that
         `apply` has returned.
 
         Args:
@@ -127,7 +139,11 @@ class Recipe:
         """
         if self.pruning is None:
             return optax.with_extra_args_support(optax.identity())
-        return reverse_pruning(**{**self.pruning, **changes})
+
+        def quantized(path: tuple[str, ...], leaf: Any) -> bool:
+            return path[-1] == "kernel" and self.config.sites("/".join(path[:-1])).weights is not None
+
+        return reverse_pruning(**{"mask": quantized, **self.pruning, **changes})
 
     def advance(self, variables: Mapping[str, Any]) -> Variables:
         """Return the variables after an update: the step counted, and the gains those of the new batch norm.
@@ -151,7 +167,7 @@ class Recipe:
         """Return the variables to deploy.
 
         If the recipe says so, batch norm is measured again in the float network. Gains and ranges of kernels
-        follow.
+        follow. The step is dropped, so that the result can start another training.
 
         Args:
           variables: After the last `advance`.
@@ -161,15 +177,16 @@ class Recipe:
           **options: What `model.apply` takes in training mode, such as `train=True`.
 
         Raises:
-          InvalidInput: The steps were never counted, or as `qt.reestimate_batch_norm`.
+          InvalidInput: The steps were not counted, the network was not quantized in training, batches is an
+            array, or as `qt.reestimate_batch_norm`.
         """
-        if int(self.step(variables)) == 0:
-            raise InvalidInput(
-                "no step was counted, so that lambda has stayed at its first value: call recipe.advance on "
-                "the variables after every update"
-            )
+        self._check_trained(variables)
+        statistics = {name: leaf for name, leaf in variables[COLLECTION].items() if name != STEP}
+        variables = {**variables, COLLECTION: statistics}
         if not self.reestimates:
-            return dict(variables)
+            return variables
+        if hasattr(batches, "shape"):
+            raise InvalidInput("batches must be a list of batches, got one array: give [images]")
 
         def apply(variables: Any, batch: Any) -> Any:
             inputs = batch if isinstance(batch, tuple) else (batch,)
@@ -179,6 +196,20 @@ class Recipe:
         if self.fusion is None:
             return measured
         return refolder(self.model, self.config, self.fusion, *self.inputs, **self.options)(measured)
+
+    def _check_trained(self, variables: Mapping[str, Any]) -> None:
+        step = int(self.step(variables))
+        if not np.any(self.lam(np.arange(step + 1))):
+            raise InvalidInput(
+                f"{step} steps were counted, and lambda is still 0: call recipe.advance on the variables "
+                "after every update, and give the recipe the steps of the whole training"
+            )
+        counts = [leaf for path, leaf in flatten_dict(variables[COLLECTION]).items() if path[-1] == "count"]
+        if counts and not any(np.any(count) for count in counts):
+            raise InvalidInput(
+                "no range has seen a batch: call recipe.apply in training, in place of model.apply, and pass "
+                "the collections that it returns to recipe.advance"
+            )
 
 
 def published(
@@ -240,7 +271,7 @@ def recommended(
       InvalidInput: As `find_fusion`.
     """
     activations = QuantSpec(8, symmetric=False, quantile=1.0)
-    weights = QuantSpec(8) if bits == 8 else QuantSpec(bits, axis=-1, quantile=1.0, grids="vendors")
+    weights = QuantSpec(bits, axis=-1, quantile=1.0, grids="vendors") if bits < 8 else QuantSpec(bits)
     return Recipe(
         model,
         QuantConfig(weights=weights, activations=activations, rules=rules, folded=True),

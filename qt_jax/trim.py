@@ -13,6 +13,7 @@ Each tensor that is put on a grid is a quantization point; `qt_jax.points` holds
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,12 @@ from qt_jax.interception import (
     shapes_of,
 )
 from qt_jax.points import ForwardPass, root_of
+
+CANNOT_CARRY = (
+    "a lifted transformation of the model cannot carry the ranges, scalars that are made by a first pass: "
+    f'give it variable_axes={{"{COLLECTION}": 0}}, not variable_carry, variable_broadcast or another axis'
+)
+"""What is said of nn.scan, nn.RNN and others that take `batch_stats` along in another way."""
 
 _entered = contextvars.ContextVar("quant_trim is entered", default=False)
 
@@ -67,15 +74,14 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     A site that has not observed anything yet, as in the first step, passes its tensor through.
 
     A range belongs to what one layer sees. If it sees several tensors in one pass, its range holds the robust
-    ranges of all, and moves once. The body of a lifted transformation, such as nn.scan or nn.remat, counts as
-    a separate pass: a layer that two bodies share, or a body and its surroundings, moves in each of them. So
-    does each submodule that is called through a `method=` which is a plain function, not a method of the
-    model.
+    ranges of all, and moves once. This holds inside lifted transformations, such as nn.scan or nn.remat, too.
+    A submodule that is called through a `method=` which is a plain function, not a method of the model,
+    counts as a separate pass.
 
-    Enter the context inside the function that is jitted: around it, the function is traced anew each time the
-    context is entered. `lam` may be traced, so that a moving lambda costs no recompilation. Attach the
-    statistics first: a training step that has to create them returns another tree than it was given, and is
-    traced twice.
+    Enter the context inside the function that is jitted: around it, the function is traced anew, and compiled
+    once more, each time the context is entered. `lam` may be traced, so that a moving lambda costs no
+    recompilation. Attach the statistics first: a training step that has to create them returns another tree
+    than it was given, and is traced twice.
 
     Args:
       config: Specs and rules.
@@ -145,11 +151,16 @@ class _Trim:
         if root in self.passes:
             return call(*args, **kwargs)
         outer = next(iter(self.passes.values()), None)
-        running = ForwardPass.open(self.config, self.lam, self.train, call.module, outer, self.calls)
+        arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, jax.Array)]
+        running = ForwardPass.open(self.config, self.lam, self.train, call.module, outer, self.calls, arrays)
         self.passes[root] = running
         try:
             outputs = call(*args, **kwargs)
             running.end()
+        except ValueError as error:
+            if "data dependency on the scan body" in str(error) and not isinstance(error, InvalidInput):
+                raise InvalidInput(CANNOT_CARRY) from error
+            raise
         finally:
             del self.passes[root]
         self.moved = self.moved or running.moves
@@ -181,8 +192,10 @@ class _Trim:
         promote = module.promote_dtype
 
         def promote_quantized(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
-            if sites.weights is not None or sites.inputs is not None:
-                inputs = _real(module, inputs, kernel)
+            if sites.inputs is not None and not jnp.issubdtype(inputs.dtype, jnp.inexact):
+                inputs = inputs.astype(
+                    module.dtype or kernel.dtype
+                )  # whole numbers have no grid of fractions
             running = self.passes[id(root_of(module))]
             folded = self.config.folded and sites.weights is not None
             gain = running.gain(module, kernel, _feature_axis(module)) if folded else None
@@ -225,21 +238,6 @@ class _Trim:
                 f"QuantConfig.fused_outputs names {sorted(unknown)[0]!r}, and no module of that path was "
                 "called: take them from qt.find_fusion(model, variables, input).outputs"
             )
-
-
-def _real(module: nn.Module, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return the inputs as floating point: whole numbers in the kernel's type, in which a grid can hold them.
-
-    Raises:
-      InvalidInput: The layer computes with complex numbers.
-    """
-    if jnp.iscomplexobj(inputs) or jnp.iscomplexobj(kernel):
-        path = "/".join(module.path)
-        raise InvalidInput(
-            f"the layer {path!r} computes with complex numbers, for which no integer grid exists: leave it "
-            f"out with qt.Rule({path!r}, skip=True)"
-        )
-    return inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else inputs.astype(kernel.dtype)
 
 
 def _feature_axis(module: nn.Module) -> int:
@@ -311,8 +309,8 @@ def _statistics_of(
     def plain(variables: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         return model.apply(variables, *inputs, **{**options, "mutable": [COLLECTION]})[1]
 
-    def forward(variables: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
-        with quant_trim(config, 0.0, train=False):
+    def forward(variables: dict[str, Any], inputs: tuple[Any, ...], *, train: bool = False) -> Any:
+        with quant_trim(config, 0.0, train=train):
             return plain(variables, inputs)
 
     def initialize(_: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
@@ -325,14 +323,18 @@ def _statistics_of(
         return shapes_of(forward, variables, inputs).get(COLLECTION, {})
     except AssertionError as error:
         shapes_of(plain, variables, inputs)  # lets an assertion of the model's own pass
-        raise InvalidInput(
-            "a lifted transformation of the model cannot carry the ranges, which are scalars: give it "
-            f'variable_axes={{"{COLLECTION}": 0}}'
-        ) from error
-    except TypeError as error:
+        raise InvalidInput(CANNOT_CARRY) from error
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InvalidInput):
+            raise
         # The branches of nn.cond and nn.switch make different ranges, except in init, which runs them all.
         try:
             made = flatten_dict(shapes_of(initialize, variables, inputs).get(COLLECTION, {}))
+            made = {path: leaf for path, leaf in made.items() if is_quant_trim_statistic(path)}
+            statistics = unflatten_dict({**made, **flatten_dict(variables.get(COLLECTION, {}))})
+            attached = {**variables, COLLECTION: statistics}
+            shapes_of(functools.partial(forward, train=config.axis_name is None), attached, inputs)
         except Exception:
-            raise error from None
-        return unflatten_dict({path: leaf for path, leaf in made.items() if is_quant_trim_statistic(path)})
+            shapes_of(plain, variables, inputs)
+            raise InvalidInput(CANNOT_CARRY) from error
+        return unflatten_dict(made)

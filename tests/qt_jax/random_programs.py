@@ -3,7 +3,7 @@
 A program has a twin that holds the same parameters and computes the same function without any lifted
 transformation: where the program has nn.jit, nn.remat or nn.cond, the twin calls the module itself, and where
 it has nn.scan or nn.vmap, the twin loops over the slices in Python. Names tell the bodies of the lifted
-transformations: a module whose name ends in "_body" is a pass of its own, and one that ends in "_stack_body"
+transformations: a module whose name ends in "_body" is lifted, and one that ends in "_stack_body"
 has its variables stacked along axis 0. The twin calls slice i of it "_stack_body__i".
 
 Steps are drawn while the network is traced, from a generator that starts at the block's seed anew for every

@@ -80,7 +80,7 @@ def test_a_jitted_function_is_quantized_inside_a_context_and_nowhere_else(inside
 def test_complex_layers_are_refused_unless_a_rule_leaves_them_out():
     model, z = nn.Dense(3, dtype=jnp.complex64, param_dtype=jnp.complex64), jax.lax.complex(X, X)
     variables = model.init(jax.random.key(0), z)
-    with pytest.raises(qt.InvalidInput, match="complex numbers"):
+    with pytest.raises(qt.InvalidInput, match="complex64 numbers"):
         qt.attach_statistics(model, variables, CONFIG, z)
     config = qt.QuantConfig(rules=(qt.Rule("", skip=True),))
     y, _, _ = learned(model, variables, z, config=config, passes=1)
@@ -405,3 +405,140 @@ def test_a_layer_with_variables_of_its_own_is_said_and_can_be_left_out():
     quiet = Console(quiet=True)
     rows = {row.path: row for row in qt.coverage(Decoder(), variables, X, config=config, console=quiet)}
     assert rows["decoder/embed"].weights != "-" and "qt.Rule('', skip=True)" in rows["decoder"].reason
+
+
+class Twice(nn.Module):
+    """Apply a layer to two tensors, through a lifted class."""
+
+    layer: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        layer = self.layer(10, name="layer")
+        return layer(x) + layer(10.0 * x)
+
+
+class InAndOut(nn.Module):
+    """Apply a layer inside a lifted body and outside."""
+
+    inside_first: bool
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(10, name="layer")
+        body = nn.remat(lambda layer, x: layer(x))
+        if self.inside_first:
+            return body(layer, 10.0 * x) + layer(x)
+        return layer(x) + body(layer, 10.0 * x)
+
+
+BODIES = [
+    Twice(nn.Dense),
+    Twice(nn.remat(nn.Dense)),
+    Twice(nn.jit(nn.Dense)),
+    InAndOut(True),
+    InAndOut(False),
+]
+
+
+@pytest.mark.parametrize("model", BODIES, ids=["plain", "remat", "jit", "inside first", "outside first"])
+def test_a_range_moves_once_however_many_bodies_see_its_layer(model):
+    """Check the ranges after three passes, and that each rounds with those that it began with."""
+    state = qt.attach_statistics(model, model.init(jax.random.key(1), X), CONFIG, X)
+
+    @jax.jit
+    def step(state, x):
+        with qt.quant_trim(CONFIG, 1.0, train=True):
+            y, new = model.apply(state, x, mutable=["batch_stats"])
+        return y, {**state, **new}
+
+    @jax.jit
+    def evaluated(state, x):
+        with qt.quant_trim(CONFIG, 1.0, train=False):
+            return model.apply(state, x)
+
+    structure, average = jax.tree.structure(state), None
+    for factor in (1.0, 2.0, 0.5):
+        x = factor * X
+        before = evaluated(state, x)
+        y, state = step(state, x)
+        np.testing.assert_allclose(y, before, rtol=1e-5, atol=1e-5)
+        low, high = (10.0 * np.asarray(end) for end in qt.observe(x, quantile=0.999, symmetric=False))
+        seen = np.array([low, high])
+        average = seen if average is None else 0.99 * average + 0.01 * seen
+    assert jax.tree.structure(state) == structure
+    found = state["batch_stats"]["layer"]["quant_input"]
+    np.testing.assert_allclose([found["low"], found["high"]], average, rtol=1e-5)
+    assert int(found["count"]) == int(state["batch_stats"]["layer"]["quant_kernel"]["count"]) == 3
+
+
+@pytest.mark.parametrize("layer", [nn.Dense, nn.remat(nn.Dense)])
+def test_lanes_of_an_outer_vmap_are_not_mixed(layer):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layer(3, name="layer")(x)
+
+    state = qt.attach_statistics(Model(), Model().init(jax.random.key(1), X), CONFIG, X)
+
+    def seen(state, x):
+        with qt.quant_trim(CONFIG, 1.0, train=True):
+            return Model().apply(state, x, mutable=["batch_stats"])[1]["batch_stats"]["layer"]["quant_input"]
+
+    lanes = jnp.stack([X, 10.0 * X, 100.0 * X])
+    found = jax.vmap(seen, (None, 0))(state, lanes)
+    high = qt.observe(X, quantile=0.999, symmetric=False)[1]
+    np.testing.assert_allclose(found["high"], [high, 10 * high, 100 * high], rtol=1e-6)
+
+
+def test_whole_numbers_take_the_type_in_which_the_layer_computes():
+    model = nn.Dense(3, dtype=jnp.float32, param_dtype=jnp.bfloat16)
+    x = jax.random.randint(jax.random.key(0), (64, 10), -3000, 3000)
+    variables = model.init(jax.random.key(1), jnp.zeros((1, 10)))
+    with jax.numpy_dtype_promotion("standard"):
+        y, _, _ = learned(model, variables, x, 0.0)
+        np.testing.assert_array_equal(y, model.apply(variables, x))
+
+
+def test_what_is_no_real_number_has_no_grid_at_outputs_either():
+    model = nn.Dense(3, dtype=jnp.complex64, param_dtype=jnp.complex64)
+    config = qt.QuantConfig(weights=None, activations=None, outputs=qt.QuantSpec(8, symmetric=False))
+    x = jax.lax.complex(X, X)
+    with pytest.raises(qt.InvalidInput, match="'quant_output' holds complex64 numbers"):
+        qt.attach_statistics(model, model.init(jax.random.key(0), x), config, x)
+
+
+@pytest.mark.parametrize(
+    "options", [{"variable_carry": "batch_stats"}, {"variable_broadcast": ["params", "batch_stats"]}]
+)
+def test_a_loop_that_takes_the_collection_in_another_way_is_refused(options):
+    model, x = Recurrent(options), X.reshape(16, 2, 5)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(qt.InvalidInput, match="cannot carry the ranges"):
+        learned(model, variables, x)
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+@pytest.mark.parametrize("quantile", [0.9, 1.0])
+def test_kernels_on_explicit_meshes_are_observed_and_pruned(quantile, axis):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    kernel = jax.random.normal(jax.random.key(0), (16, 8))
+    spec = jax.sharding.PartitionSpec(None, "model")
+    tx = qt.reverse_pruning(quantile, every=1, axis=axis)
+    plain = {"kernel": kernel}
+    expected, _ = tx.update(jax.tree.map(jnp.zeros_like, plain), tx.init(plain), plain)
+    bounds = qt.observe(kernel, quantile=quantile, symmetric=True, axis=axis)
+    with jax.set_mesh(mesh):
+        split = {"kernel": jax.device_put(kernel, jax.sharding.NamedSharding(mesh, spec))}
+        found, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, split), tx.init(split), split)
+        seen = qt.observe(split["kernel"], quantile=quantile, symmetric=True, axis=axis)
+    np.testing.assert_array_equal(found["kernel"], expected["kernel"])
+    np.testing.assert_allclose(seen, bounds, rtol=1e-6)
+
+
+def test_ranges_of_nothing_and_of_axes_that_are_not_there_are_refused():
+    for quantile in (0.999, 1.0):
+        with pytest.raises(qt.InvalidInput, match="axis 5 is out of range"):
+            qt.observe(X, quantile=quantile, symmetric=True, axis=5)
+        with pytest.raises(qt.InvalidInput, match="no elements"):
+            qt.observe(X[:0], quantile=quantile, symmetric=True)

@@ -148,16 +148,42 @@ def test_finish_measures_batch_norm_and_the_kernels_that_it_folds_into():
 
 def test_published_finishes_as_it_is():
     recipe, step, state, _ = build(qt.recipes.published)
-    variables, _ = step(*state)
-    jax.tree.map(np.testing.assert_array_equal, recipe.finish(variables, []), variables)
+    for _ in range(4):
+        state = step(*state)
+    finished = recipe.finish(state[0], [])
+    statistics = {**finished["batch_stats"], "quant_step": state[0]["batch_stats"]["quant_step"]}
+    jax.tree.map(np.testing.assert_array_equal, {**finished, "batch_stats": statistics}, state[0])
+    again = recipe.attach(finished)
+    assert int(recipe.step(again)) == 0 and "quant_step" not in finished["batch_stats"]
 
 
 def test_steps_that_are_not_counted_are_refused():
     recipe, _, (variables, _), _ = build(qt.recipes.recommended)
     with pytest.raises(qt.InvalidInput, match=r"call recipe\.attach"):
         recipe.apply(START, X, train=True, mutable="batch_stats")
-    with pytest.raises(qt.InvalidInput, match=r"no step was counted.*recipe\.advance"):
+    with pytest.raises(
+        qt.InvalidInput, match=r"0 steps were counted, and lambda is still 0.*recipe\.advance"
+    ):
         recipe.finish(variables, [X], train=True)
+    for _ in range(4):
+        variables = recipe.advance(variables)
+    with pytest.raises(qt.InvalidInput, match=r"no range has seen a batch: call recipe\.apply"):
+        recipe.finish(variables, [X], train=True)
+
+
+def test_batches_that_are_one_array_are_refused():
+    recipe, step, state, _ = build(qt.recipes.recommended)
+    for _ in range(4):
+        state = step(*state)
+    with pytest.raises(qt.InvalidInput, match=r"give \[images\]"):
+        recipe.finish(state[0], X, train=True)
+
+
+def test_layers_that_stay_in_float_are_not_pruned():
+    rules = (qt.Rule("head", skip=True),)
+    _, _, (_, opt_state), _ = build(qt.recipes.recommended, rules=rules)
+    tau = opt_state[-1].tau
+    assert isinstance(tau["head"]["kernel"], optax.MaskedNode) and tau["conv"]["kernel"] == 0
 
 
 def test_bits_rules_and_a_recipe_without_pruning():
@@ -177,7 +203,7 @@ def test_the_step_is_a_statistic_of_quant_trim():
 
 def test_finish_takes_a_forward_and_needs_no_mapped_axis():
     recipe, step, state, _ = build(qt.recipes.recommended)
-    for _ in range(3):
+    for _ in range(4):
         state = step(*state)
     mapped = dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, axis_name="batch"))
 
