@@ -43,8 +43,8 @@ shares its grid with no other layer."""
 
 PASSES = "quant_passes"
 """Name of what a layer that several lifted bodies reach keeps of the pass that is running, for each point:
-{"low", "high", "count"} of the range as the pass began, "seen_low" and "seen_high", and "open", an int32 that
-is 1 while it holds something."""
+"begun_low", "begun_high" and "begun_count" of the range as the pass began, "seen_low" and "seen_high", and
+"open", an int32 that is 1 while it holds something."""
 
 STEP = "quant_step"
 """Name of the number of updates that a `Recipe` has counted: an int32 scalar at the top of the collection."""

@@ -72,7 +72,7 @@ class _Point:
         now, state = self.range.value, self.state
         if state is None:
             return now
-        return {key: jnp.where(state["open"] > 0, state[key], now[key]) for key in now}
+        return {key: jnp.where(state["open"] > 0, state[f"begun_{key}"], now[key]) for key in now}
 
     def move(self, low: jax.Array, high: jax.Array, momentum: float) -> None:
         """Move the range by what was seen here, and by other bodies in the outermost pass."""
@@ -81,7 +81,8 @@ class _Point:
             opened = state["open"] > 0
             low = jnp.where(opened, jnp.minimum(low, state["seen_low"]), low)
             high = jnp.where(opened, jnp.maximum(high, state["seen_high"]), high)
-            self.keep({**begun, "seen_low": low, "seen_high": high, "open": jnp.ones_like(state["open"])})
+            kept = {f"begun_{key}": value for key, value in begun.items()}
+            self.keep({**kept, "seen_low": low, "seen_high": high, "open": jnp.ones_like(state["open"])})
         self.range.value = update_range(begun, low, high, momentum)
 
     def keep(self, state: dict[str, jax.Array]) -> None:
@@ -406,5 +407,6 @@ class ForwardPass:
 
 def _unopened(statistics: Range) -> dict[str, jax.Array]:
     """Return what `PASSES` keeps of a range while no pass is running."""
+    begun = {f"begun_{key}": jnp.zeros_like(value) for key, value in statistics.items()}
     seen = {f"seen_{end}": jnp.zeros_like(statistics[end]) for end in ("low", "high")}
-    return {**jax.tree.map(jnp.zeros_like, statistics), **seen, "open": jnp.zeros_like(statistics["count"])}
+    return {**begun, **seen, "open": jnp.zeros_like(statistics["count"])}
