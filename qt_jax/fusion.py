@@ -164,9 +164,7 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
     """
     require_linen(model)
     marked: dict[str, int] = {}  # how often each path was marked, in the order of the calls
-    kernels: dict[
-        str, tuple[int, bool]
-    ] = {}  # a kernel's rank where it is used, and whether it is transposed
+    kernels: dict[str, tuple[int, bool]] = {}  # rank where it is used, and whether it is transposed
 
     def mark(call: Call, /, *args: Any, **kwargs: Any) -> Any:
         path, module = call.path, call.module

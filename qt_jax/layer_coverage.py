@@ -18,6 +18,7 @@ from qt_jax.dataflow import trace
 from qt_jax.errors import InvalidInput
 from qt_jax.grid import QuantSpec
 from qt_jax.interception import COLLECTION, LAYERS, Call, intercept, is_quant_trim_statistic, require_linen
+from qt_jax.points import root_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ class _Calls:
         known, found = self.classes.get(call.path), type(call.module)
         if known is None or issubclass(known, found):  # a lifted class calls the one that it was made of
             self.classes[call.path] = found
-        self.methods.append((_root(call), tracers.current_trace()))
+        self.methods.append((root_of(call.module), tracers.current_trace()))
         try:
             return call(*args, **kwargs)
         finally:
@@ -192,7 +193,10 @@ class _Calls:
             return
         if around is not None:
             why = _why_not_carried(around)
-        elif next(trace for root, trace in self.methods if root is _root(call)) != tracers.current_trace():
+        elif (
+            next(trace for root, trace in self.methods if root is root_of(call.module))
+            != tracers.current_trace()
+        ):
             why = (
                 "called inside one of JAX's own transformations, which Flax does not know of: use nn.cond, "
                 "nn.scan, nn.remat, nn.vmap or nn.jit, with the module as its argument"
@@ -234,12 +238,6 @@ class _Calls:
         if found is not None and issubclass(found, LAYERS):
             return "called through another method than __call__"
         return "; ".join(f"{name}: {_fate(primitives)}" for name, primitives in fates.items())
-
-
-def _root(call: Call) -> Any:
-    """Return the root scope of a call's module. Each lifted transformation opens one."""
-    assert call.module.scope is not None
-    return call.module.scope.root
 
 
 def _why_not_carried(around: Call) -> str:

@@ -344,11 +344,12 @@ class ForwardPass:
         moving = [(where, point) for where, point in self.points.items() if point.samples]
         with share_traces():
             bounds = iter(self._bounds(moving))
+            outer = None if self.lifting is None else lane(*self.arrays)
             for _, point in moving:
                 low, high = hull([next(bounds) for _ in point.samples])
-                if self.lifting is not None:
+                if outer is not None:
                     average = point.range.value
-                    around = {**average, "low": average["low"] + lane(*self.arrays)}
+                    around = {**average, "low": average["low"] + outer}
                     low, high = hull_over_vmap(around, low, high)
                 point.move(low, high, self.config.momentum)
         for where, point in self.points.items():

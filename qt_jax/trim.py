@@ -111,7 +111,7 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     if _entered.get():
         raise InvalidInput(
             "quant_trim is entered inside quant_trim, which would round every layer twice: leave the outer "
-            "context first (attach_statistics and coverage enter one, too)"
+            "context first (attach_statistics enters one, too)"
         )
     trim = _Trim(config, jnp.asarray(lam, jnp.float32), train)
     token = _entered.set(True)
@@ -193,9 +193,8 @@ class _Trim:
 
         def promote_quantized(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
             if sites.inputs is not None and not jnp.issubdtype(inputs.dtype, jnp.inexact):
-                inputs = inputs.astype(
-                    module.dtype or kernel.dtype
-                )  # whole numbers have no grid of fractions
+                # Whole numbers have no grid of fractions: take the type in which the layer computes.
+                inputs = inputs.astype(module.dtype or kernel.dtype)
             running = self.passes[id(root_of(module))]
             folded = self.config.folded and sites.weights is not None
             gain = running.gain(module, kernel, _feature_axis(module)) if folded else None
