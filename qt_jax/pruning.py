@@ -240,7 +240,9 @@ class _Pruning:
         old = [_unboxed(weights[i], path) for i, path in zip(kernels, paths, strict=True)]
         given = [_unboxed(changes[i], path) for i, path in zip(kernels, paths, strict=True)]
         plain = [holding(update, param) for update, param in zip(given, old, strict=True)]
-        gains = _gains(paths, old, batch_stats) if self.folded else [None] * len(kernels)
+        gains: list[Any] = [None] * len(kernels)
+        if self.folded:
+            gains = _gains(paths, old, batch_stats, [_names(path) for path, _ in named])
         clipped = jax.lax.cond(
             due,
             lambda taus: tuple(zip(*map(self._clip, old, plain, gains, taus), strict=True)),
@@ -397,16 +399,23 @@ def _is_masked(node: object) -> bool:
 
 
 def _gains(
-    paths: list[Path], kernels: list[jax.Array], batch_stats: Mapping[str, Any] | None
+    paths: list[Path], kernels: list[jax.Array], batch_stats: Mapping[str, Any] | None, everywhere: list[Path]
 ) -> list[jax.Array]:
-    """Return the gains in `batch_stats` of each kernel, with its rank; 1 if there are none."""
+    """Return the gains in `batch_stats` of each kernel, with its rank; 1 if there are none.
+
+    `everywhere` holds the paths of all parameters and of the subtrees that a mask hides.
+    """
     statistics = {_names(path): leaf for path, leaf in jax.tree.leaves_with_path(batch_stats)}
-    if not any(path[-1] == GAIN for path in statistics):
+    with_gain = {path[:-1] for path in statistics if path[-1] == GAIN}
+    if not with_gain:
         raise InvalidInput(
             "reverse_pruning(folded=True) needs gains: tx.update(updates, state, params, batch_stats=...) "
             "on statistics attached for a QuantConfig(folded=True) and kept up to date by Fusion.refresh"
         )
-    if not any((*path[:-1], GAIN) in statistics for path in paths):
+    if paths and not any(
+        path[:-1] in with_gain or any(layer[: len(path)] == path for layer in with_gain)
+        for path in everywhere
+    ):
         raise InvalidInput(
             f"reverse_pruning(folded=True): no kernel has a gain, {'/'.join(paths[0])} for one; params must "
             "be the tree below 'params', with the paths of batch_stats"

@@ -1,7 +1,9 @@
 """Check reverse pruning: thresholds, exact bounds, schedules, dtypes, trees of any kind and bad settings."""
 
+import functools
 import re
 
+import chex
 import flax.linen as nn
 import flax.serialization
 import flax.struct
@@ -831,6 +833,33 @@ def test_a_kernel_that_all_steps_of_a_scan_share_has_their_gain():
     bound = np.quantile(folded, 0.5) / np.asarray(gain)[:1]
     found = optax.apply_updates(params, updates)["cell"]["kernel"]
     np.testing.assert_allclose(found, np.clip(kernel, -bound, bound), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tx: tx(mask={"backbone": False, "head": True}),
+        lambda tx: tx(mask=lambda path, leaf: path[0] == "head" and path[-1] == "kernel"),
+        lambda tx: optax.masked(tx(), {"backbone": False, "head": True}),
+        lambda tx: optax.partition(
+            {"trained": tx(), "frozen": optax.set_to_zero()}, {"backbone": "frozen", "head": "trained"}
+        ),
+    ],
+)
+def test_a_head_without_gains_is_clipped_beside_a_backbone_that_a_mask_hides(make):
+    params = {
+        "backbone": {"layer": {"kernel": normal(0, 4, 6)}},
+        "head": {"kernel": normal(1, 6, 3), "bias": normal(2, 3)},
+    }
+    statistics = {"backbone": {"layer": {GAIN: jnp.exp(normal(3, 6))}}}
+    tx = make(functools.partial(reverse_pruning, 0.7, every=1, folded=True))
+    updates, _ = tx.update(zeros_like(params), tx.init(params), params, batch_stats=statistics)
+    clipped = optax.apply_updates(params, updates)
+    tau = np.quantile(np.abs(np.asarray(params["head"]["kernel"], np.float64)), 0.7)
+    np.testing.assert_allclose(
+        clipped["head"]["kernel"], np.clip(params["head"]["kernel"], -tau, tau), rtol=1e-6
+    )
+    chex.assert_trees_all_equal(clipped["backbone"], params["backbone"])
 
 
 def test_gains_that_no_kernel_finds_are_refused():

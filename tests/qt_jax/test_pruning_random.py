@@ -123,7 +123,8 @@ def _mask(rng, params):
     if kind == "default":
         return None, None
     if kind == "groups":
-        chosen = {top: bool(rng.random() < 0.7) for top in {path[0] for path in params} - {"temperature"}}
+        tops = dict.fromkeys(path[0] for path in params if path[0] != "temperature")
+        chosen = {top: bool(rng.random() < 0.7) for top in tops}
         kernels = {path for path in params if path[-1] == "kernel" and chosen[path[0]]}
         return chosen | {"temperature": False}, kernels
     selected = {path for path in params if rng.random() < 0.6 and path[-1] in ("kernel", "scale")}
