@@ -273,7 +273,7 @@ def trace(
 
     paths = [*leaves]
     closed = jax.make_jaxpr(forward)([*leaves.values()], [given[place] for place in traced])
-    types = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars)
+    types = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals)
     return TracedProgram(closed, dict(zip(paths, types, strict=False)))
 
 
