@@ -4,7 +4,10 @@ Running averages lag behind the parameters. Under Quant-Trim they also belong to
 rounds, while the float graph that is exported does neither.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +25,9 @@ Path = tuple[str, ...]
 MEAN, VARIANCE, SIZE = "mean", "var", "reestimated_size"
 """Names of the statistics of Linen's batch norm, and of the number of elements that they were taken over."""
 
+BODY, SIGNATURE = inspect.unwrap(nn.BatchNorm.__call__), inspect.signature(nn.BatchNorm.__call__)
+"""What Linen's batch norm runs, whichever class calls it, and what it takes."""
+
 
 def reestimate(
     apply_fn: Callable[[Any, Any], tuple[Any, Mapping[str, Any]]],
@@ -37,7 +43,8 @@ def reestimate(
     This is the mean and the (biased) variance of all inputs of a layer, those under a `mask` alone if it is
     given one. Neither the module's momentum nor the order of the batches matters (precise batch norm: Wu and
     Johnson, arXiv 2105.07576, section 3). A layer that is called several times, also by a lifted loop, gets
-    the statistics of all its inputs.
+    the statistics of all its inputs. A class derived from nn.BatchNorm gets those of what it gives to the
+    `__call__` that it inherits.
 
     Each batch takes one forward pass in training mode. A batch norm then normalises with the statistics of
     the batch, so that a deeper layer is measured on inputs normalised as they will be, whatever the old
@@ -52,15 +59,16 @@ def reestimate(
       variables: Flax collections. Parameters and all other statistics, Quant-Trim's ranges among them, come
         back as they are. Without batch norm, the result equals `variables`.
       batches: What `apply_fn` takes: arrays, or pytrees of arrays. Give a few thousand examples in all,
-        prepared as for inference (no augmentation).
+        prepared as for inference (no augmentation). Leaves that are no numeric arrays, such as True, 2 or
+        "abc", reach `apply_fn` as they are, and it is compiled once for each distinct set of them.
 
     Returns:
       {"params": ..., "batch_stats": ..., ...}. The new statistics have the dtype of the old.
 
     Raises:
       InvalidInput: There is no batch, all batch norms use their running averages, `apply_fn` does not return
-        the updated collection, statistics are not finite, or a module that is no nn.BatchNorm moves a mean
-        and a variance of its own, which cannot be measured.
+        the updated collection, statistics are not finite, or a module moves a mean and a variance of its
+        own, not through nn.BatchNorm, which cannot be measured.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -79,7 +87,7 @@ def reestimate(
 def reestimator(
     apply_fn: Callable[[Any, Any], tuple[Any, Mapping[str, Any]]],
 ) -> Callable[[Mapping[str, Any], Iterable[Any]], dict[str, Any]]:
-    """Build `reestimate` for one forward: a function of variables and batches, compiled once for all of them.
+    """Build `reestimate` for one forward: a function of variables and batches that keeps what it compiles.
 
     Take it where many networks of one architecture are measured. Build it anew for another forward, or for
     the same forward under another interceptor, such as an enclosing `quant_trim`.
@@ -104,12 +112,12 @@ def reestimator(
 
     def record(call: Call, /, *args: Any, **kwargs: Any) -> Any:
         classes.setdefault(call.module.path, type(call.module).__name__)
-        return _measured(call, *args, **kwargs)
+        return call(*args, **kwargs)
 
-    @jax.jit
-    def measure(variables: Any, batch: Any) -> dict[Path, jax.Array]:
-        with intercept(record):
-            answer = apply_fn(variables, batch)
+    @partial(jax.jit, static_argnums=2)
+    def measure(variables: Any, arrays: Sequence[Any], frame: _Frame) -> dict[Path, jax.Array]:
+        with intercept(record), intercept(_measured, every_method=True):
+            answer = apply_fn(variables, frame.around(arrays))
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
             raise InvalidInput(
                 "apply_fn must return (outputs, updated): call the model's apply with "
@@ -125,7 +133,7 @@ def reestimator(
         ]
         empty = {(*path, SIZE): jnp.zeros(np.shape(statistics[*path, MEAN])) for path in norms}
         given = {**variables, COLLECTION: unflatten_dict({**statistics, **empty})}
-        answers = [jax.device_get(measure(given, batch)) for batch in batches]
+        answers = [jax.device_get(measure(given, *_taken_apart(batch))) for batch in batches]
         if not answers:
             raise InvalidInput("batch norm cannot be estimated from no batches: give at least one")
         measured = [path for path in norms if any(np.any(answer.get((*path, SIZE), 0)) for answer in answers)]
@@ -142,24 +150,82 @@ def reestimator(
     return pooled_over
 
 
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """Hold all of a batch but its arrays, as a static argument of a jitted function.
+
+    Attributes:
+      tree: Structure of the batch.
+      keys: For each leaf, what tells it from another: for an array None, as jit itself looks at it.
+      leaves: The leaves, with None in place of each array.
+    """
+
+    tree: Any
+    keys: tuple[tuple[type, Hashable] | None, ...]
+    leaves: tuple[Any, ...] = dataclasses.field(compare=False)
+
+    def around(self, arrays: Iterable[Any]) -> Any:
+        """Return the batch that holds these arrays."""
+        rest = iter(arrays)
+        return self.tree.unflatten(
+            [next(rest) if key is None else leaf for key, leaf in zip(self.keys, self.leaves, strict=True)]
+        )
+
+
+def _taken_apart(batch: Any) -> tuple[list[Any], _Frame]:
+    """Return the arrays of a batch, and its frame.
+
+    The class of a leaf is part of its key, as True equals 1 and 1.0. A leaf that cannot be hashed equals no
+    other.
+
+    >>> arrays, frame = _taken_apart({"n": 2, "x": jnp.ones(3)})
+    >>> len(arrays), frame.around([0.5])
+    (1, {'n': 2, 'x': 0.5})
+    >>> [frame == _taken_apart({"n": n, "x": jnp.zeros(3)})[1] for n in (2, 2.0)]
+    [True, False]
+    """
+    leaves, tree = jax.tree.flatten(batch)
+    keys = [
+        None if _is_traced(leaf) else (type(leaf), leaf if isinstance(leaf, Hashable) else object())
+        for leaf in leaves
+    ]
+    arrays = [leaf for leaf, key in zip(leaves, keys, strict=True) if key is None]
+    rest = (None if key is None else leaf for leaf, key in zip(leaves, keys, strict=True))
+    return arrays, _Frame(tree, (*keys,), (*rest,))
+
+
+def _is_traced(leaf: Any) -> bool:
+    """Tell whether a leaf is an array of numbers. Numpy has arrays of text, dates and objects too.
+
+    >>> [_is_traced(leaf) for leaf in (np.ones(2), np.float32(1), 1.0, "a", np.array(["a"]))]
+    [True, True, False, False, False]
+    """
+    of_no_numbers = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "MOSUm"
+    return hasattr(leaf, "shape") and not of_no_numbers
+
+
 def _measured(call: Call, /, *args: Any, **kwargs: Any) -> Any:
-    """Run one module. A batch norm in training mode is left with the statistics of all its inputs so far.
+    """Run one method. `nn.BatchNorm.__call__` in training mode leaves the statistics of all inputs so far.
+
+    A derived class may take other arguments, call it with several inputs, or not at all. So nothing is read
+    from the call of such a class, and all from those that reach the method of nn.BatchNorm itself.
 
     The number of elements that it has seen lies beside its statistics, and passes with them through loops
     and other lifted transformations. How often their bodies are traced does not matter.
     """
-    module = call.module
-    if not (isinstance(module, nn.BatchNorm) and module.has_variable(COLLECTION, SIZE)):
+    module: Any = call.module
+    runs_body = getattr(inspect.unwrap(call.method), "func", None) is BODY  # Flax binds it by a partial
+    if not (runs_body and module.has_variable(COLLECTION, SIZE)):
         return call(*args, **kwargs)
     before: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in (MEAN, VARIANCE, SIZE)}
     with shadowed(module, momentum=0.0):
         outputs = call(*args, **kwargs)
     mean: Any = module.get_variable(COLLECTION, MEAN)
     variance: Any = module.get_variable(COLLECTION, VARIANCE)
-    if mean is before[MEAN] or module.get_variable(COLLECTION, SIZE) is not before[SIZE]:
-        return outputs  # it used its running averages, or the module inside a lifted one was measured
-    x: Any = args[0] if args else kwargs.get("x", next(iter(kwargs.values()), None))
-    mask = kwargs.get("mask")
+    if mean is before[MEAN]:
+        return outputs  # it used its running averages
+    given = SIGNATURE.bind(module, *args, **kwargs).arguments
+    x, mask = given["x"], given.get("mask")
     if mask is None:
         size = jnp.full(mean.shape, x.size // mean.size, jnp.float32)
     else:
@@ -212,8 +278,8 @@ def _check_all_measured(
             raise InvalidInput(
                 f"{'/'.join(owner)!r} ({classes.get(nearest, 'of a class that was not called')}) moves "
                 f"statistics of its own, {' and '.join(sorted(moved))}, which cannot be measured: use "
-                "nn.BatchNorm or derive the class from it. To leave them as they are, let apply_fn return "
-                "those that it was given."
+                "nn.BatchNorm, or derive the class from it and call super().__call__. To leave them as they "
+                "are, let apply_fn return those that it was given."
             )
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import copy_p
 
@@ -254,7 +253,7 @@ def trace(
 
     The arrays among the inputs and options are traced. All else is passed as it is, such as `train=False`.
     """
-    leaves = {path: leaf for path, leaf in sorted(flatten_dict(dict(variables)).items())}
+    leaves, structure = leaves_by_path(variables), jax.tree.structure(variables)
     given, tree = jax.tree.flatten((inputs, dict(options)))
     traced = [
         place
@@ -268,13 +267,24 @@ def trace(
             whole[place] = array
         inputs, options = jax.tree.unflatten(tree, whole)
         with context():
-            outputs = model.apply(unflatten_dict(dict(zip(paths, leaves, strict=True))), *inputs, **options)
+            outputs = model.apply(jax.tree.unflatten(structure, leaves), *inputs, **options)
         return [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
 
-    paths = [*leaves]
     closed = jax.make_jaxpr(forward)([*leaves.values()], [given[place] for place in traced])
-    types = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals)
-    return TracedProgram(closed, dict(zip(paths, types, strict=False)))
+    types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+    return TracedProgram(closed, dict(zip(leaves, types[: len(leaves)], strict=True)))
+
+
+def leaves_by_path(tree: Any) -> dict[Path, Any]:
+    """Return the arrays of a tree of dicts, lists and tuples by path, in the order of `jax.tree.leaves`.
+
+    >>> leaves_by_path({"losses": {"l2": (1.0, 2.0)}, "params": {"bias": None, "kernel": 3.0}})
+    {('losses', 'l2', '0'): 1.0, ('losses', 'l2', '1'): 2.0, ('params', 'kernel'): 3.0}
+    """
+    return {
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def known_leaves(
@@ -286,7 +296,7 @@ def known_leaves(
       InvalidInput: A leaf is missing, or has another number of elements.
     """
     taken = {x for equation in equations for x in equation.inputs if isinstance(x, int)} | {*values}
-    given, found = flatten_dict(dict(variables)), {}
+    given, found = leaves_by_path(variables), {}
     for path, number in program.leaves.items():
         if number not in taken:
             continue

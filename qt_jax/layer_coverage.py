@@ -14,10 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from qt_jax.config import QuantConfig, Sites, check_rules_used
-from qt_jax.dataflow import trace
+from qt_jax.dataflow import leaves_by_path, trace
 from qt_jax.errors import InvalidInput
 from qt_jax.grid import QuantSpec
-from qt_jax.interception import COLLECTION, LAYERS, Call, intercept, is_quant_trim_statistic, require_linen
+from qt_jax.interception import (
+    COLLECTION,
+    LAYERS,
+    Call,
+    intercept,
+    is_quant_trim_statistic,
+    require_linen,
+    shadowed,
+)
 from qt_jax.points import root_of
 
 
@@ -92,9 +100,9 @@ def coverage(
     if not variables.get("params"):
         raise InvalidInput("the variables hold no 'params': pass all that model.init or the checkpoint holds")
     leaves: dict[str, dict[str, Any]] = {}
-    for path, leaf in flatten_dict(variables["params"]).items():
-        if leaf.ndim >= 2:
-            leaves.setdefault("/".join(path[:-1]), {})[path[-1]] = leaf
+    for keys, leaf in leaves_by_path(variables["params"]).items():
+        if jax.numpy.ndim(leaf) >= 2:
+            leaves.setdefault("/".join(keys[:-1]), {})[keys[-1]] = leaf
     seen = _Calls(frozenset(leaves))
     options["mutable"] = union_filters(options.get("mutable", False), COLLECTION)
     program = trace(model, variables, inputs, options, seen.noted)
@@ -106,8 +114,8 @@ def coverage(
         if path in seen.layers and not sites.weights:
             why = _why_float(config, sites)
         elif path not in seen.layers:
-            keys = tuple(path.split("/")) if path else ()
-            fates = {name: program.meets(program.leaves["params", *keys, name]) for name in owned}
+            above = tuple(path.split("/")) if path else ()
+            fates = {name: program.meets(program.leaves["params", *above, name]) for name in owned}
             why = seen.why_not(path, fates)
         reached = path in seen.layers and not seen.layers[path]
         specs = (sites.weights, sites.inputs, sites.outputs) if reached else (None, None, None)
@@ -144,17 +152,21 @@ class _Calls:
     Attributes:
       owners: The paths of the modules that own a parameter of rank 2 or more.
       classes: The class of each module of which any method was called, by path, as the user wrote it.
-      layers: Why no range can be kept for each layer that was called, by path; empty if it can.
+      layers: Why no range can be kept for each layer that was called, by path; empty if it can. A layer that
+        multiplies in code of its own, and not in that of Linen, is none.
+      own_code: The paths of those.
       applied: The path of a layer in the variables that another module, by path, makes for it.
-      methods: The root scope of each method that is running, and the trace that it is part of.
+      methods: The module of each method that is running, its root scope as it began, and the trace that it
+        is part of.
       running: The modules whose `__call__` is running.
     """
 
     owners: frozenset[str]
     classes: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     layers: dict[str, str] = dataclasses.field(default_factory=dict)
+    own_code: set[str] = dataclasses.field(default_factory=set)
     applied: dict[str, str] = dataclasses.field(default_factory=dict)
-    methods: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    methods: list[tuple[nn.Module, Any, Any]] = dataclasses.field(default_factory=list)
     running: list[Call] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager
@@ -167,7 +179,7 @@ class _Calls:
         known, found = self.classes.get(call.path), type(call.module)
         if known is None or issubclass(known, found):  # a lifted class calls the one that it was made of
             self.classes[call.path] = found
-        self.methods.append((root_of(call.module), tracers.current_trace()))
+        self.methods.append((call.module, root_of(call.module), tracers.current_trace()))
         try:
             return call(*args, **kwargs)
         finally:
@@ -176,9 +188,21 @@ class _Calls:
     def _note_call(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         self.running.append(call)
         try:
-            outputs = call(*args, **kwargs)
-            if isinstance(call.module, LAYERS):
+            if not isinstance(call.module, LAYERS):
+                return call(*args, **kwargs)
+            promote, promoted = call.module.promote_dtype, False
+
+            def promote_noted(*arrays: Any, **options: Any) -> Any:
+                nonlocal promoted
+                promoted = True
+                return promote(*arrays, **options)
+
+            with shadowed(call.module, promote_dtype=promote_noted):
+                outputs = call(*args, **kwargs)
+            if promoted:
                 self._note_layer(call, outputs)
+            else:
+                self.own_code.add(call.path)
             return outputs
         finally:
             self.running.pop()
@@ -193,10 +217,7 @@ class _Calls:
             return
         if around is not None:
             why = _why_not_carried(around)
-        elif (
-            next(trace for root, trace in self.methods if root is root_of(call.module))
-            != tracers.current_trace()
-        ):
+        elif self._trace_of(call.module) != tracers.current_trace():
             why = (
                 "called inside one of JAX's own transformations, which Flax does not know of: use nn.cond, "
                 "nn.scan, nn.remat, nn.vmap or nn.jit, with the module as its argument"
@@ -204,6 +225,11 @@ class _Calls:
         elif jax.numpy.iscomplexobj(outputs):
             why = f"computes with complex numbers: leave it out, qt.Rule({call.path!r}, skip=True)"
         self.layers[call.path] = self.layers.get(call.path) or why
+
+    def _trace_of(self, module: nn.Module) -> Any:
+        """Return the trace in which the first method of the module's pass was called."""
+        within = next(root for called, root, _ in reversed(self.methods) if called is module)
+        return next(trace for _, root, trace in self.methods if root is within)
 
     def name(self, path: str) -> str:
         """Return the name of the class of the module at a path, one that a user writes."""
@@ -235,7 +261,7 @@ class _Calls:
         found = self.classes.get(path)
         if found is None and not any(fates.values()):
             return "never called in this forward pass"
-        if found is not None and issubclass(found, LAYERS):
+        if found is not None and issubclass(found, LAYERS) and path not in self.own_code:
             return "called through another method than __call__"
         return "; ".join(f"{name}: {_fate(primitives)}" for name, primitives in fates.items())
 
@@ -252,7 +278,8 @@ def _why_not_carried(around: Call) -> str:
     name, path = type(around.module).__name__, around.path
     return (
         f"{repr(path) if path else 'the model'} ({name}) calls it by a transformation that does not carry "
-        f'{COLLECTION!r}: give "{COLLECTION}": 0 among the variable_axes of its nn.scan or nn.vmap'
+        f'{COLLECTION!r}: give "{COLLECTION}": 0 among the variable_axes of its nn.scan or nn.vmap, or make '
+        "it the carry_variables of its nn.while_loop"
     )
 
 

@@ -173,6 +173,11 @@ class ForwardPass:
         """Tell whether any range moves when the pass ends."""
         return any(point.samples for point in self.points.values())
 
+    def holds(self, statistics: Range) -> bool:
+        """Tell whether a range is among the variables of this pass."""
+        own = jax.tree.leaves(self.root.variables().get(COLLECTION, {}))
+        return any(leaf is statistics["low"] for leaf in own)
+
     def quantized(
         self, module: nn.Module, name: str, x: jax.Array, spec: QuantSpec, gain: jax.Array | None = None
     ) -> jax.Array:
@@ -195,6 +200,8 @@ class ForwardPass:
         trains = self.train and not module.is_initializing()
         moves = trains and module.is_mutable_collection(COLLECTION)
         if trains and not moves:
+            if self.outermost and self.carried and self.outermost.holds(point.range.value):
+                raise InvalidInput(self._absence(module, where))
             self.frozen_path = self.frozen_path or where
         if moves:
             self._check_trace(where)
@@ -255,7 +262,7 @@ class ForwardPass:
         if path and not inside:
             return (
                 f"{where!r} cannot be kept: {path!r} ({around}) applies this layer with variables of its own "
-                f"making, which hold no {COLLECTION!r}. Call it as a submodule, or {skip}."
+                f"making, which hold no {COLLECTION!r} that changes. Call it as a submodule, or {skip}."
             )
         if isinstance(self.lifting.module, nn.RNN):
             remedy = (
@@ -264,12 +271,13 @@ class ForwardPass:
             )
         else:
             remedy = (
-                f'give "{COLLECTION}": 0 among the variable_axes of its nn.scan or nn.vmap (nn.WeightNorm, '
-                "nn.map_variables and an apply inside a module that does not pass it cannot carry it)"
+                f'give "{COLLECTION}": 0 among the variable_axes of its nn.scan or nn.vmap, or make it the '
+                "carry_variables of its nn.while_loop (nn.WeightNorm and an apply inside a module cannot "
+                "carry it)"
             )
         return (
             f"{where!r} cannot be kept: the transformation through which {path or 'the model'!r} ({around}) "
-            f"calls it does not carry {COLLECTION!r}. Either {remedy}, or {skip}."
+            f"calls it does not carry {COLLECTION!r}, or does not let it change. Either {remedy}, or {skip}."
         )
 
     def gain(self, module: nn.Module, kernel: jax.Array, axis: int) -> jax.Array:
@@ -381,7 +389,7 @@ class ForwardPass:
                 scope.put_variable(COLLECTION, PASSES, closed)
             elif any(times > 1 and (new or not self.train) for times, new in points.values()):
                 found: Any = {name: scope.get_variable(COLLECTION, name) for name in points}
-                made = {name: _unopened(statistics) for name, statistics in found.items() if statistics}
+                made = {name: unopened(statistics) for name, statistics in found.items() if statistics}
                 scope.put_variable(COLLECTION, PASSES, made)
 
     def _bounds(self, points: Sequence[tuple[str, _Point]]) -> list[tuple[jax.Array, jax.Array]]:
@@ -406,7 +414,7 @@ class ForwardPass:
         return [next(alone if kernel else together) for kernel in kernels]
 
 
-def _unopened(statistics: Range) -> dict[str, jax.Array]:
+def unopened(statistics: Range) -> dict[str, jax.Array]:
     """Return what `PASSES` keeps of a range while no pass is running."""
     begun = {f"begun_{key}": jnp.zeros_like(value) for key, value in statistics.items()}
     seen = {f"seen_{end}": jnp.zeros_like(statistics[end]) for end in ("low", "high")}

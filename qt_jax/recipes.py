@@ -141,7 +141,7 @@ class Recipe:
             return optax.with_extra_args_support(optax.identity())
 
         def quantized(path: tuple[str, ...], leaf: Any) -> bool:
-            return path[-1] == "kernel" and self.config.sites("/".join(path[:-1])).weights is not None
+            return path[-1:] == ("kernel",) and self.config.sites("/".join(path[:-1])).weights is not None
 
         return reverse_pruning(**{"mask": quantized, **self.pruning, **changes})
 

@@ -32,6 +32,7 @@ from qt_jax.interception import (
     KERNEL,
     LAYERS,
     OUTPUT,
+    PASSES,
     Call,
     intercept,
     is_quant_trim_statistic,
@@ -39,7 +40,7 @@ from qt_jax.interception import (
     shadowed,
     shapes_of,
 )
-from qt_jax.points import ForwardPass, root_of
+from qt_jax.points import ForwardPass, root_of, unopened
 
 CANNOT_CARRY = (
     "a lifted transformation of the model cannot carry the ranges, scalars that are made by a first pass: "
@@ -55,12 +56,15 @@ class Visit:
     """List what one trace inside the context saw.
 
     Attributes:
-      layers: The sites of every layer that was reached, by path.
+      layers: The sites of every layer that was reached, by path. A subclass of a layer that multiplies in
+        code of its own, and not in that of Linen, is not reached.
       outputs: The paths of all modules that were called.
+      lifted: The paths of the layers that were reached inside a lifted transformation.
     """
 
     layers: dict[str, Sites] = dataclasses.field(default_factory=dict)
     outputs: set[str] = dataclasses.field(default_factory=set)
+    lifted: set[tuple[str, ...]] = dataclasses.field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -85,7 +89,7 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
 
     Args:
       config: Specs and rules.
-      lam: Blend coefficient in [0, 1], a Python float or a scalar array.
+      lam: Blend coefficient in [0, 1], a Python float or a scalar array. A traced one is clipped to [0, 1].
       train: True to update the ranges, False to freeze them. Ranges are updated only where `batch_stats` is
         mutable. At least one call inside the context must make it mutable, except during `init`.
 
@@ -106,14 +110,16 @@ def quant_trim(config: QuantConfig, lam: jax.Array | float, *, train: bool) -> I
     >>> sorted(updated["batch_stats"])
     ['quant_input', 'quant_kernel']
     """
-    if isinstance(lam, (int, float)) and not 0.0 <= lam <= 1.0:
+    if jnp.ndim(lam) != 0:
+        raise InvalidInput(f"lambda must be one number, got an array of shape {jnp.shape(lam)}")
+    if not isinstance(lam, jax.core.Tracer) and not 0.0 <= float(lam) <= 1.0:
         raise InvalidInput(f"lambda must lie in [0, 1], got {lam}")
     if _entered.get():
         raise InvalidInput(
             "quant_trim is entered inside quant_trim, which would round every layer twice: leave the outer "
             "context first (attach_statistics enters one, too)"
         )
-    trim = _Trim(config, jnp.asarray(lam, jnp.float32), train)
+    trim = _Trim(config, jnp.clip(jnp.asarray(lam, jnp.float32), 0.0, 1.0), train)
     token = _entered.set(True)
     try:
         with intercept(trim.run_pass, every_method=True), intercept(trim.quantize):
@@ -163,6 +169,8 @@ class _Trim:
             raise
         finally:
             del self.passes[root]
+        if outer is not None:
+            self.visit.lifted |= {point.scope.path for point in running.points.values()}
         self.moved = self.moved or running.moves
         self.frozen_path = self.frozen_path or running.frozen_path
         return outputs
@@ -179,6 +187,7 @@ class _Trim:
         module, path = call.module, call.path
         skipped = any(rule.skip and rule.matches(path) for rule in self.config.rules)
         fused = self.config.activations if path in self.config.fused_outputs and not skipped else None
+        running = self.passes[id(root_of(module))]  # a compact method gives the model another root scope
         self.visit.outputs.add(path)
         if not isinstance(module, LAYERS):
             outputs = call(*args, **kwargs)
@@ -187,36 +196,27 @@ class _Trim:
                     f"QuantConfig.fused_outputs names {path!r}, which returns a {type(outputs).__name__}, "
                     "not an array: name the modules that make its parts, as qt.find_fusion(...).outputs does"
                 )
-            return self._point(module, OUTPUT, outputs, fused)
-        sites = self.visit.layers.setdefault(path, self.config.sites(path))
-        promote = module.promote_dtype
+            return _point(running, module, OUTPUT, outputs, fused)
+        sites, promote, promoted = self.config.sites(path), module.promote_dtype, False
 
-        def promote_quantized(inputs: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
+        def promote_quantized(inputs: Any, kernel: Any, *rest: Any, **options: Any) -> Any:
+            nonlocal promoted
+            promoted = True
+            self.visit.layers[path] = sites
+            if not isinstance(inputs, jax.Array):  # by identity, arrays tell which layers share one
+                inputs = jnp.asarray(inputs)
             if sites.inputs is not None and not jnp.issubdtype(inputs.dtype, jnp.inexact):
                 # Whole numbers have no grid of fractions: take the type in which the layer computes.
                 inputs = inputs.astype(module.dtype or kernel.dtype)
-            running = self.passes[id(root_of(module))]
             folded = self.config.folded and sites.weights is not None
             gain = running.gain(module, kernel, _feature_axis(module)) if folded else None
-            kernel = self._point(module, KERNEL, kernel, _kernel_spec(module, sites.weights), gain)
-            inputs = self._point(module, INPUT, inputs, sites.inputs)
+            kernel = _point(running, module, KERNEL, kernel, _kernel_spec(module, sites.weights), gain)
+            inputs = _point(running, module, INPUT, inputs, sites.inputs)
             return promote(inputs, kernel, *rest, **options)
 
         with shadowed(module, promote_dtype=promote_quantized):
             outputs = call(*args, **kwargs)
-        return self._point(module, OUTPUT, outputs, sites.outputs or fused)
-
-    def _point(
-        self,
-        module: nn.Module,
-        name: str,
-        x: jax.Array,
-        spec: QuantSpec | None,
-        gain: jax.Array | None = None,
-    ) -> jax.Array:
-        if spec is None:
-            return x
-        return self.passes[id(root_of(module))].quantized(module, name, x, spec, gain)
+        return _point(running, module, OUTPUT, outputs, (sites.outputs if promoted else None) or fused)
 
     def check(self) -> None:
         """Raise InvalidInput if the context had no effect, or not the effect that was asked for."""
@@ -237,6 +237,17 @@ class _Trim:
                 f"QuantConfig.fused_outputs names {sorted(unknown)[0]!r}, and no module of that path was "
                 "called: take them from qt.find_fusion(model, variables, input).outputs"
             )
+
+
+def _point(
+    running: ForwardPass,
+    module: nn.Module,
+    name: str,
+    x: jax.Array,
+    spec: QuantSpec | None,
+    gain: jax.Array | None = None,
+) -> jax.Array:
+    return x if spec is None else running.quantized(module, name, x, spec, gain)
 
 
 def _feature_axis(module: nn.Module) -> int:
@@ -308,9 +319,13 @@ def _statistics_of(
     def plain(variables: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         return model.apply(variables, *inputs, **{**options, "mutable": [COLLECTION]})[1]
 
+    lifted: set[tuple[str, ...]] = set()
+
     def forward(variables: dict[str, Any], inputs: tuple[Any, ...], *, train: bool = False) -> Any:
-        with quant_trim(config, 0.0, train=train):
-            return plain(variables, inputs)
+        with quant_trim(config, 0.0, train=train) as visit:
+            outputs = plain(variables, inputs)
+        lifted.update(visit.lifted)
+        return outputs
 
     def initialize(_: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         rngs = {"params": jax.random.key(0), **options.get("rngs", {})}
@@ -332,7 +347,18 @@ def _statistics_of(
             made = {path: leaf for path, leaf in made.items() if is_quant_trim_statistic(path)}
             statistics = unflatten_dict({**made, **flatten_dict(variables.get(COLLECTION, {}))})
             attached = {**variables, COLLECTION: statistics}
-            shapes_of(functools.partial(forward, train=config.axis_name is None), attached, inputs)
+            train = config.axis_name is None
+            shapes_of(functools.partial(forward, train=train), attached, inputs)
+            # A body of nn.while_loop runs more than once, and what its layers see belongs to one pass.
+            for layer in lifted:
+                for name in (KERNEL, INPUT, OUTPUT):
+                    range_ = {
+                        end: made[*layer, name, end]
+                        for end in ("low", "high", "count")
+                        if (*layer, name, end) in made
+                    }
+                    if range_:
+                        made |= {(*layer, PASSES, name, k): leaf for k, leaf in unopened(range_).items()}
         except Exception:
             shapes_of(plain, variables, inputs)
             raise InvalidInput(CANNOT_CARRY) from error

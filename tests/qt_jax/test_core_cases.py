@@ -542,3 +542,154 @@ def test_ranges_of_nothing_and_of_axes_that_are_not_there_are_refused():
             qt.observe(X, quantile=quantile, symmetric=True, axis=5)
         with pytest.raises(qt.InvalidInput, match="no elements"):
             qt.observe(X[:0], quantile=quantile, symmetric=True)
+
+
+class Iterated(nn.Module):
+    """Apply a layer in a loop whose number of steps is not known when tracing."""
+
+    carry: str | bool
+
+    def setup(self):
+        self.layer = nn.Dense(10)
+
+    def __call__(self, x):
+        if self.is_initializing():
+            return self.layer(x)
+
+        def go_on(module, carry):
+            return carry[0] < 3
+
+        def step(module, carry):
+            return carry[0] + 1, 3 * module.layer(carry[1])
+
+        return nn.while_loop(go_on, step, self, (0, x), carry_variables=self.carry)[1]
+
+
+def test_a_layer_in_a_while_loop_has_one_range_of_all_it_sees():
+    config = qt.QuantConfig(
+        weights=qt.QuantSpec(8, quantile=1.0), activations=qt.QuantSpec(8, symmetric=False, quantile=1.0)
+    )
+    variables = Iterated("batch_stats").init(jax.random.key(1), X)
+    _, state, _ = learned(Iterated("batch_stats"), variables, X, 0.0, config, passes=1)
+    kernel, seen = np.asarray(variables["params"]["layer"]["kernel"]), [np.asarray(X)]
+    for _ in range(2):
+        seen.append(3 * (seen[-1] @ kernel))
+    found = state["batch_stats"]["layer"]["quant_input"]
+    assert int(found["count"]) == 1
+    np.testing.assert_allclose(found["high"], max(x.max() for x in seen), rtol=1e-5)
+    np.testing.assert_allclose(found["low"], min(x.min() for x in seen), rtol=1e-5)
+    with pytest.raises(qt.InvalidInput, match=r"carry_variables of its nn\.while_loop"):
+        qt.attach_statistics(Iterated(False), variables, config, X)
+    rows = qt.coverage(Iterated(False), variables, X, config=config, console=Console(quiet=True))
+    assert "carry_variables of its nn.while_loop" in rows[0].reason
+
+
+class OwnProduct(nn.Dense):
+    """Multiply in code of its own, although it is a Dense."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        return x @ (kernel - kernel.mean(0, keepdims=True))
+
+
+def test_a_layer_that_multiplies_in_its_own_code_is_not_called_quantized():
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="head")(nn.relu(OwnProduct(4, name="stem")(x)))
+
+    variables = Network().init(jax.random.key(0), X)
+    rows = {row.path: row for row in qt.coverage(Network(), variables, X, console=Console(quiet=True))}
+    assert rows["stem"].weights == "-" and "multiplied in the module's own code" in rows["stem"].reason
+    outputs = qt.QuantConfig(outputs=qt.QuantSpec(8))
+    _, state, visit = learned(Network(), variables, X, 1.0, outputs)
+    assert list(visit.layers) == list(state["batch_stats"]) == ["head"]
+    with pytest.raises(qt.InvalidInput, match="'stem' matches no layer"):
+        qt.attach_statistics(Network(), variables, qt.QuantConfig(rules=(qt.Rule("stem", skip=True),)), X)
+    with pytest.raises(qt.InvalidInput, match="saw no layer"):
+        qt.attach_statistics(OwnProduct(4), OwnProduct(4).init(jax.random.key(0), X), CONFIG, X)
+
+
+class Doubled(nn.Dense):
+    """Call the compact method of its base from a plain one: Flax then gives the model another root scope."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Encoder(nn.Module):
+    @nn.compact
+    def encode(self, x):
+        return nn.Dense(4, name="layer")(x)
+
+    def __call__(self, x):
+        return nn.relu(self.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (Doubled(3), qt.QuantConfig(outputs=qt.QuantSpec(8, quantile=1.0))),
+        (Encoder(), qt.QuantConfig(qt.QuantSpec(8), qt.QuantSpec(8, quantile=1.0), fused_outputs=("",))),
+    ],
+)
+def test_a_model_that_calls_a_compact_method_has_its_output_on_a_grid(model, config):
+    variables = model.init(jax.random.key(0), X)
+    plain = model.apply(variables, X)
+    y, state, _ = learned(model, variables, X, 0.0, config)
+    np.testing.assert_array_equal(y, plain)
+    assert float(state["batch_stats"]["quant_output"]["high"]) == float(jnp.abs(plain).max())
+    assert qt.coverage(model, variables, X, console=Console(quiet=True))[0].weights != "-"
+
+
+@pytest.mark.parametrize(
+    "lam", [np.float32(1.5), jnp.float32(-0.5), jnp.float32(np.nan), 2, np.ones(1), [0.5]]
+)
+def test_lambda_is_one_number_in_its_range(lam):
+    with (
+        pytest.raises(qt.InvalidInput, match="lambda must"),
+        qt.quant_trim(CONFIG, np.asarray(lam) if isinstance(lam, list) else lam, train=False),
+    ):
+        raise AssertionError("entered")
+
+
+def test_a_traced_lambda_is_clipped():
+    model = nn.Dense(3)
+    _, state, _ = learned(model, model.init(jax.random.key(0), X), X)
+
+    @jax.jit
+    def run(lam):
+        with qt.quant_trim(CONFIG, lam, train=False):
+            return model.apply(state, X)
+
+    for far, near in ((1.5, 1.0), (-3.0, 0.0)):
+        np.testing.assert_array_equal(run(far), run(near))
+
+
+def test_a_submodule_that_is_applied_to_another_tensor_by_hand_is_refused_in_training():
+    class ByHand(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(10, name="layer")
+            y = layer(x)
+            module, variables = layer.unbind()
+            return y + module.apply(variables, 50 * y)
+
+    variables = ByHand().init(jax.random.key(0), X)
+    state = qt.attach_statistics(ByHand(), variables, CONFIG, X)
+    with (
+        pytest.raises(qt.InvalidInput, match=r"does not carry 'batch_stats', or does not let it change"),
+        qt.quant_trim(CONFIG, 1.0, train=True),
+    ):
+        ByHand().apply(state, X, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("x", [np.asarray(X, np.float64), np.asarray(X)], ids=["float64", "float32"])
+def test_arrays_of_numpy_are_rounded_as_those_of_jax(x):
+    model = nn.Dense(3)
+    variables = model.init(jax.random.key(0), X)
+    y, state, _ = learned(model, variables, x)
+    expected, wanted, _ = learned(model, variables, X)
+    np.testing.assert_array_equal(y, expected)
+    jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], wanted["batch_stats"])

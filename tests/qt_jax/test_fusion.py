@@ -540,3 +540,34 @@ def test_what_is_no_linen_module_is_refused():
 
     with pytest.raises(qt.InvalidInput, match=r"Wrapper is not a Linen module.*`module` \(Dense\)"):
         qt.find_fusion(Wrapper(), {}, jnp.ones((1, 2)))
+
+
+class Regularized(nn.Module):
+    """Sow a loss twice, which is a tuple among the variables of `init`, and hold a list of parameters."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for _ in range(2):
+            self.sow("losses", "l2", (x**2).mean(0))
+        scales = self.param("scales", lambda _: [jnp.ones((1, 10)), None, (2 * jnp.ones((1, 10)),)])
+        x = nn.Dense(10, name="layer")(x * scales[0] / scales[2][0])
+        return nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x)) + 1.0
+
+
+def test_variables_that_hold_tuples_and_lists_are_told_apart():
+    x = jax.random.normal(jax.random.key(0), (16, 10))
+    variables = Regularized().init(jax.random.key(1), x)
+    assert len(variables["losses"]["l2"]) == 2
+    scale, var = jnp.arange(10.0) - 3, jnp.arange(10.0) + 0.5
+    variables["params"]["norm"]["scale"], variables["batch_stats"]["norm"]["var"] = scale, var
+    config = qt.QuantConfig(folded=True)
+    without = {key: variables[key] for key in ("params", "batch_stats")}
+    for given in (variables, without):
+        fusion = qt.find_fusion(Regularized(), given, x)
+        assert fusion.layers == ("layer",)
+        for later in (variables, without):
+            state = qt.attach_statistics(Regularized(), later, config, x)
+            state = fusion.refresh(state)
+            np.testing.assert_allclose(
+                state["batch_stats"]["layer"][GAIN], scale / np.sqrt(np.asarray(var) + 1e-5), rtol=1e-6
+            )

@@ -272,3 +272,24 @@ def test_other_collections_may_be_mutable_and_inputs_go_by_keyword():
     variables = Sows().init(jax.random.key(0), X)
     rows = cover(Sows(), variables={"params": variables["params"]}, x=X, scale=2.0, mutable=["intermediates"])
     assert rows["head"].weights != "-"
+
+
+def test_lists_of_parameters_and_sown_tuples_are_told_apart():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                self.sow("losses", "l2", (x**2).mean(0))
+            queries = self.param("queries", lambda _: [jnp.ones((10, 10)), jnp.ones((10, 10))])
+            offset = self.param("offset", nn.initializers.zeros, (1, 10))
+            return nn.Dense(3, name="head")(x @ queries[1] + offset)
+
+    x = jnp.ones((2, 10))
+    rows = qt.coverage(Model(), Model().init(jax.random.key(0), x), x, console=Console(quiet=True))
+    why = {row.path: row.reason for row in rows}
+    assert why["head"] == ""
+    assert "offset: added, no product" in why[""]
+    assert (
+        why["queries"].startswith("0: not used")
+        and "1: multiplied in the module's own code" in why["queries"]
+    )

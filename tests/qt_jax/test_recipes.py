@@ -213,3 +213,12 @@ def test_finish_takes_a_forward_and_needs_no_mapped_axis():
     expected = recipe.finish(state[0], [X], train=True)
     found = mapped.finish(state[0], [X], forward=forward)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_flattened_optimizer_is_refused_in_words():
+    model, x = nn.Dense(2), jnp.ones((4, 3))
+    variables = model.init(jax.random.key(0), x)
+    recipe = qt.recipes.published(model, variables, x, steps=9)
+    tx = optax.flatten(optax.chain(optax.sgd(0.1), recipe.reverse_pruning()))
+    with pytest.raises(qt.InvalidInput, match="no parameter is selected"):
+        tx.init(variables["params"])
