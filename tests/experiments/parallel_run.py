@@ -2,6 +2,9 @@
 
 python parallel_run.py FOLDER NAME COUNT [ADDRESS:PORT,PROCESSES,INDEX] [STOP]: trains on the first COUNT
 devices up to step STOP (SIGTERM arrives there) or the end, in FOLDER; the leader writes FOLDER/NAME.npz.
+
+The run computes in float64, in which the order of a sum changes nothing that a grid could round the other
+way.
 """
 
 import dataclasses
@@ -11,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import devices
 from experiments.configs.training import PRESETS
 from experiments.data import load
 from experiments.models.resnet import ResNet
-from experiments.training import loop
+from experiments.training import loop, program
 from experiments.training.divergence import are_finite
 from experiments.training.step import Split
 
@@ -40,6 +44,15 @@ def flat(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
+def in_double(state):
+    """Hold the running statistics of batch norm in float64, which Flax makes float32 at first."""
+
+    def cast(path, leaf):
+        return leaf.astype(jnp.float64) if path[-1].key in ("mean", "var") else leaf
+
+    return state.replace(batch_stats=jax.tree.map_with_path(cast, state.batch_stats))
+
+
 @contextmanager
 def told_to_end_at(stop: int):
     """Stand in for `loop.watch_signals`: SIGTERM comes in step `stop`."""
@@ -47,10 +60,13 @@ def told_to_end_at(stop: int):
 
 
 def main(folder: str, name: str, count: str, where: str = "alone", stop: str = "") -> None:
+    jax.config.update("jax_enable_x64", True)
     if where != "alone":
         devices.connect(where)
     if stop:
         loop.watch_signals = lambda: told_to_end_at(int(stop))
+    create_state = program.create_state
+    program.create_state = lambda *arguments: in_double(create_state(*arguments))
     seen = {}
     row = loop._row
 
@@ -62,7 +78,7 @@ def main(folder: str, name: str, count: str, where: str = "alone", stop: str = "
     dataset = load("digits")
     on = jax.devices()[: int(count)]
     try:
-        loop.train(CONFIG, ResNet((1,), width=4), dataset, Path(folder), METHOD, on)
+        loop.train(CONFIG, ResNet((1,), width=4, dtype=jnp.float64), dataset, Path(folder), METHOD, on)
     except loop.Interrupted as error:
         print(error)
         return

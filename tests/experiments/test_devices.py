@@ -1,8 +1,9 @@
 """Train on one device, on eight, in two processes of four, and moved from eight to two to one.
 
-On another number of devices the sums of a batch are taken in another order and differ in their last bits.
-Fake quantization rounds, so that a value between two steps of a grid may then go to the other one. The
-tolerances leave room for that. Devices that disagree on what the batch is are far outside.
+On another number of devices, and in another number of processes, the sums of a batch are taken in another
+order and differ in their last bits. Fake quantization rounds: in float32 a weight that lies between two steps
+of its grid goes to the other one about once in such a run, and moves a running mean by up to 1e-3. In float64
+the last bits are too small for that, so that the runs agree unless devices disagree on what the batch is.
 """
 
 import importlib.util
@@ -28,10 +29,8 @@ SPEC = importlib.util.spec_from_file_location("parallel_run", SCRIPT)
 parallel_run = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(parallel_run)
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
-FEW_ROUNDINGS = 5e-3
-"""Of the largest entry of each array, after fifty steps on another number of devices."""
-SAME_DEVICES = 1e-4
-"""The same, where only the transport of the sums differs, or the tail of the run."""
+ORDER_OF_SUMS = 1e-9
+"""Of the largest entry of each array, after fifty steps with the sums in another order."""
 
 
 def start(devices_each: int, *arguments: str) -> subprocess.Popen:
@@ -88,37 +87,38 @@ def runs(tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
         assert [row["epoch"] for row in mine] == [1, 2, 3, 4, 5], name
     losses = {name: [row["loss"] for row in mine] for name, mine in rows.items()}
     for name in found:
-        np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-6, err_msg=name)
     return found
 
 
-def assert_alike(mine: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float) -> None:
+def assert_alike(mine: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     assert mine.keys() == other.keys()
     for path in mine:
         if not path.startswith("opt_state") or "tau" in path:
-            atol = tolerance * max(np.abs(other[path]).max(), 1e-3)
+            atol = ORDER_OF_SUMS * max(np.abs(other[path]).max(), 1e-3)
             np.testing.assert_allclose(mine[path], other[path], atol=atol, rtol=0, err_msg=path)
 
 
 def test_eight_devices_are_one(runs):
     """Compare parameters, their average, batch norm, ranges and tau."""
-    assert_alike(runs["eight"], runs["one"], FEW_ROUNDINGS)
+    assert_alike(runs["eight"], runs["one"])
 
 
 @pytest.mark.parametrize("name", ["two", "four"])
 def test_processes_are_devices(runs, name):
-    assert_alike(runs[name], runs["eight"], SAME_DEVICES)
+    assert_alike(runs[name], runs["eight"])
 
 
 def test_a_run_moves_from_eight_devices_to_two_to_one(runs):
-    assert_alike(runs["moved"], runs["one"], FEW_ROUNDINGS)
+    assert_alike(runs["moved"], runs["one"])
 
 
 def test_tau_is_the_same_everywhere(runs):
     paths = [path for path in runs["one"] if "/tau/" in path]
     assert len(paths) == 4
     for path in paths:
-        np.testing.assert_allclose([mine[path] for mine in runs.values()], runs["one"][path], rtol=1e-4)
+        mine = [state[path] for state in runs.values()]
+        np.testing.assert_allclose(mine, runs["one"][path], rtol=ORDER_OF_SUMS)
 
 
 def test_devices_exchange_a_batch_not_the_data_set():
