@@ -30,7 +30,7 @@ import qt_jax as qt
 from qt_jax import records
 from qt_jax.command_line import command
 from qt_jax.export import to_onnx
-from qt_jax.export.deploy import deployed_config
+from qt_jax.export.integers import deployed_config
 from qt_jax.export.network import Deployable, load
 from qt_jax.export.qdq import insert_qdq
 from qt_jax.export.ranges import tensor_ranges
@@ -105,6 +105,11 @@ def jax_itself(network: Deployable) -> dict[str, Any]:
     }
 
 
+def _number(value: float | None, factor: float, digits: int) -> str:
+    """Write a number; outputs that are no rows of classes have none."""
+    return "-" if value is None else f"{factor * value:.{digits}f}"
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """Return the table with one row per run and graph."""
     shown = Table(title="QDQ in onnxruntime against the JAX forward at lambda = 1", box=box.SIMPLE_HEAD)
@@ -124,20 +129,18 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         if "margins" not in row:
             ratio = "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-            cells = (f"{100 * row['top1_agreement']:.1f}", "", "", ratio)
-            shown.add_row(row["run"], row["graph"], *cells)
+            shown.add_row(row["run"], row["graph"], _number(row["top1_agreement"], 100, 1), "", "", ratio)
             continue
-        margins = row["margins"]
-        lost = "-" if margins["largest_lost"] is None else f"{margins['largest_lost']:.2f}"
+        margins = row["margins"] or {"largest_lost": None, "median": None}
         shown.add_row(
             row["run"],
             row["graph"],
-            f"{100 * row['top1_agreement']:.1f}",
+            _number(row["top1_agreement"], 100, 1),
             f"{100 * row['equal_integers']:.1f}",
             f"{row['largest_difference']:.2f}",
             "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
-            lost,
-            f"{margins['median']:.0f}",
+            _number(margins["largest_lost"], 1, 2),
+            _number(margins["median"], 1, 0),
             f"{row['integer_convolutions']}/{row['convolutions']}",
             f"{row['integer_products']}/{row['products']}",
         )

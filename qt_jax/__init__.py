@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {"to_onnx": "qt_jax.export", "evaluate": "qt_jax.backends"}
-"""Names that are imported on first use: deployment loads onnxruntime and jax2onnx, which training does not
+"""Names that are imported on first use: deployment loads onnxruntime and onnx, which training does not
 need."""
 
 __all__ = [

@@ -10,6 +10,7 @@ of the same target removes those that are older than `ABANDONED` seconds.
 import glob
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -64,11 +65,36 @@ def staged(path: str | os.PathLike) -> Iterator[Path]:
     _remove_abandoned(path)
 
 
+@contextmanager
+def staged_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give the block a scratch folder beside `path`, for files that it then moves to their places.
+
+    The folder is removed when the block ends. Those that a kill has left are removed as by `staged`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "model.onnx"
+    >>> with staged_folder(path) as folder:
+    ...     _ = (folder / "part").write_bytes(b"graph")
+    ...     os.replace(folder / "part", path)
+    >>> [entry.name for entry in path.parent.iterdir()]
+    ['model.onnx']
+    """
+    path = Path(path)
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(TOKEN_BYTES)}.partial")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _remove_abandoned(path)
+
+
 def _remove_abandoned(path: Path) -> None:
     """Remove the scratch files of `path` that a kill has left, as far as they can be removed."""
     now = time.time()
     token = "[0-9a-f]" * (2 * TOKEN_BYTES)
     for scratch in path.parent.glob(f"{glob.escape(path.name)}.{token}.partial"):
         with suppress(OSError):  # another writer may have removed it
-            if now - scratch.stat().st_mtime > ABANDONED:
-                scratch.unlink()
+            parts = [scratch, *scratch.iterdir()] if scratch.is_dir() else [scratch]
+            if now - max(part.stat().st_mtime for part in parts) > ABANDONED:
+                shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()

@@ -47,7 +47,7 @@ def deploy(
     def forward(variables: Any, x: jax.Array) -> jax.Array:
         return model.apply(variables, x, train=False)
 
-    graph = qt.to_onnx(forward, variables, dataset.test_images.shape[1:], opset=OPSET)
+    graph = qt.to_onnx(forward, variables, dataset.test_images.shape[1:], opset=OPSET, check=False)
     samples = np.asarray(normalize(jnp.asarray(dataset.train_images[:8]), dataset.mean, dataset.std))
     calibration = graph_input(dataset, dataset.train_images[:CALIBRATION])
     schemes = {scheme.name: scheme for scheme in ort.BACKEND.schemes}

@@ -24,6 +24,7 @@ from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
 from qt_jax.backends.rows import Evaluation, EvaluationJob
 from qt_jax.errors import InvalidInput
+from qt_jax.export.storage import model_sha256, save
 from qt_jax.files import staged
 from qt_jax.records import Record
 from qt_jax.scheduler import HERE, Scheduler, open_queue
@@ -199,20 +200,19 @@ def _prepare_job(
     """Write the model and the arrays to files named by their content, and return what all rows share."""
     data = home / "data"
     data.mkdir(exist_ok=True)
-    payload = model.SerializeToString()
     arrays = {"calibration": calibration, "images": images, "labels": labels}
-    hashes = {"model": hashlib.sha256(payload).hexdigest()}
+    hashes = {"model": model_sha256(model)}
     hashes |= {name: _digest(array) for name, array in arrays.items()}
     paths = {name: data / f"{name}-{hashes[name][:12]}.npy" for name in ("calibration", "images")}
     paths["model"] = data / f"model-{hashes['model'][:12]}.onnx"
     for name, path in paths.items():
         if path.exists():
             continue
+        if name == "model":
+            save(model, path)
+            continue
         with staged(path) as scratch, scratch.open("wb") as file:
-            if name == "model":
-                file.write(payload)
-            else:
-                np.save(file, arrays[name])
+            np.save(file, arrays[name])
     return EvaluationJob(
         home,
         model=paths["model"],

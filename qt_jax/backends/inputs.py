@@ -95,9 +95,7 @@ def prepare(
                 f"The model is of opset {_opset(model)} and onnx cannot convert it to {OLDEST_OPSET}: "
                 f"{error}. Export it again with a newer opset."
             ) from error
-    if prepared.SerializeToString() == model.SerializeToString():
-        return model
-    return prepared
+    return model if prepared == model else prepared
 
 
 def fixed_batch(model: onnx.ModelProto) -> int | None:

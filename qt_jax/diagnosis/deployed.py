@@ -12,8 +12,9 @@ from qt_jax.diagnosis.remedies import Deployment
 from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding, logits_of
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.encodings import Ranges, activation_encoding, least_scale, model_sha256, write_ranges
+from qt_jax.export.encodings import Ranges, activation_encoding, least_scale, write_ranges
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
+from qt_jax.export.storage import model_sha256, save
 from qt_jax.grid import QuantSpec
 
 FILES = {
@@ -44,9 +45,9 @@ def write_files(deployment: Deployment, folder: Path, images: np.ndarray) -> Non
         raise InvalidInput(
             f"ONNX converts this graph wrongly to opset {opset}: export the graph at that opset."
         )
-    graph.save(mended.model, folder / "mended.onnx")
+    save(mended.model, folder / "mended.onnx")
     write_ranges(ranges_of(mended), folder / "mended.ranges.json")
-    graph.save(qdq_graph(mended), folder / "mended.qdq.onnx")
+    save(qdq_graph(mended), folder / "mended.qdq.onnx")
 
 
 def at_required_opset(deployment: Deployment) -> Deployment:

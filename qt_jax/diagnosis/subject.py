@@ -11,7 +11,8 @@ from qt_jax.backends.inputs import load, read_arrays
 from qt_jax.diagnosis.layers import InputBounds
 from qt_jax.diagnosis.loading import prepared
 from qt_jax.errors import InvalidInput
-from qt_jax.export.encodings import model_sha256, ranges_path, read_ranges
+from qt_jax.export.encodings import ranges_path, read_ranges
+from qt_jax.export.storage import model_sha256
 
 RangeSource = Literal["learned", "minmax"] | None
 """Where input ranges come from: the file of learned ranges, calibration, or the file if there is one."""

@@ -1,29 +1,31 @@
 """Convert Linen models to standard ONNX in small passes, each a pure function from ModelProto to ModelProto.
 
-`to_onnx` converts. `verify` compares the result with the JAX forward. `save_verified` gives a file its name
-only once what it holds has been verified.
+`to_onnx` converts, and `to_qdq` puts a network that was trained with Quant-Trim on integers. `verify`
+compares the result with the JAX forward. `save_verified` gives a file its name only once what it holds has
+been verified.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from qt_jax.config import QuantConfig
 from qt_jax.errors import InvalidInput, extra
 
 with extra("export"):
     import onnx
+    from flax.traverse_util import flatten_dict
 
     from qt_jax.export.activations import fold_activations
+    from qt_jax.export.checking import check_numbers
+    from qt_jax.export.commuting import activate_before_pools, fold_into_next, move_to_layers
     from qt_jax.export.folding import (
-        drop_absent_bias,
         fold_affine,
-        fold_constants,
         fold_flatten,
         fold_shift,
-        known_shapes,
-        written_axes,
     )
     from qt_jax.export.folding import fold_batch_norm as fold_batch_norms
-    from qt_jax.export.graph import save, weights_by_reference, with_shapes, with_weights
+    from qt_jax.export.graph import weights_by_reference, with_shapes, with_weights
+    from qt_jax.export.integers import opset_for, quantize
     from qt_jax.export.layout import channels_first
     from qt_jax.export.lowering import lower, symbolic_batch
     from qt_jax.export.naming import name_by_path
@@ -33,28 +35,21 @@ with extra("export"):
     from qt_jax.export.rewrites import (
         drop_expands,
         drop_identities,
-        einsum_to_matmul,
         fold_index,
-        fold_mean,
         fold_stack,
         plain_reshapes,
-        short_slices,
         unflatten_dense,
     )
+    from qt_jax.export.storage import save
     from qt_jax.export.verification import save_verified, verify
+    from qt_jax.interception import COLLECTION, is_quant_trim_statistic
 
-__all__ = ["save", "save_verified", "to_onnx", "verify"]
+__all__ = ["save", "save_verified", "to_onnx", "to_qdq", "verify"]
 
 PASSES = (
-    known_shapes,
-    written_axes,
-    fold_constants,
     drop_identities,
     drop_expands,
     plain_reshapes,
-    fold_mean,
-    drop_absent_bias,
-    einsum_to_matmul,
     unflatten_dense,
     plain_reshapes,
     drop_identities,
@@ -65,7 +60,6 @@ PASSES = (
     fold_index,
     fold_stack,
     plain_reshapes,
-    short_slices,
     drop_identities,
     fold_activations,
     fold_shift,
@@ -86,7 +80,8 @@ def to_onnx(
     layout: Literal["nchw", "nhwc"] = "nchw",
     fold_batch_norm: bool = True,
     input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> onnx.ModelProto:
     """Convert a Flax Linen model to a standard FP32 ONNX graph.
 
@@ -105,18 +100,25 @@ def to_onnx(
       opset: Opset of ai.onnx, 13 to 21. Operators that came later are decomposed.
       dynamic_batch: Whether the batch is the symbolic dimension "batch"; otherwise it is fixed to 1.
       layout: Layout of inputs and outputs of rank 4: "nchw" for channels-first, "nhwc" as in Flax.
-      fold_batch_norm: Whether batch norm disappears in the layer before it. One that has no layer before it
-        stays a BatchNormalization: for example one after a concat, or one of a pre-activation network that
-        follows an addition.
+      fold_batch_norm: Whether batch norm disappears in the layer before it, from which pools, reshapes and
+        transposes may part it. One that has no such layer disappears in a layer without padding behind it,
+        unless the variables hold Quant-Trim's statistics, which describe the input of that layer as it is.
+        Any other stays a BatchNormalization: for example one between a concat and an activation, or one
+        behind a max pool with a negative scale.
       input_names: Names of the graph's inputs; by default "input", or "input_0", "input_1" and so on.
-      output_names: Names of the graph's outputs; by default "logits", or "output_0", "output_1" and so on.
+      output_names: Names of the graph's outputs, in their order; by default "logits" for one, else the keys
+        of the dict that `apply_fn` returns, or "output_0", "output_1" and so on. The entries of a dict are
+        named by its keys, in the order that you want. A mapping of keys gives them other names.
+      check: Whether to compare the graph in onnxruntime with the forward, on two inputs that are drawn at
+        random. That compiles the forward and runs it twice.
 
     Returns:
-      The graph, whose operators have been checked. `verify` compares its numbers.
+      The graph, whose operators and numbers have been checked. `verify` checks it on real inputs.
 
     Raises:
       InvalidInput: An argument is out of range, `apply_fn` does not take the variables, or the model does not
-        lower to the supported operators. The message names the node and what to change.
+        lower to the supported operators. The message names the step and what to change. Or the graph's
+        numbers are not those of the forward, and the message names the module.
 
     >>> import flax.linen as nn, jax
     >>> class Net(nn.Module):
@@ -150,12 +152,90 @@ def to_onnx(
             input_names=input_names,
             output_names=output_names,
         )
-        for apply_pass in PASSES:
-            model = apply_pass(model)
+        for each in PASSES:
+            model = each(model)
         if fold_batch_norm:
-            model = fold_affine(fold_batch_norms(model))
+            model = activate_before_pools(fold_affine(fold_batch_norms(move_to_layers(model))))
+            if not any(map(is_quant_trim_statistic, flatten_dict(dict(variables.get(COLLECTION, {}))))):
+                model = fold_flatten(fold_into_next(model))
         if dynamic_batch:
             model = symbolic_batch(model)
         model = name_by_path(at_opset(drop_identities(model), opset))
         refuse_unsupported(model)
-        return with_weights(with_shapes(model))
+        model = with_weights(with_shapes(model))
+    if check:
+        check_numbers(
+            model,
+            apply_fn,
+            variables,
+            input_shape,
+            layout=layout,
+            dynamic_batch=dynamic_batch,
+            passes=PASSES,
+        )
+    return model
+
+
+def to_qdq(
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    input_shape: Any,
+    config: QuantConfig,
+    calibration: Any,
+    *,
+    integers: Literal["int8", "int4", "int16-act"] = "int8",
+    per_channel: bool = True,
+    signed: bool = False,
+    opset: int | None = None,
+    layout: Literal["nchw", "nhwc"] = "nchw",
+    **options: Any,
+) -> onnx.ModelProto:
+    """Convert a network that was trained with Quant-Trim to an ONNX graph on integers.
+
+    The graph holds standard QuantizeLinear and DequantizeLinear pairs, as `qt_jax.export.qdq.insert_qdq`
+    writes them. The learned ranges set the grids of kernels and of their inputs, and `calibration` those of
+    the other activations. The numbers are those of the JAX forward at lambda = 1, but for the pairs that
+    integer kernels need between layers. `qt_jax.export.verification.parity` measures how close they are.
+
+    Args:
+      apply_fn, input_shape: As `to_onnx` takes them.
+      variables: Variables with Quant-Trim's statistics in `batch_stats`.
+      config: Config of training.
+      calibration: Real inputs as `apply_fn` takes them, a few hundred: one array, or one for each input.
+      integers: "int8"; "int4" for weights on 4 bits; "int16-act" for activations on 16 bits.
+      per_channel: Whether each output channel of a kernel has its own scale.
+      signed: Whether activations are signed integers. Compilers accept one kind, the other, or both.
+      opset: Opset of ai.onnx; None for 17, or for 21 where the integers need it.
+      layout: As `to_onnx` takes it.
+      **options: Other options of `to_onnx`.
+
+    Returns:
+      The graph, with inputs and outputs in float32.
+
+    Raises:
+      InvalidInput: As for `to_onnx`; or the variables hold no learned ranges, or some that QDQ cannot
+        express; or the opset lacks the integers.
+
+    >>> import flax.linen as nn, jax
+    >>> import qt_jax as qt
+    >>> net, x = nn.Dense(2), jax.random.normal(jax.random.key(0), (32, 3))
+    >>> config = qt.QuantConfig()
+    >>> variables = qt.attach_statistics(net, net.init(jax.random.key(1), x), config, x)
+    >>> with qt.quant_trim(config, 0.0, train=True):
+    ...     _, seen = net.apply(variables, x, mutable=["batch_stats"])
+    >>> model = to_qdq(net.apply, variables | seen, (3,), config, x)
+    >>> [node.op_type for node in model.graph.node]  # doctest: +NORMALIZE_WHITESPACE
+    ['QuantizeLinear', 'DequantizeLinear', 'DequantizeLinear', 'DequantizeLinear', 'Gemm']
+    """
+    opset = opset_for(integers, opset)
+    model = to_onnx(apply_fn, variables, input_shape, opset=opset, layout=layout, **options)
+    return quantize(
+        model,
+        variables,
+        config,
+        calibration,
+        integers,
+        layout=layout,
+        per_channel=per_channel,
+        signed=signed,
+    )[0]

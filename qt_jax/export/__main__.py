@@ -13,8 +13,10 @@ from rich.table import Table
 
 from qt_jax.command_line import exit_status, parse, print_rows, text_console
 from qt_jax.errors import InvalidInput
+from qt_jax.export.bare import from_checkpoint
 from qt_jax.export.deploy import deploy
-from qt_jax.export.network import Deployable, Description, config_from_json, deployable, load
+from qt_jax.export.inputs import parse_inputs
+from qt_jax.export.network import Deployable, config_from_json, load
 
 TABLE_WIDTH = 160
 """Number of columns of tables that go to a file or a pipe."""
@@ -30,12 +32,32 @@ class Options:
     Examples:
         python -m qt_jax.export runs/cifar10-fast-quartic-0 --out model.onnx
         python -m qt_jax.export runs/cifar10-fast-quartic-0 --out int8.onnx --qdq int8
+      A checkpoint of your own:
         python -m qt_jax.export CHECKPOINT --model my_package.nets:Net --input-shape 32 32 3 --out net.onnx
+      A forward with further arguments:
+        ... --call '{"train": false}'
+      Whole numbers, such as tokens:
+        ... --input-shape 128:int32
+      Several inputs, by their place or by the names of the forward's arguments:
+        ... --input-shape 32 32 3 --input-shape 5
+        ... --input-shape input_ids=128:int32 --input-shape attention_mask=128:int32
+      One number in each example, such as the time of a diffusion model:
+        ... --input-shape 32 32 3 --input-shape :float32
+      One output of several, by its key, field or number:
+        ... --output logits
+      A checkpoint with several trees of parameters, such as an average:
+        ... --variables ema_params
+      A file of flax.serialization.to_bytes:
+        python -m qt_jax.export net.msgpack --model my_package.nets:Net --input-shape 128:int32 --out net.onnx
+
+    A checkpoint may hold the variables of model.init, bare parameters, a TrainState, any dictionary of these,
+    or several items. The variables are found by the names and shapes that the model makes. Parameters of
+    bfloat16 and float16 are exported as float32.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of a run (its model.json describes the network), or such a JSON file. With --model it is a
-    checkpoint of orbax: a step, or the folder of steps, of which the newest counts."""
+    checkpoint of orbax: a step, or the folder of steps, of which the newest counts; or a msgpack file."""
     out: Path
     """ONNX file to write. The learned ranges of an FP32 graph are written beside it, to *.ranges.json."""
     qdq: Literal["int8", "int4", "int16-act"] | None = None
@@ -61,21 +83,38 @@ class Options:
 
     model: str | None = None
     """For a bare checkpoint: package.module:factory, which returns the Linen module."""
-    input_shape: tuple[int, ...] | None = None
-    """For a bare checkpoint: shape of the input without batch, such as 32 32 3."""
+    input_shape: Annotated[
+        tuple[tuple[str, ...], ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="[NAME=]SIZE ...[:DTYPE]"),
+    ] = ()
+    """For a bare checkpoint: shape of one input without batch, such as 32 32 3, float32 unless a dtype stands
+    behind it, such as 128:int32. Repeat the option for each argument of the forward, in order; or name the
+    argument, such as input_ids=128:int32."""
     arguments: str | None = None
     """For a bare checkpoint: JSON object of the factory's keyword arguments."""
     call: str | None = None
     """For a bare checkpoint: JSON object of keyword arguments of the forward, such as '{"train": false}'."""
+    output: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")
+    ] = ()
+    """For a bare checkpoint: outputs to keep, in this order. An output is named by its key in a dictionary,
+    its field in a dataclass or its number in a tuple, with / between where they are nested."""
+    variables: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="(default: found)")
+    ] = ()
+    """For a bare checkpoint in which several trees fit the model: path of the one to take, such as ema_params
+    or state/ema/params. A second path may give the batch_stats."""
     quantization: str | None = None
     """For a bare checkpoint with Quant-Trim's statistics: JSON object of the fields of qt.QuantConfig that
     differ from its defaults."""
     samples: Path | None = None
-    """For a bare checkpoint: .npz of real inputs, float32 as the model takes them: "calibration" (from the
-    training split) and "parity" (7 or more). Without it parity is measured on random inputs."""
+    """For a bare checkpoint: .npz of real inputs as the model takes them: "calibration" (from the training
+    split) and "parity" (7 or more); for several inputs "calibration_0", "parity_0" and so on, or with their
+    names in place of the numbers. Without it parity is measured on random inputs."""
 
 
-BARE = ("input_shape", "arguments", "call", "quantization", "samples")
+BARE = ("input_shape", "arguments", "call", "output", "variables", "quantization", "samples")
 """Options that only a bare checkpoint takes."""
 
 
@@ -84,27 +123,29 @@ def network(options: Options) -> Deployable:
 
     Raises:
       InvalidInput: An option does not go with the others, or is not a JSON object. `network.load` and
-        `network.deployable` raise it too.
+        `bare.from_checkpoint` raise it too.
     """
     if options.model is None:
-        given = [f"--{name.replace('_', '-')}" for name in BARE if getattr(options, name) is not None]
+        given = [name for name in BARE if getattr(options, name) not in (None, ())]
         if given:
             raise InvalidInput(
-                f"{given[0]} is for a bare checkpoint, together with --model and --input-shape"
+                f"--{given[0].replace('_', '-')} is for a bare checkpoint, together with --model and "
+                "--input-shape"
             )
         return load(options.source)
-    if options.input_shape is None:
+    if not options.input_shape:
         raise InvalidInput("--model needs --input-shape: the sizes of one input, without batch")
-    description = Description(
-        model=options.model,
-        input_shape=options.input_shape,
-        checkpoint=str(options.source),
+    return from_checkpoint(
+        options.source,
+        options.model,
+        parse_inputs(options.input_shape),
         arguments=_object("arguments", options.arguments),
         call=_object("call", options.call),
+        places=options.variables,
+        outputs=options.output,
         quantization=config_from_json(_object("quantization", options.quantization)),
-        samples=None if options.samples is None else str(options.samples),
+        samples=options.samples,
     )
-    return deployable(description)
 
 
 def _object(name: str, text: str | None) -> dict[str, Any]:
@@ -120,8 +161,9 @@ def _object(name: str, text: str | None) -> dict[str, Any]:
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Export, print the summary and return it."""
+    found = network(options)
     summary = deploy(
-        network(options),
+        found,
         options.out,
         qdq=options.qdq,
         clips=options.clips,
@@ -132,6 +174,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         fold_batch_norm=options.fold_batch_norm,
         dynamic_batch=options.dynamic_batch,
     )
+    summary |= {"notes": dict(found.notes)}
     if options.json:
         print_rows([summary])
         return summary
@@ -154,7 +197,7 @@ def facts(summary: dict[str, Any]) -> Table:
         "parameters": f"{summary['parameters']:,}",
         "MACs": f"{macs} for one input",
         "ranges": summary["ranges"] or f"no file: {summary['ranges_reason']}",
-    }
+    } | summary["notes"]
     for size, difference in summary.get("max_difference", {}).items():
         rows[f"parity, batch {size}"] = (
             f"largest difference to JAX {difference:.1e} (inputs: {summary['inputs']})"

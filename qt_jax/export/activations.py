@@ -1,7 +1,6 @@
 """Recognize activations that were traced as arithmetic, and write them as the operators they are.
 
-jax2onnx knows `nn.hard_swish` only by that name. In a model that keeps the function in a field, as many do,
-it traces through to the arithmetic.
+In the program that runs, an activation is its arithmetic, whatever the function is called.
 """
 
 import functools
@@ -13,8 +12,8 @@ from onnx import NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qt_jax.export import graph
+from qt_jax.export.emission import OPSET
 from qt_jax.export.graph import Constants
-from qt_jax.export.lowering import OPSET
 from qt_jax.export.operators import BINARY, UNARY
 
 Producers = dict[str, NodeProto]
@@ -121,7 +120,7 @@ def _clip(node: NodeProto, producers: Producers, values: Constants) -> NodeProto
 
 
 def _leaky_relu(node: NodeProto, producers: Producers, values: Constants) -> NodeProto | None:
-    """Recognize where(x >= 0, x, slope * x)."""
+    """Recognize where(x >= 0, x, slope * x): PRelu where the slope is a parameter."""
     if node.op_type != "Where":
         return None
     condition, x, scaled = node.input
@@ -132,6 +131,9 @@ def _leaky_relu(node: NodeProto, producers: Producers, values: Constants) -> Nod
     positive = test.op_type in ("Greater", "GreaterOrEqual") and test.input[0] == x
     if not positive or test.input[1] not in values or np.any(values[test.input[1]]):
         return None
+    learned = next((name for name in product.input if values.flax_path(name)), "")
+    if learned:
+        return helper.make_node("PRelu", [x, learned], node.output)
     return helper.make_node("LeakyRelu", [x], node.output, alpha=slope)
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import onnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from onnx import NodeProto, helper
 
 from qt_jax.config import QuantConfig
 from qt_jax.export import graph
+from qt_jax.export.learned import LearnedLayer, learned_encodings, learned_layers
 from qt_jax.export.naming import free_name
 from qt_jax.export.operators import weighted_nodes
-from qt_jax.export.ranges import learned_encodings
-from qt_jax.interception import LAYERS, Call, intercept
+from qt_jax.interception import COLLECTION, INPUT, LAYERS, Call, intercept
 
 Bounds = tuple[float, float]
 """The lowest and the highest number of a clipped activation."""
@@ -110,17 +111,23 @@ def clipped_forward(
     >>> clipped_forward(net.apply, to_onnx(net.apply, variables, (1,)), {"Relu": (0.0, 3.0)})(variables, x)
     Array([[6.]], dtype=float32)
     """
-    bounds: dict[str, list[Bounds | None]] = defaultdict(list)
-    for node in weighted_nodes(model).values():
-        bounds[node.input[1].rpartition("/")[0]].append(clips.get(node.input[0]))
+    read = {name: clips.get(node.input[0]) for name, node in weighted_nodes(model).items()}
 
     def forward(variables: Any, *inputs: Any) -> Any:
+        layers = learned_layers(model, variables)
+        repeated = {layer.path for layer in layers.values() if layer.steps}
+        bounds: dict[str, list[Bounds | None]] = defaultdict(list)
+        for name, layer in layers.items():
+            bounds[layer.path].append(read[name])
         calls: Counter[str] = Counter()
 
         def clip(call: Call, /, *args: Any, **kwargs: Any) -> Any:
             path = call.path
             if not isinstance(call.module, LAYERS) or path not in bounds:
                 return call(*args, **kwargs)
+            if path in repeated:
+                step: Any = call.module.get_variable(COLLECTION, INPUT)
+                return call(jnp.clip(args[0], step["low"], step["high"]), *args[1:], **kwargs)
             chosen = bounds[path][min(calls[path], len(bounds[path]) - 1)]  # a module may be called twice
             calls[path] += 1
             if chosen is None:
@@ -128,9 +135,28 @@ def clipped_forward(
             return call(jnp.clip(args[0], *chosen), *args[1:], **kwargs)
 
         with intercept(clip):
-            return apply_fn(variables, *inputs)
+            return apply_fn(_with_bounds(variables, layers, read), *inputs)
 
     return forward
+
+
+def _with_bounds(
+    variables: Mapping[str, Any], layers: Mapping[str, LearnedLayer], read: Mapping[str, Bounds | None]
+) -> Mapping[str, Any]:
+    """Replace the input ranges of layers that nn.scan repeats by the bounds of each step.
+
+    The scan then hands each step its own. Where a step is not clipped the bounds are infinite.
+    """
+    statistics = flatten_dict(dict(variables.get(COLLECTION, {})), sep="/")
+    open_ends = {"low": -np.inf, "high": np.inf}
+    bounds: dict[str, np.ndarray] = {}
+    for name, layer in layers.items():
+        if layer.steps:
+            for end, value in zip(open_ends, read[name] or open_ends.values(), strict=True):
+                where = layer.statistic(INPUT, end)
+                shape = np.shape(statistics[where])
+                bounds.setdefault(where, np.full(shape, open_ends[end], np.float32))[layer.steps] = value
+    return {**variables, COLLECTION: unflatten_dict(statistics | bounds, sep="/")}
 
 
 def _sources(model: onnx.ModelProto) -> Callable[[str], str]:

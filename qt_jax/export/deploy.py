@@ -1,8 +1,6 @@
 """Export a trained network to a verified file: the FP32 graph with its ranges, or a QDQ graph.
 
-`deploy` does it all. `QDQ_BITS` are the integers that a QDQ graph may have; `deployed_config` restates the
-config of training on them. `layer_rows` lists what a graph has on integers and what it has not, with
-reasons.
+`deploy` does it all. `layer_rows` lists what a graph has on integers and what it has not, with reasons.
 """
 
 import dataclasses
@@ -10,34 +8,26 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
 import onnx
 
-from qt_jax.config import QuantConfig, Rule, Site
+from qt_jax.config import QuantConfig
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save_verified, to_onnx
 from qt_jax.export.clips import Bounds, clipped_forward, insert_clips, learned_clips
 from qt_jax.export.encodings import Encoding, Ranges, ranges_path, write_ranges
-from qt_jax.export.layout import as_graph
+from qt_jax.export.inputs import graph_inputs, random_inputs
+from qt_jax.export.integers import deployed_config, opset_for, quantize
+from qt_jax.export.lowering import input_specs
 from qt_jax.export.network import Deployable, Samples
 from qt_jax.export.operators import summarize, weighted_nodes
-from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
+from qt_jax.export.qdq import storage_bits
 from qt_jax.export.ranges import tensor_ranges
 from qt_jax.export.verification import fake_quant_forward, integer_kernels, parity
-from qt_jax.grid import QuantSpec
-
-QDQ_BITS = {"int8": (8, 8), "int4": (4, 8), "int16-act": (8, 16)}
-"""Maps the name of a QDQ graph's integers to the bits of its weights and activations."""
-
-DEFAULT_OPSET = 17
-"""Default opset of ai.onnx, where it has the integers."""
 
 RANDOM = 8
 """Number of random inputs that replace real ones when a network brings none."""
-
-Chosen = TypeVar("Chosen", Site, Site | str)
 
 
 def deploy(
@@ -60,7 +50,7 @@ def deploy(
     Args:
       network: Network from `qt_jax.export.network.load`.
       out: ONNX file to write. A file that is there is replaced at the end.
-      qdq: None for FP32, else a name of `QDQ_BITS`.
+      qdq: None for FP32, else a name of `qt_jax.export.integers.QDQ_BITS`.
       clips: Whether the FP32 graph has the learned activation ranges as Clip nodes, see
         `qt_jax.export.clips`. It is then compared with the JAX forward clipped in the same places.
       opset: Opset of ai.onnx; None for 17, or for 21 where the integers need it.
@@ -81,7 +71,7 @@ def deploy(
         then.
     """
     out = Path(out)
-    opset = _opset(opset, qdq)
+    opset = opset_for(qdq, opset)
     learned = None if qdq is None else _learned(network, qdq)
     clippable = _clippable(network, qdq) if clips else None
     if out.is_dir():
@@ -94,6 +84,9 @@ def deploy(
         layout=layout,
         fold_batch_norm=fold_batch_norm,
         dynamic_batch=dynamic_batch,
+        input_names=network.input_names,
+        output_names=network.output_names,
+        check=False,  # the file is verified on more inputs
     )
     bounds: dict[str, Bounds] = {}
     if clippable is not None:
@@ -120,21 +113,6 @@ def deploy(
         "clips": {name: list(ends) for name, ends in bounds.items()},
         "ranges": None if ranges is None else str(path),
     }
-
-
-def _opset(opset: int | None, qdq: str | None) -> int:
-    """Return the opset to export with, checked against the integers of `qdq`."""
-    if qdq is None:
-        return opset or DEFAULT_OPSET
-    if qdq not in QDQ_BITS:
-        raise InvalidInput(f"QDQ mode {qdq!r} is unknown; choose one of {', '.join(QDQ_BITS)}")
-    first = max(FIRST_OPSET[storage_bits(bits)] for bits in QDQ_BITS[qdq])
-    if opset is not None and opset < first:
-        raise InvalidInput(
-            f"QDQ mode {qdq} needs integers that ONNX has from opset {first}, not {opset}: leave the opset "
-            f"out, or give {first}"
-        )
-    return max(DEFAULT_OPSET, first) if opset is None else opset
 
 
 def _learned(network: Deployable, qdq: str) -> tuple[QuantConfig, Samples]:
@@ -166,12 +144,11 @@ def _clippable(network: Deployable, qdq: str | None) -> QuantConfig:
     return network.config
 
 
-def _inputs(network: Deployable) -> tuple[np.ndarray, str]:
+def _inputs(network: Deployable) -> tuple[Any, str]:
     """Return the inputs that parity is measured on, and what they are."""
     if network.samples is not None:
         return network.samples.parity, "real"
-    shape = (RANDOM, *network.input_shape)
-    return np.random.default_rng(0).standard_normal(shape, np.float32), "random normal, seed 0"
+    return random_inputs(input_specs(network.input_shape, RANDOM))
 
 
 def _float(
@@ -208,7 +185,7 @@ def learned_ranges(
     if network.samples is None:
         return None, "no samples to range what the statistics do not cover"
     try:
-        calibration = as_graph(network.samples.calibration, layout)
+        calibration = graph_inputs(model, network.samples.calibration, layout)
         found = tensor_ranges(model, network.variables, network.config, calibration, per_channel=per_channel)
     except InvalidInput as error:
         return None, str(error)
@@ -228,9 +205,16 @@ def _quantized(
 ) -> dict[str, Any]:
     """Save the QDQ graph and return its summary. The graph contains its ranges, so it needs no other file."""
     config = deployed_config(trained, qdq)
-    calibration = as_graph(samples.calibration, options["layout"])
-    ranges = tensor_ranges(model, network.variables, config, calibration, per_channel=per_channel)
-    quantized = insert_qdq(model, ranges, signed=signed)
+    quantized, ranges = quantize(
+        model,
+        network.variables,
+        trained,
+        samples.calibration,
+        qdq,
+        layout=options["layout"],
+        per_channel=per_channel,
+        signed=signed,
+    )
     inputs = samples.parity
 
     fake_quantized = fake_quant_forward(network.apply_fn, config)
@@ -248,46 +232,6 @@ def _quantized(
         "layers": layers,
         "ranges_reason": "the graph holds its ranges itself",
     }
-
-
-def deployed_config(config: QuantConfig, qdq: str) -> QuantConfig:
-    """Return `config` with every spec on the bits of a QDQ graph; what is in floating point stays so.
-
-    The learned ranges do not depend on bits. Only the grids over them change. `quant_trim` with this config
-    is the JAX forward that the QDQ graph computes.
-
-    Args:
-      config: Config of training.
-      qdq: Name of `QDQ_BITS`.
-
-    Raises:
-      InvalidInput: The name is unknown.
-
-    >>> deployed_config(QuantConfig(rules=(Rule("head", skip=True),)), "int4").weights.bits
-    4
-    """
-    if qdq not in QDQ_BITS:
-        raise InvalidInput(f"QDQ mode {qdq!r} is unknown; choose one of {', '.join(QDQ_BITS)}")
-    weight_bits, activation_bits = QDQ_BITS[qdq]
-
-    def on(bits: int, site: Chosen) -> Chosen:
-        return dataclasses.replace(site, bits=bits) if isinstance(site, QuantSpec) else site
-
-    def rule(rule: Rule) -> Rule:
-        return dataclasses.replace(
-            rule,
-            weights=on(weight_bits, rule.weights),
-            inputs=on(activation_bits, rule.inputs),
-            outputs=on(activation_bits, rule.outputs),
-        )
-
-    return dataclasses.replace(
-        config,
-        weights=on(weight_bits, config.weights),
-        activations=on(activation_bits, config.activations),
-        outputs=on(activation_bits, config.outputs),
-        rules=tuple(map(rule, config.rules)),
-    )
 
 
 def layer_rows(

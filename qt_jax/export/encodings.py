@@ -6,14 +6,12 @@ from a range, from a scale of training and from a kernel. `Ranges` holds the enc
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from jax.typing import ArrayLike
 
 from qt_jax.errors import InvalidInput
@@ -100,7 +98,8 @@ def activation_encoding(low: ArrayLike, high: ArrayLike, spec: QuantSpec, source
     if spec.axis is not None or spec.bits not in ACTIVATION_BITS:
         raise InvalidInput(
             f"activations on {spec.bits} bits along axis {spec.axis} have no QDQ form: it clips at the ends "
-            "of an integer type and has one scale. Deploy on 8 or 16 bits, see qt_jax.export.deploy.QDQ_BITS."
+            "of an integer type and has one scale. Deploy on 8 or 16 bits, as the modes of "
+            "qt_jax.export.integers.QDQ_BITS do."
         )
     low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
     scale, zero_point = quantization_parameters(low, high, spec)
@@ -133,7 +132,7 @@ def encode_learned(
     Args:
       scale: float32, `()` or one for each channel of the last Flax axis. It is repeated where several feature
         axes became one.
-      gains: float64 `(channels,)`, from `qt_jax.export.ranges.output_gains`.
+      gains: float64 `(channels,)`, from `qt_jax.export.learned.LearnedLayer`.
       spec: Spec of the weights.
       axis: Axis of the output channels in the graph.
       least: Lower bound of the scale, from `least_scale`.
@@ -221,7 +220,7 @@ class Ranges:
     """Hold the grids of one graph.
 
     Attributes:
-      model_sha256: Hash of the serialized graph, which is what `qt_jax.export.save` writes.
+      model_sha256: Hash of the graph, from `qt_jax.export.storage`: that of the one file that `save` writes.
       opset: Opset of ai.onnx.
       tensors: Maps an activation or kernel to its grid. An activation that only quantized layers read,
         all on one grid, has that grid. An activation that others read too is ranged by calibration.
@@ -234,11 +233,6 @@ class Ranges:
     tensors: dict[str, Encoding]
     inputs: dict[str, Encoding]
     kernels: dict[str, str]
-
-
-def model_sha256(model: onnx.ModelProto) -> str:
-    """Return the SHA-256 of the serialized graph."""
-    return hashlib.sha256(model.SerializeToString()).hexdigest()
 
 
 def ranges_path(out: Path) -> Path:

@@ -19,7 +19,6 @@ from qt_jax.export import graph
 from qt_jax.export.graph import Constants, Shapes
 from qt_jax.export.layout import TO_CHANNELS_LAST
 from qt_jax.export.operators import BIASED, channel_axis
-from qt_jax.export.rewrites import is_absent
 
 
 def known_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -42,18 +41,6 @@ def _sizes(node: NodeProto, shapes: Shapes) -> tuple[int, ...] | None:
     stated = graph.attributes(node)
     sizes = shapes[node.input[0]][stated.get("start", 0) : stated.get("end")]
     return sizes if all(sizes) else None
-
-
-def written_axes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Write out the axes of each reduction over all axes, as an input, where opset 18 reads them."""
-    values, shapes = graph.constants(model), graph.shapes(model)
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type.startswith("Reduce") and len(node.input) == 1:
-            values[f"{node.output[0]}#axes"] = np.arange(len(shapes[node.input[0]]), dtype=np.int64)
-            node = graph.rewired(node, [node.input[0], f"{node.output[0]}#axes"])
-        nodes.append(node)
-    return graph.rebuild(model, nodes, values)
 
 
 def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -96,24 +83,6 @@ def _evaluate(
     return dict(zip(wanted, map(np.asarray, evaluator.run(None, given)), strict=True))
 
 
-def drop_absent_bias(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Let layers that have no bias in Flax read none, so that a bias folded into them counts.
-
-    jax2onnx writes zeros or a beta of 0 for such a layer.
-    """
-    values = graph.constants(model)
-
-    def plain(node: NodeProto) -> NodeProto:
-        stated = graph.attributes(node)
-        absent = stated.get("beta") == 0.0 or (len(node.input) > 2 and is_absent(node.input[2], values))
-        if node.op_type not in BIASED or not absent:
-            return node
-        stated.pop("beta", None)
-        return helper.make_node(node.op_type, node.input[:2], node.output, **stated)
-
-    return graph.rebuild(model, [plain(node) for node in model.graph.node], values)
-
-
 def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold each BatchNormalization into the Conv, ConvTranspose or Gemm whose only reader it is.
 
@@ -130,7 +99,7 @@ def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:
         gain = scale / np.sqrt(variance + graph.attributes(norm)["epsilon"])
         name, how = before.input[1], norm.output[0]
         kernel, *bias = (values[name] for name in before.input[1:])
-        folded_kernel = values.derive(name, how, _scaled(kernel, gain, before).astype(np.float32))
+        folded_kernel = values.derive(name, how, _scaled(kernel, gain, before).astype(np.float32), gain)
         folded_bias = values.add(
             f"{how}#bias", ((sum(bias) - mean) * gain + shift).astype(np.float32), _bias_of(name, values)
         )
@@ -229,7 +198,8 @@ def _affine(
     before = sum(values[name].astype(np.float64) for name in bias)
     inputs = [layer.input[0], kernel]
     if gain is not None:
-        inputs[1] = values.derive(kernel, output, _scaled(values[kernel], gain, layer).astype(np.float32))
+        scaled = _scaled(values[kernel], gain, layer).astype(np.float32)
+        inputs[1] = values.derive(kernel, output, scaled, gain)
     after = before * (1.0 if gain is None else gain) + shift
     if bias or gain is None:
         own = "" if bias else values.origins.get(constant, "")

@@ -2,19 +2,21 @@
 
 A pass is a function from ModelProto to ModelProto. It reads the constants (`constants`), makes a list of
 nodes and puts both together (`rebuild`). A constant remembers the leaf of the Flax variables from which it
-was computed (`Constants.origins`). Between passes that origin is the metadata `ORIGIN` of the initializer.
-The last pass, `naming.name_by_path`, turns it into a name and drops it.
+was computed (`Constants.origins`), and what the leaf was multiplied by (`Constants.gains`). Between passes
+these are the metadata `ORIGIN` and `GAIN` of the initializer. The last pass, `naming.name_by_path`, turns
+the origin into a name, and lists both in the metadata of the model.
 
 Every pass makes a new ModelProto, and a ModelProto owns a copy of every weight. Inside `weights_by_reference`
 a large constant is a reference instead: external data of ONNX with a location in this process. Nothing is
 copied then.
 
-This module and `operators`, `layout`, `rewrites` and `folding` import numpy, onnx and modules of qt_jax that
-need no more, because vendors' environments hold nothing else.
+This module and `operators`, `layout`, `rewrites`, `folding` and `commuting` import numpy, onnx and modules of
+qt_jax that need no more, because vendors' environments hold nothing else.
 """
 
+import json
 import math
-import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +29,15 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from qt_jax.errors import InvalidInput
-from qt_jax.files import staged
 
 ORIGIN = "qt_jax.origin"
 """Key of an initializer's metadata: the leaf of the variables from which it was computed."""
+
+GAIN = "qt_jax.gain"
+"""Key of an initializer's metadata: what its leaf was multiplied by, in JSON."""
+
+STEPS = re.compile(r"(\[\d+\])*$")
+"""Ending of an origin: the steps of nn.scan whose part of a stacked leaf the constant is."""
 
 LARGE = 4096
 """Size in bytes from which on a constant is kept by reference."""
@@ -49,43 +56,67 @@ class Constants(dict[str, np.ndarray]):
 
     Attributes:
       origins: Maps a constant to the leaf of the variables (`params/stem/kernel`) from which it was computed.
-        A constant that stems from no leaf is absent.
+        Of a leaf that nn.scan stacks, `params/layers/kernel[2]` is the part of step 2, and `[2][0]` that of
+        step 0 of a scan inside step 2. A constant that stems from no leaf is absent.
+      gains: Maps a constant that has all elements of its leaf, or of its step's part, in any layout, to what
+        they were multiplied by: float64, `()` for one number, or `(channels,)` for one of each output
+        channel. A constant that was computed from its leaf in another way is absent.
 
     >>> values = Constants()
-    >>> values.add("weight", np.ones((2, 3)), "params/stem/kernel")
-    'weight'
-    >>> values.origins[values.derive("weight", "transposed", values["weight"].T)]
+    >>> values.add("params/stem/kernel", np.ones((2, 3)), "params/stem/kernel")
     'params/stem/kernel'
+    >>> kernel = values.derive("params/stem/kernel", "doubled", np.full((3, 2), 2.0), gain=np.full(3, 2.0))
+    >>> values.origins[kernel], values.gains[kernel].tolist()
+    ('params/stem/kernel', [2.0, 2.0, 2.0])
     """
 
     def __init__(self, values: Mapping[str, np.ndarray] = {}, origins: Mapping[str, str] = {}):
         super().__init__(values)
         self.origins = dict(origins)
+        self.gains: dict[str, np.ndarray] = {}
 
-    def add(self, name: str, value: np.ndarray, origin: str = "") -> str:
-        """Add a constant that stems from the leaf `origin`, if one is given; return its name."""
+    def add(self, name: str, value: np.ndarray, origin: str = "", gain: np.ndarray | None = None) -> str:
+        """Add a constant and return its name.
+
+        Args:
+          name: A constant that is called like its origin is the leaf itself, and has the gain 1.
+          value: Its value.
+          origin: The leaf from which it stems, "" for none.
+          gain: As `gains` holds it; None where it is unknown.
+        """
         self[name] = value
+        self.origins.pop(name, None)
+        self.gains.pop(name, None)
         if origin:
             self.origins[name] = origin
+        if name == origin:
+            gain = np.ones(())
+        if gain is not None:
+            self.gains[name] = gain
         return name
 
-    def derive(self, source: str, how: str, value: np.ndarray) -> str:
-        """Add a constant that is computed from the constant `source`; return its name.
+    def derive(self, source: str, how: str, value: np.ndarray, gain: np.ndarray | None = None) -> str:
+        """Add a constant that is made from the constant `source`; return its name.
 
         Args:
           source: Name of a constant, or any word for one that stems from none.
           how: Tells apart the constants that are derived from one source.
-          value: The new constant. It has the origin of `source`.
+          value: The new constant: the elements of `source` in another layout, multiplied by `gain` where one
+            is given. It has the origin of `source`.
+          gain: float64 `(channels,)`, one number for each output channel.
         """
-        return self.add(f"{source}#{how}", value, self.origins.get(source, ""))
+        product = self.gains.get(source)
+        if product is not None and gain is not None:
+            product = product * gain
+        return self.add(f"{source}#{how}", value, self.origins.get(source, ""), product)
 
     def flax_path(self, name: str) -> str:
         """Return the path of a constant's leaf in its collection; "" where it stems from no leaf.
 
-        >>> Constants(origins={"weight": "params/stem/kernel"}).flax_path("weight")
+        >>> Constants(origins={"weight": "params/stem/kernel[3]"}).flax_path("weight")
         'stem/kernel'
         """
-        return self.origins.get(name, "").partition("/")[2]
+        return STEPS.sub("", self.origins.get(name, "")).partition("/")[2]
 
     def common_origin(self, names: Iterable[str]) -> str:
         """Return the leaf from which several constants stem.
@@ -102,23 +133,33 @@ class Constants(dict[str, np.ndarray]):
         >>> Constants(origins=origins).common_origin(["a", "b", "c"])
         'params/cell/kernel'
         """
-        origins = sorted({self.origins[name] for name in names if name in self.origins})
-        if len(origins) < 2:
-            return "".join(origins)
-        paths = [name.split("/") for name in origins]
-        modules = zip(*(path[:-1] for path in paths), strict=False)
-        shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, modules)]
-        one_leaf = len({path[-1] for path in paths}) == 1
-        return "/".join([*shared, paths[0][-1]]) if one_leaf and shared else ""
+        return common_leaf(self.origins[name] for name in names if name in self.origins)
+
+
+def common_leaf(origins: Iterable[str]) -> str:
+    """Return the leaf from which values of these origins stem together, as `Constants.common_origin` does.
+
+    >>> common_leaf(["params/cell/hi/kernel", "params/cell/hf/kernel", ""])
+    'params/cell/kernel'
+    """
+    leaves = sorted({origin for origin in origins if origin})
+    if len(leaves) < 2:
+        return "".join(leaves)
+    paths = [name.split("/") for name in leaves]
+    modules = zip(*(path[:-1] for path in paths), strict=False)
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, modules)]
+    one_leaf = len({path[-1] for path in paths}) == 1
+    return "/".join([*shared, paths[0][-1]]) if one_leaf and shared else ""
 
 
 def constants(model: onnx.ModelProto) -> Constants:
-    """Return the initializers by name, with their origins."""
+    """Return the initializers by name, with their origins and gains."""
     values = Constants()
     for tensor in model.graph.initializer:
         metadata = getattr(tensor, "metadata_props", ())  # absent before onnx 1.16
-        origin = next((entry.value for entry in metadata if entry.key == ORIGIN), "")
-        values.add(tensor.name, _value(tensor), origin)
+        held = {entry.key: entry.value for entry in metadata}
+        gain = np.array(json.loads(held[GAIN]), np.float64) if GAIN in held else None
+        values.add(tensor.name, _value(tensor), held.get(ORIGIN, ""), gain)
     return values
 
 
@@ -177,7 +218,7 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     except shape_inference.InferenceError as error:
         raise InvalidInput(
             f"the shapes of the graph contradict each other: {error}. State input_shape without batch; "
-            "otherwise a layer works on more axes than jax2onnx lowers: reshape before it"
+            "otherwise please report the network"
         ) from error
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -233,9 +274,9 @@ def rebuild(
     become constants and every recorded intermediate shape.
 
     Args:
-      model: Gives inputs, outputs and opset.
+      model: Gives inputs, outputs, opset and the metadata of the model.
       nodes: Nodes in topological order.
-      values: Constants by name. The origins of `Constants` become metadata of the initializers.
+      values: Constants by name. The origins and gains of `Constants` become metadata of the initializers.
     """
     needed = {output.name for output in model.graph.output}
     live: list[NodeProto] = []
@@ -243,18 +284,19 @@ def rebuild(
         if needed.intersection(node.output):
             live.append(node)
             needed.update(node.input)
-    origins = values.origins if isinstance(values, Constants) else {}
     graph = helper.make_graph(
         live[::-1],
         "main_graph",
         [entry for entry in model.graph.input if entry.name not in values],
         list(model.graph.output),
-        [_tensor(value, name, origins.get(name, "")) for name, value in values.items() if name in needed],
+        [_initializer(name, values) for name in values if name in needed],
     )
     opset = list(model.opset_import)
-    return helper.make_model(
+    rebuilt = helper.make_model(
         graph, producer_name="qt_jax", opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset)
     )
+    rebuilt.metadata_props.extend(model.metadata_props)
+    return rebuilt
 
 
 def fuse(
@@ -293,12 +335,25 @@ def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     whole.CopyFrom(model)
     for tensor in whole.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
-            tensor.CopyFrom(numpy_helper.from_array(_value(tensor), tensor.name))
+            value = _value(tensor)
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.raw_data = numpy_helper.tobytes_little_endian(value)
     return whole
 
 
-def _tensor(value: np.ndarray, name: str, origin: str) -> TensorProto:
-    """Make an initializer: a copy of `value`, or inside `weights_by_reference` a reference if it is large."""
+def _initializer(name: str, values: Mapping[str, np.ndarray]) -> TensorProto:
+    """Make an initializer of one constant, with its origin and its gain as metadata."""
+    tensor = _tensor(values[name], name)
+    if isinstance(values, Constants) and name in values.origins:
+        tensor.metadata_props.add(key=ORIGIN, value=values.origins[name])
+        if name in values.gains:
+            tensor.metadata_props.add(key=GAIN, value=json.dumps(values.gains[name].tolist()))
+    return tensor
+
+
+def _tensor(value: np.ndarray, name: str) -> TensorProto:
+    """Make a tensor: a copy of `value`, or inside `weights_by_reference` a reference if it is large."""
     kept = _kept.get()
     if kept is None or value.nbytes < LARGE:
         tensor = numpy_helper.from_array(value, name)
@@ -308,8 +363,6 @@ def _tensor(value: np.ndarray, name: str, origin: str) -> TensorProto:
         tensor = TensorProto(name=name, dims=value.shape, data_location=TensorProto.EXTERNAL)
         tensor.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)
         tensor.external_data.add(key="location", value=location)
-    if origin:
-        tensor.metadata_props.add(key=ORIGIN, value=origin)
     return tensor
 
 
@@ -319,9 +372,3 @@ def _value(tensor: TensorProto) -> np.ndarray:
     if kept is not None and tensor.data_location == TensorProto.EXTERNAL:
         return kept[tensor.external_data[0].value]
     return numpy_helper.to_array(tensor)
-
-
-def save(model: onnx.ModelProto, path: str | os.PathLike) -> None:
-    """Write `model` to `path`, whole or not at all; a file already there is replaced at the end."""
-    with staged(path) as temporary:
-        onnx.save(model, temporary)

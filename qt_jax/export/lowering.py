@@ -1,9 +1,10 @@
-"""Lower a Linen apply function to a raw ONNX graph through jax2onnx, and leave the batch open at the end.
+"""Lower a Linen apply function to a raw ONNX graph, and leave the batch open at the end.
 
-The variables enter jax2onnx as named graph inputs and are then frozen into initializers, so that each keeps
-its leaf (`params/stem/kernel`) as its origin. The batch is lowered as one concrete number that no size of the
-model can be taken for, which leaves no shape arithmetic in the graph. When all passes have run,
-`symbolic_batch` replaces that number by a symbol.
+The forward is traced by JAX, read as one flat program (`program`), whose norms, pools and resizes are
+recognized (`patterns`), and written node by node (`emission`, `products`). A constant keeps the leaf of the
+variables from which it stems (`params/stem/kernel`) as its origin. The batch is lowered as one concrete
+number that no size of the model can be taken for, which leaves no shape arithmetic in the graph. When all
+passes have run, `symbolic_batch` replaces that number by a symbol.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,29 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
-from flax.core import unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import ClosedJaxpr
 from onnx import NodeProto, helper
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import graph
+from qt_jax.export import graph, products
+from qt_jax.export.emission import OPSET, emit
 from qt_jax.export.graph import Constants
-from qt_jax.export.jax2onnx_patches import jax2onnx_corrected
 from qt_jax.export.layout import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 from qt_jax.export.operators import BINARY
+from qt_jax.export.patterns import simplify
+from qt_jax.export.program import leaves_of, read
 
-OPSET = 21
-"""Opset at which every model is lowered and its activations are recognized.
-`opsets.at_opset` restates it in an older one."""
+__all__ = ["BATCH", "OPSET", "input_specs", "lower", "output_paths", "products", "symbolic_batch"]
 
 MARKS = (1009, 1013, 1019, 1021)
 """Batches to lower with: primes. A size that is a multiple of the one chosen holds the batch."""
 
 BATCH = "batch"
 """Symbol of the open batch."""
-
-RANDOM = ("Bernoulli", "Multinomial", "Random")
-"""Beginnings of the names of operators that draw numbers."""
 
 Inputs = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -49,11 +46,11 @@ def lower(
     batch: int | None,
     channels_first: bool,
     input_names: Sequence[str] | None,
-    output_names: Sequence[str] | None,
+    output_names: Sequence[str] | Mapping[str, str] | None,
 ) -> onnx.ModelProto:
-    """Let jax2onnx write the graph at opset `OPSET`, with an initializer for every variable that is read.
+    """Write the graph at opset `OPSET`, with an initializer for every variable that is read.
 
-    The graph still holds batch norm, layout changes and constant subgraphs. It records no shapes.
+    The graph still holds batch norm and layout changes. It records no shapes of tensors inside.
 
     Args:
       apply_fn: `(variables, *inputs) -> array, or a pytree of arrays`.
@@ -62,59 +59,62 @@ def lower(
       batch: Batch to lower with; None for one that occurs in no shape of the model.
       channels_first: Whether tensors of rank 4 pass the graph's boundary as NCHW.
       input_names: One name for each input of the graph; None for the defaults of `qt_jax.export.to_onnx`.
-      output_names: One name for each leaf that `apply_fn` returns, or None.
+      output_names: Names of what `apply_fn` returns, as `qt_jax.export.to_onnx` takes them.
 
     Raises:
-      InvalidInput: `apply_fn` does not take these variables or inputs, an output has no batch, or jax2onnx
-        does not lower an operation.
+      InvalidInput: `apply_fn` does not take these variables or inputs, an output has no batch, or ONNX has
+        no operator for a step.
     """
-    leaves = flatten_dict(unfreeze(dict(variables)))
+    leaves = leaves_of(variables)
     sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
     sizes += [size for spec in input_specs(input_shape, 1) for size in spec.shape]
-    inputs = input_specs(input_shape, batch or unused_batch_size(sizes))
-    outputs, numbers = _outputs(apply_fn, variables, inputs)
+    specs = input_specs(input_shape, batch or unused_batch_size(sizes))
+    traced, returned = _traced(apply_fn, variables, specs)
     if batch is None:
-        other = input_specs(input_shape, inputs[0].shape[0] + 1)
-        if not np.array_equal(numbers, _outputs(apply_fn, variables, other)[1], equal_nan=True):
+        other = input_specs(input_shape, specs[0].shape[0] + 1)
+        again = _traced(apply_fn, variables, other)[0]
+        if not np.array_equal(_numbers_of(traced), _numbers_of(again), equal_nan=True):
             raise InvalidInput(
                 "the forward computes with the batch size: use x.shape[0] only in reshape and broadcast_to, "
                 "or export with dynamic_batch=False"
             )
-    input_names = _names("input", input_names, len(inputs), "input")
-    output_names = _names("output", output_names, len(outputs), "logits")
-    if common := set(input_names) & set(output_names):
+    input_names = _names("input", input_names, len(specs), "input")
+    named = _output_names(returned, output_names)
+    if common := set(input_names) & set(named):
         raise InvalidInput(f"the name {common.pop()!r} is given to an input and to an output: change one")
-
-    def positional(*arguments: jax.Array) -> list[jax.Array]:
-        data, values = list(arguments[: len(inputs)]), arguments[len(inputs) :]
-        if channels_first:
-            data = [jnp.transpose(x, TO_CHANNELS_LAST[4]) if x.ndim == 4 else x for x in data]
-        held = unflatten_dict(dict(zip(leaves, values, strict=True)))
-        outputs = jax.tree.leaves(apply_fn(held, *data))
-        named = {id(x) for x in data}
-        for index, y in enumerate(outputs):
-            outputs[index] = jnp.copy(y) if id(y) in named else y  # a tensor has one name in the graph
-            named.add(id(y))
-        return [
-            jnp.transpose(y, TO_CHANNELS_FIRST[4]) if channels_first and y.ndim == 4 else y for y in outputs
-        ]
-
-    names = ["/".join(path) for path in leaves]
-    specs = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves.values()]
-    boundary = [
-        jax.ShapeDtypeStruct((x.shape[0], x.shape[3], *x.shape[1:3]), x.dtype)
-        if channels_first and len(x.shape) == 4
-        else x
-        for x in inputs
-    ]
-    raw = _convert(
-        positional, [*boundary, *specs], input_names=[*input_names, *names], output_names=[*output_names]
+    inputs, outputs = read(traced, leaves, simplify)
+    before: list[NodeProto] = []
+    tensors = {}
+    for name, x in zip(input_names, inputs, strict=True):
+        tensors[id(x)] = name
+        if channels_first and x.ndim == 4:
+            tensors[id(x)] = f"{name}/channels_last"
+            before.append(helper.make_node("Transpose", [name], [tensors[id(x)]], perm=TO_CHANNELS_LAST[4]))
+    emitter, made = emit(outputs, tensors)
+    after: list[NodeProto] = []
+    for name, source, y in zip(named, made, outputs, strict=True):
+        moved = channels_first and y.ndim == 4
+        options: dict[str, Any] = {"perm": TO_CHANNELS_FIRST[4]} if moved else {}
+        after.append(helper.make_node("Transpose" if moved else "Identity", [source], [name], **options))
+    order = named if output_names is None or isinstance(output_names, Mapping) else list(output_names)
+    entries = {
+        name: _entry(name, y.shape, y.dtype, channels_first) for name, y in zip(named, outputs, strict=True)
+    }
+    body = helper.make_graph(
+        [],
+        "main_graph",
+        [_entry(name, x.shape, x.dtype, channels_first) for name, x in zip(input_names, inputs, strict=True)],
+        [entries[name] for name in order],
     )
-    _refuse_unlowered(raw)
-    values = graph.constants(raw)
-    for name, leaf in zip(names, leaves.values(), strict=True):
-        values.add(name, np.asarray(leaf), name if "/" in name else "")
-    return graph.rebuild(raw, raw.graph.node, values)
+    skeleton = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
+    return graph.rebuild(skeleton, [*before, *emitter.nodes, *after], emitter.values)
+
+
+def _entry(name: str, shape: Sequence[int], dtype: Any, channels_first: bool) -> onnx.ValueInfoProto:
+    """Describe an input or output of the graph."""
+    if channels_first and len(shape) == 4:
+        shape = [shape[axis] for axis in TO_CHANNELS_FIRST[4]]
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
 
 
 def input_specs(input_shape: Any, batch: int) -> Inputs:
@@ -160,18 +160,15 @@ def unused_batch_size(sizes: Iterable[int]) -> int:
     return next(mark for mark in MARKS if all(size % mark for size in sizes))
 
 
-def _outputs(
-    apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs
-) -> tuple[list[jax.ShapeDtypeStruct], list[float]]:
+def _traced(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) -> tuple[ClosedJaxpr, Any]:
     """Trace the forward, and check what it returns.
 
     Returns:
-      The outputs, and the floating-point numbers that the forward computes with.
+      The program, and the pytree of the shapes that it returns.
     """
     shapes = ", ".join(str((1, *spec.shape[1:])) for spec in inputs)
     try:
         traced, returned = jax.make_jaxpr(apply_fn, return_shape=True)(variables, *inputs)
-        outputs = jax.tree.leaves(returned)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         first, *rest = str(error).splitlines()
         place = next((line.strip() for line in rest if "from line" in line), "")
@@ -185,6 +182,7 @@ def _outputs(
             "Give the variables of this very model, call it with train=False, and the input_shape it was "
             "initialised with."
         ) from error
+    outputs = jax.tree.leaves(returned)
     for output in outputs:
         if output.shape[:1] != inputs[0].shape[:1]:
             raise InvalidInput(
@@ -192,13 +190,20 @@ def _outputs(
                 "only logits, without state or scalars"
             )
         if output.dtype not in (jnp.float32, jnp.int32):
-            raise InvalidInput(
-                f"apply_fn returns {output.dtype}: build the module with dtype=jnp.float32 for export"
+            floating = jnp.issubdtype(output.dtype, jnp.floating)
+            remedy = (
+                "build the module with dtype=jnp.float32 for export" if floating else "return it as int32"
             )
+            raise InvalidInput(f"apply_fn returns {output.dtype}: {remedy}, with .astype")
     if not outputs:
         raise InvalidInput("apply_fn returns nothing: it must return the logits, or a pytree of arrays")
+    return traced, returned
+
+
+def _numbers_of(traced: ClosedJaxpr) -> list[float]:
+    """Return the floating-point numbers that a program computes with."""
     constants = [float(value) for value in traced.consts if _is_number(value)]
-    return outputs, constants + list(_numbers(traced.jaxpr))
+    return constants + list(_numbers(traced.jaxpr))
 
 
 def _is_number(value: Any) -> bool:
@@ -228,6 +233,43 @@ def _numbers(jaxpr: Any) -> Iterator[float]:
                 yield from _numbers(getattr(parameter, "jaxpr", parameter))
 
 
+def output_paths(returned: Any) -> tuple[list[str], bool]:
+    """Return the path of each leaf that a forward returns, and whether a dict holds several of them.
+
+    >>> output_paths({"logits": 1.0, "boxes": 2.0}), output_paths((1.0, 2.0))
+    ((['boxes', 'logits'], True), (['0', '1'], False))
+    """
+    leaves = jax.tree.leaves_with_path(returned)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    keyed = any(isinstance(key, jax.tree_util.DictKey) for path, _ in leaves for key in path)
+    return paths, keyed and len(paths) > 1
+
+
+def _output_names(returned: Any, given: Sequence[str] | Mapping[str, str] | None) -> list[str]:
+    """Return the name of each leaf that the forward returns, in the order of `jax.tree.leaves`.
+
+    The entries of a dict have no order that a list of names could follow: they are named by their keys.
+    """
+    paths, keyed = output_paths(returned)
+    if isinstance(given, Mapping):
+        if sorted(given) != sorted(paths):
+            raise InvalidInput(
+                f"output_names {given!r}: its keys must be those that apply_fn returns, {paths}"
+            )
+        return _names("output", [given[path] for path in paths], len(paths), "logits")
+    if not keyed:
+        return _names("output", given, len(paths), "logits")
+    if given is None:
+        return _names("output", paths, len(paths), "logits")
+    _names("output", given, len(paths), "logits")
+    if sorted(given) != sorted(paths):
+        raise InvalidInput(
+            f"output_names {given!r}: apply_fn returns a dict, whose entries have no order. Name its keys, "
+            f"{paths}, or map each key to a name"
+        )
+    return paths
+
+
 def _names(kind: str, given: Sequence[str] | None, number: int, single: str) -> list[str]:
     """Return the names of the graph's inputs or outputs.
 
@@ -243,39 +285,6 @@ def _names(kind: str, given: Sequence[str] | None, number: int, single: str) -> 
     if not named or len(given) != number or len(set(given)) != number:
         raise InvalidInput(f"{kind}_names {given!r}: the model has {number} {kind}s, give each its own name")
     return list(given)
-
-
-def _convert(function: Callable, inputs: Sequence[Any], **options: Any) -> onnx.ModelProto:
-    """Call jax2onnx, and make its errors readable."""
-    with jax2onnx_corrected() as to_onnx:
-        try:
-            return to_onnx(function, inputs, opset=OPSET, normalization_mode="prefer_native", **options)
-        except InvalidInput:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:500]
-            raise InvalidInput(
-                f"jax2onnx cannot lower this model: {type(error).__name__}: {reason}. "
-                "Write the step it names with layers and functions of flax.linen."
-            ) from error
-
-
-def _refuse_unlowered(raw: onnx.ModelProto) -> None:
-    """Refuse a forward that draws random numbers or branches on data."""
-    values = graph.constants(raw)
-    for node in raw.graph.node:
-        training = node.op_type == "Dropout" and np.any(values.get("".join(node.input[2:3]), False))
-        if training or node.op_type.startswith(RANDOM):
-            raise InvalidInput(
-                "the forward draws random numbers"
-                + (" in Dropout: call it with train=False or deterministic=True" if training else "")
-                + ("" if training else ": give them as an input, or hold them in the variables")
-            )
-        if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
-            raise InvalidInput(
-                f"the model holds control flow that becomes a {node.op_type} (lax.while_loop, lax.cond or "
-                "fori_loop), which vendors' compilers do not take: unroll it in Python or use nn.scan."
-            )
 
 
 def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:

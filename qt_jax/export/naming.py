@@ -1,9 +1,11 @@
 """Name nodes, tensors and initializers by their Flax path, so that a reader can trace them back.
 
-`name_by_path` gives the names. `free_name` numbers a name that is taken. `leaf_of` finds the leaf that an
-exported constant is named after.
+`name_by_path` gives the names, and writes down which leaf each kernel is. `kernel_origins` reads that.
+`free_name` numbers a name that is taken. `leaf_of` finds the leaf that an exported constant is named after.
 """
 
+import dataclasses
+import json
 import re
 from collections.abc import Container, Iterator
 from itertools import chain, count
@@ -18,12 +20,16 @@ from qt_jax.export.operators import NORMALIZING, WEIGHTED
 MODULES = WEIGHTED | NORMALIZING | {"Gather"}
 """Operators that stand for a Flax module where a leaf of the variables is among their inputs."""
 
+KERNELS = "qt_jax.kernels"
+"""Key of the model's metadata that holds, in JSON, the origin and the gain of each kernel by name.
+Metadata of a single tensor would be standard from IR version 10 on only."""
+
 NUMBER = re.compile(r"_\d+$")
 """Ending of a name that was taken already."""
 
 
 def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Give every node, tensor and constant a name made of Flax paths, and drop the origins of constants.
+    """Give every node, tensor and constant a name made of Flax paths.
 
     - A convolution or Gemm is named after its module (`stage1_block1/conv1`).
     - Its weights are named after their leaves (`stage1_block1/conv1/kernel`).
@@ -32,7 +38,9 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
     - Any other constant takes the name of its node, and the operator's name for it
       (`stage1_block1/Clip/min`).
     - A tensor has the name of its node. Graph inputs and outputs keep their names.
-    - A name that is taken gets `_1`, `_2` and so on. Equal constants of one name become one.
+    - A name that is taken gets `_1`, `_2` and so on. Equal constants of one name and origin become one.
+
+    The origins and gains of kernels become metadata of the model. Those of other constants are dropped.
     """
     values = graph.constants(model)
     interface = {entry.name for entry in (*model.graph.input, *model.graph.output)}
@@ -41,15 +49,19 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
     scopes = {name: "" for name in interface}
     taken = set(interface)
     named: dict[str, np.ndarray] = {}
+    origins: dict[str, str] = {}
+    kernels: dict[str, tuple[str, float | list[float] | None]] = {}
     nodes = []
 
-    def constant(base: str, value: np.ndarray) -> str:
+    def constant(base: str, source: str) -> str:
+        value, origin = values[source], values.origins.get(source, "")
         name = next(
             candidate
             for candidate in _candidates(base)
-            if candidate not in taken or (candidate in named and np.array_equal(named[candidate], value))
+            if candidate not in taken
+            or (origins.get(candidate) == origin and np.array_equal(named[candidate], value))
         )
-        named[name] = value
+        named[name], origins[name] = value, origin
         taken.add(name)
         return name
 
@@ -64,14 +76,47 @@ def name_by_path(model: onnx.ModelProto) -> onnx.ModelProto:
         for index, source in enumerate(node.input):
             if source in values:
                 base = values.flax_path(source) or f"{name}/{_argument(node, index)}"
-                inputs[index] = constant(base, values[source])
+                inputs[index] = constant(base, source)
         for index, output in enumerate(node.output):
             tensors.setdefault(output, f"{name}/{index}" if index else name)
             scopes[output], order[output] = scope, position
         copy = graph.rewired(node, inputs, [tensors[output] for output in node.output])
         copy.name = name
         nodes.append(copy)
-    return graph.rebuild(model, nodes, named)
+        if node.op_type in WEIGHTED and node.input[1] in values.origins:
+            gain = values.gains.get(node.input[1])
+            kernels[inputs[1]] = values.origins[node.input[1]], None if gain is None else gain.tolist()
+    result = graph.rebuild(model, nodes, named)
+    result.metadata_props.add(key=KERNELS, value=json.dumps(kernels))
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelOrigin:
+    """Describe the leaf that a kernel of an exported graph was made from.
+
+    Attributes:
+      path: Path of the leaf in its collection, `stem/kernel`.
+      steps: The step of nn.scan whose part of a stacked leaf it is; several where one scan is inside another.
+      gain: What the leaf was multiplied by, as `graph.Constants.gains` holds it. None where the kernel is not
+        the leaf with each output channel multiplied by one number.
+    """
+
+    path: str
+    steps: tuple[int, ...]
+    gain: np.ndarray | None
+
+
+def kernel_origins(model: onnx.ModelProto) -> dict[str, KernelOrigin]:
+    """Read the origins of the kernels of a graph from `name_by_path`, by initializer."""
+    written = next((entry.value for entry in model.metadata_props if entry.key == KERNELS), "{}")
+    found = {}
+    for name, (origin, gain) in json.loads(written).items():
+        leaf = graph.STEPS.sub("", origin)
+        steps = tuple(map(int, re.findall(r"\d+", origin.removeprefix(leaf))))
+        gains = None if gain is None else np.array(gain, np.float64)
+        found[name] = KernelOrigin(leaf.partition("/")[2], steps, gains)
+    return found
 
 
 def _place(node: NodeProto, values: graph.Constants, scope: str, taken: set[str]) -> tuple[str, str]:

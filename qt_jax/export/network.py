@@ -1,27 +1,28 @@
 """Load a trained network: its description (`model.json`), the module it names, and its checkpoint.
 
 A run writes a `Description` and `Samples` beside its checkpoint. `load` reads them back as a `Deployable`, so
-that the network can be exported without the code of the run.
+that the network can be exported without the code of the run. `qt_jax.export.bare`
+makes a `Deployable` of a checkpoint that nothing describes.
 """
 
 import dataclasses
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 from flax.traverse_util import flatten_dict
 
 from qt_jax.config import QuantConfig, Rule
 from qt_jax.errors import InvalidInput
+from qt_jax.export.checkpoints import restore
+from qt_jax.export.inputs import Input
+from qt_jax.export.variables import PARAMS, single_precision
 from qt_jax.files import staged, write_whole
 from qt_jax.grid import QuantSpec
 from qt_jax.interception import COLLECTION, is_quant_trim_statistic
@@ -31,9 +32,6 @@ VERSION = 1
 
 NAME = "model.json"
 """File name of the description of a run's network."""
-
-MARKER = "_METADATA"
-"""File by which a folder is recognized as a checkpoint of orbax."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,45 +143,79 @@ def config_from_json(values: Mapping[str, Any]) -> QuantConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """Hold real inputs as the model takes them, float32 `(n, *input_shape)`: images NHWC and normalized.
+    """Hold real inputs as the model takes them, `(n, *input_shape)`: images float32, NHWC and normalized.
+
+    A network with several inputs has a tuple of arrays in each field.
 
     Attributes:
       calibration: A few hundred inputs from the training split, to calibrate what has no learned grid.
       parity: At least 7 inputs on which the exported graph is compared with JAX. More inputs say more.
     """
 
-    calibration: np.ndarray
-    parity: np.ndarray
+    calibration: Any
+    parity: Any
 
 
 def write_samples(samples: Samples, path: str | os.PathLike) -> None:
-    """Write `samples` as a compressed .npz of two arrays, `calibration` and `parity`, whole or not at all."""
+    """Write the samples of one input as a compressed .npz of two arrays, whole or not at all."""
     with staged(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, calibration=samples.calibration, parity=samples.parity)
 
 
-def read_samples(path: str | os.PathLike, input_shape: tuple[int, ...]) -> Samples:
+def read_samples(path: str | os.PathLike, inputs: Sequence[Input]) -> Samples:
     """Read the samples in a file of `write_samples`.
+
+    With several inputs the file has arrays for each: `calibration_0`, `parity_0`, `calibration_1` and so on,
+    or `calibration_ids` and `parity_ids` for an input that is named "ids".
 
     Raises:
       InvalidInput: The file is missing or damaged, lacks an array, or holds inputs of another shape.
     """
     path = Path(path)
+    suffixes = [f"_{input.name or index}" for index, input in enumerate(inputs)] if len(inputs) > 1 else [""]
+    wanted = {
+        f"{part}{suffix}": input
+        for part in ("calibration", "parity")
+        for suffix, input in zip(suffixes, inputs, strict=True)
+    }
     try:
         with np.load(path) as file:
-            arrays = {name: file[name].astype(np.float32) for name in ("calibration", "parity")}
+            arrays = {name: file[name] for name in wanted}
     except Exception as error:  # numpy raises whatever zipfile and zlib do
+        kinds = {f"{input.dtype} ({', '.join(map(str, ('n', *input.shape)))})" for input in inputs}
         raise InvalidInput(
-            f"{path} holds no samples ({type(error).__name__}: {error}): it must be an .npz of two float32 "
-            f'arrays, "calibration" and "parity", of shape (n, {", ".join(map(str, input_shape))})'
+            f"{path} holds no samples ({type(error).__name__}: {error}): it must be an .npz of the arrays "
+            f"{', '.join(map(repr, wanted))}, {' and '.join(sorted(kinds))}"
         ) from error
-    for name, array in arrays.items():
-        if array.shape[1:] != input_shape or not len(array) or not np.all(np.isfinite(array)):
-            raise InvalidInput(
-                f'"{name}" of {path} has shape {array.shape} or numbers that are not finite; the model takes '
-                f"(n, {', '.join(map(str, input_shape))}), n at least 1"
-            )
-    return Samples(**arrays)
+    for name, input in wanted.items():
+        arrays[name] = _sample(path, name, arrays[name], input)
+    if len({len(array) for name, array in arrays.items() if name.startswith("parity")}) > 1:
+        raise InvalidInput(f"the parity arrays of {path} differ in length: each example has every input")
+    calibration, parity = (
+        tuple(array for name, array in arrays.items() if name.startswith(part))
+        for part in ("calibration", "parity")
+    )
+    return Samples(calibration, parity) if len(inputs) > 1 else Samples(calibration[0], parity[0])
+
+
+def _sample(path: Path, name: str, array: np.ndarray, input: Input) -> np.ndarray:
+    """Return an array of samples in the dtype of its input.
+
+    Raises:
+      InvalidInput: It is not of the input's shape, or holds what its dtype does not.
+    """
+    shape = ", ".join(map(str, ("n", *input.shape)))
+    if array.shape[1:] != input.shape or not array.ndim or not len(array) or array.dtype.kind not in "biuf":
+        raise InvalidInput(
+            f'"{name}" of {path} has shape {array.shape} and dtype {array.dtype}; the model takes numbers of '
+            f"shape ({shape}), n at least 1"
+        )
+    if not np.all(np.isfinite(array)):
+        raise InvalidInput(f'"{name}" of {path} holds numbers that are not finite')
+    cast = array.astype(input.dtype)
+    if input.dtype != "float32" and not np.array_equal(cast, array):
+        raise InvalidInput(f'"{name}" of {path} holds numbers that are not {input.dtype}, as the model takes')
+    return cast
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,18 +223,24 @@ class Deployable:
     """Hold a network that is ready to be exported.
 
     Attributes:
-      apply_fn: `(variables, inputs) -> outputs`, the forward of inference.
+      apply_fn: `(variables, *inputs) -> outputs`, the forward of inference.
       variables: Flax collections of numpy arrays.
-      input_shape: Shape of the input, without batch.
+      input_shape: Shape of the input, without batch; of several inputs as `qt_jax.to_onnx` takes them.
       config: Config of training; None if the variables hold no ranges of Quant-Trim.
       samples: Real inputs, or None.
+      input_names: Names of the graph's inputs; None for the defaults of `qt_jax.to_onnx`.
+      output_names: Names of the graph's outputs; None for the defaults.
+      notes: What the user is to know of the variables, by topic.
     """
 
     apply_fn: Callable[..., Any]
     variables: Mapping[str, Any]
-    input_shape: tuple[int, ...]
+    input_shape: Any
     config: QuantConfig | None
     samples: Samples | None
+    input_names: tuple[str, ...] | None = None
+    output_names: tuple[str, ...] | None = None
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load(path: str | os.PathLike) -> Deployable:
@@ -245,24 +283,62 @@ def deployable(description: Description, base: str | os.PathLike = ".") -> Deplo
     base = Path(base)
     module = create_module(description.model, description.arguments)
     held = restore(base / description.checkpoint)
-    key = description.collections.get("params", "params")
+    key = description.collections.get(PARAMS, PARAMS)
     if not held.get(key):
         raise InvalidInput(
             f"the checkpoint {base / description.checkpoint} has no parameters under {key!r}; it holds "
             f"{', '.join(map(repr, held))}"
         )
     variables = {name: held.get(key) or {} for name, key in description.collections.items()}
+    inputs = (Input(tuple(description.input_shape)),)
+    samples = None if description.samples is None else read_samples(base / description.samples, inputs)
+    apply_fn = bound_forward(module.apply, inputs, description.call)
+    return assemble(apply_fn, variables, inputs, description.quantization, samples)
+
+
+def assemble(
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    inputs: Sequence[Input],
+    quantization: QuantConfig | None,
+    samples: Samples | None,
+) -> Deployable:
+    """Make a network of its parts, with its variables in float32."""
+    variables, cast = single_precision(variables)
     learned = any(map(is_quant_trim_statistic, flatten_dict(variables.get(COLLECTION, {}))))
-    call = dict(description.call)
+    plain = len(inputs) == 1 and inputs[0].dtype == "float32"
+    return Deployable(
+        apply_fn,
+        variables,
+        inputs[0].shape if plain else [input.spec() for input in inputs],
+        quantization if learned else None,
+        samples,
+        notes={} if cast is None else {"precision": cast},
+    )
 
-    def apply_fn(variables: Mapping[str, Any], inputs: Any) -> Any:
-        return module.apply(variables, inputs, **call)
 
-    samples = None
-    if description.samples is not None:
-        samples = read_samples(base / description.samples, description.input_shape)
-    config = description.quantization if learned else None
-    return Deployable(apply_fn, variables, description.input_shape, config, samples)
+def bound_forward(
+    method: Callable[..., Any], inputs: Sequence[Input], call: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Bind the keyword arguments of a module's method, and give it its inputs by place or by name.
+
+    Args:
+      method: `apply` or `init` of a module.
+      inputs: Inputs of the forward.
+      call: Its other keyword arguments.
+
+    Returns:
+      `(first, *arrays) -> result`, of which `first` are the variables or the keys.
+    """
+    names = [input.name for input in inputs if input.name is not None]
+    fixed = dict(call)
+
+    def forward(first: Any, *arrays: Any) -> Any:
+        if not names:
+            return method(first, *arrays, **fixed)
+        return method(first, **dict(zip(names, arrays, strict=True)), **fixed)
+
+    return forward
 
 
 def create_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -297,59 +373,3 @@ def create_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise InvalidInput(f"{name} makes a {type(module).__name__}, not a flax.linen.Module")
     return module
-
-
-def restore(path: str | os.PathLike) -> dict[str, Any]:
-    """Restore a checkpoint of orbax as a tree of numpy arrays, whatever devices it was saved from.
-
-    Args:
-      path: The checkpoint, a step of a `CheckpointManager`, or a folder of steps, of which the newest counts.
-
-    Raises:
-      InvalidInput: There is no checkpoint, or it is damaged.
-    """
-    folder = epath.Path(find(Path(path)).absolute())
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        saved = handler.metadata(folder).tree
-        arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        tree = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arrays))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        symptom = str(error).partition("\n")[0][:200]
-        raise InvalidInput(f"the checkpoint {folder} is damaged: {symptom}") from error
-    finally:
-        handler.close()
-    if not isinstance(tree, dict):
-        raise InvalidInput(f"the checkpoint {folder} holds a {type(tree).__name__}, not collections by name")
-    return tree
-
-
-def find(path: Path) -> Path:
-    """Find the folder of the checkpoint that `path` is, or holds.
-
-    Raises:
-      InvalidInput: There is none, or there are several. The message says what `path` is instead.
-    """
-    if (path / MARKER).exists():
-        return path
-    children = [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
-    items = [child for child in children if (child / MARKER).exists() and not child.name.isdecimal()]
-    steps = [child for child in children if child.name.isdecimal()]
-    if len(items) > 1:
-        raise InvalidInput(
-            f"{path} holds several checkpoints: name one of {', '.join(map(str, sorted(items)))}"
-        )
-    if items:
-        return items[0]
-    if steps:
-        return find(max(steps, key=lambda step: int(step.name)))
-    if path.is_file():
-        raise InvalidInput(
-            f"{path} is a file, not a checkpoint of orbax, which is a folder: read it in Python, with the "
-            "library that wrote it, and export with qt_jax.to_onnx(model.apply, variables, input_shape)"
-        )
-    raise InvalidInput(
-        f"{path} is not a checkpoint of orbax and holds none"
-        + ("" if path.is_dir() else " (there is no such folder)")
-        + ": name a folder saved by orbax, one of its steps, or the folder of all steps"
-    )

@@ -16,16 +16,22 @@ from onnx import NodeProto, helper, shape_inference
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
-from qt_jax.export.encodings import Encoding, Ranges, model_sha256
+from qt_jax.export.encodings import Encoding, Ranges
 from qt_jax.export.naming import free_name
 from qt_jax.export.operators import BIASED, WEIGHTED
+from qt_jax.export.storage import model_sha256
 
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 
 ABSORBED = frozenset({"Clip", "Relu"})
 """Operators that the operator before them computes, whose own output is then not quantized."""
 
-SAME_GRID = frozenset({"Flatten", "MaxPool", "Reshape", "Resize", "Squeeze", "Transpose", "Unsqueeze"})
+SELECTING = frozenset({"Expand", "Gather", "Pad", "Slice", "Split"})
+"""Operators that select, repeat or pad numbers. They work on integers only behind an operator that does."""
+
+SAME_GRID = SELECTING | frozenset(
+    {"Flatten", "MaxPool", "Reshape", "Resize", "Squeeze", "Transpose", "Unsqueeze"}
+)
 """Operators that move, select or interpolate numbers: their output is on the grid of their input."""
 
 MERGING = frozenset({"Add", "Concat", "Mul"})
@@ -68,8 +74,8 @@ def insert_qdq(
       the ends of their type, [-128, 127], where training's narrow range has [-127, 127].
 
     Raises:
-      InvalidInput: `ranges` is of another graph or lacks a tensor, or the opset lacks an integer type (INT4
-        and INT16 need 21).
+      InvalidInput: `ranges` is of another graph or lacks a tensor, the opset lacks an integer type (INT4
+        and INT16 need 21), or a batch of matrices has a scale for each channel.
 
     >>> import flax.linen as nn, jax
     >>> import qt_jax as qt
@@ -100,6 +106,7 @@ def insert_qdq(
     for node in model.graph.node:
         writer.add(node)
     quantized = graph.rebuild(model, writer.nodes, writer.values)
+    quantized.ClearField("metadata_props")  # the origins of kernels, which are integers now
     return shape_inference.infer_shapes(quantized, check_type=True, strict_mode=True, data_prop=True)
 
 
@@ -119,8 +126,8 @@ def quantized_tensors(model: onnx.ModelProto, layers: Collection[str]) -> set[st
     that lead to quantized layers only. Where only a Relu or Clip reads a tensor, the pair stands behind that
     instead. An operator stays float where it also leads to one without an integer kernel
     (LayerNormalization, Softmax, Gelu) or to the end of the graph, or where it merges an activation with a
-    constant. A linear layer's output is quantized only where an operator of `BETWEEN` reads it, because
-    logits on eight bits tie.
+    constant. One of `SELECTING` stays float behind a float operator too. A linear layer's output is quantized
+    only where an operator of `BETWEEN` reads it, because logits on eight bits tie.
 
     Args:
       model: Graph with named nodes.
@@ -150,7 +157,7 @@ def quantized_tensors(model: onnx.ModelProto, layers: Collection[str]) -> set[st
         if node.name not in integer:
             continue
         if node.op_type in convolutions:
-            found.add(settled(node.output[0]))
+            found.update(map(settled, node.output))
         if node.op_type in BETWEEN:
             computed = {name for name in node.input if name in makers and makers[name].name in integer}
             found.update(
@@ -168,26 +175,38 @@ def _integer_between(
     model: onnx.ModelProto, layers: Collection[str], readers: Mapping[str, list[NodeProto]]
 ) -> set[str]:
     """Return the names of the nodes of `BETWEEN` that work on integers."""
-    held = {tensor.name for tensor in model.graph.initializer}
+    values = graph.constants(model)
+    outputs = {output.name for output in model.graph.output}
     found: set[str] = set()
     for node in reversed(model.graph.node):
-        following = [reader.name for reader in readers[node.output[0]]]
+        following = [reader.name for name in node.output for reader in readers[name]]
         leads_on = following and all(name in layers or name in found for name in following)
-        constant = not held.isdisjoint(activation_inputs(node))
-        is_output = any(output.name == node.output[0] for output in model.graph.output)
-        if node.op_type in BETWEEN and leads_on and not constant and not is_output:
+        constant = not values.keys().isdisjoint(activation_inputs(node))
+        padded = node.op_type == "Pad" and node.input[2:3] and np.any(values.get(node.input[2], 0.0))
+        inside = leads_on and outputs.isdisjoint(node.output)
+        if node.op_type in BETWEEN and inside and not constant and not padded:
             found.add(node.name)
+    makers = {name: node.name for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type in SELECTING and makers.get(node.input[0]) not in found | set(layers):
+            found.discard(node.name)
     return found
 
 
 def same_grid_groups(model: onnx.ModelProto, tensors: Collection[str]) -> list[list[str]]:
-    """Group `tensors` by shared grid: one tensor and what operators of `SAME_GRID` make of it."""
+    """Group `tensors` by shared grid.
+
+    A group is one tensor and what operators of `SAME_GRID` make of it, joined again by Concat or not.
+    """
     groups = {name: [name] for name in tensors}
     for node in model.graph.node:
-        source, output = node.input[0], node.output[0]
-        if node.op_type in SAME_GRID and source in groups and output in groups:
-            groups[source].append(output)
-            groups[output] = groups[source]
+        sources = node.input if node.op_type == "Concat" else node.input[:1]
+        joined = [groups.get(name) for name in sources]
+        moves = node.op_type in SAME_GRID or node.op_type == "Concat"
+        if moves and joined[0] is not None and all(group is joined[0] for group in joined):
+            for output in groups.keys() & set(node.output):
+                joined[0].append(output)
+                groups[output] = joined[0]
     return list({id(group): group for group in groups.values()}.values())
 
 
@@ -229,6 +248,7 @@ class _Writer:
             ]
         if node.name in self.ranges.kernels:
             kernel = self.ranges.tensors[node.input[1]]
+            self._require_one_scale(node, kernel)
             integers = kernel.integers(self.values[node.input[1]])
             inputs[1] = self._constant(node.input[1], integers, kernel.bits, kernel.scale, kernel.axis)
             if (
@@ -309,6 +329,15 @@ class _Writer:
         """Write a node; return its output."""
         self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
         return output
+
+    def _require_one_scale(self, node: NodeProto, kernel: Encoding) -> None:
+        """Refuse a batch of matrices with a scale for each channel, which runtimes do not compute."""
+        if node.op_type == "MatMul" and self.values[node.input[1]].ndim > 2 and kernel.axis is not None:
+            raise InvalidInput(
+                f'"{node.input[1]}" is a batch of matrices with a scale for each channel, and runtimes have '
+                f'one scale for those: leave "{node.name}" in floating point with a qt.Rule(..., skip=True), '
+                "or train it with one scale, qt.QuantSpec(axis=None)"
+            )
 
     def _require_opset(self, bits: int, name: str) -> None:
         """Refuse integers that the opset does not have."""

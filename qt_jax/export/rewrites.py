@@ -1,7 +1,7 @@
 """Rewrite small groups of nodes into what one operator says better, and drop nodes that do nothing.
 
-jax2onnx writes every dense layer as a Gemm between two Reshapes, and attention as Einsum. Compilers know
-another form: Gemm on rows, MatMul on sequences and in attention.
+Compilers know a dense layer on a sequence as MatMul, where the program may merge the sequence with the batch,
+multiply rows, and split them again.
 
 The module imports numpy, onnx and modules of qt_jax that need no more, as `graph` explains.
 """
@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.graph import Constants, Shapes
 from qt_jax.export.operators import BINARY
@@ -21,9 +20,6 @@ IDENTITIES = frozenset({"Dropout", "Identity"})
 
 SAME_SHAPE = frozenset({"Expand", "Reshape", "Slice", "Tile"})
 """Operators that return a tensor as it is where they are given the shape that it has already."""
-
-ELLIPSIS = "0123456789"
-"""Labels for the axes that "..." stands for in an Einsum."""
 
 
 def drop_identities(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -134,96 +130,8 @@ def _kept_axes(
     return helper.make_node(reduction.op_type, reduction.input, reshape.output, **stated)
 
 
-def fold_mean(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn a sum divided by the number of its terms, as in `x.mean()`, into ReduceMean."""
-    values, shapes = graph.constants(model), graph.shapes(model)
-
-    def mean(division: NodeProto, before: NodeProto) -> NodeProto | None:
-        if before.op_type != "ReduceSum" or before.input[0] not in shapes:
-            return None
-        axes, divisor = (values.get(node.input[-1]) for node in (before, division))
-        if axes is None or divisor is None or divisor.size != 1:
-            return None
-        terms = math.prod(shapes[before.input[0]][axis] for axis in axes.ravel())
-        if terms == 0 or divisor.item() != terms:
-            return None
-        return helper.make_node("ReduceMean", before.input, division.output, **graph.attributes(before))
-
-    return graph.fuse(model, values, frozenset({"Div"}), mean)
-
-
-def einsum_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn each Einsum of two tensors into MatMul, with the Transposes that it implies.
-
-    Raises:
-      InvalidInput: An equation is not a matrix product between single axes.
-    """
-    values, shapes = graph.constants(model), graph.shapes(model)
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        nodes.extend(_matmul(node, values, shapes) if node.op_type == "Einsum" else [node])
-    return graph.rebuild(model, nodes, values)
-
-
-def _matmul(einsum: NodeProto, values: Constants, shapes: Shapes) -> list[NodeProto]:
-    """Write an Einsum as MatMul.
-
-    The left operand is brought to (batch, rows, contracted), the right one to (batch, contracted, columns),
-    and the product to the order that the equation wants.
-    """
-    equation = graph.attributes(einsum)["equation"].decode().replace(" ", "")
-    terms, wanted = equation.split("->")
-    operands = terms.split(",")
-    if len(operands) != 2:
-        raise _no_product(einsum, equation)
-    free = max(
-        len(shapes[name]) - len(term.replace("...", ""))
-        for name, term in zip(einsum.input, operands, strict=True)
-    )
-    left, right, wanted = (term.replace("...", ELLIPSIS[:free]) for term in (*operands, wanted))
-    contracted = [label for label in left if label in right and label not in wanted]
-    batch = [label for label in wanted if label in left and label in right]
-    rows = [label for label in left if label not in right]
-    columns = [label for label in right if label not in left]
-    kernel = not batch and einsum.input[1] in values and len(columns) == 1
-    if len(contracted) != 1 or len(columns) != 1 or (len(rows) != 1 and not kernel):
-        raise _no_product(einsum, equation)
-    output = einsum.output[0]
-    product = [*batch, *rows, *columns]
-    if sorted(product) != sorted(wanted) or len(set(left)) < len(left) or len(set(right)) < len(right):
-        raise _no_product(einsum, equation)
-    nodes = []
-    sources = []
-    for name, labels, order in (
-        (einsum.input[0], left, [*batch, *rows, *contracted]),
-        (einsum.input[1], right, [*batch, *contracted, *columns]),
-    ):
-        permutation = [labels.index(label) for label in order]
-        if permutation == sorted(permutation):
-            sources.append(name)
-        else:
-            sources.append(f"{output}/operand{len(sources)}")
-            nodes.append(helper.make_node("Transpose", [name], [sources[-1]], perm=permutation))
-    if list(wanted) == product:
-        return [*nodes, helper.make_node("MatMul", sources, [output])]
-    back = [product.index(label) for label in wanted]
-    return [
-        *nodes,
-        helper.make_node("MatMul", sources, [f"{output}/product"]),
-        helper.make_node("Transpose", [f"{output}/product"], [output], perm=back),
-    ]
-
-
-def _no_product(einsum: NodeProto, equation: str) -> InvalidInput:
-    """Make the error for an equation that MatMul does not express."""
-    return InvalidInput(
-        f'einsum "{equation}" of {list(einsum.input)} is not a matrix product between single axes: write it '
-        "with jnp.matmul and reshape, or with nn.Dense or nn.DenseGeneral"
-    )
-
-
 def unflatten_dense(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn Reshape to rows, Gemm and Reshape back into MatMul and Add on the tensor as it was.
+    """Turn Reshape to rows, Gemm and Reshape back into MatMul on the tensor as it was.
 
     The leading axes that the first Reshape merged are kept. Where it merged contracted axes, as in the output
     projection of attention, a Reshape of those remains. On rows that were never merged Gemm stays.
@@ -248,7 +156,7 @@ def _product(
     values: Constants,
     shapes: Shapes,
 ) -> list[NodeProto]:
-    """Write one Gemm on merged rows as MatMul and Add, or keep it where its rows are not split again.
+    """Write one Gemm on merged rows as MatMul, or keep it where its rows are not split again.
 
     Args:
       gemm: Reads the rows.
@@ -270,10 +178,6 @@ def _product(
         source = merged
     product = f"{output}/product"
     nodes.append(helper.make_node("MatMul", [source, kernel], [product]))
-    bias = gemm.input[2] if len(gemm.input) > 2 else ""
-    if bias and not is_absent(bias, values):
-        nodes.append(helper.make_node("Add", [product, bias], [f"{output}/biased"]))
-        product = f"{output}/biased"
     values[f"{output}/rows"] = np.array(shapes[output], np.int64)
     return [*nodes, helper.make_node("Reshape", [product, f"{output}/rows"], [output])]
 
@@ -282,11 +186,6 @@ def _leading_axes(shape: tuple[int, ...], rows: int, back: tuple[int, ...]) -> t
     """Return the leading axes of `shape` that were merged to `rows` and are split again in `back`."""
     splits = [shape[:axis] for axis in range(1, len(shape)) if math.prod(shape[:axis]) == rows]
     return max((split for split in splits if back[: len(split)] == split), key=len, default=())
-
-
-def is_absent(bias: str, values: Constants) -> bool:
-    """Tell whether a bias is the zeros that jax2onnx puts where a layer has none."""
-    return bias in values and not values.flax_path(bias) and not np.any(values[bias])
 
 
 def fold_index(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -328,23 +227,3 @@ def fold_stack(model: onnx.ModelProto) -> onnx.ModelProto:
         return _to_shape(stack.input[index.item()], node.output[0], values, shapes)
 
     return graph.rebuild(model, [taken(node) for node in model.graph.node], values)
-
-
-def short_slices(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Let each Slice name only the axes that it cuts."""
-    values, shapes = graph.constants(model), graph.shapes(model)
-
-    def shortened(node: NodeProto) -> NodeProto:
-        if node.op_type != "Slice" or len(node.input) < 4 or not values.keys() >= {*node.input[1:]}:
-            return node
-        table = [values[name].ravel() for name in node.input[1:]]
-        steps = table[3] if len(table) > 3 else np.ones_like(table[2])
-        whole, part = shapes[node.input[0]], shapes[node.output[0]]
-        cut = [i for i, axis in enumerate(table[2]) if whole[axis] != part[axis] or steps[i] < 0]
-        if not cut or len(cut) == len(steps):
-            return node
-        names = [f"{node.output[0]}#{i}" for i in range(4)]
-        values.update(zip(names, (column[cut] for column in (*table[:3], steps)), strict=True))
-        return graph.rewired(node, [node.input[0], *names])
-
-    return graph.rebuild(model, [shortened(node) for node in model.graph.node], values)

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 
 from qt_jax.errors import InvalidInput
+from qt_jax.export.storage import readable
 
 BATCH = 64
 """Number of inputs that are run at once where the graph leaves the batch open."""
@@ -36,9 +37,8 @@ def open_session(
     if save_optimized is not None:
         options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(save_optimized)
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    with readable(model) as stored:
+        return onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
 
 
 def named_inputs(

@@ -24,10 +24,11 @@ from qt_jax.errors import InvalidInput
 from qt_jax.export.encodings import Encoding, Ranges
 from qt_jax.export.graph import without_weights
 from qt_jax.export.layout import as_graph
+from qt_jax.export.lowering import output_paths
 from qt_jax.export.naming import leaf_of
 from qt_jax.export.operators import WEIGHTED, summarize
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
-from qt_jax.files import staged
+from qt_jax.export.storage import readable, staged_model, stored_size
 from qt_jax.metrics import agreement, sqnr_db
 from qt_jax.trim import quant_trim
 
@@ -73,9 +74,11 @@ def verify(
     Raises:
       InvalidInput: A check failed. The message names the first one.
     """
-    _check_form(model, variables, model.SerializeToString())
-    differences = _differences(model, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
-    return summarize(model) | {"max_difference": differences}
+    with readable(model) as stored:
+        _check_form(model, variables, stored)
+        differences = _differences(stored, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+        size = len(stored) if isinstance(stored, bytes) else stored_size(Path(stored))
+    return summarize(model, size) | {"max_difference": differences}
 
 
 def save_verified(
@@ -93,22 +96,19 @@ def save_verified(
 
     Arguments, result and errors are those of `verify`. On an error nothing at `path` has changed.
     """
-    with staged(path) as temporary:
-        serialized = model.SerializeToString()
-        temporary.write_bytes(serialized)
-        _check_form(model, variables, serialized)
-        size = len(serialized)
-        del serialized
-        differences = _differences(temporary, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+    with staged_model(model, path) as scratch:
+        _check_form(model, variables, str(scratch))
+        differences = _differences(str(scratch), apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+        size = stored_size(scratch)
     return summarize(model, size) | {"max_difference": differences}
 
 
-def _check_form(model: onnx.ModelProto, variables: Mapping[str, Any], serialized: bytes) -> None:
-    """Check domains and names, the bytes by onnx.checker, and the shapes by strict inference."""
+def _check_form(model: onnx.ModelProto, variables: Mapping[str, Any], stored: bytes | str) -> None:
+    """Check domains and names, the bytes or the file by onnx.checker, and the shapes by strict inference."""
     _check_domains(model)
     _check_names(model, variables)
     try:
-        onnx.checker.check_model(serialized)
+        onnx.checker.check_model(stored)
         onnx.checker.check_model(without_weights(model), full_check=True)
     except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
         raise _failure("onnx.checker", str(error)) from error
@@ -153,7 +153,7 @@ def _stems(name: str, leaves: Iterable[str]) -> bool:
 
 
 def _differences(
-    stored: onnx.ModelProto | Path,
+    stored: bytes | str,
     apply_fn: Callable,
     variables: Mapping[str, Any],
     given: Any,
@@ -177,11 +177,15 @@ def _differences(
     inputs = [x[:largest] for x in inputs]
     with jax.default_matmul_precision("highest"):
         forward = jax.jit(apply_fn, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
-        outputs = jax.tree.leaves(forward(variables, *inputs))
-    expected, fed = ([as_graph(x, layout) for x in tensors] for tensors in (outputs, inputs))
+        returned = forward(variables, *inputs)
+    outputs, (paths, keyed) = jax.tree.leaves(returned), output_paths(returned)
     session = _session(stored)
-    if len(session.get_outputs()) != len(expected):
-        raise _failure("parity", f"{len(session.get_outputs())} outputs, the JAX forward has {len(expected)}")
+    names = [entry.name for entry in session.get_outputs()]
+    if len(names) != len(outputs):
+        raise _failure("parity", f"{len(names)} outputs, the JAX forward has {len(outputs)}")
+    if keyed and sorted(names) == sorted(paths):
+        outputs = [outputs[paths.index(name)] for name in names]
+    expected, fed = ([as_graph(x, layout) for x in tensors] for tensors in (outputs, inputs))
     differences = {}
     for size in batch_sizes:
         found = _run(session, [x[:size] for x in fed])
@@ -214,11 +218,10 @@ def _magnitude(wanted: np.ndarray) -> float:
     return float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
 
 
-def _session(stored: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
-    """Load a graph, or the file of one, in onnxruntime on the CPU."""
-    source = stored if isinstance(stored, Path) else stored.SerializeToString()
+def _session(stored: bytes | str) -> onnxruntime.InferenceSession:
+    """Load a graph, serialized or in a file, in onnxruntime on the CPU."""
     try:
-        return onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(stored, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise _failure("onnxruntime", f"the model does not load: {error}") from error
 
@@ -266,9 +269,9 @@ def parity(
       For each graph output by name:
       `n`, the number of inputs;
       `top1_agreement`, the fraction of rows of `(n, classes)` outputs with the same class, None for other
-      shapes;
+      shapes and for a single column;
       `margins`, JAX's lead of the first class over the second in steps of the output's grid (`median`, and
-      `largest_lost` among rows of another class), None for other shapes;
+      `largest_lost` among rows of another class), None likewise;
       `equal_integers`, the fraction of numbers on the same integer of the output's grid;
       `largest_difference`, in steps of that grid;
       `sqnr_db` of the graph's output against JAX's, None where they are equal.
@@ -318,10 +321,11 @@ def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dic
     step = encoding.scale[0]
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     ratio = sqnr_db(expected, found)
+    classes = expected.ndim == 2 and expected.shape[1] > 1
     return {
         "n": len(expected),
-        "top1_agreement": agreement(expected, found) if expected.ndim == 2 else None,
-        "margins": _margins(expected, found, step) if expected.ndim == 2 else None,
+        "top1_agreement": agreement(expected, found) if classes else None,
+        "margins": _margins(expected, found, step) if classes else None,
         "equal_integers": float(np.mean(encoding.integers(expected) == encoding.integers(found))),
         "largest_difference": float(difference.max() / step),
         "sqnr_db": ratio if math.isfinite(ratio) else None,

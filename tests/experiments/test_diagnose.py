@@ -31,7 +31,8 @@ from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment, replaced
 from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, everywhere, logits_of
 from qt_jax.export import graph
-from qt_jax.export.encodings import model_sha256, read_ranges, write_ranges
+from qt_jax.export.encodings import read_ranges, write_ranges
+from qt_jax.export.storage import model_sha256
 
 RUN = "experiments/results/cifar10-resnet8"
 SAMPLES = f"{RUN}/samples.npz"

@@ -12,7 +12,7 @@ from qt_jax.export.activations import fold_activations
 
 
 class Held(nn.Module):
-    """Keeps its activation in a field, where jax2onnx does not see its name."""
+    """Keeps its activation in a field."""
 
     activation: Callable[[jax.Array], jax.Array]
 

@@ -294,7 +294,7 @@ def test_bare_checkpoint_without_samples(nets, variables, project, tmp_path, cap
 
 
 def test_bare_checkpoint_with_ranges_and_samples(project, tmp_path, capsys):
-    """Export one step of the run without asking for its average: the zeros that it holds as params."""
+    """Export one step of the run without its average: the zeros that it holds as params."""
     given = (
         "--model",
         f"{MODULE}:Net",
@@ -307,7 +307,8 @@ def test_bare_checkpoint_with_ranges_and_samples(project, tmp_path, capsys):
     given = (*given, "--quantization", config)
     summary = export(capsys, project / "bare", *given, "--out", tmp_path / "q.onnx", "--qdq", "int8")
     assert summary["parity"]["logits"]["sqnr_db"] > 20
-    export(capsys, project / "run" / "steps" / "7", *given, "--out", tmp_path / "m.onnx")
+    step = (project / "run" / "steps" / "7", *given, "--variables", "params")
+    export(capsys, *step, "--out", tmp_path / "m.onnx")
     assert not np.any(graph_logits(tmp_path / "m.onnx", NCHW))
 
 
@@ -387,7 +388,7 @@ def test_description_keeps_every_field(tmp_path):
             "nowhere is not a checkpoint of orbax and holds none (there is no such folder)",
         ),
         ({"checkpoint": "."}, "run is not a checkpoint of orbax and holds none: name"),
-        ({"checkpoint": "model.json"}, "model.json is a file, not a checkpoint of orbax"),
+        ({"checkpoint": "model.json"}, "model.json is a file, and not one of flax.serialization.to_bytes"),
         ({"collections": {"params": "ema"}}, "has no parameters under 'ema'; it holds "),
         ({"samples": "gone.npz"}, "gone.npz holds no samples (FileNotFoundError"),
         ({"samples": "model.json"}, "model.json holds no samples"),
@@ -415,9 +416,11 @@ def test_missing_and_damaged_files_are_refused(run, variables, tmp_path, capsys)
     bare = ("--model", f"{MODULE}:Net", "--input-shape", *SHAPE)
     for name in ("one", "two"):
         save_tree(tmp_path / "several" / name, variables)
-    assert "holds several checkpoints: name one of" in refused(capsys, tmp_path / "several", *bare, *out)
+    assert "several trees that fit the params of the model: one/params, two/params" in refused(
+        capsys, tmp_path / "several", *bare, *out
+    )
     save_tree(tmp_path / "list", [np.ones(3)])
-    assert "holds a list, not collections by name" in refused(capsys, tmp_path / "list", *bare, *out)
+    assert "the checkpoint holds 0. Is --model" in refused(capsys, tmp_path / "list", *bare, *out)
 
 
 def test_wrong_options_are_refused_and_leave_the_file_alone(run, tmp_path, capsys):

@@ -49,6 +49,7 @@ def test_origins_travel_as_metadata_and_by_reference(build):
     with graph.weights_by_reference():
         rebuilt = graph.rebuild(model, nodes, values)
         assert graph.constants(rebuilt).origins == {large: "params/a/bias"}
+        assert graph.constants(rebuilt).gains == {large: 1.0}
         assert rebuilt.ByteSize() < 2000
         whole = graph.with_weights(rebuilt)
     np.testing.assert_array_equal(graph.constants(whole)[large], values[large])
@@ -87,7 +88,7 @@ sys.modules |= dict.fromkeys({absent})
 for name, folder in (("qt_jax", {str(PACKAGE)!r}), ("qt_jax.export", {str(PACKAGE / "export")!r})):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
-for name in ("folding", "graph", "layout", "operators", "rewrites"):
+for name in ("commuting", "folding", "graph", "layout", "operators", "rewrites", "storage"):
     importlib.import_module("qt_jax.export." + name)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -1,16 +1,18 @@
-"""Check several inputs and outputs, integers, channels-last boundaries, names, and jax2onnx's corrections."""
+"""Check several inputs and outputs, integers, channels-last boundaries, names, and loops."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import to_onnx
-from qt_jax.export.jax2onnx_patches import MAX_UNROLLED, jax2onnx_corrected
+from qt_jax.export.graph import ORIGIN
 from qt_jax.export.lowering import lower
+from qt_jax.export.program import MAX_UNROLLED
 
 TOKENS = jax.ShapeDtypeStruct((5,), jnp.int32)
 
@@ -36,13 +38,35 @@ class TwoInputs(nn.Module):
 def test_two_inputs_and_outputs(layout, image, features, export):
     model = export(TwoInputs(), (6, 5, 3), (2,), layout=layout).model
     assert boundary(model.graph.input) == [("input_0", "batch", *image), ("input_1", "batch", 2)]
-    assert boundary(model.graph.output) == [("output_0", "batch", *features), ("output_1", "batch", 3)]
+    assert boundary(model.graph.output) == [("features", "batch", *features), ("logits", "batch", 3)]
 
 
-def test_names_of_one_s_own(export):
-    names = {"input_names": ["image", "numbers"], "output_names": ["map", "scores"]}
-    graph = export(TwoInputs(), (6, 5, 3), (2,), **names).model.graph
-    assert [entry.name for entry in (*graph.input, *graph.output)] == ["image", "numbers", "map", "scores"]
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["logits", "features"], ["logits", "features"]),
+        (["features", "logits"], ["features", "logits"]),
+        ({"logits": "scores", "features": "map"}, ["map", "scores"]),
+    ],
+)
+def test_the_entries_of_a_dict_are_named_by_their_keys(given, expected, export):
+    found = export(TwoInputs(), (6, 5, 3), (2,), input_names=["image", "numbers"], output_names=given)
+    assert [entry.name for entry in found.model.graph.input] == ["image", "numbers"]
+    assert [entry.name for entry in found.model.graph.output] == expected
+    session = onnxruntime.InferenceSession(found.model.SerializeToString())
+    made = session.run(None, {"image": found.inputs[0].transpose(0, 3, 1, 2), "numbers": found.inputs[1]})
+    wanted = TwoInputs().apply(found.variables, *found.inputs)
+    keys = [key for name in expected for key in wanted if name in (key, {"logits": "scores"}.get(key, "map"))]
+    for array, key in zip(made, keys, strict=True):
+        right = np.asarray(wanted[key])
+        right = right.transpose(0, 3, 1, 2) if right.ndim == 4 else right
+        np.testing.assert_allclose(array, right, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [["map", "scores"], {"logits": "a"}, ["features", "b"]])
+def test_a_list_of_other_names_for_a_dict_is_refused(given, export):
+    with pytest.raises(InvalidInput, match=r"output_names .*\['features', 'logits'\]"):
+        export(TwoInputs(), (6, 5, 3), (2,), output_names=given)
 
 
 @pytest.mark.parametrize("opset", [13, 21])
@@ -107,28 +131,32 @@ def test_too_long_a_scan_is_refused():
         to_onnx(forward, {}, (4,))
 
 
-def test_functions_come_back_whatever_happens_inside():
-    held = {
-        (owner.__name__, name): getattr(owner, name)
-        for owner, names in (
-            (nn, ("max_pool", "avg_pool", "relu", "gelu")),
-            (jnp, ("shape", "cumsum", "einsum", "concatenate")),
-            (jax.lax, ("scan", "fori_loop")),
-            (jax.image, ("resize",)),
-            (jax.random, ("split",)),
-            (nn.Dense, ("__call__",)),
-            (nn.linear, ("canonicalize_padding",)),
-        )
-        for name in names
-    }
-    owners = {
-        owner.__name__: owner for owner in (nn, jnp, jax.lax, jax.image, jax.random, nn.Dense, nn.linear)
-    }
-    with pytest.raises(KeyError), jax2onnx_corrected():
-        raise KeyError
-    with pytest.raises(InvalidInput):
-        to_onnx(lambda _, x: jnp.linalg.qr(x)[0], {}, (4, 4))
-    assert not [name for name, value in held.items() if getattr(owners[name[0]], name[1]) is not value]
+def test_loops_of_a_known_length_are_unrolled():
+    def forward(_, x):
+        y = jax.lax.fori_loop(0, 3, lambda i, y: y * 0.5 + i, x)
+        _, z = jax.lax.while_loop(lambda c: c[0] < 4, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, y))
+        return jax.lax.cond(True, lambda z: z, lambda z: -z, z)
+
+    with jax.numpy_dtype_promotion("standard"):
+        model = to_onnx(forward, {}, (4,))
+        x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+        (found,) = onnx.reference.ReferenceEvaluator(model).run(None, {"input": x})
+        np.testing.assert_allclose(found, forward(None, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (lambda x: jax.lax.cond(x.sum() > 0, lambda y: y, lambda y: -y, x), "lax.cond.*jnp.where"),
+        (
+            lambda x: jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y + 1, x),
+            "lax.while_loop.*jnp.where",
+        ),
+    ],
+)
+def test_branches_on_data_are_refused(forward, says):
+    with pytest.raises(InvalidInput, match=f"control flow that depends on its inputs .{says}"):
+        to_onnx(lambda _, x: forward(x), {}, (4,))
 
 
 def test_variables_keep_their_paths_through_the_lowering():
@@ -139,7 +167,8 @@ def test_variables_keep_their_paths_through_the_lowering():
 
     variables = Net().init(jax.random.key(0), jnp.zeros((1, 4)))
     options = {"batch": None, "channels_first": True, "input_names": None, "output_names": None}
-    names = {tensor.name for tensor in lower(Net().apply, variables, (4,), **options).graph.initializer}
+    lowered = lower(Net().apply, variables, (4,), **options).graph.initializer
+    names = {entry.value for tensor in lowered for entry in tensor.metadata_props if entry.key == ORIGIN}
     leaves = {f"params/dense/{leaf}" for leaf in ("kernel", "bias")}
     leaves |= {f"params/norm/{leaf}" for leaf in ("scale", "bias")}
     assert names >= leaves | {f"batch_stats/norm/{leaf}" for leaf in ("mean", "var")}

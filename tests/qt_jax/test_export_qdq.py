@@ -10,16 +10,16 @@ from onnx.reference import ReferenceEvaluator
 
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
-from qt_jax.export.deploy import QDQ_BITS, deployed_config
 from qt_jax.export.encodings import (
     Ranges,
     activation_encoding,
     encode_by_magnitude,
-    model_sha256,
     per_tensor,
 )
-from qt_jax.export.qdq import insert_qdq, quantized_tensors
+from qt_jax.export.integers import QDQ_BITS, deployed_config
+from qt_jax.export.qdq import insert_qdq, quantized_tensors, same_grid_groups
 from qt_jax.export.sessions import open_session
+from qt_jax.export.storage import model_sha256
 from qt_jax.export.verification import integer_kernels
 
 ASYMMETRIC = qt.QuantSpec(8, symmetric=False)
@@ -240,6 +240,48 @@ def test_matmul_between_norms_keeps_their_scale():
     assert integer_kernels(quantized) == {"dense": True}
     scale = next(tensor for tensor in quantized.graph.initializer if tensor.name == "norm/scale")
     np.testing.assert_array_equal(numpy_helper.to_array(scale), 3.0)
+
+
+@pytest.mark.parametrize("pads", [0.0, -1.0])
+def test_moved_numbers_share_a_grid(pads):
+    """What is sliced, padded and joined again stays on the grid, unless other numbers than zero are added."""
+    first, weights = conv("first", "input")
+    last, more = conv("y", "padded", 4)
+    numbers = {"start": [1], "stop": [2], "axis": [2], "pads": [0, 0, 1, 0, 0, 0, 0, 0]}
+    weights |= more | {name: np.array(value) for name, value in numbers.items()}
+    weights["number"] = np.float32(pads)
+    nodes = [
+        first,
+        helper.make_node("Slice", ["first", "start", "stop", "axis"], ["row"]),
+        helper.make_node("Concat", ["row", "first"], ["joined"], axis=2),
+        helper.make_node("Pad", ["joined", "pads", "number"], ["padded"]),
+        last,
+    ]
+    model = build(nodes, weights)
+    wanted = quantized_tensors(model, {"first", "y"})
+    if pads:
+        assert wanted == {"first", "y"}
+        return
+    assert wanted == {"first", "row", "joined", "padded", "y"}
+    groups = sorted(map(sorted, same_grid_groups(model, wanted)))
+    assert groups == [["first", "joined", "padded", "row"], ["y"]]
+
+
+def test_selection_behind_a_float_operator_is_float():
+    """Each of its readers then rounds what it selects once, on its own grid."""
+    kernels = {f"{name}/kernel": RNG.normal(size=(3, 4)).astype(np.float32) for name in ("a", "b")}
+    halves = {"zero": [0], "three": [3], "six": [6], "axis": [1]}
+    weights = kernels | {name: np.array(value) for name, value in halves.items()}
+    nodes = [
+        helper.make_node("Softmax", ["input"], ["soft"]),
+        helper.make_node("Slice", ["soft", "zero", "three", "axis"], ["left"]),
+        helper.make_node("Slice", ["soft", "three", "six", "axis"], ["right"]),
+        helper.make_node("Gemm", ["left", "a/kernel"], ["a"]),
+        helper.make_node("Gemm", ["right", "b/kernel"], ["b"]),
+        helper.make_node("Mul", ["a", "b"], ["y"]),
+    ]
+    model = build(nodes, weights, ("batch", 6))
+    assert quantized_tensors(model, {"a", "b"}) == set()
 
 
 def test_encoder_and_decoder():

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 Draw = np.random.Generator
-Step = Callable[[Draw, jax.Array], jax.Array]
+Apply = Callable[[Draw, jax.Array], jax.Array]
 
-FAST, SLOW = 12, 240
+FAST, SLOW = 16, 420
 MOST_PIXELS, MOST_CHANNELS = 400, 24
 EPSILON = 0.1
 """Epsilon of norms over one image. Near the usual 1e-6 two equal channels make a step of any forward."""
@@ -214,10 +214,99 @@ def attention(rng: Draw, x: jax.Array) -> jax.Array:
     return x + attended.reshape(x.shape)
 
 
-STEPS: tuple[Step, ...] = (
+class Standardised(nn.Conv):
+    """Standardise its kernel whenever it is read, as BiT does."""
+
+    def param(self, name, *arguments, **options):
+        leaf = super().param(name, *arguments, **options)
+        return (leaf - leaf.mean((0, 1, 2))) / (leaf.std((0, 1, 2)) + 0.1) if name == "kernel" else leaf
+
+
+class Shifted(nn.Dense):
+    """Add 1 to each of its parameters whenever they are read."""
+
+    def param(self, name, *arguments, **options):
+        return super().param(name, *arguments, **options) + 1.0
+
+
+def transformed(rng: Draw, x: jax.Array) -> jax.Array:
+    """Apply a layer that transforms its parameters, or one with an operator of its own."""
+    kind = pick(rng, "conv", "dense", "weight norm", "dot_general", "convolution")
+    features = int(rng.integers(1, 8))
+    if kind == "conv":
+        return Standardised(features, window(rng, x), use_bias=bool(rng.integers(2)))(x)
+    if kind == "dense":
+        return Shifted(features)(x)
+    if kind == "weight norm":
+        return nn.WeightNorm(nn.Dense(features))(x)
+    if kind == "dot_general":
+
+        def product(x, kernel, *rest, **options):
+            return 0.5 * jax.lax.dot_general(jnp.abs(x), kernel, *rest, **options)
+
+        return nn.Dense(features, dot_general=product)(x)
+
+    def convolution(x, kernel, *rest, **options):
+        return jax.lax.conv_general_dilated(x, jnp.tanh(kernel), *rest, **options)
+
+    return nn.Conv(features, window(rng, x), conv_general_dilated=convolution)(x)
+
+
+def joined(rng: Draw, x: jax.Array) -> jax.Array:
+    """Merge axes with -1, work on what they make, and split them again."""
+    batch, height, width, channels = x.shape
+    if rng.integers(2):
+        rows = jnp.reshape(x, (batch, -1, channels))
+        return jnp.reshape(nn.relu(nn.Dense(channels)(rows)), (batch, height, width, -1))
+    return jnp.reshape(jnp.tanh(jnp.reshape(x, (-1, width * channels))), (batch, height, -1, channels))
+
+
+def mixed(rng: Draw, x: jax.Array) -> jax.Array:
+    """Compute with whole numbers and truth values between floating ones."""
+    kind = pick(rng, "steps", "class", "mask", "bounds")
+    if kind == "steps":
+        return x + 0.1 * jnp.floor(3.0 * jnp.tanh(x)).astype(jnp.int32)
+    if kind == "class":
+        best = jnp.argmax(x, axis=-1)
+        return x * (best[..., None] == jnp.arange(x.shape[-1]))
+    if kind == "mask":
+        inside = (x > -0.3) & ~(x > 1.2) | (x == 0)
+        return jnp.where(inside, x, jnp.where(x > 0, 1, -2))
+    return jnp.minimum(jnp.maximum(x, -1), 6)
+
+
+class Residue(nn.Module):
+    """Apply a layer and a norm that `setup` makes."""
+
+    features: int
+
+    def setup(self):
+        self.layers = [nn.Dense(self.features), nn.LayerNorm(epsilon=EPSILON)]
+
+    def __call__(self, x, _=None):
+        return x + nn.tanh(self.layers[1](self.layers[0](x))), None
+
+
+def stacked(rng: Draw, x: jax.Array) -> jax.Array:
+    """Apply a stack of layers by nn.scan, some by nn.remat, or a recurrent layer along the rows."""
+    kind = pick(rng, "scan", "remat", "rows", "ensemble")
+    if kind == "rows":
+        states = nn.RNN(nn.SimpleCell(int(rng.integers(2, 6))))(x.mean(2))
+        return x * nn.Dense(x.shape[-1])(states)[:, :, None]
+    if kind == "ensemble":
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+        return nn.vmap(nn.Dense, out_axes=-1, axis_size=3, **axes)(x.shape[-1])(x).mean(-1)
+    layer = nn.remat(Residue) if kind == "remat" else Residue
+    if kind == "remat":
+        return layer(x.shape[-1])(x)[0]
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    return nn.scan(layer, length=int(rng.integers(1, 4)), **axes)(x.shape[-1])(x, None)[0]
+
+
+STEPS: tuple[Apply, ...] = (
     *(conv, conv, conv_norm, conv_norm, conv_norm, depthwise, transposed, dense, norm, norm, activation),
     *(pool, pool, residual, residual, strided_residual, concat, gate, upsample, shuffle, crop, split),
-    *(reduced, softmax, attention),
+    *(reduced, softmax, attention, transformed, transformed, joined, mixed, stacked),
 )
 
 

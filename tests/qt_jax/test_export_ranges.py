@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
 
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
 from qt_jax.export import save, to_onnx
 from qt_jax.export.encodings import BIAS_LIMIT, read_ranges, write_ranges
-from qt_jax.export.operators import channel_axis
-from qt_jax.export.ranges import check_complete, float_activations, output_gains, tensor_ranges
+from qt_jax.export.ranges import check_complete, float_activations, tensor_ranges
 
 CONFIG = qt.QuantConfig()
 IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
@@ -210,47 +208,6 @@ def test_per_channel_statistics_of_attention_projections():
     assert encoding.axis == 1
     high = np.asarray(variables["batch_stats"]["quant_kernel"]["high"], np.float64)
     np.testing.assert_allclose(encoding.scale, np.tile(high / 127, 2), rtol=1e-6)
-
-
-def layouts():
-    rng = np.random.default_rng(3)
-    conv, deconv, dense = (
-        rng.normal(size=(3, 3, 2, 4)),
-        rng.normal(size=(2, 2, 4, 4)),
-        rng.normal(size=(6, 4)),
-    )
-    heads = rng.normal(size=(6, 2, 2))
-    return {
-        "Conv": ("Conv", conv, conv.transpose(3, 2, 0, 1), {}),
-        "1x1": ("Conv", dense, dense.T[:, :, None, None], {}),
-        "ConvTranspose": ("ConvTranspose", deconv, deconv.transpose(2, 3, 0, 1)[:, :, ::-1, ::-1], {}),
-        "transpose_kernel": ("ConvTranspose", deconv, deconv.transpose(3, 2, 0, 1), {}),
-        "Gemm": ("Gemm", dense, dense, {}),
-        "transB": ("Gemm", dense, dense.T, {"transB": 1}),
-        "DenseGeneral": ("MatMul", heads, heads.reshape(6, 4), {}),
-    }
-
-
-@pytest.mark.parametrize("layout", layouts())
-def test_gains_in_every_layout(layout):
-    operator, raw, kernel, attributes = layouts()[layout]
-    node = helper.make_node(operator, ["x", "w"], ["y"], **attributes)
-    gains = np.array([2.0, -0.5, 0.0, 1e-3])
-    shape = [1] * kernel.ndim
-    shape[channel_axis(node, kernel.ndim)] = 4
-    folded = (kernel * gains.reshape(shape)).astype(np.float32)
-    np.testing.assert_allclose(output_gains(node, folded, raw.astype(np.float32)), gains, rtol=1e-6)
-    folded.flat[0] += 0.1
-    assert output_gains(node, folded, raw.astype(np.float32)) is None
-    assert output_gains(node, folded, raw[:-1].astype(np.float32)) is None
-
-
-def test_kernel_that_is_no_multiple_is_ranged_by_itself(residual):
-    model, variables, _ = residual
-    params = {**variables["params"], "head": {**variables["params"]["head"]}}
-    params["head"]["kernel"] = params["head"]["kernel"] ** 3
-    ranges = tensor_ranges(model, {**variables, "params": params}, CONFIG, CALIBRATION)
-    assert ranges.tensors["head/kernel"].source == "folded kernel" and "head" in ranges.kernels
 
 
 def test_a_kernel_on_flattened_images_keeps_its_learned_grid():

@@ -64,6 +64,11 @@ RIGHT = {
         lambda m, x: nn.Dense(1, use_bias=False, name="dense")(x) + param(m, (5,)),
         (4,),
     ),
+    "a label summed away": (lambda m, x: jnp.einsum("bij,jk->bk", x[:, None], param(m, (4, 3))), (4,)),
+    "a drawn matrix that every input shares": (
+        lambda m, x: x @ jax.random.normal(jax.random.key(0), (4, 3)),
+        (4,),
+    ),
     "mish": (lambda m, x: jax.nn.mish(x), (5,)),
 }
 
@@ -80,13 +85,16 @@ def test_right_at_every_opset(name, request):
 
 
 REFUSED = {
-    "random numbers": (lambda m, x: x @ jax.random.normal(jax.random.key(0), (4, 3)), "draws random numbers"),
+    "random numbers": (
+        lambda m, x: x + jax.random.normal(jax.random.key(0), x.shape),
+        "draws random numbers in Body: call it with train=False",
+    ),
+    "random bits": (
+        lambda m, x: nn.Dropout(0.5, deterministic=False, rng_collection="params")(x, rng=jax.random.key(0)),
+        "draws random numbers in Body/Dropout_0",
+    ),
     "the batch as a factor": (lambda m, x: nn.Dense(3)(x) * jnp.float32(len(x)), "computes with the batch"),
     "its root": (lambda m, x: x / jnp.float32(np.sqrt(len(x))), "computes with the batch size"),
-    "a label summed away": (
-        lambda m, x: jnp.einsum("bij,jk->bk", x[:, None], param(m, (4, 3))),
-        "not a matrix product",
-    ),
 }
 
 

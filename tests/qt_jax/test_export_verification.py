@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import save, save_verified, to_onnx, verify
+from qt_jax.export import save, save_verified, storage, to_onnx, verify
 
 IMAGES = jax.random.normal(jax.random.key(0), (7, 6, 6, 3))
 
@@ -135,7 +135,7 @@ def test_a_failure_while_writing_leaves_the_old_file(model, tmp_path, monkeypatc
         target.write_bytes(held[:10])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(onnx, "save", full_disk)
+    monkeypatch.setattr(storage, "_write", full_disk)
     with pytest.raises(OSError, match="no space"):
         save(model, path)
     assert path.read_bytes() == held

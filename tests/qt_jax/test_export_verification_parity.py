@@ -11,11 +11,13 @@ import pytest
 
 import qt_jax as qt
 from qt_jax.errors import InvalidInput
-from qt_jax.export import to_onnx
-from qt_jax.export.deploy import deployed_config
+from qt_jax.export import save, to_onnx, to_qdq
+from qt_jax.export.deploy import deploy
+from qt_jax.export.integers import deployed_config, quantize
+from qt_jax.export.network import Deployable, Samples
 from qt_jax.export.qdq import insert_qdq
 from qt_jax.export.ranges import tensor_ranges
-from qt_jax.export.verification import integer_kernels, parity
+from qt_jax.export.verification import fake_quant_forward, integer_kernels, parity
 
 CONFIG = qt.QuantConfig()
 IMAGES = np.random.default_rng(0).normal(size=(48, 8, 8, 3)).astype(np.float32)
@@ -97,3 +99,63 @@ def test_wrong_scale_and_wrong_outputs_are_seen(net):
     assert found["logits"]["sqnr_db"] < right["logits"]["sqnr_db"]
     with pytest.raises(InvalidInput, match="outputs have shapes"):
         parity(wrong, lambda v, x: fake_quant(CONFIG, v, x)[0], variables, IMAGES, ranges)
+
+
+def trained(model, images=IMAGES):
+    """Return variables whose ranges have seen one batch."""
+    variables = qt.attach_statistics(model, jax.jit(model.init)(jax.random.key(1), images), CONFIG, images)
+    with qt.quant_trim(CONFIG, 0.0, train=True):
+        _, seen = jax.jit(partial(model.apply, mutable=["batch_stats"]))(variables, images)
+    return jax.tree.map(np.array, {**variables, **seen})
+
+
+class Regressor(nn.Module):
+    """Return one number for each image, by convolutions with one kind of padding."""
+
+    padding: str
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Conv(4, (3, 3), padding=self.padding)(x))
+        return nn.Dense(1, name="head")(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+def test_one_number_for_each_image_and_circular_padding(padding):
+    """All pairs are in force, and no number between two layers is rounded twice."""
+    net = Regressor(padding)
+    variables = trained(net)
+    model = to_onnx(net.apply, variables, IMAGES.shape[1:])
+    quantized, ranges = quantize(model, variables, CONFIG, IMAGES, "int8")
+    assert all(integer_kernels(quantized).values())
+    (found,) = parity(quantized, fake_quant_forward(net.apply, CONFIG), variables, IMAGES, ranges).values()
+    assert found["equal_integers"] == 1.0 and found["sqnr_db"] > 100
+    assert found["top1_agreement"] is None and found["margins"] is None
+
+
+@pytest.mark.parametrize(
+    ("integers", "options"),
+    [("int8", {"layout": "nhwc"}), ("int4", {"signed": True}), ("int16-act", {"per_channel": False})],
+)
+def test_one_call_makes_the_graph_that_deploy_writes(integers, options, net, tmp_path):
+    variables, _ = net
+    model = to_qdq(Net().apply, variables, (8, 8, 3), CONFIG, IMAGES, integers=integers, **options)
+    save(model, tmp_path / "called.onnx")
+    network = Deployable(Net().apply, variables, (8, 8, 3), CONFIG, Samples(IMAGES, IMAGES))
+    deploy(network, tmp_path / "deployed.onnx", qdq=integers, **options)
+    assert (tmp_path / "called.onnx").read_bytes() == (tmp_path / "deployed.onnx").read_bytes()
+
+
+def test_what_one_call_refuses(net):
+    variables, _ = net
+    make = partial(to_qdq, Net().apply, variables, (8, 8, 3), CONFIG)
+    with pytest.raises(InvalidInput, match="calibration holds 2 arrays, and the graph reads 1"):
+        make([IMAGES, IMAGES])
+    with pytest.raises(InvalidInput, match="from opset 21, not 17"):
+        make(IMAGES, integers="int4", opset=17)
+    with pytest.raises(InvalidInput, match="mode 'int2' is unknown"):
+        make(IMAGES, integers="int2")
+    plain = {**variables, "batch_stats": {"norm": variables["batch_stats"]["norm"]}}
+    with pytest.raises(InvalidInput, match="no layer of this graph has learned ranges"):
+        to_qdq(Net().apply, plain, (8, 8, 3), CONFIG, IMAGES)

@@ -1,0 +1,366 @@
+"""Check the kinds of networks that an earlier converter got wrong without a word, refused, or crashed on.
+
+`to_onnx` compares its numbers itself, so that a wrong graph is an error here; `verify` does it again on other
+batches.
+"""
+
+import threading
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+
+from qt_jax.errors import InvalidInput
+from qt_jax.export import to_onnx, verify
+from qt_jax.export.emission import EMIT
+
+OPSETS = (13, 17, 21)
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def draw(shape, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    if np.issubdtype(dtype, np.integer):
+        return rng.integers(0, 8, shape).astype(dtype)
+    return rng.normal(size=shape).astype(dtype)
+
+
+def trained(variables):
+    """Draw variables without zeros and ones."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: rng.uniform(0.2, 1.2, np.shape(leaf)).astype(leaf.dtype), variables)
+
+
+def right(net, shape, dtype=np.float32, opsets=OPSETS, variables=None, **options):
+    """Export at every opset; return the last graph."""
+    x = draw((7, *shape), dtype)
+    variables = trained(net.init(jax.random.key(0), x)) if variables is None else variables
+    spec = jax.ShapeDtypeStruct(shape, dtype)
+    for opset in opsets:
+        model = to_onnx(net.apply, variables, spec, opset=opset, **options)
+        verify(model, net.apply, variables, x)
+    return model
+
+
+def transforming(kind, transform):
+    """Make a class of a layer that transforms its parameters when they are read."""
+
+    class Transforming(kind):
+        def param(self, name, *arguments, **options):
+            return transform(name, super().param(name, *arguments, **options))
+
+    return Transforming
+
+
+def standardised(name, leaf):
+    if name != "kernel":
+        return leaf
+    axes = tuple(range(leaf.ndim - 1))
+    return (leaf - leaf.mean(axes)) / (leaf.std(axes) + 1e-5)
+
+
+def doubled(name, leaf):
+    return 2.0 * leaf + 1.0
+
+
+LAYERS = {
+    "weight standardisation": (transforming(nn.Conv, standardised)(6, (3, 3), use_bias=False), (6, 5, 3)),
+    "kernel of a dense layer": (transforming(nn.Dense, standardised)(4), (3,)),
+    "bias of a dense layer": (transforming(nn.Dense, doubled)(4), (3,)),
+    "DenseGeneral": (transforming(nn.DenseGeneral, doubled)((2, 4), axis=(-2, -1)), (5, 3)),
+    "Einsum": (transforming(nn.Einsum, doubled)((3, 2, 4), "btd,dhk->bthk"), (5, 3)),
+    "ConvTranspose": (transforming(nn.ConvTranspose, doubled)(4, (3, 3), (2, 2)), (4, 5, 2)),
+    "layer norm": (transforming(nn.LayerNorm, doubled)(), (5, 6)),
+    "RMS norm": (transforming(nn.RMSNorm, doubled)(), (5, 6)),
+    "group norm": (transforming(nn.GroupNorm, doubled)(2), (4, 5, 6)),
+    "batch norm": (transforming(nn.BatchNorm, doubled)(use_running_average=True), (4, 5, 6)),
+    "embedding": (transforming(nn.Embed, doubled)(8, 4), (5,), np.int32),
+    "a dot_general of one's own": (
+        nn.Dense(4, dot_general=lambda x, k, *rest, **options: 2.0 * jax.lax.dot_general(x, k, *rest)),
+        (3,),
+    ),
+    "a convolution of one's own": (
+        nn.Conv(
+            4,
+            (3, 3),
+            conv_general_dilated=lambda x, k, *rest, **options: jax.lax.conv_general_dilated(
+                x, jnp.tanh(k), *rest, **options
+            ),
+        ),
+        (5, 4, 3),
+    ),
+    "weight norm": (nn.WeightNorm(nn.Dense(4)), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_transform_their_parameters(name):
+    net, shape, *dtype = LAYERS[name]
+    right(net, shape, *dtype)
+
+
+class Body(nn.Module):
+    body: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.body(self, x)
+
+
+class Ensemble(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+        return nn.vmap(nn.Dense, out_axes=1, axis_size=3, **axes)(4)(x)
+
+
+class Sentiment(nn.Module):
+    """Read a sequence in both directions, up to a length, as the public example of Flax does."""
+
+    @nn.compact
+    def __call__(self, x):
+        lengths = jnp.clip(jnp.sum(x[..., 0] > 0, axis=1).astype(jnp.int32), 1, x.shape[1])
+        mask = (jnp.arange(x.shape[1])[None] < lengths[:, None]).astype(x.dtype)[..., None]
+        backward = nn.RNN(nn.OptimizedLSTMCell(4), reverse=True, keep_order=True)
+        both = nn.Bidirectional(nn.RNN(nn.OptimizedLSTMCell(4)), backward)(x * mask)
+        return nn.Dense(2)(both.mean(1))
+
+
+class Sampled(nn.Module):
+    """Draw a code as a variational autoencoder does, with a key that is a constant of the model."""
+
+    @nn.compact
+    def __call__(self, x):
+        noise = jax.random.normal(jax.random.key(7), (4,))
+        return nn.Dense(3)(nn.Dense(4)(x) + 0.1 * noise)
+
+
+class Stack(nn.Module):
+    """Apply a stack of equal layers with nn.scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.tanh(nn.Dense(6, name="dense")(nn.LayerNorm(name="norm")(x))), None
+
+        scanned = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scanned(name="layers")(x, None)[0]
+
+
+PLAIN = {
+    "reshape to (batch, -1)": (lambda m, x: nn.Dense(3)(jnp.reshape(x, (x.shape[0], -1))), (4, 5, 3)),
+    "reshape to (batch, -1) as output": (lambda m, x: jnp.reshape(x, (x.shape[0], -1)), (4, 5, 3)),
+    "reshape to (batch, -1, channels)": (
+        lambda m, x: jnp.reshape(nn.Conv(4, (3, 3))(x), (x.shape[0], -1, 4)),
+        (4, 5, 3),
+    ),
+    "reshape back": (
+        lambda m, x: nn.Conv(2, (1, 1))(jnp.reshape(jnp.reshape(x, (x.shape[0], -1, 3)) * 2, x.shape)),
+        (4, 5, 3),
+    ),
+    "bounds of whole numbers": (lambda m, x: jnp.minimum(jnp.maximum(x, 0), 6), (5,)),
+    "an einsum of an int and a float": (
+        lambda m, x: x + jnp.sin(jnp.einsum("m,d->md", jnp.arange(4), 1.0 / jnp.arange(1, 7))),
+        (4, 6),
+    ),
+    "edge padding": (
+        lambda m, x: nn.Conv(2, (3, 3), padding="VALID")(
+            jnp.pad(x, ((0, 0), (1, 1), (2, 1), (0, 0)), mode="edge")
+        ),
+        (4, 5, 3),
+    ),
+    "reflected padding": (
+        lambda m, x: jnp.pad(x, ((0, 0), (1, 1), (2, 1), (0, 0)), mode="reflect"),
+        (4, 5, 3),
+    ),
+    "circular padding": (lambda m, x: nn.Conv(2, (3, 3), padding="CIRCULAR")(x), (4, 5, 3)),
+    "wrapped padding": (lambda m, x: jnp.pad(x, ((0, 0), (1, 2)), mode="wrap"), (5,)),
+    "a transposed kernel": (
+        lambda m, x: nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True)(x),
+        (4, 5, 3),
+    ),
+    "batch norm over the second axis": (lambda m, x: nn.BatchNorm(True, axis=1)(x), (4, 5)),
+    "tile": (lambda m, x: jnp.tile(nn.Dense(4)(x), (1, 2, 3)), (5, 3)),
+    "tile of channels": (lambda m, x: nn.Conv(4, (3, 3))(jnp.tile(x, (1, 1, 1, 2))), (4, 5, 3)),
+    "repeat": (lambda m, x: jnp.repeat(nn.Dense(4)(x), 2, axis=1), (5, 3)),
+    "minimum pooling": (
+        lambda m, x: nn.Conv(2, (1, 1))(nn.pool(x, jnp.inf, jax.lax.min, (2, 2), (2, 2), "VALID")),
+        (4, 6, 3),
+    ),
+    "a pool of odd windows": (lambda m, x: nn.max_pool(x, (3, 2), (2, 1), ((1, 1), (0, 1))), (5, 6, 3)),
+    "a mean that leaves the pads out": (
+        lambda m, x: nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), count_include_pad=False),
+        (6, 5, 3),
+    ),
+    "vmap over the images": (
+        lambda m, x: jax.vmap(lambda image: jnp.tanh(image).mean((0, 1)))(nn.Conv(4, (3, 3))(x)),
+        (4, 5, 3),
+    ),
+    "a choice by a mask": (
+        lambda m, x: nn.softmax(jnp.where(jnp.tril(jnp.ones((5, 5), bool)), nn.Dense(5)(x), -1e9)),
+        (5, 3),
+    ),
+    "normalised rows": (lambda m, x: x / jnp.linalg.norm(x, axis=-1, keepdims=True), (4, 6)),
+    "a hand-written norm": (
+        lambda m, x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3),
+        (4, 6),
+    ),
+    "log of a softmax": (lambda m, x: jnp.log(nn.softmax(x)), (6,)),
+    "rolled": (lambda m, x: jnp.roll(x, (1, 2), (1, 2)), (4, 5, 3)),
+    "flipped": (lambda m, x: x[:, ::-1, :, ::-1], (4, 5, 3)),
+    "entries of a list": (lambda m, x: x[:, jnp.array([2, 0, 2])], (4, 5)),
+    "the last entry": (lambda m, x: nn.Dense(2)(x[:, -1]), (4, 5)),
+    "a matrix on the left": (lambda m, x: jnp.einsum("nm,bmc->bnc", jnp.ones((3, 4)) * 0.5, x), (4, 5)),
+    "a bilinear form": (lambda m, x: jnp.einsum("bi,bj->bij", x, 2 * x), (4,)),
+    "two contracted axes": (lambda m, x: jnp.einsum("bhwc,bhwd->bcd", x, x[..., :2]), (3, 4, 5)),
+    "bicubic": (lambda m, x: jax.image.resize(x, (x.shape[0], 7, 6, 3), "bicubic"), (4, 3, 3)),
+    "bilinear, smaller": (lambda m, x: jax.image.resize(x, (x.shape[0], 3, 2, 3), "bilinear"), (8, 6, 3)),
+    "lanczos": (lambda m, x: jax.image.resize(x, (x.shape[0], 8, 6, 3), "lanczos3"), (4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_networks(name):
+    body, shape = PLAIN[name]
+    right(Body(body), shape)
+
+
+MODULES = {
+    "ensemble": (Ensemble(), (5,)),
+    "both directions": (Sentiment(), (5, 3)),
+    "a key as a constant": (Sampled(), (5,)),
+    "a stack by scan": (Stack(), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name):
+    right(*MODULES[name])
+
+
+def test_vmap_of_apply():
+    net = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Conv(2, (1, 1))])
+    x = draw((3, 5, 4, 3))
+    variables = net.init(jax.random.key(0), x[0])
+
+    def apply(variables, x):
+        return jax.vmap(partial(net.apply, variables))(x)
+
+    verify(to_onnx(apply, variables, (5, 4, 3)), apply, variables, x, batch_sizes=(1, 3))
+
+
+@pytest.mark.parametrize("features", [(6,), (6, 5), (4, 5, 6)])
+def test_batch_norm_by_the_statistics_of_the_batch(features):
+    """The graph computes what the model does: with the batch's own statistics, in inference too."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, use_fast_variance=False)(x)
+
+    net, x = Net(), draw((7, *features))
+    variables = trained(net.init(jax.random.key(0), x))
+
+    def apply(variables, x):
+        return net.apply(variables, x, mutable=["batch_stats"])[0]
+
+    model = to_onnx(apply, variables, features)
+    found = onnxruntime.InferenceSession(model.SerializeToString())
+    fed = x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
+    (made,) = found.run(None, {"input": fed})
+    wanted = apply(variables, x)
+    np.testing.assert_allclose(made.transpose(0, 2, 3, 1) if x.ndim == 4 else made, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16])
+def test_parameters_of_fewer_bits(stored):
+    net = nn.Sequential(
+        [nn.Conv(4, (3, 3), param_dtype=stored), nn.relu, nn.Conv(2, (1, 1), param_dtype=stored)]
+    )
+    x = draw((7, 5, 4, 3))
+    right(net, (5, 4, 3), variables=net.init(jax.random.key(0), x))
+
+
+def test_boxed_parameters():
+    make = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    net = nn.Sequential([nn.Dense(4, kernel_init=make), nn.relu, nn.Dense(2, kernel_init=make)])
+    variables = net.init(jax.random.key(0), draw((1, 3)))
+    assert isinstance(variables["params"]["layers_0"]["kernel"], nn.Partitioned)
+    model = to_onnx(net.apply, variables, (3,))
+    assert {tensor.name for tensor in model.graph.initializer} >= {"layers_0/kernel", "layers_2/bias"}
+
+
+def test_a_wrong_graph_is_refused_and_the_module_named(monkeypatch):
+    """An operator that computes something else is found at the first module that uses it."""
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.tanh(nn.Dense(4, name="dense")(x))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="head")(Inner(name="inner")(nn.Dense(3, name="first")(x)))
+
+    net = Net()
+    variables = net.init(jax.random.key(0), draw((1, 5)))
+    monkeypatch.setitem(
+        EMIT, "tanh", lambda emitter, value: emitter.add("Sin", [emitter.name(value.operands[0])])
+    )
+    with pytest.raises(
+        InvalidInput, match=r"output 'logits' differs .*first module .* is 'inner', by .*check=False"
+    ):
+        to_onnx(net.apply, variables, (5,))
+    to_onnx(net.apply, variables, (5,), check=False)
+
+
+def test_a_network_that_amplifies_rounding_is_not_refused():
+    """Two images in float32 that nothing but rounding tells apart may differ in what such a network says."""
+    net = Body(lambda m, x: jnp.sin(1e4 * nn.Dense(3)(x)))
+    variables = net.init(jax.random.key(0), draw((1, 5)))
+    to_onnx(net.apply, variables, (5,))
+
+
+def test_another_thread_notices_nothing():
+    """Draw keys, train and scan in one thread while another exports; both get what they get alone."""
+    net = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.RNN(nn.GRUCell(3))])
+    x = draw((1, 4, 5, 3))
+    variables = net.init(jax.random.key(0), x)
+    alone = to_onnx(net.apply, variables, (4, 5, 3)).SerializeToString()
+    stop, faults, splits = threading.Event(), [], []
+
+    def work():
+        key = jax.random.key(3)
+        while not stop.is_set():
+            key, first, second = jax.random.split(key, 3)
+            splits.append(1)
+            if jnp.array_equal(jax.random.key_data(first), jax.random.key_data(second)):
+                faults.append("the same key twice")
+            total, _ = jax.lax.scan(lambda c, t: (c + t, None), 0.0, jnp.ones(300))
+            if float(total) != 300.0 or jnp.shape(total) != ():
+                faults.append("a scan")
+            loss = jax.grad(lambda v: net.apply(v, x).sum())(variables)
+            if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(loss)):
+                faults.append("a gradient")
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        made = [to_onnx(net.apply, variables, (4, 5, 3)).SerializeToString() for _ in range(5)]
+    finally:
+        stop.set()
+        worker.join()
+    assert not faults and splits
+    assert all(each == alone for each in made)
