@@ -171,6 +171,7 @@ def to_onnx(
             input_shape,
             layout=layout,
             dynamic_batch=dynamic_batch,
+            output_names=output_names,
             passes=PASSES,
         )
     return model

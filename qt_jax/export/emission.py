@@ -285,6 +285,11 @@ def _integer_pow(emitter: Emitter, value: Expression) -> str:
         return result
     if power == -1:
         return emitter.add("Reciprocal", [x])
+    if not np.issubdtype(value.dtype, np.floating):
+        raise InvalidInput(
+            f"the forward takes power {power} of whole numbers{place(value.path)}, which overflows in "
+            "another way in ONNX: cast to float32"
+        )
     return emitter.add("Pow", [x, emitter.constant(power, value.dtype)])
 
 

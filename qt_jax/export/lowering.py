@@ -68,18 +68,22 @@ def lower(
     leaves = leaves_of(variables)
     sizes = [size for leaf in leaves.values() for size in np.shape(leaf)]
     sizes += [size for spec in input_specs(input_shape, 1) for size in spec.shape]
+    if batch is None:
+        single, _ = _traced(apply_fn, variables, input_specs(input_shape, 1))
+        held = [np.ravel(x) for x in single.consts if np.size(x) and _is_whole(x)]
+        sizes += _sizes_of(single.jaxpr) + [int(x) for array in held for x in array]
     specs = input_specs(input_shape, batch or unused_batch_size(sizes))
     traced, returned = _traced(apply_fn, variables, specs)
-    if batch is None:
-        other = input_specs(input_shape, specs[0].shape[0] + 1)
-        again = _traced(apply_fn, variables, other)[0]
-        if not np.array_equal(_numbers_of(traced), _numbers_of(again), equal_nan=True):
-            raise InvalidInput(
-                "the forward computes with the batch size: use x.shape[0] only in reshape and broadcast_to, "
-                "or export with dynamic_batch=False"
-            )
+    if batch is None and not np.array_equal(_numbers_of(traced), _numbers_of(single), equal_nan=True):
+        raise InvalidInput(
+            "the forward computes with the batch size: use x.shape[0] only in reshape and broadcast_to, "
+            "or export with dynamic_batch=False"
+        )
     input_names = _names("input", input_names, len(specs), "input")
     named = _output_names(returned, output_names)
+    for name in (*input_names, *named):
+        if "#" in name or name == "batch_size" or name in leaves:
+            raise InvalidInput(f"the name {name!r} is one that the graph uses inside: choose another")
     if common := set(input_names) & set(named):
         raise InvalidInput(f"the name {common.pop()!r} is given to an input and to an output: change one")
     inputs, outputs = read(traced, leaves, simplify)
@@ -122,7 +126,8 @@ def input_specs(input_shape: Any, batch: int) -> Inputs:
 
     Args:
       input_shape: One shape without batch, or a sequence of them. An entry that is a `jax.ShapeDtypeStruct`
-        (shape without batch) states its dtype too; the others are float32.
+        (shape without batch) states its dtype too; the others are float32. JAX has no int64 and float64
+        unless x64 is on: they are int32 and float32.
       batch: Size of the leading axis.
 
     Raises:
@@ -146,7 +151,7 @@ def input_specs(input_shape: Any, batch: int) -> Inputs:
         shape, dtype = getattr(entry, "shape", entry), getattr(entry, "dtype", jnp.float32)
         if not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
             raise InvalidInput(f"input_shape {input_shape!r}: sizes must be positive whole numbers, no batch")
-        specs.append(jax.ShapeDtypeStruct((batch, *shape), dtype))
+        specs.append(jax.ShapeDtypeStruct((batch, *shape), jax.dtypes.canonicalize_dtype(dtype)))
     return tuple(specs)
 
 
@@ -156,7 +161,7 @@ def unused_batch_size(sizes: Iterable[int]) -> int:
     >>> unused_batch_size([3, 2 * 1009])
     1013
     """
-    sizes = set(sizes)
+    sizes = set(sizes) - {0}
     return next(mark for mark in MARKS if all(size % mark for size in sizes))
 
 
@@ -201,18 +206,38 @@ def _traced(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) ->
 
 
 def _numbers_of(traced: ClosedJaxpr) -> list[float]:
-    """Return the floating-point numbers that a program computes with."""
+    """Return the numbers that a program computes with."""
     constants = [float(value) for value in traced.consts if _is_number(value)]
     return constants + list(_numbers(traced.jaxpr))
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether `value` is one floating-point number."""
-    return np.size(value) == 1 and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    """Tell whether `value` is one number."""
+    return np.size(value) == 1 and jnp.issubdtype(jnp.result_type(value), jnp.number)
+
+
+def _is_whole(value: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(value), jnp.integer))
+
+
+def _sizes_of(jaxpr: Any) -> list[int]:
+    """Return the sizes of all arrays of a program, and the whole numbers among its literals and slices."""
+    found: list[int] = []
+    for equation in jaxpr.eqns:
+        found += [size for x in (*equation.invars, *equation.outvars) for size in x.aval.shape]
+        literals = [x.val for x in equation.invars if hasattr(x, "val") and _is_number(x.val)]
+        found += [int(value) for value in literals if np.isfinite(value) and float(value).is_integer()]
+        parameters = jax.tree.leaves([*equation.params.values()], is_leaf=lambda leaf: hasattr(leaf, "eqns"))
+        for parameter in parameters:
+            if hasattr(parameter, "eqns"):
+                found += _sizes_of(getattr(parameter, "jaxpr", parameter))
+            elif type(parameter) is int:
+                found.append(parameter)
+    return found
 
 
 def _numbers(jaxpr: Any) -> Iterator[float]:
-    """Yield the floating-point literals of a trace, in order.
+    """Yield the numbers among the literals of a trace, in order.
 
     Those by which a sum is divided, which makes it a mean, are left out.
     """
@@ -302,6 +327,7 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     repeated = {name for name, value in values.items() if _repeats(value, mark)}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
+        _refuse_part(node, values, shapes, mark)
         if node.op_type in ("Expand", "Reshape") and _holds_batch(values.get(node.input[1]), mark):
             target = values[node.input[1]]
             if node.op_type == "Reshape":
@@ -328,6 +354,20 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     result = graph.rebuild(model, [size, *nodes], values)
     _refuse_held(result, mark)
     return _with_open_batch(result)
+
+
+def _refuse_part(node: NodeProto, values: Constants, shapes: graph.Shapes, mark: int) -> None:
+    """Refuse a node that takes some entries of the batch."""
+    if node.op_type not in ("Gather", "Slice") or shapes.get(node.input[0], ())[:1] != (mark,):
+        return
+    axes = [graph.attributes(node).get("axis", 0)]
+    if node.op_type == "Slice":
+        axes = values[node.input[3]].ravel().tolist() if len(node.input) > 3 else [0]
+    if any(axis % len(shapes[node.input[0]]) == 0 for axis in axes):
+        raise InvalidInput(
+            f"the {node.op_type} that reads {list(node.input)[:1]} takes a part of the batch: treat all "
+            "inputs alike, or export with dynamic_batch=False"
+        )
 
 
 def _holds_batch(value: np.ndarray | None, mark: int) -> bool:

@@ -174,7 +174,16 @@ def _gather(emitter: Emitter, value: Expression) -> str:
             "vendors' compilers do not take: index one axis at a time, with jnp.take or x[:, index]"
         )
     (axis,) = collapsed
-    name = _index(emitter, indices, data.shape[axis], str(value.params["mode"]).endswith("CLIP"))
+    mode, size = str(value.params["mode"]), data.shape[axis]
+    counted = _counted(indices, size)
+    if mode.endswith("FILL_OR_DROP") and counted is None:
+        raise InvalidInput(
+            f"the forward takes entries by indices that may lie outside{place(value.path)}, and fills these "
+            "up, which Gather does not: clip the indices, and choose with jnp.where"
+        )
+    if counted is None or mode.endswith("CLIP"):
+        counted = indices
+    name = _index(emitter, counted, indices, size, mode)
     shape = indices.shape[:-1]
     found = emitter.add("Gather", [emitter.name(data), name], axis=axis)
     made = [*(other for other in range(data.ndim) if other < axis)]
@@ -185,32 +194,41 @@ def _gather(emitter: Emitter, value: Expression) -> str:
     return emitter.moved(found, np.argsort(now))
 
 
-def _index(emitter: Emitter, indices: Expression, size: int, clipped: bool) -> str:
+def _index(emitter: Emitter, index: Expression, indices: Expression, size: int, mode: str) -> str:
     """Return the name of the indices of a Gather, without their last axis of size 1.
 
-    What counts negative ones from the end is left out, because Gather does so too.
+    Args:
+      emitter: Collects the nodes.
+      index: The indices, of which negative ones count from the end where JAX counts them so.
+      indices: The indices of JAX's gather.
+      size: Size of the axis.
+      mode: What JAX does with indices beyond the end.
     """
-    if indices.known is not None:
-        numbers = np.asarray(indices.known)[..., 0]
-        return emitter.constant(np.clip(numbers, 0, size - 1) if clipped else numbers)
-    index = _counted(indices) if not clipped else indices
+    if index.known is not None:
+        return emitter.constant(np.clip(np.asarray(index.known).reshape(indices.shape[:-1]), 0, size - 1))
     name = emitter.name(index)
     if index.shape != indices.shape[:-1]:
         name = emitter.reshaped(name, indices.shape[:-1])
-    if clipped:
+    if mode.endswith("CLIP"):
         bounds = [emitter.constant(bound, index.dtype) for bound in (0, size - 1)]
         name = emitter.add("Min", [emitter.add("Max", [name, bounds[0]]), bounds[1]])
     return name
 
 
-def _counted(indices: Expression) -> Expression:
-    """Return the indices before negative ones were counted from the end."""
+def _counted(indices: Expression, size: int) -> Expression | None:
+    """Return the indices before negative ones were counted from the end, as Gather counts them too.
+
+    None where that was not done, and they are not known to lie inside.
+    """
+    if indices.known is not None:
+        inside = np.all((indices.known >= 0) & (indices.known < size))
+        return indices if inside else None
     chosen = indices
     if chosen.primitive in ("broadcast_in_dim", "reshape") and chosen.shape[:-1] == chosen.operands[0].shape:
         chosen = chosen.operands[0]
-    if chosen.primitive == "select_n" and chosen.known is None:
-        test, plain, wrapped = chosen.operands
-        below = test.primitive == "lt" and test.operands[0] is plain and test.operands[1].number() == 0
-        if below and wrapped.primitive == "add" and wrapped.operands[0] is plain:
-            return plain
-    return chosen
+    if chosen.primitive != "select_n":
+        return None
+    test, plain, wrapped = chosen.operands
+    below = test.primitive == "lt" and test.operands[0] is plain and test.operands[1].number() == 0
+    from_end = wrapped.primitive == "add" and wrapped.operands[0] is plain
+    return plain if below and from_end and wrapped.operands[1].number() == size else None

@@ -4,6 +4,7 @@ A norm is (x - mean) * rsqrt(variance + epsilon), where the statistics are known
 axes. `normalized` recognizes that; `scaled` and `shifted` take the scale and the bias behind it in.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,8 @@ def _spread(value: Expression) -> tuple[Expression, float, Expression | None] | 
                 return inner[0], inner[1], scale
         return None
     if value.primitive in ("reshape", "broadcast_in_dim") and value.known is not None and value.operands:
-        return _spread(value.operands[0])
+        inner = _spread(value.operands[0])
+        return None if inner is None else _reshaped(inner, value.shape)
     if value.primitive != "rsqrt" or value.operands[0].primitive not in ADDITIONS:
         return None
     for side in (0, 1):
@@ -99,6 +101,20 @@ def _spread(value: Expression) -> tuple[Expression, float, Expression | None] | 
         if epsilon is not None:
             return value.operands[0].operands[side], epsilon, None
     return None
+
+
+def _reshaped(
+    spread: tuple[Expression, float, Expression | None], shape: tuple[int, ...]
+) -> tuple[Expression, float, Expression | None] | None:
+    """Return known parts of a spread in the shape to which it was reshaped; None if it was repeated."""
+    variance, epsilon, scale = spread
+    parts = [variance] if scale is None else [variance, scale]
+    if any(x.known is None or x.known.size not in (1, math.prod(shape)) for x in parts):
+        return None
+    placed = [
+        constant(x.known.reshape(shape if x.known.size > 1 else ()), x.origin, x.path, x.moved) for x in parts
+    ]
+    return placed[0], epsilon, None if scale is None else placed[1]
 
 
 def normalized(value: Expression) -> Expression | None:
@@ -155,7 +171,7 @@ def _by_feature(x: Expression | None, features: int, default: float) -> Expressi
     if x is None:
         return constant(np.full(features, default, np.float32))
     flat = np.broadcast_to(np.ravel(x.known), (features,))
-    return constant(flat, x.origin, x.path, x.moved)
+    return constant(flat, x.origin, x.path, x.moved and x.known.size == features)
 
 
 def _batch_norm(
@@ -193,7 +209,7 @@ def _whole_norm(
             return None
         inner, places = found
     axes = _variance_axes(inner, x)
-    if axes is None:
+    if not axes:
         return None
     if inner is not variance and places != tuple(axis for axis in range(x.ndim) if axis not in axes):
         return None
@@ -275,7 +291,8 @@ def scaled(value: Expression) -> Expression | None:
         fitting = _fits(norm, scale)
         if norm.params["scaled"] or norm.params["shifted"] or fitting is None:
             return None
-        operands = [norm.operands[0], constant(fitting, scale.origin, scale.path, scale.moved)]
+        own = constant(fitting, scale.origin, scale.path, scale.moved and scale.known.size == fitting.size)
+        operands = [norm.operands[0], own]
         return derived("norm", operands, value, value.path, **{**norm.params, "scaled": True})
     return None
 
@@ -289,7 +306,7 @@ def shifted(value: Expression) -> Expression | None:
         fitting = _fits(norm, bias)
         if norm.params["shifted"] or fitting is None:
             return None
-        own = constant(fitting, bias.origin, bias.path, bias.moved)
+        own = constant(fitting, bias.origin, bias.path, bias.moved and bias.known.size == fitting.size)
         if norm.primitive == "batch_norm":
             operands = [*norm.operands[:2], own, *norm.operands[3:]]
         else:

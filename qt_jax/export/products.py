@@ -93,7 +93,7 @@ def _depthwise(emitter: Emitter, value: Expression) -> str:
     origin = common_leaf(tap.origin for *_, tap in terms)
     whole_of = {id(tap.part): tap.part for *_, tap in terms}
     (leaf,) = whole_of.values() if len(whole_of) == 1 else (None,)
-    moved = leaf is not None and math.prod(leaf.shape) == kernel.size == len(terms) * channels
+    moved = leaf is not None and np.array_equal(np.sort(leaf.known, axis=None), np.sort(kernel, axis=None))
     held = constant(kernel, origin, value.path, moved)
     weight = emitter.held(held, np.ascontiguousarray(np.moveaxis(kernel, -1, 0)[:, None]))
     stated = {"kernel_shape": width, "strides": steps, "dilations": dilations, "group": channels}
@@ -246,7 +246,8 @@ def _pool(emitter: Emitter, value: Expression) -> str:
     plain = all(size == 1 for size in params["window_dilation"]) or (
         value.primitive in POOLS and POOLS[value.primitive] == "MaxPool"
     )
-    if len(still) < 2 or dilated or not plain or not np.issubdtype(value.dtype, np.floating):
+    beyond = len(moving) > 3 or any(pad < 0 for ends in pads for pad in ends)
+    if len(still) < 2 or beyond or dilated or not plain or not np.issubdtype(value.dtype, np.floating):
         raise InvalidInput(
             f"the pool{place(value.path)} with windows {tuple(width)} has no operator in ONNX: pool height "
             "and width of float32 images"

@@ -33,6 +33,9 @@ IDENTITIES = frozenset({"copy", "copy_p", "name", "optimization_barrier", "stop_
 REMEMBERED = frozenset({"add", "broadcast_in_dim", "mul", "reshape", "rsqrt"})
 """Primitives of which a known value remembers its operands: those that make the gain of a batch norm."""
 
+REMEMBERED_SIZE = 65536
+"""Number of elements up to which it does."""
+
 DRAWS = ("random_bits", "threefry2x32", "random_gamma", "rng_bit_generator", "rng_uniform")
 """Primitives that draw random numbers."""
 
@@ -252,9 +255,10 @@ class _Reader:
         if name in MOVEMENTS and operands:
             whole = operands[0]
             moved = whole.moved and math.prod(avals[0].shape) == math.prod(whole.shape)
+            moved = moved and (whole.dtype == avals[0].dtype or _widened(whole.dtype, avals[0].dtype))
             part = None if moved else whole if whole.moved else whole.part
         results = [constant(x, origin, path, moved, part) for x in made]
-        if name not in REMEMBERED or math.prod(avals[0].shape) > SMALL:
+        if name not in REMEMBERED or math.prod(avals[0].shape) > REMEMBERED_SIZE:
             return results
         return [
             dataclasses.replace(x, primitive=name, operands=tuple(operands), params=equation.params)
@@ -336,6 +340,14 @@ class _Reader:
             for x in rows
         ]
         return self.simplify(derived("concatenate", wide, aval, path, dimension=0))
+
+
+def _widened(before: Any, after: Any) -> bool:
+    """Tell whether a conversion of floating-point numbers keeps each as it is."""
+    if not all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in (before, after)):
+        return False
+    narrow, wide = (jax.numpy.finfo(dtype) for dtype in (before, after))
+    return bool(narrow.nmant <= wide.nmant and narrow.maxexp <= wide.maxexp)
 
 
 def _like(shape: Sequence[int], x: Expression) -> jax.ShapeDtypeStruct:

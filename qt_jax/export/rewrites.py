@@ -41,7 +41,8 @@ def drop_identities(model: onnx.ModelProto) -> onnx.ModelProto:
         source, result = (shapes.get(name) for name in (node.input[0], node.output[0]))
         if node.op_type in SAME_SHAPE:
             backwards = node.op_type == "Slice" and len(node.input) > 4 and _reverses(node, values)
-            return source is not None and source == result and not backwards
+            open_ = node.op_type in ("Slice", "Tile") and source is not None and 0 in source
+            return source is not None and source == result and not backwards and not open_
         if node.op_type in ("Cast", "CastLike"):
             wanted = graph.attributes(node).get("to") or types.get(node.input[-1])
             return wanted == types.get(node.input[0])

@@ -53,7 +53,9 @@ def short(method, task=SCRATCH, **changes):
 
 def launch(*flags):
     """Start the command in a process of its own."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    # A compiled program counts as the same one in the copy of a folder.
+    keys = {"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
+    environment = {**os.environ, **keys, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "experiments.accelerator", "--preset", REDUCED.name, "--no-measure", *flags]
     return subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

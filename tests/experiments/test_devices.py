@@ -29,6 +29,8 @@ SPEC = importlib.util.spec_from_file_location("parallel_run", SCRIPT)
 parallel_run = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(parallel_run)
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+COMPILED_FAST = "--xla_backend_optimization_level=0"
+"""Programs that run for fifty steps are not worth the compiler's time."""
 ORDER_OF_SUMS = 1e-9
 """Of the largest entry of each array, after fifty steps with the sums in another order."""
 
@@ -37,7 +39,7 @@ def start(devices_each: int, *arguments: str) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each} {COMPILED_FAST}",
         "PYTHONPATH": str(SCRIPT.parents[2]),
     }
     return subprocess.Popen(

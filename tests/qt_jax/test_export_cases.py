@@ -333,6 +333,96 @@ def test_a_network_that_amplifies_rounding_is_not_refused():
     to_onnx(net.apply, variables, (5,))
 
 
+TABLE = draw((10, 4))
+TOKENS = jax.ShapeDtypeStruct((5,), np.int32)
+REFUSED = {
+    "entries beyond the end": (lambda x: jnp.take(x, jnp.array([0, 99]), axis=1), (5,), "may lie outside"),
+    "filled entries": (
+        lambda i: jnp.asarray(TABLE).at[i].get(mode="fill", fill_value=0.0, wrap_negative_indices=False),
+        TOKENS,
+        "may lie outside",
+    ),
+    "the first two of the batch": (lambda x: x - x[:2].mean(0), (5,), "takes a part of the batch"),
+    "the first of the batch": (lambda x: x - x[:1], (5,), "takes a part of the batch"),
+    "the last of the batch": (lambda x: x - x[-1:], (5,), "takes a part of the batch|batch size"),
+    "whole numbers and the batch": (lambda i: i + 2 * i.shape[0], TOKENS, "computes with the batch size"),
+    "one or several": (lambda x: x if x.shape[0] == 1 else x - 1, (5,), "computes with the batch size"),
+    "the batch beside a mask": (
+        lambda x: jnp.where(x > 0, x + 2 * jnp.ones(x.shape[0]).sum(), -1e9),
+        (5,),
+        "batch|differs from the JAX forward",
+    ),
+    "powers of whole numbers": (lambda i: i**5, TOKENS, "power 5 of whole numbers"),
+    "negative pads of a pool": (
+        lambda x: nn.max_pool(x, (2, 2), (1, 1), ((-1, 0), (0, 0))),
+        (6, 6, 2),
+        "has no operator in ONNX",
+    ),
+    "tokens that 0 and 1 are not": (lambda i: jnp.asarray(TABLE)[i + 9], TOKENS, "pass check=False"),
+    "a logarithm near 1": (lambda x: jnp.log1p(x * 1e-6) * 1e6, (5,), "differs from the JAX forward"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_wrong_for_other_inputs_is_refused(name):
+    body, shape, says = REFUSED[name]
+    with pytest.raises(InvalidInput, match=says):
+        to_onnx(lambda _, x: body(x), {}, shape)
+
+
+VARIANCE = jnp.arange(1.0, 4.0)
+FUNCTIONS = {
+    "an offset by hand": (lambda i: jnp.asarray(TABLE)[jnp.where(i < 0, i + 3, i)], TOKENS),
+    "clipped entries": (lambda i: jnp.take(jnp.asarray(TABLE), i - 1, axis=0, mode="clip"), TOKENS),
+    "int64 tokens": (lambda i: jnp.asarray(TABLE)[i], jax.ShapeDtypeStruct((5,), np.int64)),
+    "statistics of the second axis": (
+        lambda x: (x - 0.5) * jax.lax.rsqrt(VARIANCE + 1e-5).reshape(1, 3, 1, 1),
+        (3, 5, 5),
+    ),
+    "a gain of the middle axis": (
+        lambda x: (x - 0.5) * (jax.lax.rsqrt(VARIANCE + 1e-5) * VARIANCE).reshape(1, 3, 1),
+        (3, 3),
+    ),
+    "sizes that look like the batch": (lambda x: x[:, 1009:], (3000,)),
+    "entries that look like the batch": (lambda x: x[:, jnp.array([5, 1009, 7])], (3000,)),
+    "a mask of -1e9": (lambda x: jnp.where(x > 0, x, -1e9), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_without_modules(name):
+    body, shape = FUNCTIONS[name]
+    to_onnx(lambda _, x: body(x), {}, shape)
+
+
+def test_keys_may_change_their_names():
+    def apply(_, x):
+        return {"a": x + 1, "b": x * 2}
+
+    model = to_onnx(apply, {}, (5,), output_names={"a": "b", "b": "a"})
+    x = draw((2, 5))
+    named = dict(zip([entry.name for entry in model.graph.output], (x + 1, x * 2), strict=True))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for name, wanted in named.items():
+        np.testing.assert_allclose(session.run([name], {"input": x})[0], wanted, rtol=1e-6)
+
+
+def test_where_jax_is_the_inexact_side_the_graph_is_right():
+    """The variance E[x^2] - E[x]^2 cancels far from zero, and LayerNormalization does not."""
+    net = nn.LayerNorm()
+    variables = net.init(jax.random.key(0), draw((1, 64)))
+    to_onnx(lambda v, x: net.apply(v, 0.1 * x + 10), variables, (64,))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [({"output_names": ["Mul#0/0"]}, "Mul#0/0"), ({"input_names": ["batch_size"]}, "batch_size")],
+)
+def test_names_that_the_graph_uses_inside_are_refused(given, name):
+    with pytest.raises(InvalidInput, match=f"{name}.*uses inside"):
+        to_onnx(lambda _, x: 2 * x, {}, (5,), **given)
+
+
 def test_another_thread_notices_nothing():
     """Draw keys, train and scan in one thread while another exports; both get what they get alone."""
     net = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.RNN(nn.GRUCell(3))])

@@ -28,6 +28,8 @@ def program(forward, variables, *shapes):
         (lambda k: k * 2.0, "params/k", False),
         (lambda k: k - k.mean(), "params/k", False),
         (lambda k: jnp.broadcast_to(k[None], (2, 3, 3, 3)), "params/k", False),
+        (lambda k: k.astype(jnp.bfloat16).astype(jnp.float32), "params/k", False),
+        (lambda k: k.astype(jnp.int8).astype(jnp.float32), "params/k", False),
         (lambda k: jnp.ones_like(k), "", False),
     ],
 )
