@@ -91,7 +91,7 @@ class Emitter:
         shapes = [self.unrepeated(x) for x in operands]
         if np.broadcast_shapes(*shapes) != shape:
             return [self.name(x) for x in operands]
-        return [self.small(x, own, shape) for x, own in zip(operands, shapes, strict=True)]
+        return [self.small(x, own) for x, own in zip(operands, shapes, strict=True)]
 
     def unrepeated(self, value: Expression) -> tuple[int, ...]:
         """Return the shape of a value along whose repeated axes there is one entry."""
@@ -105,21 +105,20 @@ class Emitter:
             return tuple(shape)
         return value.shape
 
-    def small(self, value: Expression, shape: tuple[int, ...], whole: tuple[int, ...]) -> str:
+    def small(self, value: Expression, shape: tuple[int, ...]) -> str:
         """Return the name of a value in the shape of `unrepeated`, without leading axes of size 1."""
         if isinstance(value.known, np.ndarray):
             packed = packed_rows(value.known)
             lead = next((axis for axis, size in enumerate(packed.shape) if size != 1), packed.ndim)
-            key = id(value)
-            if key not in self.packed:
+            if id(value) not in self.packed:
                 array = packed.reshape(packed.shape[lead:])
                 unchanged = array.shape == value.known.shape
-                self.packed[key] = self.name(value) if unchanged else self.held(value, array)
-            return self.packed[key]
+                self.packed[id(value)] = self.name(value) if unchanged else self.held(value, array)
+            return self.packed[id(value)]
         if value.primitive != "broadcast_in_dim" or shape == value.shape:
             return self.name(value)
         source = value.operands[0]
-        inner = self.small(source, self.unrepeated(source), source.shape)
+        inner = self.small(source, self.unrepeated(source))
         trimmed = shape[next((axis for axis, size in enumerate(shape) if size != 1), len(shape)) :]
         if self.unrepeated(source) in (shape, trimmed):
             return inner
@@ -142,12 +141,8 @@ def emit(outputs: Sequence[Expression], names: Mapping[int, str]) -> tuple[Emitt
     emitter = Emitter()
     emitter.names.update(names)
     equations: dict[int, list[str]] = {}
-    wanted = {id(x) for x in outputs}
-    needed = _needed(outputs)
     for value in walk(outputs):
         if id(value) in emitter.names or value.known is not None:
-            continue
-        if id(value) not in needed and id(value) not in wanted:
             continue
         if value.equation not in equations:
             _refuse(value)
@@ -155,11 +150,6 @@ def emit(outputs: Sequence[Expression], names: Mapping[int, str]) -> tuple[Emitt
             equations[value.equation] = [made] if isinstance(made, str) else made
         emitter.names[id(value)] = equations[value.equation][value.output]
     return emitter, [emitter.name(x) for x in outputs]
-
-
-def _needed(outputs: Sequence[Expression]) -> set[int]:
-    """Return the identities of the values that some value reads."""
-    return {id(x) for value in walk(outputs) if value.known is None for x in value.operands}
 
 
 def _refuse(value: Expression) -> None:

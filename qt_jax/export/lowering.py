@@ -227,13 +227,20 @@ def _sizes_of(jaxpr: Any) -> list[int]:
         found += [size for x in (*equation.invars, *equation.outvars) for size in x.aval.shape]
         literals = [x.val for x in equation.invars if hasattr(x, "val") and _is_number(x.val)]
         found += [int(value) for value in literals if np.isfinite(value) and float(value).is_integer()]
-        parameters = jax.tree.leaves([*equation.params.values()], is_leaf=lambda leaf: hasattr(leaf, "eqns"))
-        for parameter in parameters:
-            if hasattr(parameter, "eqns"):
-                found += _sizes_of(getattr(parameter, "jaxpr", parameter))
-            elif type(parameter) is int:
-                found.append(parameter)
+        found += [x for x in _parameters(equation) if type(x) is int]
+        for inner in _inner(equation):
+            found += _sizes_of(inner)
     return found
+
+
+def _parameters(equation: Any) -> list[Any]:
+    """Return the leaves of an equation's parameters, of which a jaxpr is one."""
+    return jax.tree.leaves([*equation.params.values()], is_leaf=lambda leaf: hasattr(leaf, "eqns"))
+
+
+def _inner(equation: Any) -> list[Any]:
+    """Return the jaxprs that an equation calls."""
+    return [getattr(x, "jaxpr", x) for x in _parameters(equation) if hasattr(x, "eqns")]
 
 
 def _numbers(jaxpr: Any) -> Iterator[float]:
@@ -251,11 +258,8 @@ def _numbers(jaxpr: Any) -> Iterator[float]:
         for operand in equation.invars:
             if hasattr(operand, "val") and _is_number(operand.val):
                 yield float(operand.val)
-        for parameter in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
-        ):
-            if hasattr(parameter, "eqns"):
-                yield from _numbers(getattr(parameter, "jaxpr", parameter))
+        for inner in _inner(equation):
+            yield from _numbers(inner)
 
 
 def output_paths(returned: Any) -> tuple[list[str], bool]:

@@ -1,10 +1,10 @@
 """Recognize in a program what ONNX says with one operator: norms, softmax, means, pools and resizes.
 
 `simplify` is called with every value of a program as soon as its operands are there. It returns a value of a
-primitive of its own (`mean`, `softmax`, `log_softmax`, `batch_norm`, `layer_norm`, `group_norm`,
-`instance_norm`, `average_pool`, `resize`) that says the same, or the value it was given. What a value is
-computed from decides, not the name of a layer or a function, so that a norm written by hand is recognized
-too, and one with parameters of its own kind is what it computes.
+primitive of its own (`mean`, `softmax`, `log_softmax`, `batch_norm`, `norm`, `average_pool`, `resize`,
+`dense`, `taps`) that says the same, or the value it was given. What a value is computed from decides, not the
+name of a layer or a function, so that a norm written by hand is recognized too, and one with parameters of
+its own kind is what it computes.
 """
 
 import math

@@ -150,9 +150,9 @@ def _product(emitter: Emitter, value: Expression) -> str:
         axes = list(range(count + sum(kept)))
         order = axes[:count] + axes[count + kept[0] :] + axes[count : count + kept[0]]
         shape = (*batch, *sides[1].sizes, *sides[0].sizes)
-        return emitter.moved(_split(emitter, made, shape, batch, sides[::-1]), order)
+        return emitter.moved(_split(emitter, made, shape, sides), order)
     made = _matmul(emitter, sides[0], sides[1], batch)
-    return _split(emitter, made, value.shape, batch, sides)
+    return _split(emitter, made, value.shape, sides)
 
 
 class _Side:
@@ -182,9 +182,7 @@ def _matmul(emitter: Emitter, left: _Side, right: _Side, batch: tuple[int, ...])
     return emitter.add("MatMul", [rows, columns])
 
 
-def _split(
-    emitter: Emitter, made: str, shape: tuple[int, ...], batch: tuple[int, ...], sides: Sequence[_Side]
-) -> str:
+def _split(emitter: Emitter, made: str, shape: tuple[int, ...], sides: Sequence[_Side]) -> str:
     """Split the rows and columns of a product into the axes that were merged."""
     whole = all(len(side.free) == 1 for side in sides)
     return made if whole else emitter.reshaped(made, shape)
@@ -262,6 +260,9 @@ def _pool(emitter: Emitter, value: Expression) -> str:
         "pads": [pads[axis][end] for end in (0, 1) for axis in spatial],
     }
     operator = POOLS.get(value.primitive, "AveragePool")
+    negated = value.primitive == "reduce_window_min"
+    if negated:
+        name = emitter.add("Neg", [name])
     outside = any(pad >= size for pad, size in zip(stated["pads"], stated["kernel_shape"] * 2, strict=True))
     counted = params.get("counted", True)
     if outside:  # ONNX wants each pad of a pool to be smaller than its kernel
@@ -269,15 +270,8 @@ def _pool(emitter: Emitter, value: Expression) -> str:
             raise InvalidInput(f"the pool{place(value.path)} has pads beyond its windows: pad less")
         filling = -np.inf if operator == "MaxPool" else 0.0
         widths = [0, 0, *stated["pads"][: len(spatial)], 0, 0, *stated["pads"][len(spatial) :]]
-        if value.primitive == "reduce_window_min":
-            name, negated = emitter.add("Neg", [name]), True
-        else:
-            negated = False
         name = emitter.add("Pad", [name, emitter.constant(widths), emitter.constant(filling, np.float32)])
         stated["pads"] = [0] * len(stated["pads"])
-    else:
-        negated = value.primitive == "reduce_window_min"
-        name = emitter.add("Neg", [name]) if negated else name
     if operator == "MaxPool":
         stated["dilations"] = [params["window_dilation"][axis] for axis in spatial]
     else:

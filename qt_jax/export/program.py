@@ -157,7 +157,7 @@ def read(
         Expression("input", (), {}, variable.aval.shape, variable.aval.dtype, equation=next(_numbers))
         for variable in data
     ]
-    reader = _Reader(simplify, {x.shape[0] for x in inputs}, {} if marks is None else marks)
+    reader = _Reader(simplify, inputs[0].shape[0], {} if marks is None else marks)
     with np.errstate(all="ignore"):
         return inputs, reader.inline(traced.jaxpr, traced.consts, [*held, *inputs], "")
 
@@ -167,7 +167,7 @@ class _Reader:
     """Inline, unroll and compute, equation by equation."""
 
     simplify: Simplify
-    batches: set[int]
+    batch: int
     marks: dict[str, Expression]
 
     def inline(
@@ -267,8 +267,9 @@ class _Reader:
 
     def holds_batch(self, shape: Sequence[int]) -> bool:
         """Tell whether an array has numbers of its own for each entry of the batch."""
-        (batch,) = self.batches
-        return shape[:1] == (1,) if batch == 1 else any(size and size % batch == 0 for size in shape)
+        if self.batch == 1:
+            return shape[:1] == (1,)
+        return any(size and size % self.batch == 0 for size in shape)
 
     def scan(
         self, params: Mapping[str, Any], operands: Sequence[Expression], outputs: Sequence[Any], path: str
