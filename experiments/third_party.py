@@ -1,12 +1,10 @@
 """Export Linen models that others published, unchanged: `python -m experiments.third_party`.
 
-They come from PyPI: three wheels of Linen models, and flax's own source distribution for its examples.
-Nothing of them is kept here. `--help` shows the commands that fetch them.
+They come from eleven repositories at pinned commits and from two packages of PyPI. Nothing of them is kept
+here. `--help` shows the commands that fetch them.
 """
 
 import dataclasses
-import importlib
-import importlib.util
 import re
 import sys
 import time
@@ -23,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 import qt_jax as qt
+from experiments.third_party_models import cases
+from experiments.third_party_sources import Case
 from qt_jax import records
-from qt_jax.command_line import command
+from qt_jax.command_line import Failed, command
 from qt_jax.export import to_onnx, verify
 from qt_jax.provenance import provenance
 
@@ -39,182 +39,176 @@ class Options:
     """Export Linen models of other authors and compare each with its JAX forward.
 
     Example:
-        pip install --no-deps --target SOURCES flaxmodels==0.1.3 jax-resnet==0.0.4 jax-models==0.0.5 \\
-            h5py==3.16.0 requests==2.34.2 regex==2026.11.15 dill==0.4.1 filelock==4.2.11
-        pip download --no-deps --no-binary :all: --no-build-isolation flax==0.12.8 -d SOURCES
-        tar xzf SOURCES/flax-0.12.8.tar.gz -C SOURCES
+        clone() {
+          git clone -q https://github.com/$1 SOURCES/${1#*/} && git -C SOURCES/${1#*/} checkout -q $2
+        }
+        clone google/flax 18f8f311c275d57f46d95e41b15aa97b454754c0
+        clone google-research/vision_transformer c6de1e5378c9831a8477feb30994971bdc409e46
+        clone google-research/big_vision 0127fb6b337ee2a27bf4e54dea79cff176527356
+        clone google-research/nested-transformer 59c0d6aa1a0526fbca15507a172f3dc110f52a3c
+        clone google-research/scenic 4a38d475ee89cb821078c0e2bf2065ee030e1535
+        clone google-research/vmoe 942a78bc81d2e63199f0933733582ddae0715416
+        clone DarshanDeshpande/jax-models 0d59f478fa00a456460e1b25d2594464e8861b6e
+        clone matthias-wright/flaxmodels 09bc77215032375d124e3f1eba828dd89c80a850
+        clone n2cholas/jax-resnet 5b00735aa0a68ec239af4a728ad4a596c1b551f6
+        clone rwightman/efficientnet-jax 06d7ed6cdb252d191d262e0f50464451ee952200
+        clone patil-suraj/vqgan-jax 10ef240f8ace869e437f3c32d14898f61512db12
+        pip install --no-deps --target SOURCES/pip transformers==4.57.6 diffusers==0.35.2 \\
+            huggingface_hub==0.36.2 tokenizers==0.22.2 safetensors==0.8.0 hf-xet==1.8.0 \\
+            importlib_metadata==10.2.0 ml_collections==1.1.0 regex==2026.11.19 requests==2.34.2 \\
+            urllib3==2.8.0 idna==3.20 charset-normalizer==3.5.3 h5py==3.16.0 dill==0.4.1
         python -m experiments.third_party --sources SOURCES
     """
 
     sources: Path
-    """Folder that holds the packages."""
-    opset: int = 17
-    """Version of ai.onnx, 13 to 21."""
+    """Folder that holds the repositories and the packages."""
+    opsets: tuple[int, ...] = (13, 17, 21)
+    """Versions of ai.onnx, 13 to 21."""
     only: str = ""
     """Export only models whose name contains this."""
     out: Path | None = None
-    """File to which one JSON line per model is appended."""
+    """File to which one JSON line per model and opset is appended."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Describe one model: how to build it, what it takes, and how to call it.
-
-    Attributes:
-      name: Name of the model in the table.
-      build: Returns the Linen module.
-      shape: Shape of the input, without the batch.
-      call: Keyword arguments of the call at inference.
-      dtype: Type of the input.
-      argument: Name of the input where the model takes it by keyword only; otherwise empty.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    call: dict[str, Any] = dataclasses.field(default_factory=dict)
-    dtype: Any = jnp.float32
-    argument: str = ""
+COMMITS = dict(re.findall(r"clone \S+/(\S+) ([0-9a-f]{40})", Options.__doc__ or ""))
+"""Folder of each repository in the sources -> its commit."""
 
 
-def cases(sources: Path) -> list[Case]:
-    """List the models, which are built on demand from the packages in `sources`."""
-
-    def package(module: str, name: str, **arguments: Any) -> Callable[[], nn.Module]:
-        return lambda: getattr(importlib.import_module(module), name)(**arguments)
-
-    def example(path: str) -> Any:
-        file = sources / "flax-0.12.8" / "examples" / path / "models.py"
-        spec = importlib.util.spec_from_file_location(f"flax_example_{path}", file)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    def text_model() -> nn.Module:
-        module = example("nlp_seq")
-        return module.Transformer(module.TransformerConfig(vocab_size=50, output_vocab_size=12, num_layers=2))
-
-    inference, fixed, images = {"train": False}, {"deterministic": True}, (64, 64, 3)
-    head = {"attach_head": True, "num_classes": 10}
-    full = {"num_classes": 10, "dtype": jnp.float32}
-    models = "jax_models.models"
-    return [
-        Case("flax imagenet ResNet18", lambda: example("imagenet").ResNet18(**full), images, inference),
-        Case("flax imagenet ResNet50", lambda: example("imagenet").ResNet50(**full), images, inference),
-        Case("flax ppo ActorCritic", lambda: example("ppo").ActorCritic(num_outputs=6), (84, 84, 4)),
-        Case("flax vae Encoder", lambda: example("vae").Encoder(20), (784,)),
-        Case("flax vae Decoder", lambda: example("vae").Decoder(), (20,)),
-        Case("flax nlp_seq Transformer", text_model, (16,), inference, jnp.int32, "inputs"),
-        Case("flaxmodels ResNet18", package("flaxmodels", "ResNet18", pretrained=None), images, inference),
-        Case("flaxmodels VGG16", package("flaxmodels", "VGG16", pretrained=None), (224, 224, 3), inference),
-        Case("jax-resnet ResNet18", package("jax_resnet", "ResNet18", n_classes=10), images),
-        Case("jax-resnet ResNetD50", package("jax_resnet", "ResNetD50", n_classes=10), images),
-        Case("jax-resnet ResNeSt50Fast", package("jax_resnet", "ResNeSt50Fast", n_classes=10), images),
-        Case(
-            "jax-models ConvMixer",
-            package(f"{models}.conv_mixer", "ConvMixer", features=64, num_mixer_layers=2, **head),
-            (56, 56, 3),
-            fixed,
-        ),
-        Case(
-            "jax-models ConvNeXt",
-            package(f"{models}.convnext", "ConvNeXt", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64), **head),
-            images,
-            fixed,
-        ),
-        Case(
-            "jax-models MLPMixer",
-            package(f"{models}.mlp_mixer", "MLPMixer", patch_size=8, hidden_size=32, **head),
-            (32, 32, 3),
-            fixed,
-        ),
-        Case("jax-models PoolFormer", package(f"{models}.poolformer", "S12", **head), images, fixed),
-        Case(
-            "jax-models Swin",
-            package(
-                f"{models}.swin_transformer",
-                "SwinTransformer",
-                emb_dim=24,
-                depths=(2, 2),
-                num_heads=(2, 4),
-                window_size=4,
-                **head,
-            ),
-            images,
-            fixed,
-        ),
-        Case(
-            "jax-models SegFormer-B0", package(f"{models}.segformer", "segformer_b0", **head), images, fixed
-        ),
-    ]
-
-
-def measure(case: Case, opset: int) -> dict[str, Any]:
-    """Export one model and compare it with JAX. A model that fails gives a row with the reason."""
-    row: dict[str, Any] = {"model": case.name, "opset": opset, "status": "ok"}
+def measure(case: Case, opsets: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Export one model at each opset and compare it with JAX. A failure gives a row with the reason."""
+    row: dict[str, Any] = {"model": case.name, "origin": _origin(case)}
     rng = np.random.default_rng(0)
-    largest = (max(BATCHES), *case.shape)
-    x = rng.uniform(size=largest) if case.dtype == jnp.float32 else rng.integers(1, 40, largest)
-    x = jnp.asarray(x, case.dtype)
+    values = [each.draw(rng, max(BATCHES)) for each in case.inputs]
     try:
         model = case.build()
-        forward = partial(_forward, model, case)
+        single = [value[:1] for value in values]
         keys = dict.fromkeys(("params", "dropout", "drop_path"), jax.random.key(0))
-        variables = model.init(keys, *_positional(case, x), **_keywords(case, x), **case.call)
+        variables = _compiled(partial(_initial, model, case), keys, *single)
+        variables = _without_constants(variables, rng)
+        forward = partial(_forward, model, case)
+        outputs = jax.tree.leaves(_compiled(forward, variables, *single))
+        row["largest_output"] = max(float(abs(output).max()) for output in outputs)
     except Exception as error:  # third-party code may raise anything on this version of flax
-        return row | {"status": "not built", "reason": f"{type(error).__name__}: {error}"[:300]}
+        reason = f"{type(error).__name__}: {error}"[:300]
+        yield from (row | {"opset": opset, "status": "not built", "reason": reason} for opset in opsets)
+        return
+    for opset in opsets:
+        yield row | {"opset": opset} | _measure_opset(case, forward, variables, values, opset)
+
+
+def _measure_opset(
+    case: Case, forward: Callable[..., Any], variables: Any, values: list[jax.Array], opset: int
+) -> dict[str, Any]:
+    """Return what becomes of one model at one opset."""
+    shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in case.inputs]
+    row: dict[str, Any] = {"status": "ok"}
     start = time.perf_counter()
     try:
-        graph = to_onnx(forward, variables, jax.ShapeDtypeStruct(case.shape, case.dtype), opset=opset)
-        row |= {"seconds": time.perf_counter() - start, "nodes": len(graph.graph.node)}
-        return row | verify(graph, forward, variables, x, batch_sizes=BATCHES)
+        graph = to_onnx(
+            forward, variables, shapes if len(shapes) > 1 else shapes[0], opset=opset, layout=case.layout
+        )
     except qt.InvalidInput as error:
         return row | {"status": "refused", "reason": FOLDERS.sub("", str(error))}
+    except Exception as error:  # a defect of the export, which must not hide the other models
+        reason = FOLDERS.sub("", f"{type(error).__name__}: {error}")[:600]
+        return row | {"status": "crashed", "reason": reason}
+    row |= {"seconds": time.perf_counter() - start, "nodes": len(graph.graph.node)}
+    given = values if len(values) > 1 else values[0]
+    try:
+        return row | verify(graph, forward, variables, given, batch_sizes=BATCHES, layout=case.layout)
+    except qt.InvalidInput as error:
+        return row | {"status": "wrong", "reason": str(error)}
 
 
-def _positional(case: Case, x: jax.Array) -> tuple[jax.Array, ...]:
-    return () if case.argument else (x,)
+def _origin(case: Case) -> str:
+    """Return the repository of a model and its commit."""
+    folder = case.name.split()[0]
+    return f"{folder}@{COMMITS[folder][:9]}" if folder in COMMITS else folder
 
 
-def _keywords(case: Case, x: jax.Array) -> dict[str, jax.Array]:
-    return {case.argument: x} if case.argument else {}
+def _compiled(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function, compiled as a whole where it can be traced."""
+    try:
+        return jax.jit(call)(*arguments)
+    except jax.errors.ConcretizationTypeError:
+        return call(*arguments)
 
 
-def _forward(model: nn.Module, case: Case, variables: dict[str, Any], x: jax.Array) -> Any:
-    return model.apply(variables, *_positional(case, x), **_keywords(case, x), **case.call)
+def _initial(model: nn.Module, case: Case, keys: Any, *values: jax.Array) -> Any:
+    positional, named = _arguments(case, values)
+    return model.init(keys, *positional, **named, **case.call)
+
+
+def _without_constants(variables: Any, rng: np.random.Generator) -> Any:
+    """Move the leaves that a model starts with alike, such as zeros, which would hide the layers behind."""
+
+    def moved(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size == 0 or leaf.min() < leaf.max():
+            return leaf
+        return leaf + jnp.asarray(rng.uniform(0.0, 0.2, leaf.shape), leaf.dtype)
+
+    return jax.tree.map(moved, variables)
+
+
+def _arguments(case: Case, values: Any) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+    """Return the inputs that are given by place, and those that are given by keyword."""
+    pairs = list(zip(case.inputs, values, strict=True))
+    return [value for each, value in pairs if not each.name], {
+        each.name: value for each, value in pairs if each.name
+    }
+
+
+def _forward(model: nn.Module, case: Case, variables: Any, *values: jax.Array) -> Any:
+    positional, named = _arguments(case, values)
+    return case.pick(model.apply(variables, *positional, **named, **case.call))
 
 
 def run(options: Options, console: Console) -> None:
-    """Export every chosen model, print the table, and append the records."""
+    """Export every chosen model, print the table, and append the records.
+
+    Raises:
+      Failed: An export ended in an exception that is not one of its refusals, or its numbers are wrong.
+    """
     if not options.sources.is_dir():
         raise qt.InvalidInput(
             f"--sources {options.sources} is not a folder: fill one with the commands of --help"
         )
-    sys.path.append(str(options.sources))
-    table = Table("model", "nodes", "operators", "largest difference", "s")
-    for row in _rows(options):
-        console.print(f"{row['model']}: {row['status']}")
-        shown = row.get("reason", "")[:200] or ", ".join(
-            f"{n} {name}" for name, n in row["operators"].items()
-        )
-        difference = f"{max(row['max_difference'].values()):.1e}" if row["status"] == "ok" else row["status"]
-        nodes, seconds = row.get("nodes"), row.get("seconds")
-        table.add_row(
-            row["model"],
-            "" if nodes is None else str(nodes),
-            shown,
-            difference,
-            "" if seconds is None else f"{seconds:.1f}",
-        )
+    sources = options.sources.resolve()
+    sys.path.insert(0, str(sources / "pip"))
+    sys.path.extend(str(sources / folder) for folder in COMMITS)
+    table = Table(
+        "model", "opset", "status", "nodes", "Transposes", "s", "largest difference", "of", "reason"
+    )
+    failed = []
+    for row in (
+        row for case in cases(sources) if options.only in case.name for row in measure(case, options.opsets)
+    ):
+        console.print(f"{row['model']}, opset {row['opset']}: {row['status']}")
+        table.add_row(*_cells(row))
+        if row["status"] in ("crashed", "wrong"):
+            failed.append(f"{row['model']} at opset {row['opset']}")
         if options.out is not None:
             records.append(options.out, row | provenance(PACKAGES))
     console.print(table)
+    if failed:
+        raise Failed(f"the export crashed or its numbers are wrong: {', '.join(failed)}")
 
 
-def _rows(options: Options) -> Iterator[dict[str, Any]]:
-    for case in cases(options.sources):
-        if options.only in case.name:
-            yield measure(case, options.opset)
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a row of the table."""
+    ok = row["status"] == "ok"
+    return (
+        row["model"],
+        str(row["opset"]),
+        row["status"],
+        str(row.get("nodes", "")),
+        str(row["operators"].get("Transpose", 0)) if ok else "",
+        f"{row['seconds']:.1f}" if "seconds" in row else "",
+        f"{max(row['max_difference'].values()):.1e}" if ok else "",
+        f"{row['largest_output']:.1e}" if ok else "",
+        row.get("reason", "")[:200],
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,8 +1,9 @@
 """Train one hardware-neutral FP32 checkpoint for every low-bit compiler: Quant-Trim for JAX and Flax.
 
 `import qt_jax as qt` gives the public names below. Training uses `quant_trim` under a schedule of lambda
-(`schedules`), `attach_statistics` and `reverse_pruning`. `to_onnx` exports the result, and `evaluate` runs it
-through vendors' toolchains. Each name is at home in the module that it is imported from here.
+(`schedules`), `attach_statistics` and `reverse_pruning`. `to_onnx` exports the result in floating point, and
+`to_qdq` on integers. `evaluate` runs a graph through vendors' toolchains. Each name is at home in the module
+that it is imported from here.
 """
 
 import importlib
@@ -21,11 +22,11 @@ from qt_jax.trim import attach_statistics, quant_trim
 
 if TYPE_CHECKING:
     from qt_jax.backends import evaluate
-    from qt_jax.export import to_onnx
+    from qt_jax.export import to_onnx, to_qdq
 
 __version__ = "0.1.0"
 
-_LAZY = {"to_onnx": "qt_jax.export", "evaluate": "qt_jax.backends"}
+_LAZY = {"to_onnx": "qt_jax.export", "to_qdq": "qt_jax.export", "evaluate": "qt_jax.backends"}
 """Names that are imported on first use: deployment loads onnxruntime and onnx, which training does not
 need."""
 
@@ -55,6 +56,7 @@ __all__ = [
     "schedules",
     "subsample",
     "to_onnx",
+    "to_qdq",
 ]
 
 

@@ -184,7 +184,7 @@ class TracedProgram:
             name, params = equation.primitive.name, equation.params
             inner = params.get(CALLS.get(name, ""))
             if inner is not None:
-                outputs = self._inline(*_opened(inner), operands, around)
+                outputs = self._inline(*opened(inner), operands, around)
             else:
                 shapes = [_shape(variable) for variable in equation.outvars]
                 outputs = [*self._add(equation.primitive, operands, shapes, params, around)]
@@ -192,7 +192,7 @@ class TracedProgram:
                     self._enter_loop(params, operands, outputs, around)
                 elif name == "cond":
                     for branch in params["branches"]:
-                        self._end(self._inline(*_opened(branch), operands[1:], around), outputs)
+                        self._end(self._inline(*opened(branch), operands[1:], around), outputs)
             values |= zip(equation.outvars, outputs, strict=True)
         return [x if isinstance(x, Literal) else values[x] for x in jaxpr.outvars]
 
@@ -203,19 +203,12 @@ class TracedProgram:
         outputs: Sequence[Any],
         around: tuple[int, ...],
     ) -> None:
-        """Add the equations of the body of a scan, whose operands are constants, carries and scanned rows.
-
-        Rows have one axis more outside than inside. A carry that comes out as it goes in is a constant.
-        """
-        body, constants = _opened(params["jaxpr"])
+        """Add the equations of the body of a scan. A carry that comes out as it goes in is a constant."""
+        body, constants = opened(params["jaxpr"])
         loop, inside = len(self.lengths), (*around, len(self.lengths))
         self.lengths.append(params["length"])
         ranks = [len(_shape(x) if isinstance(x, Literal) else self.values[x].shape) for x in operands]
-        rows = sum(rank > len(_shape(v)) for rank, v in zip(ranks, body.invars, strict=True))
-        carries = sum(
-            len(self.values[x].shape) == len(_shape(v)) for x, v in zip(outputs, body.outvars, strict=True)
-        )
-        first = len(operands) - rows - carries
+        first, carries = split_scan(body, ranks, [len(self.values[x].shape) for x in outputs])
         arguments: list[int | Literal] = []
         for place, (x, variable) in enumerate(zip(operands, body.invars, strict=True)):
             shape = _shape(variable)
@@ -324,9 +317,24 @@ def _bind(equation: Equation, operands: Sequence[Any], loops: Sequence[tuple[int
     return bind(*operands)
 
 
-def _opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """Return a jaxpr and its constants."""
     return (jaxpr, []) if isinstance(jaxpr, Jaxpr) else (jaxpr.jaxpr, jaxpr.consts)
+
+
+def split_scan(body: Jaxpr, operands: Sequence[int], outputs: Sequence[int]) -> tuple[int, int]:
+    """Return how many of a scan's operands are constants, and how many of those that follow are carries.
+
+    The other operands are scanned row by row. A row has one axis more outside of the loop than inside.
+
+    Args:
+      body: The jaxpr of one step.
+      operands: Number of axes of each operand.
+      outputs: Number of axes of each output, of which the carries come first.
+    """
+    rows = sum(rank > len(_shape(v)) for rank, v in zip(operands, body.invars, strict=True))
+    carries = sum(rank == len(_shape(v)) for rank, v in zip(outputs, body.outvars, strict=True))
+    return len(operands) - rows - carries, carries
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
+from qt_jax import pooling
 from qt_jax.dataflow import TRANSPARENT, Equation, TracedProgram, known_leaves, trace
 from qt_jax.errors import InvalidInput
 from qt_jax.interception import COLLECTION, GAIN, LAYERS, Call, intercept, require_linen, shadowed
@@ -29,10 +30,18 @@ JOINS = frozenset({"add", "mul", "concatenate"})
 
 
 class Factor(NamedTuple):
-    """Name a static value that a layer's output is multiplied with, or divided by."""
+    """Name a static value that a layer's output is multiplied with, or divided by.
+
+    Attributes:
+      value: Its number.
+      divides: Whether the output is divided by it.
+      behind_maximum: Whether a maximum stands between, past which a factor moves only if it is positive for
+        every channel.
+    """
 
     value: int
     divides: bool
+    behind_maximum: bool
 
 
 class Folded(NamedTuple):
@@ -87,9 +96,13 @@ class Fusion:
         gains = {}
         for path, layer in self._folded.items():
             gain = jnp.ones((1,) * (len(layer.loops) + 1), jnp.float32)
+            moves = jnp.ones_like(gain, bool)
             for factor in layer.factors:
                 steps = [lengths[i] if i in values[factor.value].loops else 1 for i in layer.loops]
                 value = jnp.reshape(known[factor.value], (*steps, -1)).astype(jnp.float32)
+                if factor.behind_maximum:
+                    moves = moves & jnp.all(value > 0, axis=-1, keepdims=True)
+                    value = jnp.where(moves, value, 1.0)
                 gain = gain / value if factor.divides else gain * value
             gains[path] = jnp.broadcast_to(gain, (*(lengths[i] for i in layer.loops), gain.shape[-1]))
         return gains
@@ -130,9 +143,11 @@ def find_fusion(model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **
 
     A layer's kernel has a gain if its output is used once, and is then only added to and multiplied with
     values that depend only on the variables, channel by channel. Batch norm on running statistics does so,
-    and a layer scale. A factor that is one number for all channels ends the search: it moves no grid, and
-    exporters leave it where it is. Layers inside nn.scan have one gain for each kernel of the stack. A kernel
-    that all steps share has one only if all steps have the same factors.
+    and a layer scale. Pools, means and reshapes may stand between, which `to_onnx` moves such factors past;
+    a maximum only while they are positive for every channel. A factor that is one number for all channels
+    ends the search: it moves no grid, and exporters leave it where it is. Layers inside nn.scan have one gain
+    for each kernel of the stack. A kernel that all steps share has one only if all steps have the same
+    factors.
 
     An `nn.Einsum` has no gain, since its kernel may have its features on any axis. Neither has a layer whose
     kernel nn.vmap stacks, since compilers fold nothing into a product of two batches.
@@ -208,32 +223,44 @@ def _folded(program: TracedProgram, path: str, rank: int, transposed: bool) -> F
     [(value, loops)], kernel = outputs, program.values[kernels[0].value]
     if len(kernel.shape) != rank:
         return None
-    channels = program.values[value].shape[-1:]
+    axis, maximum = len(program.values[value].shape) - 1, False
     factors: list[Factor] = []
     while len(program.users.get(value, ())) == 1 and value not in program.ends:
         [equation] = program.users[value]
         name = equation.primitive.name
         others = [x for x in equation.inputs if x != value]
-        if name not in TRANSPARENT:
-            if name not in ("add", "sub", "mul", "div") or len(others) != 1:
-                break
-            [other] = others
+        if name in ("add", "sub", "mul", "div"):
+            [other] = others or [value]
             after = equation.inputs[0] == value
             if not program.is_static(other) or not (after or name in ("add", "mul")):
                 break
             if name in ("mul", "div"):
-                if isinstance(other, Literal) or not _is_gain(program, other, channels, kernel.loops):
+                if isinstance(other, Literal) or not _is_gain(program, other, value, axis, kernel.loops):
                     break
-                factors.append(Factor(other, name == "div"))
+                factors.append(Factor(other, name == "div", maximum))
+        else:
+            passed = pooling.passed(program, equation, axis)
+            if passed is None:
+                break
+            equation, axis = passed
+            maximum |= name in pooling.MAXIMA
         [value] = equation.outputs
     return Folded(tuple(factors), loops, transposed) if factors else None
 
 
-def _is_gain(program: TracedProgram, x: int, channels: tuple[int, ...], loops: tuple[int, ...]) -> bool:
-    """Tell whether a static value has one number for each channel, and for each kernel of these loops."""
-    shape = program.values[x].shape
-    by_channel = shape[-1:] == channels and all(size == 1 for size in shape[:-1])
-    return by_channel and set(program.values[x].loops) <= {*loops}
+def _is_gain(program: TracedProgram, x: int, of: int, axis: int, loops: tuple[int, ...]) -> bool:
+    """Tell whether a static value has one number for each channel of a value, and for each of these loops.
+
+    Args:
+      program: The program.
+      x: The static value.
+      of: The value that it is multiplied with.
+      axis: Axis of the channels of that.
+      loops: The loops of which every step has a kernel of its own.
+    """
+    shape, whole = program.values[x].shape, program.values[of].shape
+    wanted = tuple(size if place == axis else 1 for place, size in enumerate(whole))
+    return shape == wanted and set(program.values[x].loops) <= {*loops}
 
 
 def _is_joined(program: TracedProgram, name: str) -> bool:

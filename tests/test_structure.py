@@ -20,7 +20,7 @@ FLOORS = (
     ("qt_jax.grid", "qt_jax.ranges"),
     ("qt_jax.config",),
     ("qt_jax.interception",),
-    ("qt_jax.dataflow", "qt_jax.points"),
+    ("qt_jax.dataflow", "qt_jax.points", "qt_jax.pooling"),
     ("qt_jax.trim", "qt_jax.batch_norm", "qt_jax.fusion", "qt_jax.pruning"),
     ("qt_jax.layer_coverage", "qt_jax.recipes"),
     # from a trained network to tables: export -> backends -> tables
@@ -162,7 +162,7 @@ def test_no_module_is_shadowed(name):
 
 
 TWINS = {"BasicBlock", "Bottleneck", "DoubleConv", "EncoderBlock", "InvertedResidual"}
-"""Blocks that `experiments.benchmarks.torch_models` writes once more in PyTorch, under the same names."""
+"""Blocks that `experiments.benchmarks.torch_*` write once more in PyTorch, under the same names."""
 
 
 def test_no_class_has_the_name_of_another():

@@ -1,7 +1,8 @@
-"""Export a network by qt_jax and by PyTorch behind one signature, and measure the time and memory of it.
+"""Export a network by qt_jax, PyTorch and jax2onnx behind one signature, and measure its time and memory.
 
-qt_jax converts, and verifies the file against the JAX forward at two batch sizes. PyTorch is called as in its
-documentation (dynamo, its own optimizer on, weights in a separate file) and checks nothing.
+qt_jax is called with its defaults, under which it compares the graph with the JAX forward in onnxruntime.
+PyTorch is called as in its documentation (dynamo, its own optimizer on, weights in a separate file) and
+checks nothing. jax2onnx is called on the same forward, and what it returns is written as it is.
 
 Time and memory are each measured in a new process. Its start is not timed. Both exporters import most of
 their modules on their first call, so the process first exports a network of one layer. `start_s` tells how
@@ -29,22 +30,24 @@ import numpy as np
 
 import qt_jax as qt
 from experiments.models.resnet import ResNet
-from qt_jax.export import save_verified, to_onnx
+from qt_jax.export import save, to_onnx
 
-OURS, TORCH = "qt_jax", "torch"
+OURS, TORCH, JAX2ONNX = "qt_jax", "torch", "jax2onnx"
 
-VERIFIED = 7
-"""Images that the verification of a file needs."""
-
-Exporter = Callable[[Path], dict[str, float]]
-"""Writes the file and returns the seconds it took: convert_s, and verify_s where the exporter verifies."""
+Exporter = Callable[[Path], None]
+"""Converts the network and writes the file."""
 
 
 class Network(NamedTuple):
-    """Hold a Linen module for square images, and the height of these in pixels."""
+    """Hold a Linen module for square images, their height in pixels, and whether it takes times too."""
 
     module: nn.Module
     image_size: int
+    takes_times: bool = False
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the inputs, without the batch."""
+        return [(self.image_size, self.image_size, 3), *([()] if self.takes_times else [])]
 
 
 ONE_LAYER = Network(ResNet((), width=1), 8)
@@ -65,8 +68,8 @@ def random_variables(network: Network) -> dict[str, Any]:
 
     Kernels are He-scaled, and batch norms are not the identity.
     """
-    images = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(network.module.init, jax.random.key(0), images)
+    inputs = [jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in network.shapes()]
+    shapes = jax.eval_shape(network.module.init, jax.random.key(0), *inputs)
     random = np.random.default_rng(0)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -80,29 +83,27 @@ def random_variables(network: Network) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def random_images(network: Network, count: int) -> np.ndarray:
-    """Draw images `(count, height, width, 3)`, float32 of unit variance."""
-    shape = (count, network.image_size, network.image_size, 3)
-    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+def random_inputs(network: Network, count: int) -> list[np.ndarray]:
+    """Draw images `(count, height, width, 3)`, float32 of unit variance, and times `(count,)` if taken."""
+    random = np.random.default_rng(1)
+    images, *others = network.shapes()
+    times = [random.uniform(0.0, 1000.0, (count, *shape)).astype(np.float32) for shape in others]
+    return [random.normal(size=(count, *images)).astype(np.float32), *times]
 
 
 def exporter(name: str, network: Network, variables: dict[str, Any], opset: int) -> Exporter:
     """Return the exporter of that name. Each call of it writes the network to a file."""
-    return {OURS: _ours, TORCH: _torch}[name](network, variables, opset)
+    return {OURS: _ours, TORCH: _torch, JAX2ONNX: _jax2onnx}[name](network, variables, opset)
 
 
 def _ours(network: Network, variables: dict[str, Any], opset: int) -> Exporter:
-    images = random_images(network, VERIFIED)
+    shapes: Any = network.shapes() if network.takes_times else network.shapes()[0]
 
-    def export(path: Path) -> dict[str, float]:
-        def apply_fn(variables, images):  # new in every call: nothing is compiled yet
-            return network.module.apply(variables, images, train=False)
+    def export(path: Path) -> None:
+        def apply_fn(variables, *inputs):  # new in every call: nothing is compiled yet
+            return network.module.apply(variables, *inputs, train=False)
 
-        start = time.perf_counter()
-        model = to_onnx(apply_fn, variables, images.shape[1:], opset=opset, check=False)
-        converted = time.perf_counter()
-        save_verified(model, path, apply_fn, variables, images)
-        return {"convert_s": converted - start, "verify_s": time.perf_counter() - converted}
+        save(to_onnx(apply_fn, variables, shapes, opset=opset), path)
 
     return export
 
@@ -114,27 +115,42 @@ def _torch(network: Network, variables: dict[str, Any], opset: int) -> Exporter:
 
     model = twin(network.module, network.image_size)
     load_variables(model, variables)
-    example = torch.zeros(2, 3, network.image_size, network.image_size)
+    examples = [torch.from_numpy(x) for x in channels_first(random_inputs(network, 2))]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
-    def export(path: Path) -> dict[str, float]:
-        start = time.perf_counter()
+    def export(path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 model,
-                (example,),
+                tuple(examples),
                 path,
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=({0: "batch"},),
-                input_names=["input"],
-                output_names=["logits"],
+                dynamic_shapes=({0: "batch"},) * len(examples),
                 verbose=False,
             )
-        return {"convert_s": time.perf_counter() - start}
 
     return export
+
+
+def _jax2onnx(network: Network, variables: dict[str, Any], opset: int) -> Exporter:
+    import jax2onnx
+
+    def export(path: Path) -> None:
+        def forward(*inputs):
+            return network.module.apply(variables, *inputs, train=False)
+
+        shapes = [("batch", *shape) for shape in network.shapes()]
+        model = jax2onnx.to_onnx(forward, inputs=shapes, opset=opset, return_mode="proto")
+        save(model, path)
+
+    return export
+
+
+def channels_first(inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the inputs with images as `(batch, channels, height, width)`."""
+    return [np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x for x in inputs]
 
 
 def cost(name: str, network: Network, opset: int, repeats: int) -> dict[str, Any]:
@@ -152,7 +168,7 @@ def seconds(name: str, network: Network, opset: int, repeats: int) -> dict[str, 
 
     Returns:
       start_s; cold_s, the first export of this network; warm_s, the median of the `repeats` that follow it;
-      and their parts cold_verify_s and warm_verify_s, None where the exporter does not verify.
+      and cold_cpu_s and warm_cpu_s, the seconds that all cores together computed meanwhile.
     """
     variables = random_variables(network)
     start = time.perf_counter()
@@ -161,14 +177,18 @@ def seconds(name: str, network: Network, opset: int, repeats: int) -> dict[str, 
         _import_everything(name, opset, path)
         started = time.perf_counter()
         export = exporter(name, network, variables, opset)
-        first, *others = (export(path) for _ in range(1 + repeats))
-    verified = "verify_s" in first
+        laps = []
+        for _ in range(1 + repeats):
+            begun = time.perf_counter(), time.process_time()
+            export(path)
+            laps.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+    (cold, cold_cpu), (warm, warm_cpu) = laps[0], map(statistics.median, zip(*laps[1:], strict=True))
     return {
         "start_s": started - start,
-        "cold_s": sum(first.values()),
-        "cold_verify_s": first.get("verify_s"),
-        "warm_s": statistics.median(sum(laps.values()) for laps in others),
-        "warm_verify_s": statistics.median(laps["verify_s"] for laps in others) if verified else None,
+        "cold_s": cold,
+        "cold_cpu_s": cold_cpu,
+        "warm_s": warm,
+        "warm_cpu_s": warm_cpu,
         "repeats": repeats,
     }
 

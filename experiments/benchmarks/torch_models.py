@@ -1,270 +1,71 @@
-"""Define the networks of `experiments.models` in PyTorch, as a PyTorch user would write them.
+"""Make the PyTorch twin of a Linen network, and copy its variables.
 
-Submodules have the names of the Linen ones, so `load_variables` copies by path. Images are NCHW.
+The networks are in `torch_classifiers`, `torch_sequences`, `torch_segmenters` and `torch_public`. Submodules
+have the names of the Linen ones, so `load_variables` copies by path; `in`, a word of Python, becomes `in_`.
+Images are NCHW.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+import keyword
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from flax.traverse_util import flatten_dict
 from torch import nn
 
 import qt_jax as qt
-from experiments.models.mobilenet import MobileNetV2
-from experiments.models.resnet import ResNet, ResNet50
-from experiments.models.segmenters import UNet
-from experiments.models.transformers import ViT
+from experiments.benchmarks import public_models as public
+from experiments.benchmarks import torch_classifiers as classifiers
+from experiments.benchmarks import torch_public, torch_segmenters, torch_sequences
+from experiments.models.convnext import ConvNeXt
+from experiments.models.mobilenet import MobileNetV2, MobileNetV3
+from experiments.models.recurrent import RowReader
+from experiments.models.resnet import FastResNet, ResNet, ResNet50
+from experiments.models.segmenters import ASPP, UNet
+from experiments.models.speed_net import SpeedNet
+from experiments.models.transformers import Mixer, ViT
 
-CHANNELS = 3
+MAKERS: dict[type, Callable[[Any], nn.Module]] = {
+    ResNet: classifiers.residual_network,
+    ResNet50: classifiers.residual_network,
+    FastResNet: classifiers.ShortResNet,
+    MobileNetV2: classifiers.mobilenet_v2,
+    MobileNetV3: classifiers.mobilenet_v3,
+    ConvNeXt: classifiers.convnext,
+    SpeedNet: classifiers.SpeedBlocks,
+    UNet: torch_segmenters.SkipUNet,
+    ASPP: torch_segmenters.DeepLab,
+    public.PoolFormer: torch_public.PoolFormerNet,
+    public.DiffusionUNet: torch_public.DenoisingUNet,
+}
+"""Twins that do not depend on the image's size."""
 
-
-class BasicBlock(nn.Module):
-    """Apply two 3x3 convolutions and a shortcut."""
-
-    def __init__(self, inputs: int, features: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, features, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(features)
-        self.projects = stride != 1 or inputs != features
-        if self.projects:
-            self.shortcut = nn.Conv2d(inputs, features, 1, stride, bias=False)
-            self.shortcut_norm = nn.BatchNorm2d(features)
-
-    def forward(self, x):
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        if self.projects:
-            x = self.shortcut_norm(self.shortcut(x))
-        return F.relu(x + y)
-
-
-class Bottleneck(nn.Module):
-    """Apply a 1x1, a 3x3 and a 1x1 convolution and a shortcut. The 3x3 convolution has the stride."""
-
-    def __init__(self, inputs: int, features: int, stride: int, expansion: int = 4):
-        super().__init__()
-        outputs = features * expansion
-        self.conv1 = nn.Conv2d(inputs, features, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, stride, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(features)
-        self.conv3 = nn.Conv2d(features, outputs, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(outputs)
-        self.projects = stride != 1 or inputs != outputs
-        if self.projects:
-            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut_norm = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
-        if self.projects:
-            x = self.shortcut_norm(self.shortcut(x))
-        return F.relu(x + y)
-
-
-class InvertedResidual(nn.Module):
-    """Apply a 1x1 expansion, a 3x3 depthwise convolution, a linear 1x1 projection and a shortcut."""
-
-    def __init__(self, inputs: int, features: int, expansion: int, stride: int):
-        super().__init__()
-        hidden = inputs * expansion
-        self.expands = expansion > 1
-        if self.expands:
-            self.expand = nn.Conv2d(inputs, hidden, 1, bias=False)
-            self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
-        self.depthwise_norm = nn.BatchNorm2d(hidden)
-        self.project = nn.Conv2d(hidden, features, 1, bias=False)
-        self.project_norm = nn.BatchNorm2d(features)
-        self.adds = stride == 1 and inputs == features
-
-    def forward(self, x):
-        y = F.relu6(self.expand_norm(self.expand(x))) if self.expands else x
-        y = F.relu6(self.depthwise_norm(self.depthwise(y)))
-        y = self.project_norm(self.project(y))
-        return x + y if self.adds else y
-
-
-class Attention(nn.Module):
-    """Apply self-attention with separate projections for queries, keys and values."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-
-    def forward(self, x):
-        batch, tokens, dim = x.shape
-        q, k, v = (
-            project(x).view(batch, tokens, self.heads, dim // self.heads).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
-        )
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, dim))
-
-
-class EncoderBlock(nn.Module):
-    """Apply self-attention and an MLP, each after a layer norm and beside a shortcut."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: int):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.attention = Attention(dim, heads)
-        self.mlp_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp_in = nn.Linear(dim, dim * mlp_ratio)
-        self.gelu = nn.GELU()
-        self.mlp_out = nn.Linear(dim * mlp_ratio, dim)
-
-    def forward(self, x):
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp_out(self.gelu(self.mlp_in(self.mlp_norm(x))))
-
-
-class VisionTransformer(nn.Module):
-    """Classify images by patches, a class token, positions, encoder blocks and a head on the token."""
-
-    def __init__(self, linen: ViT, image_size: int):
-        super().__init__()
-        self.patches = nn.Conv2d(CHANNELS, linen.dim, linen.patch, linen.patch)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, linen.dim))
-        self.positions = nn.Parameter(torch.zeros(1, (image_size // linen.patch) ** 2 + 1, linen.dim))
-        self.blocks = [f"block{number}" for number in range(1, linen.depth + 1)]
-        for name in self.blocks:
-            self.add_module(name, EncoderBlock(linen.dim, linen.heads, linen.mlp_ratio))
-        self.norm = nn.LayerNorm(linen.dim, eps=1e-6)
-        self.head = nn.Linear(linen.dim, linen.num_classes)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
-        for name in self.blocks:
-            x = self.get_submodule(name)(x)
-        return self.head(self.norm(x[:, 0]))
-
-
-class DoubleConv(nn.Module):
-    """Apply two 3x3 convolutions, each followed by batch norm and ReLU."""
-
-    def __init__(self, inputs: int, features: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, features, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(features)
-
-    def forward(self, x):
-        return F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
-
-
-class TransposedUNet(nn.Module):
-    """Classify pixels with a U-Net of transposed convolutions."""
-
-    def __init__(self, linen: UNet):
-        super().__init__()
-        self.levels = range(1, linen.depth + 1)
-        inputs = CHANNELS
-        for level in self.levels:
-            features = linen.width * 2 ** (level - 1)
-            self.add_module(f"down{level}", DoubleConv(inputs, features))
-            self.add_module(f"up{level}_resize", nn.ConvTranspose2d(2 * features, features, 2, 2))
-            self.add_module(f"up{level}", DoubleConv(2 * features, features))
-            inputs = features
-        self.bottom = DoubleConv(inputs, 2 * inputs)
-        self.head = nn.Conv2d(linen.width, linen.num_classes, 1)
-
-    def forward(self, x):
-        skips = []
-        for level in self.levels:
-            x = self.get_submodule(f"down{level}")(x)
-            skips.append(x)
-            x = F.max_pool2d(x, 2)
-        x = self.bottom(x)
-        for level in reversed(self.levels):
-            x = torch.cat([skips.pop(), self.get_submodule(f"up{level}_resize")(x)], dim=1)
-            x = self.get_submodule(f"up{level}")(x)
-        return self.head(x)
-
-
-def residual_network(linen: ResNet | ResNet50) -> nn.Module:
-    """Return a network like ResNet-20, or ResNet-50."""
-    deep = isinstance(linen, ResNet50)
-    block, expansion = (Bottleneck, 4) if deep else (BasicBlock, 1)
-    window = {"kernel_size": 7, "stride": 2, "padding": 3} if deep else {"kernel_size": 3, "padding": 1}
-    layers = [
-        ("stem", nn.Conv2d(CHANNELS, linen.width, **window, bias=False)),
-        ("stem_norm", nn.BatchNorm2d(linen.width)),
-        ("stem_relu", nn.ReLU()),
-        *([("stem_pool", nn.MaxPool2d(3, 2, 1))] if deep else []),
-    ]
-    inputs = linen.width
-    for stage, blocks in enumerate(linen.stage_sizes):
-        features = linen.width * 2**stage
-        for number in range(blocks):
-            stride = 2 if stage > 0 and number == 0 else 1
-            layers.append((f"stage{stage + 1}_block{number + 1}", block(inputs, features, stride)))
-            inputs = features * expansion
-    return _with_head(layers, inputs, linen.num_classes)
-
-
-def mobilenet_v2(linen: MobileNetV2) -> nn.Module:
-    """Return MobileNetV2."""
-    layers = [
-        ("stem", nn.Conv2d(CHANNELS, linen.stem, 3, padding=1, bias=False)),
-        ("stem_norm", nn.BatchNorm2d(linen.stem)),
-        ("stem_relu", nn.ReLU6()),
-    ]
-    inputs = linen.stem
-    for number, stage in enumerate(linen.stages, start=1):
-        for block in range(1, stage.blocks + 1):
-            stride = stage.stride if block == 1 else 1
-            layer = InvertedResidual(inputs, stage.features, stage.expansion, stride)
-            layers.append((f"stage{number}_block{block}", layer))
-            inputs = stage.features
-    layers += [
-        ("last", nn.Conv2d(inputs, linen.last, 1, bias=False)),
-        ("last_norm", nn.BatchNorm2d(linen.last)),
-        ("last_relu", nn.ReLU6()),
-    ]
-    return _with_head(layers, linen.last, linen.num_classes)
-
-
-def _with_head(layers: Iterable[tuple[str, nn.Module]], features: int, classes: int) -> nn.Module:
-    head = [
-        ("pool", nn.AdaptiveAvgPool2d(1)),
-        ("flatten", nn.Flatten()),
-        ("head", nn.Linear(features, classes)),
-    ]
-    return nn.Sequential(OrderedDict([*layers, *head]))
+SIZED: dict[type, Callable[[Any, int], nn.Module]] = {
+    ViT: torch_sequences.VisionTransformer,
+    Mixer: torch_sequences.MLPMixer,
+    RowReader: torch_sequences.RowClassifier,
+    public.PublicViT: torch_public.PublicVisionTransformer,
+}
+"""Twins whose parameters depend on it."""
 
 
 def twin(linen: Any, image_size: int) -> nn.Module:
     """Return the PyTorch network of a Linen module's architecture, in evaluation mode, with fresh weights.
 
     Args:
-      linen: A ResNet, ResNet50, MobileNetV2, ViT, or UNet with up="transposed".
-      image_size: Height and width in pixels. Only ViT's positions depend on it.
+      linen: A network of `experiments.models` or of `experiments.benchmarks.public_models`.
+      image_size: Height and width in pixels.
 
     Raises:
       InvalidInput: The module is of another class.
     """
-    makers = {
-        ResNet: residual_network,
-        ResNet50: residual_network,
-        MobileNetV2: mobilenet_v2,
-        ViT: lambda linen: VisionTransformer(linen, image_size),
-        UNet: TransposedUNet,
-    }
-    if type(linen) not in makers:
-        raise qt.InvalidInput(f"there is no PyTorch network for {type(linen).__name__}")
-    return makers[type(linen)](linen).eval()
+    kind = type(linen)
+    if kind in SIZED:
+        return SIZED[kind](linen, image_size).eval()
+    if kind not in MAKERS:
+        raise qt.InvalidInput(f"there is no PyTorch network for {kind.__name__}")
+    return MAKERS[kind](linen).eval()
 
 
 def load_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
@@ -277,16 +78,27 @@ def load_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     Raises:
       KeyError: The twin has no tensor for a leaf, or has one that no leaf fills.
     """
+    leaves = flatten_dict(variables["params"]) | flatten_dict(variables.get("batch_stats", {}))
+    packed = {name: PACKED[type(module)] for name, module in model.named_modules() if type(module) in PACKED}
     state = {}
-    for collection in ("params", "batch_stats"):
-        for path, leaf in flatten_dict(variables.get(collection, {})).items():
-            layer = model.get_submodule(".".join(path[:-1]))
-            name, value = _in_torch(layer, path[-1], np.asarray(leaf))
-            state[".".join((*path[:-1], name))] = torch.from_numpy(np.array(value))
-    missing = [key for key in model.state_dict() if key not in state and not key.endswith("batches_tracked")]
+    for name, pack in packed.items():
+        start = tuple(name.split("."))
+        below = {path[len(start) :]: leaf for path, leaf in leaves.items() if path[: len(start)] == start}
+        leaves = {path: leaf for path, leaf in leaves.items() if path[: len(start)] != start}
+        tensors = pack({path: np.asarray(leaf) for path, leaf in below.items()})
+        state |= {f"{name}.{key}": value for key, value in tensors.items()}
+    for path, leaf in leaves.items():
+        module = ".".join(f"{name}_" if keyword.iskeyword(name) else name for name in path[:-1])
+        name, value = _in_torch(model.get_submodule(module), path[-1], np.asarray(leaf))
+        state[f"{module}.{name}" if module else name] = value
+    fixed = {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    missing = model.state_dict().keys() - state.keys() - fixed
+    missing = {name for name in missing if not name.endswith("batches_tracked")}
     if missing:
-        raise KeyError(f"no Flax leaf for {', '.join(missing)}")
-    model.load_state_dict(state, strict=False)
+        raise KeyError(f"no Flax leaf for {', '.join(sorted(missing))}")
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    if surplus := model.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise KeyError(f"no tensor for {', '.join(surplus)}")
 
 
 def _in_torch(layer: nn.Module, leaf: str, value: np.ndarray) -> tuple[str, np.ndarray]:
@@ -299,4 +111,58 @@ def _in_torch(layer: nn.Module, leaf: str, value: np.ndarray) -> tuple[str, np.n
         return "weight", value.transpose(3, 2, 0, 1)
     if leaf == "bias":
         return "bias", value.reshape(-1)
+    if leaf == "layer_scale":
+        return leaf, value.reshape(-1, 1, 1)
     return {"scale": "weight", "mean": "running_mean", "var": "running_var"}.get(leaf, leaf), value
+
+
+Leaves = Mapping[tuple[str, ...], np.ndarray]
+
+
+def _attention(leaves: Leaves) -> dict[str, np.ndarray]:
+    """Join queries, keys and values, as one layer computes them."""
+    dim = leaves["out", "bias"].size
+    names = ("query", "key", "value")
+    return {
+        "in_weight": np.concatenate([leaves[name, "kernel"].reshape(dim, dim).T for name in names]),
+        "in_bias": np.concatenate([leaves[name, "bias"].reshape(dim) for name in names]),
+        "out_weight": leaves["out", "kernel"].reshape(dim, dim).T,
+        "out_bias": leaves["out", "bias"],
+    }
+
+
+def _renamed(**names: str) -> Callable[[Leaves], dict[str, np.ndarray]]:
+    return lambda leaves: {names[key]: value for key, value in _attention(leaves).items()}
+
+
+def _recurrent(gates: str) -> Callable[[Leaves], dict[str, np.ndarray]]:
+    """Join the gates of a cell. A bias that Flax does not have is zero."""
+
+    def pack(leaves: Leaves) -> dict[str, np.ndarray]:
+        packed = {}
+        for side, end in (("i", "ih"), ("h", "hh")):
+            kernels = [leaves[side + gate, "kernel"] for gate in gates]
+            zeros = np.zeros(kernels[0].shape[1], np.float32)
+            packed[f"weight_{end}_l0"] = np.concatenate([kernel.T for kernel in kernels])
+            packed[f"bias_{end}_l0"] = np.concatenate(
+                [leaves.get((side + gate, "bias"), zeros) for gate in gates]
+            )
+        return packed
+
+    return pack
+
+
+PACKED: dict[type, Callable[[Leaves], dict[str, np.ndarray]]] = {
+    nn.MultiheadAttention: _renamed(
+        in_weight="in_proj_weight",
+        in_bias="in_proj_bias",
+        out_weight="out_proj.weight",
+        out_bias="out_proj.bias",
+    ),
+    torch_public.FusedAttention: _renamed(
+        in_weight="qkv.weight", in_bias="qkv.bias", out_weight="proj.weight", out_bias="proj.bias"
+    ),
+    nn.LSTM: _recurrent("ifgo"),
+    nn.GRU: _recurrent("rzn"),
+}
+"""Layers of PyTorch that hold the parameters of several layers of Flax in one tensor."""

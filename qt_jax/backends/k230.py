@@ -175,7 +175,11 @@ def _fix_shape(source: Path, target: Path, shape: tuple[int, ...]) -> None:
     """Write the model with its one input of shape `(1, *shape)`. nncase infers the other shapes."""
     import onnx
 
+    from qt_jax.export.storage import is_large, save
+
     model = onnx.load(source)
+    if is_large(model):
+        raise Refused("nncase reads a graph in one piece, and this one has weights of 2 GB or more")
     weights = {initializer.name for initializer in model.graph.initializer}
     [entry] = [value for value in model.graph.input if value.name not in weights]
     dimensions = entry.type.tensor_type.shape.dim
@@ -184,7 +188,7 @@ def _fix_shape(source: Path, target: Path, shape: tuple[int, ...]) -> None:
     for dimension, size in zip(dimensions, (1, *shape), strict=True):
         dimension.dim_value = size
     del model.graph.value_info[:]
-    onnx.save(model, target)
+    save(model, target)
 
 
 def _compile(

@@ -147,7 +147,9 @@ def _saved_model(source: Path, shape: tuple[int, ...], folder: Path) -> None:
     import onnx
     import onnx2tf
 
-    onnx.save(prepare_graph(onnx.load(source), (1, *shape)), "fixed.onnx")
+    from qt_jax.export.storage import save
+
+    save(prepare_graph(onnx.load(source), (1, *shape)), "fixed.onnx")
     name, samples = _SAMPLES
     np.save(name, np.random.default_rng(0).random(samples, dtype=np.float32))
     log = io.StringIO()
@@ -182,7 +184,7 @@ def prepare_graph(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelP
     Raises:
       Refused: The graph does not have exactly one input.
     """
-    from qt_jax.export.folding import fold_constants, known_shapes
+    from qt_jax.backends.constant_folding import fold_constants, known_shapes
 
     model = fold_constants(known_shapes(fix_shape(model, shape)))
     model = fold_constants(fuse_gelus(model))  # attributes that have become inputs are Constant nodes

@@ -90,14 +90,18 @@ class OnnxRuntime:
 
     def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
         """Quantize with ONNX Runtime's own quantizer. Static schemes need calibration images."""
+        import onnx
+
+        from qt_jax.export.storage import save, stored_size
+
         target = folder / MODEL
         if scheme == FP32:
-            target.write_bytes(source.read_bytes())
+            save(onnx.load(source), target)
         elif scheme == BLOCKS:
             _quantize_blocks(source, target)
         else:
             _quantize(source, target, calibration, scheme)
-        return Compiled(target.stat().st_size, _operators(target))
+        return Compiled(stored_size(target), _operators(target))
 
     def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
         session = _session(folder / MODEL, optimize=runtime == OPTIMIZED)
@@ -120,6 +124,8 @@ def _session(path: Path, optimize: bool, optimized_path: str = "") -> Any:
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     if optimized_path:
         options.optimized_model_filepath = optimized_path
+        weights = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(weights, f"{optimized_path}.data")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -128,11 +134,27 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Schem
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    from qt_jax.export.storage import data_path
+
     prepared = Path("prepared.onnx")
+    large = data_path(source).exists()
     # It fuses what is left to fuse and infers shapes. A tensor of unknown shape would not be quantized.
-    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    quant_pre_process(
+        source,
+        prepared,
+        skip_symbolic_shape=True,
+        save_as_external_data=large,
+        all_tensors_to_one_file=True,
+        external_data_location=data_path(prepared).name,
+    )
     if scheme.dynamic:
-        quantize_dynamic(prepared, target, per_channel=scheme.per_channel, weight_type=QuantType.QUInt8)
+        quantize_dynamic(
+            prepared,
+            target,
+            per_channel=scheme.per_channel,
+            weight_type=QuantType.QUInt8,
+            use_external_data_format=large,
+        )
         return
     if not len(calibration):
         raise Refused("static quantization needs calibration images, got none: give a few hundred")
@@ -143,6 +165,7 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Schem
         prepared,
         target,
         _reader(calibration, *_input(prepared)),
+        use_external_data_format=large,
         quant_format=QuantFormat.QOperator if "qop" in scheme.name else QuantFormat.QDQ,
         per_channel=scheme.per_channel,
         activation_type=signed if symmetric else QuantType.QUInt8,
@@ -203,7 +226,7 @@ def _input(path: Path) -> tuple[str, int]:
     """Return the name of the graph's input, and how many images to give it at once."""
     import onnx
 
-    graph_input = onnx.load(path).graph.input[0]
+    graph_input = onnx.load(path, load_external_data=False).graph.input[0]
     return graph_input.name, graph_input.type.tensor_type.shape.dim[0].dim_value or 64
 
 
@@ -241,6 +264,8 @@ def _quantize_blocks(source: Path, target: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    from qt_jax.export.storage import save
+
     model = onnx.load(source)
     nodes = [part for node in model.graph.node for part in _without_gemm(node, model.graph)]
     del model.graph.node[:]
@@ -249,7 +274,7 @@ def _quantize_blocks(source: Path, target: Path) -> None:
     quantizer.process()
     if not any(node.op_type == "MatMulNBits" for node in quantizer.model.model.graph.node):
         raise Refused("the graph has no matmul with a constant kernel, and 4-bit blocks reach nothing else")
-    onnx.save(quantizer.model.model, target)
+    save(quantizer.model.model, target)
 
 
 def _without_gemm(node: Any, graph: Any) -> list[Any]:
@@ -287,7 +312,7 @@ def _operators(path: Path) -> Mapping[str, Mapping[str, int]]:
     _session(path, optimize=True, optimized_path=optimized)
     quantized: set[str] = set()
     counts: dict[str, dict[str, int]] = {}
-    for node in onnx.load(optimized).graph.node:
+    for node in onnx.load(optimized, load_external_data=False).graph.node:
         if node.op_type == "DequantizeLinear":
             continue
         native = node.op_type.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in node.op_type

@@ -215,11 +215,11 @@ def _network(file: str, chip: str) -> tuple[Any, Any]:
 
 def _convert(source: Path, calibration: np.ndarray, folder: Path) -> None:
     """Write the graph in tpu-mlir's own form and its calibration tables to `folder`."""
-    import onnx
+    from qt_jax.export.storage import save
 
     model = read(source)
     prepared = Path("float.onnx").absolute()
-    onnx.save(model, prepared)
+    save(model, prepared)
     [taken] = model.graph.input
     fixed = taken.type.tensor_type.shape.dim[0].dim_value == 1
     for place, batch in ((SINGLE, 1),) if fixed else ((SINGLE, 1), (BATCHED, BATCH)):

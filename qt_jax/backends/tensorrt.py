@@ -127,7 +127,7 @@ def _build(model: Path, shape: tuple[int, ...], scheme: Scheme) -> bytes:
     builder = tensorrt.Builder(logger)
     network = builder.create_network(0)
     parser = tensorrt.OnnxParser(network, logger)
-    if not parser.parse(model.read_bytes()):
+    if not parser.parse(model.read_bytes(), str(model)):  # the weights of a large graph stand beside it
         errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise Refused(f"TensorRT's parser: {'; '.join(errors)}")
     configuration = builder.create_builder_config()
@@ -159,7 +159,9 @@ def _insert_pairs(source: Path, target: Path, calibration: np.ndarray) -> None:
         quantize_static,
     )
 
-    graph = onnx.load(source).graph
+    from qt_jax.export.storage import data_path
+
+    graph = onnx.load(source, load_external_data=False).graph
     weights = {initializer.name for initializer in graph.initializer}
     [name] = [value.name for value in graph.input if value.name not in weights]
     pending = iter(calibration)
@@ -173,6 +175,7 @@ def _insert_pairs(source: Path, target: Path, calibration: np.ndarray) -> None:
         source,
         target,
         Images(),
+        use_external_data_format=data_path(source).exists(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QInt8,

@@ -17,6 +17,7 @@ from qt_jax import records
 from qt_jax.diagnosis.layers import Activation, kernel_sizes, kernels
 from qt_jax.diagnosis.remedies import Deployment, Finding, Use, findings
 from qt_jax.diagnosis.simulation import FLOAT, Precision, logits_of
+from qt_jax.export.storage import model_sha256
 from qt_jax.metrics import classification_metrics
 
 MOST_LAYERS = 3
@@ -73,7 +74,7 @@ class Meter:
 
     def key(self, model: onnx.ModelProto) -> str:
         """Return the SHA-256 of the graph, the images, the labels and the reference."""
-        return hashlib.sha256(model.SerializeToString(deterministic=True) + self._data).hexdigest()
+        return hashlib.sha256(model_sha256(model).encode() + self._data).hexdigest()
 
     @functools.cached_property
     def _data(self) -> bytes:

@@ -23,6 +23,7 @@ from qt_jax.diagnosis.advice import Progress
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.simulation import Precision
 from qt_jax.export import graph
+from qt_jax.export.storage import save
 from qt_jax.records import Record
 
 LAYER_SCHEMES = {
@@ -164,6 +165,6 @@ def quantized(graph: onnx.ModelProto, calibration: np.ndarray, scheme: Scheme) -
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         source, target = Path("float.onnx"), Path("quantized")
         target.mkdir()
-        onnx.save(graph, source)
+        save(graph, source)
         ort.BACKEND.compile(source, calibration, scheme, target)
         return onnx.load(target / ort.MODEL)

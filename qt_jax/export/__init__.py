@@ -28,18 +28,22 @@ with extra("export"):
     from qt_jax.export.integers import opset_for, quantize
     from qt_jax.export.layout import channels_first
     from qt_jax.export.lowering import lower, symbolic_batch
+    from qt_jax.export.merging import keep_axes
     from qt_jax.export.naming import name_by_path
     from qt_jax.export.operators import refuse_unsupported
     from qt_jax.export.opsets import OPSETS, at_opset
     from qt_jax.export.padding import explicit_padding, fold_pad, resize_by_scale
+    from qt_jax.export.placement import place_transposes
     from qt_jax.export.rewrites import (
         drop_expands,
         drop_identities,
         fold_index,
         fold_stack,
+        pad_tokens,
         plain_reshapes,
         unflatten_dense,
     )
+    from qt_jax.export.sharing import merge_equal, share_transposes
     from qt_jax.export.storage import save
     from qt_jax.export.verification import save_verified, verify
     from qt_jax.interception import COLLECTION, is_quant_trim_statistic
@@ -48,11 +52,13 @@ __all__ = ["save", "save_verified", "to_onnx", "to_qdq", "verify"]
 
 PASSES = (
     drop_identities,
+    merge_equal,
     drop_expands,
     plain_reshapes,
     unflatten_dense,
     plain_reshapes,
     drop_identities,
+    keep_axes,
     channels_first,
     drop_identities,
     fold_flatten,
@@ -61,6 +67,10 @@ PASSES = (
     fold_stack,
     plain_reshapes,
     drop_identities,
+    share_transposes,
+    merge_equal,
+    place_transposes,
+    pad_tokens,
     fold_activations,
     fold_shift,
     explicit_padding,
@@ -173,6 +183,18 @@ def to_onnx(
             dynamic_batch=dynamic_batch,
             output_names=output_names,
             passes=PASSES,
+            convert=lambda others: to_onnx(
+                apply_fn,
+                others,
+                input_shape,
+                opset=opset,
+                dynamic_batch=dynamic_batch,
+                layout=layout,
+                fold_batch_norm=fold_batch_norm,
+                input_names=input_names,
+                output_names=output_names,
+                check=False,
+            ),
         )
     return model
 
@@ -224,7 +246,7 @@ def to_qdq(
     >>> variables = qt.attach_statistics(net, net.init(jax.random.key(1), x), config, x)
     >>> with qt.quant_trim(config, 0.0, train=True):
     ...     _, seen = net.apply(variables, x, mutable=["batch_stats"])
-    >>> model = to_qdq(net.apply, variables | seen, (3,), config, x)
+    >>> model = qt.to_qdq(net.apply, variables | seen, (3,), config, x)
     >>> [node.op_type for node in model.graph.node]  # doctest: +NORMALIZE_WHITESPACE
     ['QuantizeLinear', 'DequantizeLinear', 'DequantizeLinear', 'DequantizeLinear', 'Gemm']
     """

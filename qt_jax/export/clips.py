@@ -127,6 +127,8 @@ def clipped_forward(
                 return call(*args, **kwargs)
             if path in repeated:
                 step: Any = call.module.get_variable(COLLECTION, INPUT)
+                if step is None:  # the layer is in floating point, and reads nothing that is clipped
+                    return call(*args, **kwargs)
                 return call(jnp.clip(args[0], step["low"], step["high"]), *args[1:], **kwargs)
             chosen = bounds[path][min(calls[path], len(bounds[path]) - 1)]  # a module may be called twice
             calls[path] += 1
@@ -151,7 +153,7 @@ def _with_bounds(
     open_ends = {"low": -np.inf, "high": np.inf}
     bounds: dict[str, np.ndarray] = {}
     for name, layer in layers.items():
-        if layer.steps:
+        if layer.steps and layer.statistic(INPUT, "low") in statistics:
             for end, value in zip(open_ends, read[name] or open_ends.values(), strict=True):
                 where = layer.statistic(INPUT, end)
                 shape = np.shape(statistics[where])

@@ -8,6 +8,7 @@ by a constant. `move_to_layers` moves it towards the inputs until it stands behi
 The module imports numpy, onnx and modules of qt_jax that need no more, as `graph` explains.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,6 +18,7 @@ from onnx import NodeProto, helper
 
 from qt_jax.export import graph
 from qt_jax.export.graph import Constants, Shapes
+from qt_jax.export.naming import FOLDED_INPUTS
 from qt_jax.export.operators import BIASED
 
 SCALING = frozenset({"BatchNormalization", "Div", "Mul"})
@@ -46,9 +48,11 @@ def move_to_layers(model: onnx.ModelProto) -> onnx.ModelProto:
 
     It passes operators whose output nothing else reads, as long as no constant of it varies within a window:
 
-    - averages, whose weights sum to 1. Where an average counts padding as zeros, a shift does not pass.
+    - averages and interpolations, whose weights sum to 1. Where an average counts padding as zeros, a shift
+      does not pass.
     - maxima, if every gain is positive: max(gain x + shift) = gain max(x) + shift for gain > 0.
     - a Reshape or a Transpose, which its constants follow.
+    - a product of two tensors, if it multiplies by one number, as attention scales its scores.
 
     Into a Conv, ConvTranspose or Gemm `folding` folds it. Into a MatMul and the Add behind that it is folded
     here. One that reaches no layer with a constant kernel, or that has several numbers for one feature of
@@ -274,6 +278,8 @@ def past(
     source, result = (shapes.get(name, ()) for name in (before.input[0], before.output[0]))
     if len(before.output) > 1 or not all((*source, *result)):
         return None
+    if before.op_type == "MatMul" and operator not in ("Div", "Mul"):
+        return None
     if before.op_type in MAXIMA and operator in SCALING and np.any(next(iter(spread.values())) <= 0):
         return None
     if before.op_type == "AveragePool" and operator in SHIFTING and _counts_padding(before):
@@ -299,7 +305,9 @@ def _before(
       None where one element of the output has several numbers in the input, or for an unknown operator.
     """
     stated = graph.attributes(node)
-    if node.op_type in POOLS:
+    if node.op_type == "MatMul":
+        return value.reshape((1,) * len(source)) if value.size == 1 else None
+    if node.op_type in POOLS or (node.op_type == "Resize" and source[:2] == result[:2]):
         return value if all(size == 1 for size in value.shape[2:]) else None
     if node.op_type in REDUCTIONS and len(node.input) > 1 and node.input[1] in values:
         axes = tuple(values[node.input[1]].ravel().tolist())
@@ -386,19 +394,24 @@ def fold_into_next(model: onnx.ModelProto) -> onnx.ModelProto:
     float64. A padded layer would have to pad with -shift / gain in place of 0.
 
     The layer then reads another tensor, to which a learned range of its input does not apply. Do not use the
-    pass on a network that has such ranges.
+    pass on a network that has such ranges. The kernels of such layers are listed in the model's metadata.
     """
     values, shapes = graph.constants(model), graph.shapes(model)
     read = graph.uses(model)
     nodes: dict[str, NodeProto] = {}
+    changed: set[str] = set()
     for node in model.graph.node:
         while node.input and node.input[0] in nodes and read[node.input[0]] == 1:
             folded = _into_reader(nodes[node.input[0]], node, values, shapes)
             if folded is None:
                 break
             node = folded
+            changed.add(values.origins.get(node.input[1], ""))
         nodes[node.output[0]] = node
-    return graph.rebuild(model, nodes.values(), values)
+    result = graph.rebuild(model, nodes.values(), values)
+    if changed:
+        result.metadata_props.add(key=FOLDED_INPUTS, value=json.dumps(sorted(changed - {""})))
+    return result
 
 
 def _into_reader(node: NodeProto, layer: NodeProto, values: Constants, shapes: Shapes) -> NodeProto | None:

@@ -255,14 +255,37 @@ def _composed(*steps: tuple[str, tuple[Any, ...]]) -> Emit:
 EMIT |= {
     "erfc": _composed(("Erf", ("x",)), ("Sub", (1.0, ...))),
     "exp2": _composed(("Pow", (2.0, "x"))),
-    "expm1": _composed(("Exp", ("x",)), ("Sub", (..., 1.0))),
-    "log1p": _composed(("Add", ("x", 1.0)), ("Log", (...,))),
     "ne": lambda emitter, value: emitter.add(
         "Not", [emitter.add("Equal", emitter.broadcast(value.operands, value.shape))]
     ),
     "rsqrt": _composed(("Sqrt", ("x",)), ("Reciprocal", (...,))),
     "square": _composed(("Mul", ("x", "x"))),
 }
+
+
+@emits("expm1")
+def _expm1(emitter: Emitter, value: Expression) -> str:
+    """Write exp(x) - 1 as tanh(x / 2) * (exp(x) + 1), which keeps the digits of a small x."""
+    x = emitter.name(value.operands[0])
+    half, one = (emitter.constant(number, value.dtype) for number in (0.5, 1.0))
+    tangent = emitter.add("Tanh", [emitter.add("Mul", [x, half])])
+    return emitter.add("Mul", [tangent, emitter.add("Add", [emitter.add("Exp", [x]), one])])
+
+
+@emits("log1p")
+def _log1p(emitter: Emitter, value: Expression) -> str:
+    """Write log(1 + x) with the digits of a small x.
+
+    Rounding v = 1 + x takes x - (v - 1) from it, and so that by v from the logarithm. Beyond 1/2 this does
+    not matter: x is clipped there, and nothing is added.
+    """
+    x = emitter.name(value.operands[0])
+    one, low, high = (emitter.constant(number, value.dtype) for number in (1.0, -0.5, 0.5))
+    logarithm = emitter.add("Log", [emitter.add("Add", [x, one])])
+    small = emitter.add("Clip", [x, low, high])
+    rounded = emitter.add("Add", [small, one])
+    lost = emitter.add("Sub", [small, emitter.add("Sub", [rounded, one])])
+    return emitter.add("Add", [logarithm, emitter.add("Div", [lost, rounded])])
 
 
 @emits("integer_pow")
@@ -295,7 +318,12 @@ def _round(emitter: Emitter, value: Expression) -> str:
 
 @emits("rem")
 def _rem(emitter: Emitter, value: Expression) -> str:
-    return emitter.add("Mod", emitter.broadcast(value.operands, value.shape), fmod=1)
+    """Write the remainder of whole numbers by known ones as x - (x / n) * n, where Div drops the fraction."""
+    x, n = emitter.broadcast(value.operands, value.shape)
+    divisor = value.operands[1].known
+    if divisor is None or not np.issubdtype(value.dtype, np.integer) or np.any(divisor == 0):
+        return emitter.add("Mod", [x, n], fmod=1)
+    return emitter.add("Sub", [x, emitter.add("Mul", [emitter.add("Div", [x, n]), n])])
 
 
 @emits("is_finite")
@@ -371,9 +399,16 @@ def _reduce_logical(emitter: Emitter, value: Expression) -> str:
 
 @emits("argmax", "argmin")
 def _argmax(emitter: Emitter, value: Expression) -> str:
+    """Write ArgMax. The smallest is the largest of -x, or of -1 - x, which overflows for no integer."""
     (axis,) = value.params["axes"]
-    operator = "ArgMax" if value.primitive == "argmax" else "ArgMin"
-    found = emitter.add(operator, [emitter.name(value.operands[0])], axis=int(axis), keepdims=0)
+    x, dtype = emitter.name(value.operands[0]), value.operands[0].dtype
+    if dtype.itemsize < 4:  # neither ArgMax nor Sub takes all of these at every opset
+        x, dtype = emitter.add("Cast", [x], to=TensorProto.INT32), np.dtype(np.int32)
+    if value.primitive == "argmin" and np.issubdtype(dtype, np.integer):
+        x = emitter.add("Sub", [emitter.constant(np.array(-1).astype(dtype), dtype), x])
+    elif value.primitive == "argmin":
+        x = emitter.add("Neg", [x])
+    found = emitter.add("ArgMax", [x], axis=int(axis), keepdims=0)
     return emitter.add("Cast", [found], to=helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype)))
 
 

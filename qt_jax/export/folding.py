@@ -1,86 +1,21 @@
-"""Compute at export what does not depend on the images, and fold it into the constants.
+"""Fold what follows a layer into its constants.
 
-Shapes that are known, subgraphs of constants, batch norm, and arithmetic by feature disappear into
-initializers. The kernel behind a flattened image is permuted instead of the image.
+Batch norm and arithmetic by feature disappear into initializers. The kernel behind a flattened image is
+permuted instead of the image.
 
 The module imports numpy, onnx and modules of qt_jax that need no more, as `graph` explains.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper
-from onnx.reference import ReferenceEvaluator
 
 from qt_jax.export import graph
 from qt_jax.export.graph import Constants, Shapes
 from qt_jax.export.layout import TO_CHANNELS_LAST
 from qt_jax.export.operators import BIASED, channel_axis
-
-
-def known_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn each Shape whose sizes are all known into a constant."""
-    values, shapes = graph.constants(model), graph.shapes(model)
-    nodes = []
-    for node in model.graph.node:
-        sizes = _sizes(node, shapes)
-        if sizes is not None:
-            values[node.output[0]] = np.array(sizes, np.int64)
-        else:
-            nodes.append(node)
-    return graph.rebuild(model, nodes, values)
-
-
-def _sizes(node: NodeProto, shapes: Shapes) -> tuple[int, ...] | None:
-    """Return what a Shape writes; None for any other node, and where a size is open."""
-    if node.op_type != "Shape" or node.input[0] not in shapes:
-        return None
-    stated = graph.attributes(node)
-    sizes = shapes[node.input[0]][stated.get("start", 0) : stated.get("end")]
-    return sizes if all(sizes) else None
-
-
-def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Compute every node that depends only on constants, by ONNX's reference evaluator.
-
-    A node that writes an output of the graph stays. A result that stems from leaves of the variables keeps
-    their common origin (`Constants.common_origin`).
-    """
-    values = graph.constants(model)
-    known = set(values)
-    outputs = {output.name for output in model.graph.output}
-    constant: list[NodeProto] = []
-    variable: list[NodeProto] = []
-    for node in model.graph.node:
-        inputs = [name for name in node.input if name]
-        if known.issuperset(inputs) and outputs.isdisjoint(node.output):
-            origin = values.common_origin(inputs)
-            values.origins |= dict.fromkeys(node.output, origin) if origin else {}
-            known.update(node.output)
-            constant.append(node)
-        else:
-            variable.append(node)
-    read = {name for node in variable for name in node.input}
-    wanted = [name for node in constant for name in node.output if name in read]
-    values |= _evaluate(constant, wanted, values, model.opset_import)
-    return graph.rebuild(model, variable, values)
-
-
-def _evaluate(
-    nodes: list[NodeProto], wanted: list[str], values: Mapping[str, np.ndarray], opset_imports: Any
-) -> dict[str, np.ndarray]:
-    """Compute the tensors `wanted` with `nodes`, which read the constants `values`."""
-    read = {name for node in nodes for name in node.input}
-    given = {name: value for name, value in values.items() if name in read}
-    inputs, outputs = (
-        [helper.make_empty_tensor_value_info(name) for name in names] for names in (given, wanted)
-    )
-    subgraph = helper.make_graph(nodes, "constants", inputs, outputs)
-    evaluator = ReferenceEvaluator(helper.make_model(subgraph, opset_imports=opset_imports))
-    return dict(zip(wanted, map(np.asarray, evaluator.run(None, given)), strict=True))
 
 
 def fold_batch_norm(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -10,8 +10,9 @@ Every pass makes a new ModelProto, and a ModelProto owns a copy of every weight.
 a large constant is a reference instead: external data of ONNX with a location in this process. Nothing is
 copied then.
 
-This module and `operators`, `layout`, `rewrites`, `folding` and `commuting` import numpy, onnx and modules of
-qt_jax that need no more, because vendors' environments hold nothing else.
+This module and `operators`, `layout`, `placement`, `rewrites`, `merging`, `sharing`, `folding` and
+`commuting` import numpy, onnx and modules of qt_jax that need no more, because vendors' environments hold
+nothing else.
 """
 
 import json

@@ -26,7 +26,7 @@ from qt_jax.export.encodings import (
     least_scale,
     per_tensor,
 )
-from qt_jax.export.naming import kernel_origins
+from qt_jax.export.naming import folded_inputs, kernel_origins
 from qt_jax.export.operators import BIASED, channel_axis, weighted_nodes
 from qt_jax.grid import QuantSpec, quantization_parameters
 from qt_jax.interception import COLLECTION, GAIN, INPUT, KERNEL, OUTPUT
@@ -168,6 +168,7 @@ def learned_encodings(
     leaves = flatten_dict(dict(variables.get("params", {})), sep="/")
     learned = {name for name, layer in layers.items() if _lengths(layer, statistics) is not None}
     sites = {name: _sites(config, layers[name]) if name in learned else FLOAT for name in weighted}
+    _refuse_folded_inputs(model, {name: layers[name] for name in learned}, sites)
     inputs: dict[str, Encoding] = {}
     least: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(()))
     for name, node in weighted.items():
@@ -202,6 +203,21 @@ def learned_encodings(
             f"its {COLLECTION!r}, the config it was trained with, and the graph as to_onnx returned it"
         )
     return kernels, inputs, quantized
+
+
+def _refuse_folded_inputs(
+    model: onnx.ModelProto, layers: Mapping[str, LearnedLayer], sites: Mapping[str, Sites]
+) -> None:
+    """Refuse a graph in which a quantized layer does not read the tensor whose range it has learned."""
+    folded = folded_inputs(model)
+    for name, layer in layers.items():
+        quantized = sites[name].inputs is not None or sites[name].weights is not None
+        if quantized and layer.kernel in folded:
+            raise InvalidInput(
+                f"{layer.path!r} does not read what it has learned the range of: the graph was exported "
+                "without the ranges, and what stood before this layer was folded into it. Export it from the "
+                "variables that hold the ranges"
+            )
 
 
 def _sites(config: QuantConfig, layer: LearnedLayer) -> Sites:

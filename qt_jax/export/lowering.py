@@ -7,7 +7,8 @@ number that no size of the model can be taken for, which leaves no shape arithme
 passes have run, `symbolic_batch` replaces that number by a symbol.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -19,21 +20,36 @@ from jax.extend.core import ClosedJaxpr
 from onnx import NodeProto, helper
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export import graph, products
+from qt_jax.export import gathers, graph, products, scatters
 from qt_jax.export.emission import OPSET, emit
 from qt_jax.export.graph import Constants
 from qt_jax.export.layout import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
+from qt_jax.export.naming import note_outputs
 from qt_jax.export.operators import BINARY
 from qt_jax.export.patterns import simplify
 from qt_jax.export.program import leaves_of, read
+from qt_jax.export.tracing import trace
 
-__all__ = ["BATCH", "OPSET", "input_specs", "lower", "output_paths", "products", "symbolic_batch"]
+__all__ = [
+    "BATCH",
+    "OPSET",
+    "gathers",
+    "input_specs",
+    "lower",
+    "output_paths",
+    "products",
+    "scatters",
+    "symbolic_batch",
+]
 
 MARKS = (1009, 1013, 1019, 1021)
 """Batches to lower with: primes. A size that is a multiple of the one chosen holds the batch."""
 
 BATCH = "batch"
 """Symbol of the open batch."""
+
+TAKING = frozenset({"Gather", "GatherElements", "GatherND", "Slice"})
+"""Operators that take some entries along an axis."""
 
 Inputs = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -73,12 +89,19 @@ def lower(
         held = [np.ravel(x) for x in single.consts if np.size(x) and _is_whole(x)]
         sizes += _sizes_of(single.jaxpr) + [int(x) for array in held for x in array]
     specs = input_specs(input_shape, batch or unused_batch_size(sizes))
-    traced, returned = _traced(apply_fn, variables, specs)
-    if batch is None and not np.array_equal(_numbers_of(traced), _numbers_of(single), equal_nan=True):
+    try:
+        traced, returned = _traced(apply_fn, variables, specs)
+    except InvalidInput as error:
+        if batch is not None:
+            raise
         raise InvalidInput(
-            "the forward computes with the batch size: use x.shape[0] only in reshape and broadcast_to, "
-            "or export with dynamic_batch=False"
-        )
+            "the forward takes one image and not several, because its variables or its program are tied to "
+            "the batch size, as by a parameter whose shape holds x.shape[0]: make them independent of it, or "
+            "export with dynamic_batch=False"
+        ) from error
+    _refuse_outputs(returned, specs)
+    if batch is None:
+        _refuse_counted(single, traced)
     input_names = _names("input", input_names, len(specs), "input")
     named = _output_names(returned, output_names)
     for name in (*input_names, *named):
@@ -111,6 +134,7 @@ def lower(
         [entries[name] for name in order],
     )
     skeleton = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
+    note_outputs(skeleton, dict(zip(named, output_paths(returned)[0], strict=True)))
     return graph.rebuild(skeleton, [*before, *emitter.nodes, *after], emitter.values)
 
 
@@ -166,27 +190,22 @@ def unused_batch_size(sizes: Iterable[int]) -> int:
 
 
 def _traced(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) -> tuple[ClosedJaxpr, Any]:
-    """Trace the forward, and check what it returns.
-
-    Returns:
-      The program, and the pytree of the shapes that it returns.
-    """
+    """Trace the forward; return the program, and the pytree of the shapes that it returns."""
     shapes = ", ".join(str((1, *spec.shape[1:])) for spec in inputs)
     try:
-        traced, returned = jax.make_jaxpr(apply_fn, return_shape=True)(variables, *inputs)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        first, *rest = str(error).splitlines()
-        place = next((line.strip() for line in rest if "from line" in line), "")
-        raise InvalidInput(
-            f"the model cannot be traced, by jax.jit either: {first} {place}. It turns an array into a "
-            "Python number (float(), int(), .item(), if): compute that with numpy, outside JAX."
-        ) from error
+        return trace(apply_fn, variables, *inputs)
+    except InvalidInput:
+        raise
     except (flax.errors.FlaxError, TypeError, ValueError) as error:
         raise InvalidInput(
             f"apply_fn does not take these variables and inputs {shapes}: {error}. "
             "Give the variables of this very model, call it with train=False, and the input_shape it was "
             "initialised with."
         ) from error
+
+
+def _refuse_outputs(returned: Any, inputs: Inputs) -> None:
+    """Refuse outputs without the batch, or of a dtype that a graph does not return."""
     outputs = jax.tree.leaves(returned)
     for output in outputs:
         if output.shape[:1] != inputs[0].shape[:1]:
@@ -202,18 +221,37 @@ def _traced(apply_fn: Callable, variables: Mapping[str, Any], inputs: Inputs) ->
             raise InvalidInput(f"apply_fn returns {output.dtype}: {remedy}, with .astype")
     if not outputs:
         raise InvalidInput("apply_fn returns nothing: it must return the logits, or a pytree of arrays")
-    return traced, returned
 
 
-def _numbers_of(traced: ClosedJaxpr) -> list[float]:
-    """Return the numbers that a program computes with."""
-    constants = [float(value) for value in traced.consts if _is_number(value)]
-    return constants + list(_numbers(traced.jaxpr))
+def _refuse_counted(single: ClosedJaxpr, traced: ClosedJaxpr) -> None:
+    """Refuse a program that computes with other numbers at batch 1 than at another."""
+    numbers, others = (list(_numbers(x.jaxpr, _never(x))) for x in (single, traced))
+    alike = len(single.consts) == len(traced.consts) and np.array_equal(numbers, others, equal_nan=True)
+    if not alike or not all(map(_is_repeated, single.consts, traced.consts)):
+        raise InvalidInput(
+            "the forward computes with the batch size: use x.shape[0] only in reshape and broadcast_to, "
+            "or export with dynamic_batch=False"
+        )
+
+
+def _is_repeated(one: Any, several: Any) -> bool:
+    """Tell whether a constant for several images repeats that for one, or numbers them from 0."""
+    if not jnp.issubdtype(jnp.result_type(several), jnp.number):
+        return True
+    one, several = np.asarray(one), np.asarray(several)
+    counts = several.size in several.shape and np.array_equal(several.ravel(), np.arange(several.size))
+    if counts and one.shape != several.shape:
+        return True
+    shapes = zip(one.shape[::-1], several.shape[::-1], strict=False)
+    if one.ndim != several.ndim or any(first not in (1, second) for first, second in shapes):
+        return False
+    return bool(np.all((one == several) | ((one != one) & (several != several))))
 
 
 def _is_number(value: Any) -> bool:
     """Tell whether `value` is one number."""
-    return np.size(value) == 1 and jnp.issubdtype(jnp.result_type(value), jnp.number)
+    dtype = jnp.result_type(value)
+    return np.size(value) == 1 and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
 
 
 def _is_whole(value: Any) -> bool:
@@ -243,23 +281,52 @@ def _inner(equation: Any) -> list[Any]:
     return [getattr(x, "jaxpr", x) for x in _parameters(equation) if hasattr(x, "eqns")]
 
 
-def _numbers(jaxpr: Any) -> Iterator[float]:
+def _never(traced: ClosedJaxpr) -> set[int]:
+    """Return the identities of the constants that are False throughout."""
+    held = zip(traced.jaxpr.constvars, traced.consts, strict=True)
+    return {id(x) for x, value in held if getattr(value, "dtype", None) == np.bool_ and not np.any(value)}
+
+
+def _numbers(jaxpr: Any, never: Collection[int] = ()) -> Iterator[float]:
     """Yield the numbers among the literals of a trace, in order.
 
-    Those by which a sum is divided, which makes it a mean, are left out.
+    Those by which a sum is divided, which makes it a mean, are left out, and those that are never chosen.
+    `never` are the identities of variables that are False.
     """
     sums: set[int] = set()
+    idle = _never_chosen(jaxpr, never)
     for equation in jaxpr.eqns:
         kept = equation.primitive.name in ("broadcast_in_dim", "reshape") and id(equation.invars[0]) in sums
         if equation.primitive.name == "reduce_sum" or kept:
             sums.update(map(id, equation.outvars))
         if equation.primitive.name == "div" and id(equation.invars[0]) in sums:
             continue
-        for operand in equation.invars:
+        for operand in () if idle.intersection(map(id, equation.outvars)) else equation.invars:
             if hasattr(operand, "val") and _is_number(operand.val):
                 yield float(operand.val)
         for inner in _inner(equation):
             yield from _numbers(inner)
+
+
+def _never_chosen(jaxpr: Any, never: Collection[int]) -> set[int]:
+    """Return the identities of the variables that are read only by a choice that falls on another.
+
+    `select_n(i < 0, i, i + n)` counts negative indices from the end. Where `jnp.arange` made i, none is.
+    """
+    readers = Counter(id(x) for equation in jaxpr.eqns for x in equation.invars)
+    readers.update(map(id, jaxpr.outvars))
+    counts: set[int] = set()
+    false, found = set(never), set()
+    for equation in jaxpr.eqns:
+        name, operands, made = equation.primitive.name, equation.invars, map(id, equation.outvars)
+        moved = name in ("broadcast_in_dim", "reshape") and id(operands[0]) in counts
+        if name == "iota" or moved:
+            counts.update(made)
+        elif name == "lt" and id(operands[0]) in counts and getattr(operands[1], "val", None) == 0:
+            false.update(made)
+        elif name == "select_n" and id(operands[0]) in false and readers[id(operands[2])] == 1:
+            found.add(id(operands[2]))
+    return found
 
 
 def output_paths(returned: Any) -> tuple[list[str], bool]:
@@ -328,7 +395,7 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     values, shapes = graph.constants(model), graph.shapes(model)
     mark = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    repeated = {name for name, value in values.items() if _repeats(value, mark)}
+    axes = {name: axis for name, value in values.items() if (axis := _repeated(value, mark)) is not None}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         _refuse_part(node, values, shapes, mark)
@@ -341,19 +408,16 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
             elif shapes[node.input[0]][:1] == (mark,) and len(target) == len(shapes[node.input[0]]):
                 node = graph.rewired(node, [node.input[0], _shape(values, [1, *target[1:].tolist()])])
             else:
-                nodes.extend(_expanded(node.input[0], node.output[0], target.tolist(), values))
+                nodes.extend(_expanded(node.input[0], node.output[0], target.tolist(), mark, values))
                 continue
-        broadcasts = node.op_type in BINARY and any(
-            shapes[name][:1] == (mark,) for name in node.input if name not in repeated
-        )
-        if not broadcasts:
-            for name in repeated.intersection(node.input):
+        for name in axes.keys() & set(node.input):
+            if not _broadcasts(node, values[name].ndim - axes[name], axes, shapes, mark):
                 whole = f"{node.output[0]}/{len(nodes)}"
-                nodes.extend(_expanded(name, whole, values[name].shape, values))
+                nodes.extend(_expanded(name, whole, values[name].shape, mark, values))
                 node = graph.rewired(node, [whole if other == name else other for other in node.input])
         nodes.append(node)
-    for name in repeated:
-        values[name] = values[name][:1]
+    for name, axis in axes.items():
+        values[name] = values[name].take([0], axis)
     size = helper.make_node("Shape", [model.graph.input[0].name], ["batch_size"], start=0, end=1)
     result = graph.rebuild(model, [size, *nodes], values)
     _refuse_held(result, mark)
@@ -362,9 +426,11 @@ def symbolic_batch(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _refuse_part(node: NodeProto, values: Constants, shapes: graph.Shapes, mark: int) -> None:
     """Refuse a node that takes some entries of the batch."""
-    if node.op_type not in ("Gather", "Slice") or shapes.get(node.input[0], ())[:1] != (mark,):
+    if node.op_type not in TAKING or shapes.get(node.input[0], ())[:1] != (mark,):
         return
     axes = [graph.attributes(node).get("axis", 0)]
+    if node.op_type == "GatherND":
+        axes = [graph.attributes(node).get("batch_dims", 0)]
     if node.op_type == "Slice":
         axes = values[node.input[3]].ravel().tolist() if len(node.input) > 3 else [0]
     if any(axis % len(shapes[node.input[0]]) == 0 for axis in axes):
@@ -381,11 +447,24 @@ def _holds_batch(value: np.ndarray | None, mark: int) -> bool:
     return bool(np.any((value > 0) & (value % mark == 0)))
 
 
-def _repeats(value: np.ndarray, mark: int) -> bool:
-    """Tell whether a constant holds the same for each image."""
-    batched = value.ndim > 0 and value.shape[0] == mark
+def _repeated(value: np.ndarray, mark: int) -> int | None:
+    """Return the axis along which a constant holds the same for each image; None without one."""
+    if value.shape.count(mark) != 1:
+        return None
+    axis = value.shape.index(mark)
     floating = np.issubdtype(value.dtype, np.floating)
-    return batched and np.array_equal(value, np.broadcast_to(value[:1], value.shape), equal_nan=floating)
+    once = np.broadcast_to(value.take([0], axis), value.shape)
+    return axis if np.array_equal(value, once, equal_nan=floating) else None
+
+
+def _broadcasts(
+    node: NodeProto, from_end: int, repeated: Collection[str], shapes: graph.Shapes, mark: int
+) -> bool:
+    """Tell whether a node repeats a constant, for another input has the batch at the same place."""
+    others = [shapes.get(name, ()) for name in node.input if name not in repeated]
+    return node.op_type in BINARY and any(
+        len(shape) >= from_end and shape[-from_end] == mark for shape in others
+    )
 
 
 def _shape(values: Constants, sizes: Sequence[int]) -> str:
@@ -401,9 +480,19 @@ def _inferred(node: NodeProto, target: np.ndarray, mark: int) -> np.ndarray:
     return inferred
 
 
-def _expanded(source: str, output: str, target: Sequence[int], values: Constants) -> list[NodeProto]:
-    """Make the nodes that repeat `source` to (batch, *target[1:]), as `output`."""
-    sizes = ["batch_size", *([_shape(values, target[1:])] if len(target) > 1 else [])]
+def _expanded(
+    source: str, output: str, target: Sequence[int], mark: int, values: Constants
+) -> list[NodeProto]:
+    """Make the nodes that repeat `source` to `target`, in which the batch stands for `mark`, as `output`."""
+    if list(target).count(mark) != 1 or any(size % mark == 0 for size in target if size not in (0, mark)):
+        raise InvalidInput(
+            f'"{source}" is repeated a multiple of the batch: broadcast to x.shape[0] alone, or export with '
+            "dynamic_batch=False"
+        )
+    axis = list(target).index(mark)
+    parts = [target[:axis], target[axis + 1 :]]
+    before, behind = ([_shape(values, sizes)] if sizes else [] for sizes in parts)
+    sizes = [*before, "batch_size", *behind]
     return [
         helper.make_node("Concat", sizes, [f"{output}/shape"], axis=0),
         helper.make_node("Expand", [source, f"{output}/shape"], [output]),
@@ -414,7 +503,7 @@ def _refuse_held(model: onnx.ModelProto, mark: int) -> None:
     """Refuse a graph in which a constant still holds the batch."""
     for name, value in graph.constants(model).items():
         counted = value.size == 1 and value.item() in (mark, np.float32(1 / mark))
-        if _holds_batch(value, mark) or mark in value.shape or counted:
+        if _holds_batch(value, mark) or any(n and n % mark == 0 for n in value.shape) or counted:
             reader = next(node for node in model.graph.node if name in node.input)
             raise InvalidInput(
                 f"the batch is a fixed number in the {reader.op_type} that reads {list(reader.input)[:1]}: "

@@ -2,12 +2,13 @@
 
 `name_by_path` gives the names, and writes down which leaf each kernel is. `kernel_origins` reads that.
 `free_name` numbers a name that is taken. `leaf_of` finds the leaf that an exported constant is named after.
+`note_outputs` writes down which output is what the forward returns where, and `output_places` reads that.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import chain, count
 
 import numpy as np
@@ -23,6 +24,14 @@ MODULES = WEIGHTED | NORMALIZING | {"Gather"}
 KERNELS = "qt_jax.kernels"
 """Key of the model's metadata that holds, in JSON, the origin and the gain of each kernel by name.
 Metadata of a single tensor would be standard from IR version 10 on only."""
+
+FOLDED_INPUTS = "qt_jax.folded_inputs"
+"""Key of the model's metadata that lists, in JSON, the leaves of the kernels into which an operator before
+the layer was folded: those layers read another tensor than in training."""
+
+OUTPUTS = "qt_jax.outputs"
+"""Key of the model's metadata that maps, in JSON, the name of each output to its path in what the forward
+returns. The names alone do not tell: a user may give one entry of a dict the key of another."""
 
 NUMBER = re.compile(r"_\d+$")
 """Ending of a name that was taken already."""
@@ -117,6 +126,34 @@ def kernel_origins(model: onnx.ModelProto) -> dict[str, KernelOrigin]:
         gains = None if gain is None else np.array(gain, np.float64)
         found[name] = KernelOrigin(leaf.partition("/")[2], steps, gains)
     return found
+
+
+def folded_inputs(model: onnx.ModelProto) -> set[str]:
+    """Return the paths of the kernels into which an operator before their layer was folded."""
+    written = next((entry.value for entry in model.metadata_props if entry.key == FOLDED_INPUTS), "[]")
+    return {graph.STEPS.sub("", origin).partition("/")[2] for origin in json.loads(written)}
+
+
+def note_outputs(model: onnx.ModelProto, paths: Mapping[str, str]) -> None:
+    """Write down, in the metadata of a graph, the path of each output in what the forward returns."""
+    model.metadata_props.add(key=OUTPUTS, value=json.dumps(dict(paths)))
+
+
+def output_places(model: onnx.ModelProto, paths: Sequence[str]) -> list[int] | None:
+    """Return for each output of a graph its place among the leaves that the forward returns.
+
+    Args:
+      model: Graph from `to_onnx`.
+      paths: Path of each leaf, from `qt_jax.export.lowering.output_paths`.
+
+    Returns:
+      The places; None where the graph does not tell, because it comes from elsewhere or was renamed, or
+      another forward is given.
+    """
+    written = next((entry.value for entry in model.metadata_props if entry.key == OUTPUTS), "{}")
+    noted = json.loads(written)
+    found = [noted.get(entry.name) for entry in model.graph.output]
+    return [paths.index(path) for path in found] if sorted(paths) == sorted(map(str, found)) else None
 
 
 def _place(node: NodeProto, values: graph.Constants, scope: str, taken: set[str]) -> tuple[str, str]:

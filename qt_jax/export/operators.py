@@ -43,8 +43,8 @@ REDUCING = frozenset(
 )
 
 SHAPING = frozenset(
-    {"Concat", "Expand", "Flatten", "Gather", "Pad", "Reshape", "Resize", "Shape", "Slice", "Split"}
-    | {"Squeeze", "Transpose", "Unsqueeze"}
+    {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Pad", "Reshape", "Resize"}
+    | {"Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
 
 SUPPORTED = UNARY | BINARY | POOLING | WEIGHTED | NORMALIZING | REDUCING | SHAPING
@@ -57,6 +57,7 @@ REMEDIES = {
     "CumSum": "no low-bit compiler takes it: precompute it, or move it out of the model",
     "NonZero": "its result has no fixed shape: move it out of the model",
     "Range": 'pad with numbers, "SAME" or "CIRCULAR" in place of "REFLECT"; make positions a constant',
+    "Mod": "write x - n * jnp.floor(x / n), or take remainders of whole numbers by a constant",
     "TopK": "move the selection out of the model",
 }
 """Maps an operator to what to change in the model that holds it."""

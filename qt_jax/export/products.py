@@ -140,6 +140,9 @@ def _product(emitter: Emitter, value: Expression) -> str:
         _Side(left, tuple(batch_left), tuple(contracted_left)),
         _Side(right, tuple(batch_right), tuple(contracted_right)),
     ]
+    known = next((place for place, side in enumerate(sides) if side.value.known is not None), None)
+    if known is not None and sides[1 - known].free[:1] == (0,) and len(sides[1 - known].free) > 1:
+        return _by_kernels(emitter, sides[1 - known], sides[known], swapped=known == 0)
     straight = _cost(sides[0].rows) + _cost(sides[1].columns)
     exchanged = _cost(sides[1].rows) + _cost(sides[0].columns) + 0.5
     batch = tuple(left.shape[axis] for axis in batch_left)
@@ -224,6 +227,30 @@ def _by_kernel(
         return made
     count = len(lead)
     return emitter.moved(made, (*range(count, count + len(sizes)), *range(count)))
+
+
+def _by_kernels(emitter: Emitter, x: _Side, kernel: _Side, swapped: bool) -> str:
+    """Multiply by a known kernel of which each entry of some axes of x has its own.
+
+    These axes stand before the last free axis of x: (..., batch, rows, terms) by (batch, terms, features).
+    """
+    *lead, rows = x.free
+    batch, count = len(x.batch), len(lead)
+    terms, features = kernel.terms, math.prod(kernel.sizes)
+    sizes = [kernel.value.shape[axis] for axis in kernel.batch]
+    source = emitter.transposed(x.value, (*lead, *x.batch, rows, *x.contracted))
+    shape = [x.value.shape[axis] for axis in (*lead, *x.batch, rows)]
+    if len(x.contracted) != 1:
+        source = emitter.reshaped(source, (*shape, terms))
+    ordered = np.transpose(kernel.value.known, kernel.columns).reshape(*sizes, terms, features)
+    made = emitter.add("MatMul", [source, emitter.held(kernel.value, ordered)])
+    if len(kernel.sizes) != 1:
+        made = emitter.reshaped(made, (*shape, *kernel.sizes))
+    batches = range(count, count + batch)
+    free = (*range(count), count + batch)
+    made_by_kernel = range(count + batch + 1, count + batch + 1 + len(kernel.sizes))
+    order = (*batches, *made_by_kernel, *free) if swapped else (*batches, *free, *made_by_kernel)
+    return emitter.moved(made, order)
 
 
 POOLS = {"reduce_window_max": "MaxPool", "reduce_window_min": "MaxPool", "average_pool": "AveragePool"}

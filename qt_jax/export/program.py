@@ -15,9 +15,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Literal
 
-from qt_jax.dataflow import CALLS
+from qt_jax.dataflow import CALLS, leaves_by_path, opened, split_scan
 from qt_jax.errors import InvalidInput
 from qt_jax.export.graph import common_leaf
 
@@ -116,15 +116,7 @@ def leaves_of(variables: Mapping[str, Any]) -> dict[str, Any]:
 
     A box, such as `nn.Partitioned`, is opened.
     """
-
-    def boxed(leaf: Any) -> bool:
-        return isinstance(leaf, nn.meta.AxisMetadata)
-
-    found = {}
-    for path, leaf in jax.tree.leaves_with_path(variables, is_leaf=boxed):
-        name = "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
-        found[name] = nn.meta.unbox(leaf) if boxed(leaf) else leaf
-    return found
+    return {"/".join(path): leaf for path, leaf in leaves_by_path(nn.unbox(variables)).items()}
 
 
 def read(
@@ -196,7 +188,7 @@ class _Reader:
         name, params = equation.primitive.name, equation.params
         inner = params.get(CALLS.get(name, ""))
         if inner is not None:
-            outputs = self.inline(*_opened(inner), operands, path)
+            outputs = self.inline(*opened(inner), operands, path)
             return [self.simplify(self.called(params.get("name", ""), operands, x, path)) for x in outputs]
         if name == "scan":
             return self.scan(params, operands, [x.aval for x in equation.outvars], path)
@@ -206,7 +198,7 @@ class _Reader:
             if operands[0].known is None:
                 raise _control_flow("lax.cond", path)
             index = int(np.clip(operands[0].known, 0, len(params["branches"]) - 1))
-            return self.inline(*_opened(params["branches"][index]), operands[1:], path)
+            return self.inline(*opened(params["branches"][index]), operands[1:], path)
         if name in IDENTITIES:
             if name == "name":
                 self.marks.setdefault(params["name"], operands[0])
@@ -274,17 +266,12 @@ class _Reader:
     def scan(
         self, params: Mapping[str, Any], operands: Sequence[Expression], outputs: Sequence[Any], path: str
     ) -> list[Expression]:
-        """Unroll a scan, whose operands are constants, carries and scanned rows.
-
-        Rows have one axis more outside than inside.
-        """
-        body, constants = _opened(params["jaxpr"])
+        """Unroll a scan, whose operands are constants, carries and scanned rows."""
+        body, constants = opened(params["jaxpr"])
         steps = params["length"]
         if steps > MAX_UNROLLED:
             raise _too_long("a scan", f"{steps} steps", path)
-        rows = sum(x.ndim > len(v.aval.shape) for x, v in zip(operands, body.invars, strict=True))
-        carries = sum(len(x.shape) == len(v.aval.shape) for x, v in zip(outputs, body.outvars, strict=True))
-        first = len(operands) - rows - carries
+        first, carries = split_scan(body, [x.ndim for x in operands], [len(x.shape) for x in outputs])
         fixed, carry, scanned = (
             list(operands[:first]),
             list(operands[first : first + carries]),
@@ -308,12 +295,12 @@ class _Reader:
         tests, bodies = params["cond_nconsts"], params["body_nconsts"]
         fixed, carry = operands[: tests + bodies], list(operands[tests + bodies :])
         for _ in range(MAX_UNROLLED + 1):
-            (goes_on,) = self.inline(*_opened(params["cond_jaxpr"]), [*fixed[:tests], *carry], path)
+            (goes_on,) = self.inline(*opened(params["cond_jaxpr"]), [*fixed[:tests], *carry], path)
             if goes_on.known is None:
                 raise _control_flow("lax.while_loop", path)
             if not goes_on.known:
                 return carry
-            carry = self.inline(*_opened(params["body_jaxpr"]), [*fixed[tests:], *carry], path)
+            carry = self.inline(*opened(params["body_jaxpr"]), [*fixed[tests:], *carry], path)
         raise _too_long("a loop", f"more than {MAX_UNROLLED} steps", path)
 
     def row(self, x: Expression, index: int, path: str) -> Expression:
@@ -353,11 +340,6 @@ def _widened(before: Any, after: Any) -> bool:
 
 def _like(shape: Sequence[int], x: Expression) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-
-
-def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Return a jaxpr and its constants."""
-    return (jaxpr, []) if isinstance(jaxpr, Jaxpr) else (jaxpr.jaxpr, jaxpr.consts)
 
 
 def _device(array: Any) -> Any:

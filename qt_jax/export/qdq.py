@@ -12,12 +12,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, shape_inference
+from onnx import NodeProto, helper
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.encodings import Encoding, Ranges
-from qt_jax.export.naming import free_name
+from qt_jax.export.naming import KERNELS, free_name
 from qt_jax.export.operators import BIASED, WEIGHTED
 from qt_jax.export.storage import model_sha256
 
@@ -39,6 +39,13 @@ MERGING = frozenset({"Add", "Concat", "Mul"})
 
 BETWEEN = SAME_GRID | ABSORBED | MERGING | {"AveragePool", "GlobalAveragePool"}
 """Operators between layers that have integer kernels."""
+
+CARRIED = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators past which onnxruntime carries a pair itself. From opset 21 on it states the type of the integers
+there, and fails when it then turns INT8 into UINT8, which it does on x86 by default."""
+
+STATES_TYPE = 21
+"""First opset of QuantizeLinear with a stated type."""
 
 FIRST_OPSET = {4: 21, 8: 13, 16: 21}
 """Maps a width to the first opset of QuantizeLinear and DequantizeLinear on such integers, with an axis."""
@@ -102,12 +109,33 @@ def insert_qdq(
     if missing:
         raise InvalidInput(f"these ranges lack {', '.join(sorted(missing)[:8])}")
     outputs = wanted.intersection(output.name for output in model.graph.output)
-    writer = _Writer(graph.constants(model), ranges, wanted, outputs, signed, model.opset_import[0].version)
+    opset = model.opset_import[0].version
+    if signed and opset >= STATES_TYPE:
+        carried = _carried(model, wanted, ranges)
+        wanted |= carried.keys()
+        outputs |= carried.keys() & {output.name for output in model.graph.output}
+        ranges = dataclasses.replace(ranges, tensors={**ranges.tensors, **carried})
+    writer = _Writer(graph.constants(model), ranges, wanted, outputs, signed, opset)
     for node in model.graph.node:
         writer.add(node)
     quantized = graph.rebuild(model, writer.nodes, writer.values)
-    quantized.ClearField("metadata_props")  # the origins of kernels, which are integers now
-    return shape_inference.infer_shapes(quantized, check_type=True, strict_mode=True, data_prop=True)
+    kept = [entry for entry in model.metadata_props if entry.key != KERNELS]  # kernels are integers now
+    del quantized.metadata_props[:]
+    quantized.metadata_props.extend(kept)
+    return graph.with_shapes(quantized)
+
+
+def _carried(model: onnx.ModelProto, wanted: Collection[str], ranges: Ranges) -> dict[str, Encoding]:
+    """Return the grid of each tensor that `CARRIED` makes of one with a pair, and that has none of its own.
+
+    A second pair on the same grid changes no number.
+    """
+    found: dict[str, Encoding] = {}
+    for node in model.graph.node:
+        source = node.input[0] if node.op_type in CARRIED else ""
+        if (source in wanted or source in found) and node.output[0] not in wanted:
+            found[node.output[0]] = found.get(source) or ranges.tensors[source]
+    return found
 
 
 def storage_bits(bits: int) -> int:
@@ -126,7 +154,8 @@ def quantized_tensors(model: onnx.ModelProto, layers: Collection[str]) -> set[st
     that lead to quantized layers only. Where only a Relu or Clip reads a tensor, the pair stands behind that
     instead. An operator stays float where it also leads to one without an integer kernel
     (LayerNormalization, Softmax, Gelu) or to the end of the graph, or where it merges an activation with a
-    constant. One of `SELECTING` stays float behind a float operator too. A linear layer's output is quantized
+    constant. One of `SELECTING` stays float behind a float operator too, and one of `MERGING` behind float
+    operators alone, such as the gates of a recurrent cell. A linear layer's output is quantized
     only where an operator of `BETWEEN` reads it, because logits on eight bits tie.
 
     Args:
@@ -188,9 +217,20 @@ def _integer_between(
             found.add(node.name)
     makers = {name: node.name for node in model.graph.node for name in node.output}
     for node in model.graph.node:
-        if node.op_type in SELECTING and makers.get(node.input[0]) not in found | set(layers):
+        behind = [makers.get(name) for name in activation_inputs(node)]
+        first = node.op_type in SELECTING and behind[0] not in found | set(layers)
+        alone = node.op_type in MERGING and None not in behind and found.isdisjoint(behind)
+        if first or (alone and set(layers).isdisjoint(behind)):
             found.discard(node.name)
     return found
+
+
+def interpolates(node: NodeProto) -> bool:
+    """Tell whether an operator of `SAME_GRID` makes numbers that lie between those it reads.
+
+    Clipping such numbers is not the same as clipping what they are made of.
+    """
+    return node.op_type == "Resize" and graph.attributes(node).get("mode", b"nearest") != b"nearest"
 
 
 def same_grid_groups(model: onnx.ModelProto, tensors: Collection[str]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from qt_jax.export import graph
 from qt_jax.export.encodings import Encoding, Ranges, activation_encoding, per_tensor
 from qt_jax.export.learned import learned_encodings
 from qt_jax.export.operators import weighted_nodes
-from qt_jax.export.qdq import insert_qdq, quantized_tensors, same_grid_groups
+from qt_jax.export.qdq import insert_qdq, interpolates, quantized_tensors, same_grid_groups
 from qt_jax.export.sessions import named_inputs, run_tensors
 from qt_jax.export.storage import model_sha256
 from qt_jax.grid import QuantSpec
@@ -121,6 +121,7 @@ def _activations(
     """Return the encoding of each activation, in the order of `extremes`."""
     readers = graph.readers(model)
     outputs = {output.name for output in model.graph.output}
+    interpolated = {node.output[0] for node in model.graph.node if interpolates(node)}
     exchanged = quantized_tensors(model, ranges.inputs.keys() & ranges.kernels.keys())
     shared = same_grid_groups(model, [name for name in extremes if name in exchanged])
     found: dict[str, Encoding] = {}
@@ -129,6 +130,7 @@ def _activations(
         layers = [node for node in following if node.name in ranges.inputs]
         learned = {ranges.inputs[node.name] for node in layers}
         wider = len(layers) < len(following) or not outputs.isdisjoint(group)
+        wider = wider or not interpolated.isdisjoint(group)  # its layer clips behind it, not before it
         if len(learned) == 1 and not (wider and group[0] in exchanged):
             encoding = learned.pop()
         else:

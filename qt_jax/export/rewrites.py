@@ -228,3 +228,63 @@ def fold_stack(model: onnx.ModelProto) -> onnx.ModelProto:
         return _to_shape(stack.input[index.item()], node.output[0], values, shapes)
 
     return graph.rebuild(model, [taken(node) for node in model.graph.node], values)
+
+
+def pad_tokens(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Turn the join of a sequence and tokens that are the same for each image into Pad, before a sum.
+
+    The tokens become rows of the constant that is added, so that no Expand has to repeat them for each image:
+    [token, x] + positions = [0, x] + (positions + [token, 0]).
+    """
+    values, shapes = graph.constants(model), graph.shapes(model)
+    read = graph.uses(model)
+    nodes = {node.output[0]: node for node in model.graph.node}
+    for node in model.graph.node:
+        added = next((name for name in node.input if name in values), "")
+        join = next((nodes[name] for name in node.input if name in nodes), None)
+        if node.op_type != "Add" or not added or join is None or join.op_type != "Concat":
+            continue
+        whole, total = join.output[0], node.output[0]
+        if read[whole] > 1 or shapes[whole] != shapes[total] or values[added].dtype != np.float32:
+            continue
+        axis = graph.attributes(join)["axis"] % len(shapes[whole])
+        rows = _rows(join, axis, values[added], values, shapes)
+        if rows is not None:
+            values.add(f"{total}#rows", rows, values.origins.get(added, ""))
+            nodes[whole] = _pad(join, axis, values, shapes)
+            nodes[total] = graph.rewired(node, [whole, f"{total}#rows"])
+    return graph.rebuild(model, nodes.values(), values)
+
+
+def _rows(
+    join: NodeProto, axis: int, added: np.ndarray, values: Constants, shapes: Shapes
+) -> np.ndarray | None:
+    """Return a constant plus the tokens of a join, with 0 in place of its one tensor.
+
+    Returns:
+      float32 `(1, ...)`; None where the join has several tensors or no tokens, or a constant differs among
+      the images.
+    """
+    full = added.reshape((1,) * (len(shapes[join.output[0]]) - added.ndim) + added.shape)
+    tokens = [name for name in join.input if name in values]
+    constants = [full, *(values[name] for name in tokens)]
+    alike = all(np.array_equal(np.broadcast_to(x[:1], x.shape), x) for x in constants)
+    batch = shapes[join.output[0]][0]
+    if axis == 0 or batch < 2 or not tokens or len(tokens) + 1 != len(join.input) or not alike:
+        return None
+    parts = [
+        values[name][:1] if name in values else np.zeros((1, *shapes[name][1:]), np.float32)
+        for name in join.input
+    ]
+    rows: np.ndarray = np.concatenate(parts, axis) + full[:1]
+    return rows
+
+
+def _pad(join: NodeProto, axis: int, values: Constants, shapes: Shapes) -> NodeProto:
+    """Make the Pad that writes 0 where a join of one tensor has its constants."""
+    place = next(index for index, name in enumerate(join.input) if name not in values)
+    pads = np.zeros((2, len(shapes[join.output[0]])), np.int64)
+    for end, names in enumerate((join.input[:place], join.input[place + 1 :])):
+        pads[end, axis] = sum(shapes[name][axis] for name in names)
+    values[f"{join.output[0]}#pads"] = pads.ravel()
+    return helper.make_node("Pad", [join.input[place], f"{join.output[0]}#pads"], join.output)

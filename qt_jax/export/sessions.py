@@ -1,17 +1,24 @@
 """Run graphs in onnxruntime on the CPU, batch by batch."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import TensorProto, numpy_helper
 
 from qt_jax.errors import InvalidInput
-from qt_jax.export.storage import readable
+from qt_jax.export.storage import readable, with_initializers
 
 BATCH = 64
 """Number of inputs that are run at once where the graph leaves the batch open."""
+
+SHARED = 1024
+"""Number of elements from which on `open_unoptimized` shares a weight with onnxruntime."""
+
+LEVEL = onnxruntime.GraphOptimizationLevel
 
 
 def open_session(
@@ -28,17 +35,47 @@ def open_session(
       save_optimized: File to write the optimized graph to. Its operators bear the names of their nodes, and
         the optimizations for this very machine are left out.
     """
-    level = onnxruntime.GraphOptimizationLevel
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    options.log_severity_level = 3  # errors
+    options = _options(LEVEL.ORT_ENABLE_ALL if optimize else LEVEL.ORT_DISABLE_ALL)
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if save_optimized is not None:
-        options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
+        options.graph_optimization_level = LEVEL.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(save_optimized)
     with readable(model) as stored:
         return onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
+
+
+def open_unoptimized(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """Open a session that runs `model` as it is written and takes its larger weights from memory.
+
+    `open_session` serializes the weights for onnxruntime, which parses and copies them. Here it is handed
+    arrays, so the peak of memory is lower by the size of the weights, and the session opens in half the time.
+    """
+    options = _options(LEVEL.ORT_DISABLE_ALL)
+    options.add_session_config_entry("session.disable_prepacking", "1")  # which copies weights once more
+    shared: dict[str, onnxruntime.OrtValue] = {}
+
+    def referred(tensor: TensorProto) -> TensorProto:
+        if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < SHARED:
+            return tensor
+        shared[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor))
+        held = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+        held.data_location = TensorProto.EXTERNAL
+        held.external_data.add(key="location", value="memory")
+        return held
+
+    light = with_initializers(model, [referred(tensor) for tensor in model.graph.initializer])
+    options.add_external_initializers(list(shared), list(shared.values()))
+    return onnxruntime.InferenceSession(
+        light.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _options(level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3  # errors
+    return options
 
 
 def named_inputs(

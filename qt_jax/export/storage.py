@@ -88,14 +88,14 @@ def model_sha256(model: ModelProto) -> str:
     """Return the SHA-256 of the serialized graph; for a large one that of its nodes, then of its weights."""
     if not is_large(model):
         return hashlib.sha256(model.SerializeToString()).hexdigest()
-    digest = hashlib.sha256(_with_initializers(model, []).SerializeToString())
+    digest = hashlib.sha256(with_initializers(model, []).SerializeToString())
     for tensor in model.graph.initializer:
         digest.update(f"{tensor.name} {tensor.data_type} {tensor.dims} ".encode())
         digest.update(_raw(tensor))
     return digest.hexdigest()
 
 
-def _with_initializers(model: ModelProto, initializers: Iterable[TensorProto]) -> ModelProto:
+def with_initializers(model: ModelProto, initializers: Iterable[TensorProto]) -> ModelProto:
     """Return the model with other initializers, without a copy of those that it has."""
     light = GraphProto(initializer=initializers, **_fields(model.graph, "initializer"))
     return ModelProto(graph=light, **_fields(model, "graph"))
@@ -123,7 +123,7 @@ def _write(model: ModelProto, path: Path) -> None:
         return
     with data_path(path).open("wb") as file:
         weights = [_external(tensor, file) for tensor in model.graph.initializer]
-    path.write_bytes(_with_initializers(model, weights).SerializeToString())
+    path.write_bytes(with_initializers(model, weights).SerializeToString())
 
 
 def _fields(message: Any, without: str) -> dict[str, Any]:

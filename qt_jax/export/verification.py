@@ -25,10 +25,11 @@ from qt_jax.export.encodings import Encoding, Ranges
 from qt_jax.export.graph import without_weights
 from qt_jax.export.layout import as_graph
 from qt_jax.export.lowering import output_paths
-from qt_jax.export.naming import leaf_of
+from qt_jax.export.naming import leaf_of, output_places
 from qt_jax.export.operators import WEIGHTED, summarize
 from qt_jax.export.sessions import named_inputs, open_session, run_batches
 from qt_jax.export.storage import readable, staged_model, stored_size
+from qt_jax.export.tracing import compiled
 from qt_jax.metrics import agreement, sqnr_db
 from qt_jax.trim import quant_trim
 
@@ -76,7 +77,7 @@ def verify(
     """
     with readable(model) as stored:
         _check_form(model, variables, stored)
-        differences = _differences(stored, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+        differences = _differences(model, stored, apply_fn, variables, inputs, batch_sizes, layout, tolerance)
         size = len(stored) if isinstance(stored, bytes) else stored_size(Path(stored))
     return summarize(model, size) | {"max_difference": differences}
 
@@ -98,7 +99,9 @@ def save_verified(
     """
     with staged_model(model, path) as scratch:
         _check_form(model, variables, str(scratch))
-        differences = _differences(str(scratch), apply_fn, variables, inputs, batch_sizes, layout, tolerance)
+        differences = _differences(
+            model, str(scratch), apply_fn, variables, inputs, batch_sizes, layout, tolerance
+        )
         size = stored_size(scratch)
     return summarize(model, size) | {"max_difference": differences}
 
@@ -153,6 +156,7 @@ def _stems(name: str, leaves: Iterable[str]) -> bool:
 
 
 def _differences(
+    model: onnx.ModelProto,
     stored: bytes | str,
     apply_fn: Callable,
     variables: Mapping[str, Any],
@@ -169,22 +173,20 @@ def _differences(
       InvalidInput: There are too few inputs, outputs differ in number or shape, or a difference is beyond the
         tolerance.
     """
-    inputs = [np.asarray(x) for x in (given if isinstance(given, list | tuple) else [given])]
+    inputs = _arrays(given)
     largest = max(batch_sizes)
     if min(map(len, inputs)) < largest:
         given = min(map(len, inputs))
         raise InvalidInput(f"verification at batch sizes {tuple(batch_sizes)} got {given} inputs only")
     inputs = [x[:largest] for x in inputs]
     with jax.default_matmul_precision("highest"):
-        forward = jax.jit(apply_fn, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
+        forward = compiled(apply_fn, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
         returned = forward(variables, *inputs)
-    outputs, (paths, keyed) = jax.tree.leaves(returned), output_paths(returned)
+    outputs = _in_order(model, returned)
     session = _session(stored)
     names = [entry.name for entry in session.get_outputs()]
     if len(names) != len(outputs):
         raise _failure("parity", f"{len(names)} outputs, the JAX forward has {len(outputs)}")
-    if keyed and sorted(names) == sorted(paths):
-        outputs = [outputs[paths.index(name)] for name in names]
     expected, fed = ([as_graph(x, layout) for x in tensors] for tensors in (outputs, inputs))
     differences = {}
     for size in batch_sizes:
@@ -205,6 +207,29 @@ def _differences(
                     f"tolerance {allowed:.3g}. Was the model exported from these variables, for inference?",
                 )
     return differences
+
+
+def _arrays(inputs: Any) -> list[np.ndarray]:
+    """Return the inputs of a forward as arrays, in the order in which it takes them."""
+    if isinstance(inputs, Mapping):
+        raise InvalidInput(
+            f"inputs are a mapping of {', '.join(map(repr, inputs))}: give a sequence of arrays, in the "
+            "order in which the forward takes them"
+        )
+    return [np.asarray(x) for x in (inputs if isinstance(inputs, list | tuple) else [inputs])]
+
+
+def _in_order(model: onnx.ModelProto, returned: Any) -> list[Any]:
+    """Return the arrays that the forward has returned in the order of the graph's outputs.
+
+    A graph that does not tell that order has the one of `jax.tree.leaves`, or names entries by their keys.
+    """
+    leaves, (paths, keyed) = jax.tree.leaves(returned), output_paths(returned)
+    names = [entry.name for entry in model.graph.output]
+    places = output_places(model, paths)
+    if places is None and keyed and sorted(names) == sorted(paths):
+        places = [paths.index(name) for name in names]
+    return leaves if places is None else [leaves[place] for place in places]
 
 
 def _difference(output: np.ndarray, wanted: np.ndarray) -> float:
@@ -279,8 +304,7 @@ def parity(
     Raises:
       InvalidInput: The outputs differ in number or shape from those of JAX.
     """
-    several = inputs if isinstance(inputs, Sequence) else [inputs]
-    arrays = [np.asarray(array) for array in several]
+    arrays = _arrays(inputs)
     names = [entry.name for entry in qdq_model.graph.input]
     placed = [as_graph(array, layout) for array in arrays]
     feeds = named_inputs(qdq_model, dict(zip(names, placed, strict=False)))
@@ -288,8 +312,8 @@ def parity(
     session = open_session(qdq_model, optimize=True)
     parts = list(run_batches(session, feeds, outputs))
     found = [np.concatenate([part[name] for part in parts]) for name in outputs]
-    expected = _forward(apply_fake_quant, variables, arrays, [len(part[outputs[0]]) for part in parts])
-    expected = [as_graph(array, layout) for array in expected]
+    returned = _forward(apply_fake_quant, variables, arrays, [len(part[outputs[0]]) for part in parts])
+    expected = [as_graph(array, layout) for array in _in_order(qdq_model, returned)]
     if [array.shape for array in expected] != [array.shape for array in found]:
         shapes = [array.shape for array in found], [array.shape for array in expected]
         raise InvalidInput(f"the graph's outputs have shapes {shapes[0]}, those of JAX {shapes[1]}")
@@ -304,16 +328,16 @@ def _forward(
     variables: Mapping[str, Any],
     arrays: Sequence[np.ndarray],
     sizes: Sequence[int],
-) -> list[np.ndarray]:
-    """Compute the outputs of JAX, in batches of those sizes."""
-    compiled = jax.jit(apply_fn)
+) -> Any:
+    """Compute what the forward returns, in batches of those sizes."""
+    forward = compiled(apply_fn)
     ends = np.cumsum(sizes)
     with jax.default_matmul_precision("highest"):
         results = [
-            compiled(variables, *(array[end - size : end] for array in arrays))
+            forward(variables, *(array[end - size : end] for array in arrays))
             for size, end in zip(sizes, ends, strict=True)
         ]
-    return [np.concatenate(parts) for parts in zip(*map(jax.tree.leaves, results), strict=True)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def _compare(expected: np.ndarray, found: np.ndarray, encoding: Encoding) -> dict[str, Any]:

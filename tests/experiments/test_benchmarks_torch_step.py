@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 import qt_jax as qt
 from experiments import models
@@ -39,8 +40,8 @@ def test_fake_quantization_on_weight_and_input_of_every_layer(monkeypatch, dtype
 
 
 def test_a_network_without_a_twin_is_a_reason():
-    with pytest.raises(qt.InvalidInput, match="there is no PyTorch network for FastResNet"):
-        torch_step.torch_step(models.create("fast", 10), IMAGES, LABELS, Config(batch_size=4))
+    with pytest.raises(qt.InvalidInput, match="there is no PyTorch network for Dense"):
+        torch_step.torch_step(linen.Dense(10), IMAGES, LABELS, Config(batch_size=4))
 
 
 def test_torch_without_the_gpu_that_jax_has_is_refused(monkeypatch):

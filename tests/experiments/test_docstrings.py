@@ -9,7 +9,10 @@ import pytest
 import experiments
 
 MODULES = [info.name for info in pkgutil.walk_packages(experiments.__path__, "experiments.")]
-OPTIONAL = {"experiments.benchmarks.torch_models": "torch", "experiments.benchmarks.torch_step": "torch"}
+OPTIONAL = {
+    f"experiments.benchmarks.torch_{name}": "torch"
+    for name in ("classifiers", "models", "public", "segmenters", "sequences", "step")
+}
 """Maps a module to the package that it needs, which is not among the pins."""
 
 

@@ -1,5 +1,7 @@
 """Share nets around one step, variables as training leaves them, and graphs made by hand, among the tests."""
 
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -164,3 +166,17 @@ def _build():
 @pytest.fixture(scope="session", name="check_equal")
 def _check_equal():
     return check_equal
+
+
+@pytest.fixture(scope="module")
+def nets(request, tmp_path_factory):
+    """Write the module of a user's project, which can be imported while the tests of a file run.
+
+    Its name is the `MODULE` of that file, and its content the `SOURCE`.
+    """
+    name, folder = request.module.MODULE, tmp_path_factory.mktemp("project")
+    (folder / f"{name}.py").write_text(request.module.SOURCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module(name)
+        sys.modules.pop(name)

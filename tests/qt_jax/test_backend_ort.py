@@ -11,6 +11,7 @@ from onnx import numpy_helper, version_converter
 
 from qt_jax.backends import Refused, evaluate
 from qt_jax.backends.ort import BACKEND, OPTIMIZED, REFERENCE
+from qt_jax.export import storage
 
 CLASSES, CHANNELS, SIZE = 4, 8, 8
 SCHEMES = {scheme.name: scheme for scheme in BACKEND.schemes}
@@ -81,6 +82,22 @@ def weight_integers(model, name):
     """Return the integers, scale and zero point behind `name` in a QDQ model."""
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     return tuple(tensors[f"{name}_{suffix}"] for suffix in ("quantized", "scale", "zero_point"))
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int8-pc-minmax", "int8-dynamic", "int4w-blocks"])
+def test_a_graph_whose_weights_stand_in_a_second_file(scheme, tmp_path, monkeypatch):
+    """Protobuf holds no message of 2 GB: everything that is read or written may be two files."""
+    wanted = logits(tmp_path / "one", scheme)
+    monkeypatch.setattr(storage, "LARGEST", 1000)
+    folder = tmp_path / "two"
+    folder.mkdir()
+    storage.save(MODEL, folder / "source.onnx")
+    assert (folder / "source.onnx.data").exists()
+    made = BACKEND.compile(folder / "source.onnx", CALIBRATION, SCHEMES[scheme], folder)
+    assert made.model_bytes == sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+    for name in ("source.onnx", "source.onnx.data"):
+        (folder / name).unlink()
+    np.testing.assert_array_equal(BACKEND.load(folder, SCHEMES[scheme], REFERENCE)(IMAGES), wanted)
 
 
 GRIDS = {8: (127, -127, 127), 4: (7.5, -8, 7), "narrow": (7, -7, 7)}

@@ -1,8 +1,6 @@
 """Check that `python -m qt_jax.export --model` takes the inputs, outputs and checkpoints that people have."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import flax
@@ -107,17 +105,6 @@ X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 
 class State(train_state.TrainState):
     batch_stats: dict
-
-
-@pytest.fixture(scope="module")
-def nets(tmp_path_factory):
-    """Write the module of a user's project, which can be imported while these tests run."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / f"{MODULE}.py").write_text(SOURCE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        yield importlib.import_module(MODULE)
-        sys.modules.pop(MODULE)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import shutil
 import subprocess
@@ -80,17 +79,6 @@ def trained(model, config, images) -> dict:
 def save_tree(path: Path, tree) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
-
-
-@pytest.fixture(scope="module")
-def nets(tmp_path_factory):
-    """Write the module of a user's project, which can be imported while these tests run."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / f"{MODULE}.py").write_text(SOURCE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        yield importlib.import_module(MODULE)
-        sys.modules.pop(MODULE)
 
 
 @pytest.fixture(scope="module")

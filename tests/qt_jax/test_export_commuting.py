@@ -76,11 +76,15 @@ WINDOW = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
             [],
         ),
         ([("Reshape", "x sequence", "y", {})], ["Reshape"]),
+        ([("Resize", "x  scales", "y", {"mode": "nearest"})], ["Resize"]),
+        ([("Resize", "x  scales", "y", {"mode": "linear"})], ["Resize"]),
+        ([("Resize", "x  scales", "y", {"mode": "cubic"})], ["Resize"]),
     ],
 )
 def test_a_norm_moves_before_what_it_commutes_with(between, expected, build, check_equal):
     constants = {"params/c/kernel": normal(CHANNELS, 3, 3, 3), "axes": np.array([2, 3])} | statistics()
     constants["sequence"] = np.array([2, CHANNELS, 36])
+    constants["scales"] = np.float32([1, 1, 2, 1.5])
     nodes = [CONV, *between, norm("y", "output")]
     probe = build([*nodes[:-1], ("Identity", "y", "output", {})], constants, [2, 3, 8, 8], 4, 18)
     rank = len(graph.shapes(probe)["y"])
@@ -108,6 +112,20 @@ def test_a_norm_stays_behind_what_it_does_not_commute_with(between, sign, build,
     moved = commuting.move_to_layers(model)
     assert operators(moved) == operators(model)
     check_equal(model, moved, normal(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("shape", "target"), [((5,), (9,)), ((4, 5, 3), (4, 5, 4))])
+def test_a_scale_behind_channels_that_are_interpolated_stays(shape, target):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(6)(x) if x.ndim == 2 else nn.Conv(6, (3, 3))(x)
+            x = jax.image.resize(x, (len(x), *target), "linear", antialias=False)
+            return x * self.param("gain", nn.initializers.normal(), (1,) * (x.ndim - 1) + target[-1:])
+
+    x = normal(3, *shape)
+    variables = Net().init(jax.random.key(0), x)
+    verify(to_onnx(Net().apply, variables, shape), Net().apply, variables, x, batch_sizes=(1, 3))
 
 
 def test_nothing_moves_where_another_node_reads_what_lies_between(build, check_equal):
@@ -478,3 +496,46 @@ def test_a_learned_input_stays_what_it_was():
     attached = qt.attach_statistics(Net(), variables, qt.QuantConfig(), x)
     kept = to_onnx(Net().apply, attached, (4,))
     assert operators(kept) == ["Gemm", "Relu", "BatchNormalization", "Gemm"]
+
+
+SCORES = {
+    "multiplied by a number": (("Mul", "s number", "output", {}), True),
+    "divided by a number": (("Div", "s number", "output", {}), True),
+    "multiplied by numbers that are all equal": (("Mul", "s equal", "output", {}), True),
+    "a number divided by them": (("Div", "number s", "output", {}), False),
+    "a number added": (("Add", "s number", "output", {}), False),
+    "multiplied by a number for each key": (("Mul", "s keys", "output", {}), False),
+    "multiplied by a number for each query": (("Mul", "s queries", "output", {}), False),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_number_passes_the_product_of_two_tensors(name, build, check_equal):
+    """The scores of attention are scaled in the kernel and the bias of the queries."""
+    last, moves = SCORES[name]
+    nodes = [
+        ("MatMul", "input params/q/kernel", "qx", {}),
+        ("Add", "qx params/q/bias", "q", {}),
+        ("MatMul", "input params/k/kernel", "k", {}),
+        ("Transpose", "k", "kt", {"perm": [0, 2, 1]}),
+        ("MatMul", "q kt", "s", {}),
+        last,
+    ]
+    constants = {
+        "params/q/kernel": normal(CHANNELS, 5),
+        "params/q/bias": normal(5),
+        "params/k/kernel": normal(CHANNELS, 5),
+        "number": np.float32(0.3),
+        "equal": np.full((3, 1), 0.3, np.float32),
+        "keys": normal(3) + 3,
+        "queries": normal(3, 1) + 3,
+    }
+    model = build(nodes, constants, [2, 3, CHANNELS], output_rank=3)
+    moved = folded(model)
+    left = [node[0] for node in (nodes[:-1] if moves else nodes)]
+    assert sorted(operators(moved)) == sorted(left + ["Identity"] * moves)
+    check_equal(model, moved, normal(2, 3, CHANNELS))
+    kernel = moved.graph.node[0].input[1]
+    gain = graph.constants(moved).gains[kernel]
+    factor = {"Mul": 0.3, "Div": 1 / 0.3}[last[0]] if moves else 1.0
+    np.testing.assert_allclose(gain, factor, rtol=1e-6)

@@ -45,7 +45,7 @@ FAMILIES = {
     ),
     "vit": (
         ViT(dim=8, depth=1, heads=2),
-        ENCODER | {"Softmax", "Concat", "Gather", "Expand", "Shape"},
+        ENCODER | {"Softmax", "Pad", "Gather"},
     ),
     "mixer": (Mixer(dim=8, depth=1, token_hidden=8, channel_hidden=8), ENCODER | {"ReduceMean"}),
     "lstm": (

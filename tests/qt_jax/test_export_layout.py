@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qt_jax.export import folding, graph, rewrites
+from qt_jax.backends.constant_folding import fold_constants
+from qt_jax.export import graph, rewrites
 from qt_jax.export.layout import TO_CHANNELS_FIRST, TO_CHANNELS_LAST, channels_first
 
 RNG = np.random.default_rng(0)
@@ -201,6 +202,6 @@ def test_small_passes(name, build, check_equal):
     constants = {key: np.array(value, np.int64) for key, value in constants.items()}
     constants |= {"index": np.array(1), "row": normal(6)}
     model = build(nodes, constants, [2, 3, 6], opset=18)
-    improved = folding.fold_constants(improve(model))
+    improved = fold_constants(improve(model))
     assert [node.op_type for node in improved.graph.node] == expected
     check_equal(model, improved, normal(2, 3, 6))

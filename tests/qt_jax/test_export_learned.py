@@ -315,3 +315,72 @@ def test_scales_along_another_axis_than_the_output_channels_are_not_taken():
     assert learned_encodings(model, variables, BY_CHANNEL)[0]["kernel"].source == "learned"
     variables["params"]["kernel"] = variables["params"]["kernel"].T
     assert learned_encodings(model, variables, BY_CHANNEL)[0]["kernel"].source == "folded kernel"
+
+
+class Prenormalised(nn.Module):
+    """Put a norm before a layer, behind what it does not fold into."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(6, name="first")(x))
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(5, name="head")(x)
+
+
+def test_ranges_that_are_attached_after_the_export_are_not_those_of_a_folded_input():
+    """Without ranges the norm folds into the layer behind it, which then reads what stood before the norm."""
+    net = Prenormalised()
+    variables = observed(net, ROWS)
+    plain = {"params": variables["params"], "batch_stats": {"norm": variables["batch_stats"]["norm"]}}
+    early = to_onnx(net.apply, plain, (4,))
+    assert "BatchNormalization" not in [node.op_type for node in early.graph.node]
+    for read in (
+        lambda config: tensor_ranges(early, variables, config, ROWS),
+        lambda config: learned_clips(early, variables, config),
+    ):
+        with pytest.raises(InvalidInput, match="'head' does not read what it has learned the range of"):
+            read(CONFIG)
+        read(qt.QuantConfig(rules=(qt.Rule("head", skip=True),)))
+    assert learned_sites_alone(net, variables, ROWS)[1]["sqnr_db"] > 60.0
+
+
+class Untouched(nn.Module):
+    """Put a product beside a layer that Quant-Trim does not reach: with the table of an embedding."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Embed(4, 4, name="table").attend(nn.Dense(4, name="dense")(x))), None
+
+
+class Half(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 1, "batch_stats": 0}
+        x, _ = nn.scan(Untouched, axes, split_rngs={"params": True}, length=3)(name="layers")(x, None)
+        return nn.Dense(1, name="head")(nn.relu(x))
+
+
+@pytest.mark.parametrize("skipped", [(), ("layers/dense",)])
+def test_clips_beside_repeated_layers_without_ranges(skipped):
+    net, config = Half(), qt.QuantConfig(rules=tuple(qt.Rule(path, skip=True) for path in skipped))
+    variables = observed(net, ROWS, config)
+    model = to_onnx(net.apply, variables, (4,))
+    clips = learned_clips(model, variables, config)
+    assert clips
+    clipped = insert_clips(model, {name: (low / 2, high / 2) for name, (low, high) in clips.items()})
+    halved = {name: (low / 2, high / 2) for name, (low, high) in clips.items()}
+    verify(clipped, clipped_forward(net.apply, model, halved), variables, ROWS)
+    with pytest.raises(InvalidInput, match="parity"):
+        verify(clipped, net.apply, variables, ROWS)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
+def test_the_gates_of_a_recurrent_cell_are_rounded_in_no_graph(cell):
+    """A product of two float operators has no integer kernel to gain, and training does not round it."""
+    net = Recurrent(cell)
+    variables = observed(net, SEQUENCES)
+    model = to_onnx(net.apply, variables, SEQUENCES.shape[1:])
+    ranges = tensor_ranges(model, variables, CONFIG, SEQUENCES)
+    forward = fake_quant_forward(net.apply, CONFIG)
+    (found,) = parity(insert_qdq(model, ranges), forward, variables, SEQUENCES, ranges).values()
+    assert found["equal_integers"] == 1.0 and found["sqnr_db"] > 60.0

@@ -54,6 +54,13 @@ BODIES = {
     "batch merged and split": lambda _, x: nn.relu(x.reshape(-1, 6)).reshape(-1, 5, 6),
     "batch times groups": lambda _, x: (x.reshape(x.shape[0] * 5, 2, 3) * 2.0).reshape(x.shape),
     "batch at the end": lambda _, x: jnp.transpose(nn.softmax(jnp.transpose(x, (1, 2, 0)), 1), (2, 0, 1)),
+    "zeros stacked beside": lambda _, x: jnp.stack([jnp.zeros((x.shape[0], 5)), x[..., 0]], axis=1),
+    "time first": lambda _, x: jnp.swapaxes(jnp.swapaxes(x, 0, 1) + jnp.ones((5, x.shape[0], 6)), 0, 1),
+    "sums of a scan": lambda _, x: (
+        jax.lax.scan(
+            lambda carry, row: (carry + row, carry.sum(-1)), jnp.zeros((x.shape[0], 6)), jnp.swapaxes(x, 0, 1)
+        )[1].T
+    ),
     "every axis named": lambda _, x: x.reshape(x.shape[0], 30)[:, :10],
 }
 
@@ -82,6 +89,12 @@ HELD = {
     "a factor": (lambda x: x / x.shape[0], "Div"),
     "an inverse": (lambda x: x * (1.0 / x.shape[0]), "Mul"),
     "numbered images": (lambda x: x + jnp.arange(x.shape[0], dtype=jnp.float32)[:, None, None], "Add"),
+    "twice as many rows": (
+        lambda x: jnp.concatenate(
+            [jnp.broadcast_to(jnp.arange(3.0), (2 * x.shape[0], 3)), x[:, :2, :3].reshape(-1, 3)], 1
+        ).reshape(x.shape[0], -1),
+        "Concat",
+    ),
     "two batches in one": (lambda x: (x[:, None] - x[None]).reshape(x.shape[0], -1), "Reshape|splits"),
 }
 

@@ -142,6 +142,29 @@ def test_other_files_are_refused(tmp_path, text):
         read_ranges(tmp_path / "ranges.json")
 
 
+class Upsampled(nn.Module):
+    """Enlarge what a convolution makes, for another one."""
+
+    method: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="before")(x))
+        x = jax.image.resize(x, (x.shape[0], 16, 16, 4), self.method)
+        return nn.Conv(3, (1, 1), name="behind")(x)
+
+
+@pytest.mark.parametrize(("method", "source"), [("bilinear", "calibrated"), ("nearest", "learned")])
+def test_what_an_interpolation_reads_is_not_clipped_at_the_range_behind_it(method, source):
+    """Nearest neighbours clip alike before and behind; means of neighbours have a narrower range."""
+    model = Upsampled(method)
+    variables = observed(model, CONFIG, IMAGES)
+    graph = to_onnx(model.apply, variables, IMAGES.shape[1:])
+    tensors = tensor_ranges(graph, variables, CONFIG, CALIBRATION).tensors
+    assert {tensors[name].source for name in ("Relu", "Resize")} == {source}
+    assert tensors["Relu"].grid == tensors["Resize"].grid
+
+
 def test_skipped_layer_keeps_a_range_of_its_own(residual):
     model, variables, _ = residual
     config = qt.QuantConfig(rules=(qt.Rule("inner", skip=True),))

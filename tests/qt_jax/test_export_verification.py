@@ -110,6 +110,44 @@ def test_another_number_of_classes(model):
         verify(model, lambda v, x: Net().apply(v, x)[:, :2], VARIABLES, IMAGES)
 
 
+ROWS = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+NAMES = [None, ["b", "a"], {"a": "b", "b": "a"}, {"a": "p", "b": "q"}, {"a": "b", "b": "z"}]
+
+
+def entries(_, x):
+    return {"a": x + 1, "b": 2 * x}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_an_entry_may_have_the_key_of_another(names, tmp_path):
+    """Which entry an output is does not follow from its name."""
+    model = to_onnx(entries, {}, (5,), output_names=names)
+    summary = verify(model, entries, {}, ROWS)
+    assert summary["max_difference"] == {1: 0.0, 7: 0.0}
+    save_verified(model, tmp_path / "model.onnx", entries, {}, ROWS)
+    verify(onnx.load(tmp_path / "model.onnx"), entries, {}, ROWS)
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_entries_that_are_exchanged_later_are_found(names):
+    model = to_onnx(entries, {}, (5,), output_names=names)
+    first, second = model.graph.output
+    first.name, second.name = second.name, first.name
+    verify(model, entries, {}, ROWS)  # another order of the outputs, each of which has its name
+    for node in model.graph.node:
+        node.output[0] = {first.name: second.name, second.name: first.name}.get(*[node.output[0]] * 2)
+    with pytest.raises(InvalidInput, match="parity: the outputs differ"):
+        verify(model, entries, {}, ROWS)
+
+
+def test_inputs_by_name_are_refused():
+    """The forward takes its inputs by place, which the graph's names do not tell."""
+    model = to_onnx(lambda _, x, y: x - 2 * y, {}, [(5,), (5,)], input_names=["y", "x"])
+    with pytest.raises(InvalidInput, match="mapping of 'x', 'y': give a sequence"):
+        verify(model, lambda _, x, y: x - 2 * y, {}, {"x": ROWS, "y": ROWS})
+    verify(model, lambda _, x, y: x - 2 * y, {}, (ROWS, ROWS[::-1]))
+
+
 def test_too_few_images(model):
     with pytest.raises(InvalidInput, match="got 7 inputs only"):
         check(model, batch_sizes=(1, 8))

@@ -159,3 +159,17 @@ def test_what_one_call_refuses(net):
     plain = {**variables, "batch_stats": {"norm": variables["batch_stats"]["norm"]}}
     with pytest.raises(InvalidInput, match="no layer of this graph has learned ranges"):
         to_qdq(Net().apply, plain, (8, 8, 3), CONFIG, IMAGES)
+
+
+@pytest.mark.parametrize("names", [("logits", "features"), {"logits": "features", "features": "logits"}])
+def test_entries_of_a_dict_are_compared_with_their_own(net, names):
+    variables, _ = net
+
+    def apply(variables, x):
+        return dict(zip(("logits", "features"), Net().apply(variables, x), strict=True))
+
+    model = to_onnx(apply, variables, IMAGES.shape[1:], output_names=names)
+    quantized, ranges = quantize(model, variables, CONFIG, IMAGES, "int8")
+    found = parity(quantized, fake_quant_forward(apply, CONFIG), variables, IMAGES, ranges)
+    assert set(found) == {"logits", "features"}
+    assert all(row["sqnr_db"] > 25.0 for row in found.values())
