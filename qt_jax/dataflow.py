@@ -26,8 +26,8 @@ TRANSPARENT = frozenset({"name", "convert_element_type", "copy", "optimization_b
 """Primitives that hand a tensor on as it is."""
 
 CALLS = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "checkpoint", "remat2"), "jaxpr"),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
+    **dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call", "eval_jaxpr"), "call_jaxpr"),
 }
 """Maps each primitive that is inlined to the parameter that holds the jaxpr it calls."""
 

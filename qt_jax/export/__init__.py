@@ -16,6 +16,7 @@ with extra("export"):
     from flax.traverse_util import flatten_dict
 
     from qt_jax.export.activations import fold_activations
+    from qt_jax.export.batch import symbolic_batch
     from qt_jax.export.checking import check_numbers
     from qt_jax.export.commuting import activate_before_pools, fold_into_next, move_to_layers
     from qt_jax.export.folding import (
@@ -27,7 +28,7 @@ with extra("export"):
     from qt_jax.export.graph import weights_by_reference, with_shapes, with_weights
     from qt_jax.export.integers import opset_for, quantize
     from qt_jax.export.layout import channels_first
-    from qt_jax.export.lowering import lower, symbolic_batch
+    from qt_jax.export.lowering import lower
     from qt_jax.export.merging import keep_axes
     from qt_jax.export.naming import name_by_path
     from qt_jax.export.operators import refuse_unsupported

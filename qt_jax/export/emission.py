@@ -5,6 +5,7 @@ writes its nodes; `products` holds those of convolutions, matrix products, pools
 has them: a convolution stands between two Transposes, which `layout` removes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -255,9 +256,11 @@ def _composed(*steps: tuple[str, tuple[Any, ...]]) -> Emit:
 EMIT |= {
     "erfc": _composed(("Erf", ("x",)), ("Sub", (1.0, ...))),
     "exp2": _composed(("Pow", (2.0, "x"))),
+    "log2": _composed(("Log", ("x",)), ("Mul", (..., 1.0 / math.log(2.0)))),
     "ne": lambda emitter, value: emitter.add(
         "Not", [emitter.add("Equal", emitter.broadcast(value.operands, value.shape))]
     ),
+    "one_minus_square": _composed(("Mul", ("x", "x")), ("Sub", (1.0, ...))),
     "rsqrt": _composed(("Sqrt", ("x",)), ("Reciprocal", (...,))),
     "square": _composed(("Mul", ("x", "x"))),
 }

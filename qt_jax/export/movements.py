@@ -125,20 +125,44 @@ def _split(emitter: Emitter, value: Expression) -> list[str]:
     return [made] if isinstance(made, str) else made
 
 
+@emits("unstack")
+def _unstack(emitter: Emitter, value: Expression) -> list[str]:
+    """Cut each entry of an axis out, as `q, k, v = x` does from JAX 0.11 on."""
+    source, axis = value.operands[0], value.params["axis"]
+    name, parts = emitter.name(source), []
+    for number in range(source.shape[axis]):
+        ends = [(number, number + 1, 1) if at == axis else (0, n, 1) for at, n in enumerate(source.shape)]
+        parts.append(emitter.reshaped(sliced(emitter, name, source.shape, ends), value.shape))
+    return parts
+
+
+def _spread(emitter: Emitter, source: Expression, inner: Sequence[int], filling: str) -> str:
+    """Put numbers between the elements along each axis: they are padded on an axis of their own."""
+    name = emitter.name(source)
+    if not any(inner):
+        return name
+    name = emitter.reshaped(name, [size for n in source.shape for size in (n, 1)])
+    pads = [*[0] * (2 * source.ndim), *[size for count in inner for size in (0, count)]]
+    name = emitter.add("Pad", [name, emitter.constant(pads), filling])
+    joined = [n * (1 + count) for n, count in zip(source.shape, inner, strict=True)]
+    ends = [(0, max(0, n - count), 1) for n, count in zip(joined, inner, strict=True)]
+    return sliced(emitter, emitter.reshaped(name, joined), joined, ends)
+
+
 @emits("pad")
 def _pad(emitter: Emitter, value: Expression) -> str:
     source, filling = value.operands
     config, number = value.params["padding_config"], filling.number()
-    if number is None or any(inner for _, _, inner in config):
+    if number is None:
         raise InvalidInput(
-            f"the forward pads between elements, or with a number that it computes{place(value.path)}: pad "
-            "the ends, with a number"
+            f"the forward pads with a number that it computes{place(value.path)}: pad with a fixed number"
         )
+    name = _spread(emitter, source, [inner for _, _, inner in config], emitter.constant(number, value.dtype))
+    spread = [max(0, n + (n - 1) * inner) for n, (_, _, inner) in zip(source.shape, config, strict=True)]
     cut = [
-        (max(-low, 0), size - max(-high, 0), 1)
-        for (low, high, _), size in zip(config, source.shape, strict=True)
+        (max(-low, 0), size - max(-high, 0), 1) for (low, high, _), size in zip(config, spread, strict=True)
     ]
-    name = sliced(emitter, emitter.name(source), source.shape, cut)
+    name = sliced(emitter, name, spread, cut)
     pads = [max(low, 0) for low, _, _ in config] + [max(high, 0) for _, high, _ in config]
     if not any(pads):
         return name

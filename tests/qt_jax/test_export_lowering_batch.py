@@ -11,7 +11,7 @@ import pytest
 
 from qt_jax.errors import InvalidInput
 from qt_jax.export import to_onnx
-from qt_jax.export.lowering import MARKS, unused_batch_size
+from qt_jax.export.batch import MARKS, unused_batch_size
 
 SHAPE = (5, 6)
 
