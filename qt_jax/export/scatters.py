@@ -14,7 +14,7 @@ from qt_jax.export.emission import Emitter, emits
 from qt_jax.export.movements import sliced
 from qt_jax.export.program import Expression, place
 
-COMBINING = {"scatter": None, "scatter-add": ("Add", 0), "scatter_mul": ("Mul", 1), "scatter-mul": ("Mul", 1)}
+COMBINING = {"scatter": None, "scatter-add": ("Add", 0), "scatter-mul": ("Mul", 1)}
 """Maps a primitive to the operator that combines old and new numbers, and to the number that changes
 nothing. None where new numbers replace the old ones."""
 
