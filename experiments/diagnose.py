@@ -13,7 +13,6 @@ from rich.console import Console
 
 import qt_jax as qt
 from experiments.data import load
-from experiments.run_summary import metric_of
 from experiments.runs import model_input, networks, read_config_json
 from qt_jax.backends.registry import select
 from qt_jax.command_line import command, print_rows, terminate_like_interrupt
@@ -26,23 +25,25 @@ class Options:
     """Find the layers that cost a network its accuracy on low-bit integers, say why, and try what helps.
 
     Each layer is rounded alone, then all layers but it. Tensors are searched for outliers, dead channels and
-    saturation. Every remedy is tried, and advised only if it makes more images right than chance would. The
-    page, its pictures and the measurements go to --out. After an interruption the same command goes on there.
+    saturation. Every remedy is tried, and advised only if it helps by more than chance. With one label for
+    each image the right ones are counted. Otherwise the outputs are compared with those in floating point, in
+    dB. The page, its pictures and the measurements go to --out. After an interruption the same command goes
+    on there.
 
     Example:
         python -m experiments.diagnose experiments/results/cifar10-resnet8 --scheme int4w-pt --out runs/found
     """
 
     subject: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|MODEL.onnx")]
-    """Folder of a finished experiments.cifar, or a float ONNX classifier with one input."""
+    """Folder of a finished experiments.cifar, or a float ONNX network of any kind."""
     method: str | None = None
     """Of a run: which of its networks, such as "float". Default: the one trained with quantization."""
     split: Literal["validation", "test"] = "validation"
     """Of a run: the images to judge by. Advice chosen on the test set flatters itself."""
     calibration: Path | None = None
-    """Of a model: .npz with "images", float32 as the model takes them."""
+    """Of a model: samples as it takes them, in .npz, .npy or a folder of .npy."""
     test: Path | None = None
-    """Of a model: .npz with "images" and integer "labels" to judge by, preferably of a validation split."""
+    """Of a model: samples to judge by, preferably of a validation split, with "labels" if there are any."""
     settings: Annotated[DiagnosisSettings, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=DiagnosisSettings
     )
@@ -79,11 +80,6 @@ def _of_run(options: Options) -> Subject:
         raise qt.InvalidInput("--calibration and --test go with a MODEL.onnx: a run brings its own data.")
     folder = options.subject
     config = read_config_json(folder)
-    if metric_of(config["dataset"])[0] != "top1":
-        raise qt.InvalidInput(
-            f"{folder} segments ({config['dataset']}): diagnose judges classifiers. `python -m "
-            "experiments.layer_sqnr` needs no labels."
-        )
     found = {identity["method"]: path for path, identity in networks(folder, config)}
     method = options.method or next(iter(found))
     if method not in found:
@@ -101,7 +97,8 @@ def _of_run(options: Options) -> Subject:
         model_input(dataset, calibration),
         model_input(dataset, images),
         labels,
-        options.settings.ranges,
+        ranges=options.settings.ranges,
+        criteria=options.settings.criteria,
     )
 
 
@@ -113,9 +110,16 @@ def _of_file(options: Options) -> Subject:
     if options.calibration is None or options.test is None:
         raise qt.InvalidInput(
             f"{path} is a file: say on what to calibrate and to judge it, with --calibration c.npz and "
-            "--test t.npz."
+            "--test t.npz (or .npy files, or folders)."
         )
-    return read_subject(path, options.calibration, options.test, ranges=settings.ranges, limit=settings.limit)
+    return read_subject(
+        path,
+        options.calibration,
+        options.test,
+        ranges=settings.ranges,
+        limit=settings.limit,
+        criteria=settings.criteria,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

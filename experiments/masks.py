@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 import qt_jax as qt
 from qt_jax.backends import ort
-from qt_jax.backends.rows import LOGITS
+from qt_jax.backends.rows import OUTPUTS, read_outputs
 from qt_jax.files import staged
 from qt_jax.reporting.pivot import title
 
@@ -65,7 +65,9 @@ def decided_masks(
                 )
                 for row in rows:
                     if row["status"] == "ok":
-                        logits = np.load(Path(folder, row["log"]).with_name(LOGITS))
+                        logits = read_outputs(Path(folder, row["log"]).with_name(OUTPUTS), {"logits": True})[
+                            "logits"
+                        ]
                         found[f"{method}/{row['scheme']}"] = logits.argmax(axis=1).astype(np.uint8)
         with staged(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **found)

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from qt_jax.errors import InvalidInput
+from qt_jax.files import writing
 
 PIPED_WIDTH = 130
 """Columns of text that goes to a file or a pipe."""
@@ -101,6 +102,8 @@ def text_console(*, stderr: bool = False, width: int = PIPED_WIDTH, soft_wrap: b
       soft_wrap: Leave lines as long as they are.
     """
     stream = sys.stderr if stderr else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")  # of a terminal that knows no minus sign
     return Console(
         stderr=stderr,
         width=None if stream.isatty() else width,
@@ -134,7 +137,8 @@ def exit_status(command: Callable[[], object], interrupted: str = "interrupted")
     """
     console = text_console(stderr=True, soft_wrap=True)
     try:
-        command()
+        with writing("What was to be written"):
+            command()
         sys.stdout.flush()
     except InvalidInput as error:
         console.print(f"error: {error}", style="bold red")

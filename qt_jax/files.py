@@ -7,6 +7,7 @@ removed when its writer fails. Only a kill can leave one behind, named `TARGET.T
 of the same target removes those that are older than `ABANDONED` seconds.
 """
 
+import errno
 import glob
 import os
 import secrets
@@ -16,11 +17,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qt_jax.errors import InvalidInput
+
 ABANDONED = 3600.0
 """Age in seconds at which a scratch file counts as left by a kill: no writer is expected to take longer."""
 
 TOKEN_BYTES = 6
 """Random bytes in the name of a scratch file, written as twice as many hexadecimal digits."""
+
+
+NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+"""Errors of a disk that is full or may not be written to."""
+
+
+@contextmanager
+def writing(folder: str | os.PathLike) -> Iterator[None]:
+    """Turn the error of a disk that is full or read-only, in the block, into one sentence.
+
+    Args:
+      folder: What the block writes to, for the message.
+
+    Raises:
+      InvalidInput: The block could not write.
+
+    >>> with writing("results"):  # doctest: +ELLIPSIS
+    ...     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    Traceback (most recent call last):
+    qt_jax.errors.InvalidInput: results cannot be written: No space left on device. ...
+    """
+    try:
+        yield
+    except OSError as error:
+        short = "requested and" in str(error) and error.errno is None  # numpy's words for a full disk
+        if error.errno not in NOT_WRITABLE and not short:
+            raise
+        where = error.filename if isinstance(error.filename, str) else os.fspath(folder)
+        problem = "No space left on device" if short else error.strerror
+        remedy = (
+            "Choose" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else "Make room, or choose"
+        )
+        raise InvalidInput(
+            f"{where} cannot be written: {problem}. What is there is whole. {remedy} another folder, and run "
+            "the same again."
+        ) from error
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

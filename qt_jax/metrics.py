@@ -50,6 +50,25 @@ def classification_metrics(
     >>> metrics["n"], metrics["top1"], metrics["top5"], metrics["sqnr_db"]
     (2, 0.5, None, None)
     """
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    wanted = None if reference is None else np.asarray(reference)
+    parts = list(_chunks(logits.shape)) if logits.ndim == 2 and logits.size else []
+    if len(parts) < 2:
+        return _classifier_part(logits, labels, wanted)
+    if wanted is not None and wanted.shape != logits.shape:
+        raise InvalidInput(f"reference and test must have one shape, got {wanted.shape} and {logits.shape}")
+    _check_labels(labels, *logits.shape)
+    found = [
+        _classifier_part(logits[part], labels[part], None if wanted is None else wanted[part])
+        for part in parts
+    ]
+    return _joined_parts(found, logits, labels, wanted, parts)
+
+
+def _classifier_part(
+    logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None
+) -> dict[str, float | int | None]:
+    """Return `classification_metrics` of samples that fit into memory."""
     checked, _ = _labelled(logits, labels)
     ratio = math.inf if reference is None else sqnr_db(reference, logits)
     return {
@@ -63,6 +82,33 @@ def classification_metrics(
         "sqnr_db": ratio if math.isfinite(ratio) else None,
         "agreement": None if reference is None else agreement(reference, logits),
     }
+
+
+def _joined_parts(
+    found: list[dict[str, float | int | None]],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    reference: np.ndarray | None,
+    parts: list[slice],
+) -> dict[str, float | int | None]:
+    """Join the metrics of parts: means by their numbers of samples, ECE from bins, SQNR from sums."""
+    sizes = [part["n"] for part in found]
+    joined: dict[str, float | int | None] = {
+        key: None if found[0][key] is None else float(np.average([it[key] for it in found], weights=sizes))
+        for key in ("top1", "top5", "nll", "brier", "logit_mse", "agreement")
+    }
+    gaps, signal, noise = np.zeros(BINS), 0.0, 0.0
+    for part in parts:
+        checked, own = _labelled(logits[part], labels[part])
+        members, confidence, correct = _confidence_bins(checked, own, BINS)
+        gaps += np.bincount(members, weights=correct - confidence, minlength=BINS)
+        if reference is not None:
+            exact = reference[part].astype(np.float64)
+            signal += float((exact**2).sum())
+            noise += float(((exact - checked) ** 2).sum())
+    ratio = math.inf if reference is None else _decibels(signal, noise)
+    joined |= {"ece": float(np.abs(gaps).sum() / len(logits)), "n": len(logits)}
+    return joined | {"sqnr_db": ratio if math.isfinite(ratio) else None}
 
 
 def top_k(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
@@ -219,7 +265,7 @@ def agreement(reference: ArrayLike, test: ArrayLike) -> float:
 
 
 def dense_metrics(
-    logits: ArrayLike, labels: ArrayLike, reference: ArrayLike | None = None
+    logits: ArrayLike, labels: ArrayLike, reference: ArrayLike | None = None, void_label: int | None = None
 ) -> dict[str, float | int | list | None]:
     """Return the metrics of a segmenter's record, under a record's keys.
 
@@ -227,8 +273,10 @@ def dense_metrics(
 
     Args:
       logits: Finite, `(n, classes, height, width)`, of the network or backend under test.
-      labels: `(n, height, width)` integers in [0, classes).
+      labels: `(n, height, width)` integers in [0, classes), or `void_label`.
       reference: Finite, `(n, classes, height, width)`, the float network's logits on the same images.
+      void_label: The label of pixels that have no class, 255 in many data sets. They count in nothing that
+        compares with labels. SQNR, MSE and agreement with the reference are over all pixels.
 
     Returns:
       n (images); top1 (pixel accuracy), nll, brier and ece (15 bins), all over pixels and defined as for
@@ -238,7 +286,7 @@ def dense_metrics(
       is none.
 
     Raises:
-      InvalidInput: The shapes do not belong together, or labels are not classes.
+      InvalidInput: The shapes do not belong together, labels are not classes, or all are void.
 
     >>> logits = np.zeros((1, 2, 1, 2)); logits[0, 1] = [[1.0, -1.0]]
     >>> metrics = dense_metrics(logits, np.array([[[1, 1]]]))
@@ -249,10 +297,12 @@ def dense_metrics(
     wanted = None if reference is None else np.asarray(reference)
     _check_dense(logits, labels, wanted)
     classes = logits.shape[1]
-    sums = _Sums(classes)
+    sums = _Sums(classes, void_label)
     for part in _chunks(logits.shape):
         sums.add(logits[part], labels[part], None if wanted is None else wanted[part])
-    pixels = labels.size
+    pixels = int(sums.confusion.sum())
+    if not pixels:
+        raise InvalidInput(f"all labels are the void label {void_label}: there is nothing to compare with")
     confusion = sums.confusion
     of_reference = confusion if reference is None else sums.reference_confusion
     counts, confidence, correct = sums.bins
@@ -272,7 +322,7 @@ def dense_metrics(
         "reliability": _means(counts, confidence, correct),
     }
     if reference is not None:
-        found |= {"logit_mse": sums.noise / logits.size, "agreement": sums.agreed / pixels}
+        found |= {"logit_mse": sums.noise / logits.size, "agreement": sums.agreed / labels.size}
         ratio = _decibels(sums.signal, sums.noise)
         found["sqnr_db"] = ratio if math.isfinite(ratio) else None
     return found
@@ -299,7 +349,8 @@ def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
 class _Sums:
     """Add up what the metrics need over the pixels seen so far."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, void_label: int | None = None):
+        self.void_label = void_label
         self.confusion, self.reference_confusion = np.zeros((2, classes, classes), np.int64)
         self.bins = np.zeros((3, BINS))
         """Number of pixels, their summed confidence and their correct decisions, for each confidence bin."""
@@ -308,19 +359,27 @@ class _Sums:
 
     def add(self, logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> None:
         """Add some images."""
-        classes = logits.shape[1]
         decisions = logits.argmax(axis=1)
-        self.confusion += confusion_matrix(decisions, labels, classes)
-        self._calibration(logits.astype(np.float64), labels, decisions)
+        known = np.ones(labels.shape, bool) if self.void_label is None else labels != self.void_label
+        if known.any():
+            self.confusion += self._counts(decisions, labels, known)
+            self._calibration(logits.astype(np.float64), np.where(known, labels, 0), decisions, known)
         if reference is not None:
             wanted = reference.argmax(axis=1)
-            self.reference_confusion += confusion_matrix(wanted, labels, classes)
+            if known.any():
+                self.reference_confusion += self._counts(wanted, labels, known)
             self.agreed += int((wanted == decisions).sum())
             exact = reference.astype(np.float64)
             self.signal += float((exact**2).sum())
             self.noise += float(((exact - logits) ** 2).sum())
 
-    def _calibration(self, logits: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> None:
+    def _counts(self, decisions: np.ndarray, labels: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Return the confusion matrix of the pixels that have a class."""
+        return confusion_matrix(decisions[known], labels[known], len(self.confusion))
+
+    def _calibration(
+        self, logits: np.ndarray, labels: np.ndarray, decisions: np.ndarray, known: np.ndarray
+    ) -> None:
         """Add to NLL, Brier score and bins. The largest logit shifts the softmax, as for classifiers."""
         shifted = logits - logits.max(axis=1, keepdims=True)
         weights = np.exp(shifted)
@@ -328,11 +387,13 @@ class _Sums:
         probabilities = weights / total
         own = labels[:, None].astype(np.int64)
         right = np.take_along_axis(probabilities, own, axis=1)
-        self.nll += float((np.log(total) - np.take_along_axis(shifted, own, axis=1)).sum())
-        self.brier += float((probabilities**2).sum() - (2.0 * right - 1.0).sum())
-        confidence = probabilities.max(axis=1).ravel()
+        losses = (np.log(total) - np.take_along_axis(shifted, own, axis=1))[:, 0]
+        scores = (probabilities**2).sum(axis=1) - (2.0 * right - 1.0)[:, 0]
+        self.nll += float(losses[known].sum())
+        self.brier += float(scores[known].sum())
+        confidence = probabilities.max(axis=1)[known]
         members = _bin(confidence, BINS)
-        correct = (decisions == labels).ravel()
+        correct = (decisions == labels)[known]
         for row, values in enumerate((None, confidence, correct)):
             self.bins[row] += np.bincount(members, weights=values, minlength=BINS)
 
@@ -398,20 +459,56 @@ def mean_iou(confusion: np.ndarray) -> float:
     return float((both[present] / either[present]).mean())
 
 
+def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Return the area under the ROC curve of a binary score, in [0, 1].
+
+    It is the chance that a sample of class 1 has a higher score than one of class 0, where equal scores count
+    half: (R_1 - n_1 (n_1 + 1) / 2) / (n_1 n_0), with R_1 the sum of the mean ranks of class 1 (Mann and
+    Whitney 1947).
+
+    Args:
+      scores: Real numbers, of any shape.
+      labels: 0 or 1 for each score, of the same shape.
+
+    Raises:
+      InvalidInput: The shapes differ, a score is not finite, or there are not both classes.
+
+    >>> roc_auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])
+    0.75
+    """
+    values, classes = _finite("scores", scores).ravel(), np.asarray(labels).ravel()
+    ones = int(np.count_nonzero(classes))
+    zeros = len(classes) - ones
+    if classes.shape != values.shape or not ones or not zeros or not np.isin(classes, (0, 1)).all():
+        raise InvalidInput(
+            f"the area under the ROC curve needs one label, 0 or 1, for each score, and both classes: got "
+            f"{len(classes)} labels, {ones} of them not 0, for {len(values)} scores"
+        )
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2.0
+    total = float(ranks[places][classes == 1].sum())
+    return (total - ones * (ones + 1) / 2.0) / (ones * zeros)
+
+
 def _labelled(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Return logits in float64 and labels in int64, after checking that they belong together."""
     logits, labels = _logits("logits", logits), np.asarray(labels)
-    if labels.shape != logits.shape[:1]:
-        raise InvalidInput(f"labels must have the shape (n,) = {logits.shape[:1]}, got {labels.shape}")
+    _check_labels(labels, *logits.shape)
+    return logits, labels.astype(np.int64)
+
+
+def _check_labels(labels: np.ndarray, n: int, classes: int) -> None:
+    """Raise InvalidInput unless there are `n` labels, integers in [0, classes)."""
+    if labels.shape != (n,):
+        raise InvalidInput(f"labels must have the shape (n,) = {(n,)}, got {labels.shape}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise InvalidInput(f"labels must be integer class indices, got dtype {labels.dtype}")
-    outside = (labels < 0) | (labels >= logits.shape[1])
+    outside = (labels < 0) | (labels >= classes)
     if outside.any():
         raise InvalidInput(
             f"{int(outside.sum())} of {labels.size} labels are out of range, the first {labels[outside][0]}: "
-            f"with {logits.shape[1]} classes they must be in [0, {logits.shape[1] - 1}]"
+            f"with {classes} classes they must be in [0, {classes - 1}]"
         )
-    return logits, labels.astype(np.int64)
 
 
 def _logits(name: str, values: ArrayLike) -> np.ndarray:

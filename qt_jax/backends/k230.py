@@ -28,23 +28,36 @@ Surprises
     no calibration, and also if both activations and kernels are int16. Neither is offered as a scheme.
     `UseAdaRound`, `use_mix_quant` and `use_mse_quant_w` are accepted and change nothing. nncase's "cpu"
     target ignores quantization.
+    nncase quantizes an LSTM. It knows no GRU, and failed on a one-dimensional convolution.
     nncase aborts its whole process on an operator that it does not know. Compilation therefore runs in a
     child process.
     Every image starts a new simulator process. This takes 0.03 s of the 0.16 s that a network of 30 M
     multiplications needs, and no option keeps the process alive.
 """
 
+import json
 import multiprocessing
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme, Session
+from qt_jax.backends.protocol import (
+    Batch,
+    Compiled,
+    Environment,
+    Refused,
+    Runtime,
+    Scheme,
+    Session,
+    by_name,
+)
 
-MODEL = "model.kmodel"
+MODEL, INPUTS = "model.kmodel", "inputs.json"
+"""The compiled graph, and the names of its inputs in order."""
 LOG = "nncase.log"
 
 _SETTINGS = {
@@ -61,7 +74,7 @@ _SETTINGS = {
 _BITS = {"int8": 8, "uint8": 8, "int16": 16}
 _CALIBRATIONS = {"NoClip": "minmax", "Kld": "kld"}
 _INTEGERS = ("u8", "i8", "i16")
-_MOVES = ("GNNELoad", "GNNELoadW", "GNNEStore")
+_MOVES = ("GNNELoad", "GNNELoadW", "GNNEStore", "GetItem")
 """Operators that move data and compute nothing."""
 
 
@@ -112,11 +125,13 @@ class K230:
     def available(self) -> str | None:
         return None
 
-    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+    def compile(self, source: Path, calibration: Batch, scheme: Scheme, folder: Path) -> Compiled:
         """Compile at batch 1. nncase reads graphs of any opset."""
         prepared, dump = Path("prepared.onnx"), Path("dump")
-        _fix_shape(source, prepared, calibration.shape[1:])
-        arguments = (prepared, calibration, _SETTINGS[scheme.name], dump, folder / MODEL)
+        names = _fix_shapes(source, prepared, calibration)
+        (folder / INPUTS).write_text(json.dumps(names))
+        samples = [by_name(calibration, names)[name] for name in names]
+        arguments = (prepared, samples, _SETTINGS[scheme.name], dump, folder / MODEL)
         child = multiprocessing.get_context("fork").Process(target=_compile, args=arguments)
         child.start()
         child.join()
@@ -133,11 +148,15 @@ class K230:
         simulator = nncase.Simulator()
         simulator.load_model((folder / MODEL).read_bytes())
 
-        def session(images: np.ndarray) -> np.ndarray:
-            [image] = images
-            simulator.set_input_tensor(0, nncase.RuntimeTensor.from_numpy(image[None]))
+        names = json.loads((folder / INPUTS).read_text())
+
+        def session(batch: Batch) -> list[np.ndarray]:
+            arrays = by_name(batch, names)
+            for i, name in enumerate(names):
+                [sample] = arrays[name]
+                simulator.set_input_tensor(i, nncase.RuntimeTensor.from_numpy(sample[None]))
             simulator.run()
-            return simulator.get_output_tensor(0).to_numpy().copy()
+            return [simulator.get_output_tensor(i).to_numpy().copy() for i in range(simulator.outputs_size)]
 
         return session
 
@@ -158,7 +177,7 @@ def count_operators(graph: str) -> dict[str, dict[str, int]]:
     loaded: set[str] = set()
     counts: dict[str, Counter[str]] = {}
     for result, operator, arguments, dtype in re.findall(
-        r"^\s*(%\w+) = (\w+)\((.*)\): // (\w+)\[", graph, re.MULTILINE
+        r"^\s*(%\w+) = ([A-Z]\w*)\((.*)\): // \(?(\w+)\[", graph, re.MULTILINE
     ):
         types[result] = dtype
         if operator in _MOVES:
@@ -171,8 +190,11 @@ def count_operators(graph: str) -> dict[str, dict[str, int]]:
     return {operator: dict(places) for operator, places in counts.items()}
 
 
-def _fix_shape(source: Path, target: Path, shape: tuple[int, ...]) -> None:
-    """Write the model with its one input of shape `(1, *shape)`. nncase infers the other shapes."""
+def _fix_shapes(source: Path, target: Path, calibration: Batch) -> list[str]:
+    """Write the model with the shapes of one sample, and return the names of its inputs in order.
+
+    nncase infers the other shapes.
+    """
     import onnx
 
     from qt_jax.export.storage import is_large, save
@@ -181,18 +203,25 @@ def _fix_shape(source: Path, target: Path, shape: tuple[int, ...]) -> None:
     if is_large(model):
         raise Refused("nncase reads a graph in one piece, and this one has weights of 2 GB or more")
     weights = {initializer.name for initializer in model.graph.initializer}
-    [entry] = [value for value in model.graph.input if value.name not in weights]
-    dimensions = entry.type.tensor_type.shape.dim
-    if len(dimensions) != len(shape) + 1:
-        raise Refused(f"input {entry.name!r} has {len(dimensions)} axes, its images {len(shape)} and a batch")
-    for dimension, size in zip(dimensions, (1, *shape), strict=True):
-        dimension.dim_value = size
+    entries = [value for value in model.graph.input if value.name not in weights]
+    names = [entry.name for entry in entries]
+    arrays: Mapping[str, np.ndarray] = by_name(calibration, names)
+    for entry in entries:
+        shape = arrays[entry.name].shape[1:]
+        dimensions = entry.type.tensor_type.shape.dim
+        if len(dimensions) != len(shape) + 1:
+            raise Refused(
+                f"input {entry.name!r} has {len(dimensions)} axes, its images {len(shape)} and a batch"
+            )
+        for dimension, size in zip(dimensions, (1, *shape), strict=True):
+            dimension.dim_value = size
     del model.graph.value_info[:]
     save(model, target)
+    return names
 
 
 def _compile(
-    model: Path, calibration: np.ndarray, settings: tuple[str, str, str, str], dump: Path, target: Path
+    model: Path, samples: list[np.ndarray], settings: tuple[str, str, str, str], dump: Path, target: Path
 ) -> None:
     """Run nncase and send its output to `LOG`. This must run in a child process."""
     with open(LOG, "wb") as log:
@@ -212,8 +241,8 @@ def _compile(
         quantization.calibrate_method,
         quantization.finetune_weights_method,
     ) = settings
-    quantization.samples_count = len(calibration)
-    quantization.set_tensor_data([[np.ascontiguousarray(image[None]) for image in calibration]])
+    quantization.samples_count = len(samples[0])
+    quantization.set_tensor_data([[np.ascontiguousarray(one[None]) for one in values] for values in samples])
     compiler.use_ptq(quantization)
     compiler.compile()
     target.write_bytes(compiler.gencode_tobytes())

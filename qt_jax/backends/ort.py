@@ -25,14 +25,15 @@ Numerics
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qt_jax.backends.protocol import Compiled, Refused, Runtime, Scheme, Session
+from qt_jax.backends.protocol import Batch, Compiled, Refused, Runtime, Scheme, Session, by_name
 
 PERCENTILE = 99.99
 MODEL = "model.onnx"
@@ -47,6 +48,14 @@ DYNAMIC = Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True)
 
 _KERNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 """The axis of a kernel's output channels as ONNX Runtime takes it; 0 for a Gemm with transB."""
+_PRODUCTS = (*_KERNEL_AXIS, "GRU", "LSTM", "RNN")
+"""Operators of a float graph that multiply their first two inputs."""
+_INTEGER_PRODUCTS = (
+    *("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulNBits"),
+    *("DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention"),
+)
+"""Operators of a quantized graph that multiply by quantized kernels."""
+_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 _CALIBRATIONS = {"minmax": "minmax", "percentile": f"percentile {PERCENTILE}", "entropy": "entropy"}
 
 
@@ -82,13 +91,21 @@ class OnnxRuntime:
     kind = "CPU runtime"
     environment = None
     packages = ("onnxruntime", "onnx", "numpy")
+    leaves_float = True
     schemes = (FP32, *_static_schemes(), DYNAMIC, BLOCKS)
     runtimes = (REFERENCE, OPTIMIZED)
 
     def available(self) -> str | None:
         return None
 
-    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+    def compile(
+        self,
+        source: Path,
+        calibration: Batch,
+        scheme: Scheme,
+        folder: Path,
+        float_layers: Sequence[str] = (),
+    ) -> Compiled:
         """Quantize with ONNX Runtime's own quantizer. Static schemes need calibration images."""
         import onnx
 
@@ -98,15 +115,20 @@ class OnnxRuntime:
         if scheme == FP32:
             save(onnx.load(source), target)
         elif scheme == BLOCKS:
-            _quantize_blocks(source, target)
+            _quantize_blocks(source, target, float_layers)
         else:
-            _quantize(source, target, calibration, scheme)
-        return Compiled(stored_size(target), _operators(target))
+            _quantize(source, target, calibration, scheme, float_layers)
+        return Compiled(stored_size(target), _operators(target), products=count_products(target))
 
     def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
         session = _session(folder / MODEL, optimize=runtime == OPTIMIZED)
-        name = session.get_inputs()[0].name
-        return lambda images: session.run(None, {name: images})[0]
+        names = [entry.name for entry in session.get_inputs()]
+
+        def run(batch: Batch) -> np.ndarray | list[np.ndarray]:
+            found = session.run(None, by_name(batch, names))
+            return found[0] if len(found) == 1 else found
+
+        return run
 
 
 BACKEND = OnnxRuntime()
@@ -129,7 +151,9 @@ def _session(path: Path, optimize: bool, optimized_path: str = "") -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Scheme) -> None:
+def _quantize(
+    source: Path, target: Path, calibration: Batch, scheme: Scheme, float_layers: Sequence[str]
+) -> None:
     """Write the graph of a static or dynamic scheme."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -147,40 +171,53 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray, scheme: Schem
         all_tensors_to_one_file=True,
         external_data_location=data_path(prepared).name,
     )
+    check_names(prepared, float_layers)
     if scheme.dynamic:
         quantize_dynamic(
             prepared,
             target,
+            nodes_to_exclude=list(float_layers),
             per_channel=scheme.per_channel,
             weight_type=QuantType.QUInt8,
             use_external_data_format=large,
         )
         return
-    if not len(calibration):
+    names, batch = _inputs(prepared)
+    arrays = by_name(calibration, names)
+    if not len(arrays[names[0]]):
         raise Refused("static quantization needs calibration images, got none: give a few hundred")
     method, options = _method(scheme)
     symmetric = "s8s8" in scheme.name or scheme.activation_bits == 16
     signed = {8: QuantType.QInt8, 16: QuantType.QInt16}[scheme.activation_bits]
-    quantize_static(
+    extra = {
+        "ActivationSymmetric": symmetric,
+        "UseQDQContribOps": scheme.activation_bits == 16,
+        "CalibStridedMinMax": 1,
+        "TensorQuantOverrides": _narrow(prepared, bool(scheme.per_channel))
+        if "narrow" in scheme.name
+        else {},
+        **options,
+    }
+    quantize = functools.partial(
+        quantize_static,
         prepared,
         target,
-        _reader(calibration, *_input(prepared)),
+        nodes_to_exclude=list(float_layers),
         use_external_data_format=large,
         quant_format=QuantFormat.QOperator if "qop" in scheme.name else QuantFormat.QDQ,
         per_channel=scheme.per_channel,
         activation_type=signed if symmetric else QuantType.QUInt8,
         weight_type={8: QuantType.QInt8, 4: QuantType.QInt4}[scheme.weight_bits],
         calibrate_method=method,
-        extra_options={
-            "ActivationSymmetric": symmetric,
-            "UseQDQContribOps": scheme.activation_bits == 16,
-            "CalibStridedMinMax": 1,
-            "TensorQuantOverrides": _narrow(prepared, bool(scheme.per_channel))
-            if "narrow" in scheme.name
-            else {},
-            **options,
-        },
     )
+    try:
+        quantize(calibration_data_reader=_reader(arrays, batch), extra_options=extra)
+    except ValueError as error:
+        if "truth value of an array" not in str(error):
+            raise
+        # ONNX Runtime 1.32 cannot fit scales per channel of a MatMul to the bias behind it.
+        extra["QDQDisableWeightAdjustForInt32Bias"] = True
+        quantize(calibration_data_reader=_reader(arrays, batch), extra_options=extra)
 
 
 def _narrow(source: Path, per_channel: bool) -> dict[str, list[dict]]:
@@ -222,15 +259,24 @@ def _method(scheme: Scheme) -> tuple[Any, dict[str, Any]]:
     return {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy}[name], {}
 
 
-def _input(path: Path) -> tuple[str, int]:
-    """Return the name of the graph's input, and how many images to give it at once."""
+def check_names(path: Path, names: Sequence[str]) -> None:
+    """Raise Refused if the graph at `path` has no node of one of these names."""
     import onnx
 
-    graph_input = onnx.load(path, load_external_data=False).graph.input[0]
-    return graph_input.name, graph_input.type.tensor_type.shape.dim[0].dim_value or 64
+    present = {node.name for node in onnx.load(path, load_external_data=False).graph.node} if names else set()
+    if lost := [name for name in names if name not in present]:
+        raise Refused(f"the nodes {', '.join(lost)} are not there any more once the graph is prepared")
 
 
-def _reader(images: np.ndarray, input_name: str, batch: int) -> Any:
+def _inputs(path: Path) -> tuple[list[str], int]:
+    """Return the names of the graph's inputs, and how many images to give it at once."""
+    import onnx
+
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    return [entry.name for entry in inputs], inputs[0].type.tensor_type.shape.dim[0].dim_value or 64
+
+
+def _reader(arrays: Mapping[str, np.ndarray], batch: int) -> Any:
     """Return a reader that feeds calibration images batch by batch.
 
     With `CalibStridedMinMax` 1 the quantizer asks for one batch at a time and reduces it to ranges or
@@ -239,24 +285,28 @@ def _reader(images: np.ndarray, input_name: str, batch: int) -> Any:
     """
     from onnxruntime.quantization import CalibrationDataReader
 
+    n = len(next(iter(arrays.values())))
+
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.set_range(0, len(self))
 
         def __len__(self) -> int:
-            return -(-len(images) // batch)
+            return -(-n // batch)
 
         def set_range(self, start_index: int, end_index: int) -> None:
-            self._pending = iter(range(start_index * batch, min(end_index * batch, len(images)), batch))
+            self._pending = iter(range(start_index * batch, min(end_index * batch, n), batch))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             start = next(self._pending, None)
-            return None if start is None else {input_name: images[start : start + batch]}
+            if start is None:
+                return None
+            return {name: array[start : start + batch] for name, array in arrays.items()}
 
     return Reader()
 
 
-def _quantize_blocks(source: Path, target: Path) -> None:
+def _quantize_blocks(source: Path, target: Path, float_layers: Sequence[str]) -> None:
     """Write the graph with the kernels of matmuls in 4-bit blocks.
 
     MatMulNBits only takes MatMul, so a Gemm first becomes MatMul and Add.
@@ -267,10 +317,17 @@ def _quantize_blocks(source: Path, target: Path) -> None:
     from qt_jax.export.storage import save
 
     model = onnx.load(source)
-    nodes = [part for node in model.graph.node for part in _without_gemm(node, model.graph)]
+    check_names(source, float_layers)
+    nodes = [
+        part
+        for node in model.graph.node
+        for part in ([node] if node.name in float_layers else _without_gemm(node, model.graph))
+    ]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    quantizer = MatMulNBitsQuantizer(model, bits=4, block_size=BLOCK, is_symmetric=True)
+    quantizer = MatMulNBitsQuantizer(
+        model, bits=4, block_size=BLOCK, is_symmetric=True, nodes_to_exclude=list(float_layers)
+    )
     quantizer.process()
     if not any(node.op_type == "MatMulNBits" for node in quantizer.model.model.graph.node):
         raise Refused("the graph has no matmul with a constant kernel, and 4-bit blocks reach nothing else")
@@ -300,6 +357,32 @@ def _without_gemm(node: Any, graph: Any) -> list[Any]:
             helper.make_node("Add", [middle, node.input[2]], [node.output[0]], name=f"{node.name}/Add")
         )
     return parts
+
+
+def count_products(path: Path) -> tuple[int, int]:
+    """Return how many products of a graph multiply by quantized kernels, and how many products there are.
+
+    A product in float counts as quantized if both factors come from a DequantizeLinear. What ONNX Runtime
+    then executes on integers is told by `operators`.
+    """
+    import onnx
+
+    quantized = total = 0
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def on_grid(name: str) -> bool:
+        node = makers.get(name)
+        while node is not None and node.op_type in _MOVES:
+            node = makers.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
+    for node in graph.node:
+        integer = node.op_type in _INTEGER_PRODUCTS
+        if integer or node.op_type in _PRODUCTS:
+            total += 1
+            quantized += integer or all(on_grid(name) for name in node.input[:2])
+    return quantized, total
 
 
 def _operators(path: Path) -> Mapping[str, Mapping[str, int]]:

@@ -6,17 +6,54 @@ not have jax or flax. At its top, such a module therefore imports only numpy, th
 file, in the syntax of Python 3.10. It imports the vendor's packages inside its functions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-KINDS = ("normative model", "vendor simulator", "vendor quantizer on CPU", "CPU runtime", "device")
+KINDS = (
+    "normative model",
+    "vendor simulator",
+    "vendor quantizer on CPU",
+    "CPU runtime",
+    "device",
+    "third party's model of a grid",
+    "emulated convention",
+)
 
-Session = Callable[[np.ndarray], np.ndarray]
-"""Maps inputs `(b, ...)` float32, as the graph's one input takes them, to logits `(b, classes)` float32."""
+Batch = np.ndarray | Mapping[str, np.ndarray]
+"""Inputs of a graph in its own dtypes. The array `(b, ...)` of its one input; of a graph with several inputs,
+the arrays by the inputs' names."""
+
+Session = Callable[[Batch], np.ndarray | Sequence[np.ndarray]]
+"""Maps a batch to what the graph puts out: the array of its one output, or one array for each output in the
+graph's order. Each has the shape and the layout that the ONNX graph gives it."""
+
+
+def by_name(batch: Batch, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the arrays of a batch by name.
+
+    Args:
+      batch: A batch of a graph with the inputs `names`.
+      names: Names of the graph's inputs.
+
+    >>> by_name(np.zeros(2), ["x"])
+    {'x': array([0., 0.])}
+    """
+    return dict(batch) if isinstance(batch, Mapping) else {names[0]: batch}
+
+
+def only_array(batch: Batch, tool: str) -> np.ndarray:
+    """Return the array of a batch with one input. Raises Refused, in the name of `tool`, for several.
+
+    >>> only_array(np.zeros(2), "nncase")
+    array([0., 0.])
+    """
+    if isinstance(batch, Mapping):
+        raise Refused(f"{tool} is driven with one input here, and this graph has {', '.join(batch)}")
+    return batch
 
 
 class Refused(Exception):
@@ -48,6 +85,10 @@ class Scheme:
     """(backend, scheme) whose compiled folder this scheme starts from; None starts from the ONNX file."""
     layers: str = "all"
     """"all" that the toolchain can quantize, or "matmul" where convolutions keep more bits than stated."""
+    vendor: str | None = None
+    """The vendor whose grid this scheme speaks of, where it is not that of the backend."""
+    kind: str | None = None
+    """One of `KINDS`, where it is not that of the backend."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +137,19 @@ class Compiled:
     integers, in floating point, or on a host CPU beside the accelerator."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the record that the compiler itself gives, such as cycles."""
+    products: tuple[int, int] | None = None
+    """How many of the graph's convolutions, matrix products and recurrent cells are on the scheme's grid, and
+    how many there are. None where only `operators` tells."""
 
 
 class Backend(Protocol):
     """Describe and drive a vendor's toolchain.
 
     `compile` and `load` may raise, crash or hang. The harness makes a record of it.
+
+    A backend that can leave layers in floating point has an attribute `leaves_float = True`, and its
+    `compile` takes one more argument, `float_layers: Sequence[str] = ()`: names of ONNX nodes. It raises
+    Refused for a node that the toolchain no longer has under its name.
     """
 
     name: str
@@ -126,12 +174,12 @@ class Backend(Protocol):
         """
         ...
 
-    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+    def compile(self, source: Path, calibration: Batch, scheme: Scheme, folder: Path) -> Compiled:
         """Quantize with the vendor's own quantizer, and leave in `folder` whatever `load` needs.
 
         Args:
           source: The float ONNX file, or the folder that `scheme.source` was compiled to.
-          calibration: Images `(n, ...)` float32, as the graph's one input takes them.
+          calibration: Samples, as a batch of all of them. The arrays may be memory-mapped files.
           scheme: One of `schemes`.
           folder: An empty folder. The worker's working directory is another one, which is deleted.
 

@@ -12,11 +12,24 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from qt_jax.backends import environments, ethos_u, k230, litert, openvino, ort, ryzen_ai, sophgo, tensorrt
+from qt_jax.backends import (
+    aimet,
+    environments,
+    esp_ppq,
+    ethos_u,
+    grids,
+    k230,
+    litert,
+    openvino,
+    ort,
+    ryzen_ai,
+    sophgo,
+    tensorrt,
+)
 from qt_jax.backends.protocol import Backend, Environment, Scheme
 from qt_jax.errors import InvalidInput
 
-_MODULES = (ort, openvino, litert, ethos_u, k230, sophgo, ryzen_ai, tensorrt)
+_MODULES = (ort, grids, openvino, litert, ethos_u, k230, sophgo, ryzen_ai, aimet, esp_ppq, tensorrt)
 
 BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in _MODULES}
 """Name -> backend. To register your own, set `BACKENDS[backend.name] = backend`. The file that defines its

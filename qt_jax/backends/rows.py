@@ -5,12 +5,11 @@ the key, so that a changed backend compiles again (`code`).
 """
 
 import ast
-import base64
 import functools
 import hashlib
 import json
+import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -21,18 +20,20 @@ from typing import Any
 import numpy as np
 
 from qt_jax.backends import cost, environments, steps
+from qt_jax.backends.fidelity import Output, Outputs
+from qt_jax.backends.judging import Criterion, measure
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, environments_of, file_of, scheme_of
-from qt_jax.metrics import classification_metrics, dense_metrics, reliability
 from qt_jax.provenance import cpu, provenance
 from qt_jax.records import Record, new_record
 from qt_jax.scheduler import Queue
 
 PACKAGE = Path(__file__).parents[1]
 """The folder of qt_jax, whose modules `code` follows."""
-LOGITS = "logits.npy"
-"""The file of logits in the folder of a run step."""
-NO_REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
+OUTPUTS = "outputs"
+"""The folder of outputs in the folder of a run step, as the worker writes them."""
+PRODUCTS = re.compile(r"conv|gemm|matmul|fully_?connected|gru|lstm|rnn", re.IGNORECASE)
+"""Names of operators that multiply by kernels, in the words of all vendors."""
 UNTIMED = "no product runs like this runtime, so that it is not timed"
 
 
@@ -43,10 +44,13 @@ class EvaluationJob:
     Attributes:
       folder: The folder of the evaluation, which gets its steps.
       model: The ONNX file.
-      calibration: The `.npy` file of calibration images.
-      images: The `.npy` file of test images.
-      labels: Labels `(n,)`, or `(n, height, width)` for segmentation; integers.
-      hashes: SHA-256 of "model", "calibration", "images" and "labels".
+      outputs: The graph's outputs, and whether each has a batch axis in front; None if that is not certain.
+      calibration: The `.npy` file of calibration samples by input.
+      samples: The `.npy` file of test samples by input. The first ones are meant.
+      labels: Labels `(n, ...)`; None without any.
+      hashes: SHA-256 of "model", "calibration", "images" and "labels", which is "" without any.
+      judging: What decides how outputs are judged, for the key: the metric and the void label.
+      float_layers: Names of the nodes to leave in floating point.
       limits: What each step may take.
       identity: Keys of the records that say what was evaluated: run, task, model, method, seed, checkpoint.
       calibration_size: How many calibration images there are.
@@ -62,10 +66,13 @@ class EvaluationJob:
 
     folder: Path
     model: Path
-    calibration: Path
-    images: Path
-    labels: np.ndarray
+    outputs: Mapping[str, bool | None]
+    calibration: Mapping[str, Path]
+    samples: Mapping[str, Path]
+    labels: np.ndarray | None
     hashes: Mapping[str, str]
+    judging: tuple[str | None, int | None]
+    float_layers: tuple[str, ...]
     limits: steps.Limits
     identity: Mapping[str, Any]
     calibration_size: int
@@ -97,6 +104,23 @@ class EvaluationJob:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Hold what all rows of an evaluation are compared with.
+
+    Attributes:
+      criterion: What is judged.
+      reference: Outputs of the float network for all samples.
+      warnings: Sentences about what looks wrong with the network and its data.
+      notes: Sentences about how the network was prepared and is judged.
+    """
+
+    criterion: Criterion
+    reference: Outputs
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Evaluate a scheme of a backend on one runtime, over the first `n` test images of a job."""
 
@@ -111,7 +135,7 @@ class Evaluation:
         """Hash everything that decides what the record says, except the clock and the limits."""
         identity = sorted((name, str(value)) for name, value in self.job.identity.items() if name != "run")
         price = self.job.price_per_hour if self.runtime.timed else None
-        return _hash(self._run_key, self.job.hashes["labels"], identity, price)
+        return _hash(self._run_key, self.job.hashes["labels"], identity, price, self.job.judging)
 
     @cached_property
     def _run_key(self) -> str:
@@ -129,33 +153,42 @@ class Evaluation:
         compiled = compile_scheme(self.job, self.backend, self.scheme)
         return compiled if compiled.status != "ok" else self._step("run", compiled)
 
-    def logits(self) -> np.ndarray:
-        """Return the logits of a successful `run`, which is repeated if their file is damaged."""
+    def outputs(self) -> dict[str, Output]:
+        """Return the outputs of a successful `run`, which is repeated if their files are damaged."""
         try:
-            return np.load(self.run().folder / LOGITS)
-        except (OSError, ValueError, EOFError):
+            return read_outputs(self.run().folder / OUTPUTS, self.job.outputs)
+        except (OSError, ValueError, EOFError, KeyError):
             shutil.rmtree(self.run().folder)
-            return np.load(self.run().folder / LOGITS)
+            return read_outputs(self.run().folder / OUTPUTS, self.job.outputs)
 
-    def record(self, reference: np.ndarray | None) -> Record:
+    def record(self, judge: Judge, is_reference: bool = False) -> Record:
         """Run the row and return its record.
 
         Args:
-          reference: Float logits of all test images; None if this row is the reference itself.
+          judge: What the row is compared with.
+          is_reference: Whether this row is the reference itself.
         """
+        about: Record = {"warnings": list(judge.warnings), "notes": list(judge.notes)}
+        about |= {"float_layers": list(self.job.float_layers), "products": None}
         reason = self.missing()
         if reason is not None:
-            return self._record({"status": "unavailable", "reason": reason}, 0.0)
+            return self._record(about | {"status": "unavailable", "reason": reason}, 0.0)
         answer = self.run()
         log = str((answer.folder / steps.LOG).relative_to(self.job.folder))
         if answer.status != "ok":
             failed = {"status": answer.status, "reason": answer.reason, "log": log}
-            return self._record(failed, answer.seconds)
+            return self._record(about | failed, answer.seconds)
         compiled = compile_scheme(self.job, self.backend, self.scheme)
-        about = {"model_bytes": compiled.result["model_bytes"], "operators": compiled.result["operators"]}
-        labels = self.job.labels[: self.n]
-        found = measure(self.logits(), labels, None if reference is None else reference[: self.n])
+        about |= {"model_bytes": compiled.result["model_bytes"], "operators": compiled.result["operators"]}
+        products = quantized_products(compiled.result, self.scheme)
+        about["products"] = products
         seconds = compiled.seconds + answer.seconds
+        if products is not None and not products["quantized"]:
+            reason = _nothing_quantized(compiled.result["operators"], products["total"])
+            return self._record(about | {"log": log, "status": "invalid", "reason": reason}, seconds)
+        reference = {name: output[: self.n] for name, output in judge.reference.items()}
+        labels = None if self.job.labels is None else self.job.labels[: self.n]
+        found = measure(judge.criterion, self.outputs(), None if is_reference else reference, labels)
         if found["status"] == "ok":
             speed, reason = self._speed(compiled)
             found |= speed | dict(compiled.result["measured"])
@@ -180,10 +213,11 @@ class Evaluation:
             "scheme": self.scheme.name,
             "runtime": self.runtime.name,
             "compiled": str((compiled.folder / "compiled").absolute()),
-            "inputs": str(self.job.images.absolute()),
+            "inputs": {name: str(path.absolute()) for name, path in self.job.samples.items()},
+            "outputs": dict(self.job.outputs),
             "n": self.n,
             "max_batch": self.job.max_batch,
-            "logits": f"./{LOGITS}",
+            "folder": f"./{OUTPUTS}",
         }
         name = f"{self.backend.name}-{self.scheme.name}-{self.runtime.name}-{step}-{self._run_key[:12]}"
         return self.job.perform(name, self.backend, description, anywhere=not self.runtime.timed)
@@ -198,9 +232,9 @@ class Evaluation:
             key=self.key,
             data=_hash(self.job.hashes["images"], self.job.hashes["calibration"], self.job.hashes["labels"]),
             backend=backend.name,
-            vendor=backend.vendor,
+            vendor=scheme.vendor or backend.vendor,
             stands_for=backend.stands_for,
-            kind=backend.kind,
+            kind=scheme.kind or backend.kind,
             runtime=self.runtime.name,
             simulated=self.runtime.simulated,
             scheme=scheme.name,
@@ -215,6 +249,64 @@ class Evaluation:
             limits=asdict(self.job.limits),
             **about | measured,
         )
+
+
+def read_outputs(folder: Path, names: Mapping[str, bool | None]) -> dict[str, Output]:
+    """Return the outputs that a worker has written: memory-mapped arrays, or lists where shapes vary.
+
+    Where it is not certain that an output has a batch axis, an axis of one element in all samples is one.
+    """
+    found: dict[str, Output] = {}
+    for place, (name, batched) in enumerate(names.items()):
+        path = folder / f"{place}.npy"
+        if path.exists():
+            array = np.load(path, mmap_mode="r")
+            found[name] = array[:, 0] if batched is None and array.shape[1:2] == (1,) else array
+            continue
+        with np.load(path.with_suffix(".npz")) as file:
+            shapes, values = file["shapes"], file["values"]
+        ends = np.cumsum(shapes.prod(axis=1))[:-1]
+        parts = zip(np.split(values, ends), shapes, strict=True)
+        found[name] = [part.reshape(shape) for part, shape in parts]
+    return found
+
+
+def quantized_products(result: Mapping[str, Any], scheme: Scheme) -> dict[str, int] | None:
+    """Return how many products of a compiled graph are on integers ("quantized"), and of how many ("total").
+
+    Products are convolutions, matrix products and recurrent cells. Of a graph without any, all operators
+    count.
+
+    Args:
+      result: What a compile step found: its "operators", and "products" if the backend counts them itself.
+      scheme: The scheme. Only those on integers are counted.
+
+    Returns:
+      None for a scheme that quantizes nothing to integers, and where the toolchain does not tell.
+
+    >>> counts = {"Conv": {"integer": 3, "float": 1}, "Relu": {"float": 2}}
+    >>> quantized_products({"operators": counts, "products": None}, Scheme("int8", 8, 8))
+    {'quantized': 3, 'total': 4}
+    """
+    if scheme.number_format != "integer" or scheme.weight_bits >= 32:
+        return None
+    operators = result["operators"]
+    counts = {name: kinds for name, kinds in operators.items() if PRODUCTS.search(name)} or operators
+    if (products := result.get("products")) is not None and (products[1] or not counts):
+        return {"quantized": products[0], "total": products[1]} if products[1] else None
+    total = sum(sum(kinds.values()) for kinds in counts.values())
+    integer = sum(kinds.get("integer", 0) for kinds in counts.values())
+    return {"quantized": integer, "total": total} if total else None
+
+
+def _nothing_quantized(operators: Mapping[str, Mapping[str, int]], total: int) -> str:
+    """Say that a toolchain left a network in floating point."""
+    counts = {name: sum(kinds.values()) for name, kinds in operators.items() if PRODUCTS.search(name)}
+    listed = ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) or f"{total} operators"
+    return (
+        f"nothing was quantized: the toolchain left everything in floating point ({listed}), so that this is "
+        "no low-bit row"
+    )
 
 
 def compile_scheme(job: EvaluationJob, backend: Backend, scheme: Scheme) -> steps.Answer:
@@ -233,8 +325,9 @@ def compile_scheme(job: EvaluationJob, backend: Backend, scheme: Scheme) -> step
         "backend_file": str(file_of(backend)),
         "scheme": scheme.name,
         "source": str(source.absolute()),
-        "calibration": str(job.calibration.absolute()),
+        "calibration": {name: str(path.absolute()) for name, path in job.calibration.items()},
         "compiled": "./compiled",
+        "float_layers": list(job.float_layers) if scheme.weight_bits < 32 else [],
     }
     name = f"{backend.name}-{scheme.name}-compile-{_compile_key(job, backend, scheme)[:12]}"
     return job.perform(name, backend, description, anywhere=True)
@@ -250,7 +343,7 @@ def _compile_key(job: EvaluationJob, backend: Backend, scheme: Scheme) -> str:
     """Hash everything that decides what a scheme compiles to."""
     parent = None if scheme.source is None else _compile_key(job, *_source(backend, scheme.source))
     own = [code(file_of(backend)), code(steps.WORKER), asdict(scheme), environments.versions(backend)]
-    return _hash(job.hashes["model"], job.hashes["calibration"], parent, own)
+    return _hash(job.hashes["model"], job.hashes["calibration"], parent, own, job.float_layers)
 
 
 def _hash(*content: Any) -> str:
@@ -278,7 +371,7 @@ def code(file: Path) -> tuple[str, ...]:
     while ahead:
         path = ahead.pop()
         if path not in found:
-            tree = _bare(ast.parse(path.read_text()))
+            tree = _bare(ast.parse(path.read_text(encoding="utf-8")))
             found[path] = ast.dump(tree)
             ahead += [other for node in ast.walk(tree) for other in _imported(node)]
     return tuple(found[path] for path in sorted(found))
@@ -310,45 +403,3 @@ def _imported(node: ast.AST) -> list[Path]:
     place = PACKAGE.joinpath(*parts)
     candidates = [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
     return [path for path in candidates if path.is_file()]
-
-
-def measure(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
-    """Return the record keys that come from logits.
-
-    Args:
-      logits: `(n, classes)`, or `(n, classes, height, width)` for segmentation; float.
-      labels: `(n,)`, or `(n, height, width)` for segmentation; integers.
-      reference: Logits of the float model, of the same shape; None where `logits` are the reference.
-
-    Returns:
-      The metrics, status and reason. The status is "invalid" if the shape is wrong or a value is not finite.
-
-    Raises:
-      InvalidInput: A label is not one of the classes.
-    """
-    alone = (len(labels), *logits.shape[1:2], *labels.shape[1:])
-    expected = alone if reference is None else reference.shape
-    if logits.shape != expected:
-        reason = f"logits have shape {logits.shape}, expected {expected}"
-        return {"status": "invalid", "reason": reason}
-    broken = int(np.sum(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1)))
-    if broken:
-        reason = f"logits of {broken} of {len(labels)} images are not finite"
-        return {"status": "invalid", "reason": reason}
-    metrics = _classifier_metrics if labels.ndim == 1 else dense_metrics
-    return metrics(logits, labels, reference) | {
-        "status": "ok",
-        "reason": NO_REFERENCE if reference is None else None,
-    }
-
-
-def _classifier_metrics(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> Record:
-    """Return the metrics of a classifier, its reliability diagram, and its decision for each image."""
-    own = classification_metrics(logits, labels, reference)
-    floating = own if reference is None else classification_metrics(reference, labels)
-    decisions = logits.argmax(axis=1).astype("<u2").tobytes()
-    return own | {
-        "reference_top1": floating["top1"],
-        "reliability": reliability(logits, labels),
-        "predictions": base64.b64encode(zlib.compress(decisions, 9)).decode(),
-    }

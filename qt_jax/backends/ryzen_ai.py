@@ -33,9 +33,13 @@ Numerics
     its share of the exponents, rounded. Integer kernels have one scale per tensor. Blocks are finer than
     channels, so these schemes are recorded as per channel.
 
+    A layer that is left in float keeps its float kernel. What it writes is still rounded to the grid of the
+    layer that reads it. `products` counts what multiplies values of the grid, blocks included.
+
 Surprises
-    Every configuration first equalizes the ranges of neighbouring layers (CLE), bf16 too. The first use
-    compiles Quark's operators with a C++ compiler. The compiled operators stay in the environment. These
+    The weights of a recurrent cell stay float: only what it reads and writes is quantized. Every
+    configuration first equalizes the ranges of neighbouring layers (CLE), bf16 too. The first use compiles
+    Quark's operators with a C++ compiler. The compiled operators stay in the environment. These
     configurations are left out: those that fine-tune (AdaRound, AdaQuant), the automatic mixtures, VINT8,
     which asks for random calibration data, and MATMUL_NBITS, which leaves Conv and Gemm in float. There are
     no 4-bit integers for Conv: given ONNX Runtime's QInt4, Quark answers that it supports only INT8, UINT8,
@@ -46,18 +50,30 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qt_jax.backends.protocol import Compiled, Environment, Runtime, Scheme, Session
+from qt_jax.backends.protocol import (
+    Batch,
+    Compiled,
+    Environment,
+    Refused,
+    Runtime,
+    Scheme,
+    Session,
+    by_name,
+)
 
 MODEL = "model.onnx"
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 """The environment variable that names the folder of Quark's compiled operators."""
 
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN")
+_MOVES = ("Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice")
+"""Operators that put out values of the grid of their first input."""
 _PERCENTILE = "percentile 99.999"
 _CONFIGURATIONS = (
     ("XINT8", 8, 8, False, "power-of-two MinMSE"),
@@ -126,6 +142,7 @@ class RyzenAI:
         variables={EXTENSIONS: "{site}/torch_extensions"},
     )
     packages = ("amd-quark", "onnxruntime", "torch", "onnx", "numpy")
+    leaves_float = True
     schemes = tuple(
         Scheme(
             name.lower().replace("_", "-"),
@@ -148,8 +165,15 @@ class RyzenAI:
             )
         return None
 
-    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
-        """Quantize with Quark. It gets the images one by one, regardless of the graph's batch size."""
+    def compile(
+        self,
+        source: Path,
+        calibration: Batch,
+        scheme: Scheme,
+        folder: Path,
+        float_layers: Sequence[str] = (),
+    ) -> Compiled:
+        """Quantize with Quark. It gets the samples one by one, regardless of the graph's batch size."""
         import onnx
 
         with _one_builder():
@@ -158,15 +182,24 @@ class RyzenAI:
 
         model = onnx.load(source, load_external_data=False)
         weights = {initializer.name for initializer in model.graph.initializer}
-        [name] = [value.name for value in model.graph.input if value.name not in weights]
+        names = [value.name for value in model.graph.input if value.name not in weights]
         configuration = _BY_SCHEME[scheme.name]
-        quantizer = ModelQuantizer(Config(global_quant_config=get_default_config(configuration)))
+        settings = get_default_config(configuration)
+        settings.nodes_to_exclude = [*settings.nodes_to_exclude, *float_layers]
+        quantizer = ModelQuantizer(Config(global_quant_config=settings))
         target = folder / MODEL
-        quantizer.quantize_model(str(source), str(target), _reader(name, calibration))
+        quantizer.quantize_model(str(source), str(target), _reader(by_name(calibration, names)))
         # Formats that ONNX lacks are stored as float32, and the size of the file then says nothing.
         size = target.stat().st_size if configuration in _INTEGER_KERNELS else None
-        nodes = onnx.load(target, load_external_data=False).graph.node
-        return Compiled(size, count_operators((n.op_type, n.input, n.output) for n in nodes))
+        graph = onnx.load(target, load_external_data=False).graph
+        lost = sorted(set(float_layers) - {node.name for node in graph.node})
+        if lost:
+            raise Refused(
+                f"Quark has no node {lost[0]!r} any more: it has fused it with another, or renamed it"
+            )
+        nodes = [(node.op_type, list(node.input), list(node.output)) for node in graph.node]
+        products = None if scheme.number_format == "float" else count_products(nodes)
+        return Compiled(size, count_operators(nodes), products=products)
 
     def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
         import onnxruntime
@@ -180,13 +213,10 @@ class RyzenAI:
         options.register_custom_ops_library(get_library_path())
         path = folder / MODEL
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        entry = session.get_inputs()[0]
-        fixed = entry.shape[0] if isinstance(entry.shape[0], int) else None
+        names = [entry.name for entry in session.get_inputs()]
 
-        def run(images: np.ndarray) -> np.ndarray:
-            step = fixed or len(images)
-            starts = range(0, len(images), step)
-            return np.concatenate([session.run(None, {entry.name: images[i : i + step]})[0] for i in starts])
+        def run(batch: Batch) -> list[np.ndarray]:
+            return session.run(None, by_name(batch, names))
 
         return run
 
@@ -220,6 +250,8 @@ def count_operators(nodes: Iterable[tuple[str, list[str], list[str]]]) -> dict[s
         integer = any(name in kept for name in outputs) and all(
             name in fed for name in inputs if name in produced
         )
+        if operator in _PRODUCTS and inputs[1] not in fed:
+            integer = False  # its kernel is a float constant
         if operator == "QuantizeLinear" or (_computes(operator) and integer):
             kept.update(inputs)
         if _computes(operator):
@@ -229,6 +261,30 @@ def count_operators(nodes: Iterable[tuple[str, list[str], list[str]]]) -> dict[s
     return dict(sorted(counts.items()))
 
 
+def count_products(nodes: Iterable[tuple[str, list[str], list[str]]]) -> tuple[int, int]:
+    """Count the convolutions, matmuls and recurrent cells that multiply values of the grid, and all of them.
+
+    Both operands must have been rounded to the grid, of integers or of blocks, or lie behind operators that
+    only move values or clip them.
+
+    Args:
+      nodes: (operator, inputs, outputs) of each node, in order.
+
+    >>> count_products([("DequantizeLinear", ["q"], ["x"]), ("DequantizeLinear", ["r"], ["w"]),
+    ...                 ("Relu", ["x"], ["y"]), ("Conv", ["y", "w"], ["z"]), ("Gemm", ["z", "w"], ["v"])])
+    (1, 2)
+    """
+    rounded: set[str] = set()
+    quantized = total = 0
+    for operator, inputs, outputs in nodes:
+        if not _computes(operator) or (operator in _MOVES and inputs[0] in rounded):
+            rounded.update(outputs if operator != "Constant" else ())
+        if operator in _PRODUCTS:
+            total += 1
+            quantized += rounded.issuperset(inputs[:2])
+    return quantized, total
+
+
 def _computes(operator: str) -> bool:
     """Tell whether an operator is neither a constant nor a conversion."""
     return operator != "Constant" and not operator.endswith(
@@ -236,25 +292,29 @@ def _computes(operator: str) -> bool:
     )
 
 
-def _reader(name: str, images: np.ndarray) -> Any:
-    """Return a reader that feeds the input called `name` one image at a time."""
+def _reader(arrays: Mapping[str, np.ndarray]) -> Any:
+    """Return a reader that feeds one sample at a time, by the inputs' names."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Images(CalibrationDataReader):
+    count = len(next(iter(arrays.values())))
+
+    class Samples(CalibrationDataReader):
         def __init__(self) -> None:
             self.rewind()
 
         def __len__(self) -> int:
-            return len(images)
+            return count
 
         def rewind(self) -> None:
-            self._pending = iter(images)
+            self._pending = iter(range(count))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self._pending, None)
-            return None if image is None else {name: np.ascontiguousarray(image[None])}
+            i = next(self._pending, None)
+            if i is None:
+                return None
+            return {name: np.ascontiguousarray(values[i : i + 1]) for name, values in arrays.items()}
 
-    return Images()
+    return Samples()
 
 
 @contextlib.contextmanager

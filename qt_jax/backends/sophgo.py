@@ -27,7 +27,12 @@ Execution
     int4, which is compiled for one image, because its results depend on the batch. All others gave bit-equal
     logits at batch 1 and 16.
 
+    Layers that are left in float are named in tpu-mlir's quantize table: float32, and bfloat16 on CV181x,
+    which has no float32. tpu-mlir fuses a convolution with what follows, which is then in float as well.
+
 Surprises
+    Calibration crashes on a GRU or an LSTM. Outputs of CV181x have four axes, whatever the graph says: each
+    gets the shape that it has in the converted graph.
     Every bmodel carries the chip's kernel library, some 5 MB of a model's bytes on BM1684X and BM1688.
     BM1684 accepts W4INT8 but keeps 8-bit kernels. For W4INT8, code generation fails on BM1684X and CV181x.
     Full INT4 compiles without a warning and collapses to chance on the C model. Its logits change with the
@@ -39,18 +44,29 @@ Surprises
 """
 
 import ctypes
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qt_jax.backends.protocol import Compiled, Environment, Refused, Runtime, Scheme, Session
+from qt_jax.backends.protocol import (
+    Batch,
+    Compiled,
+    Environment,
+    Refused,
+    Runtime,
+    Scheme,
+    Session,
+    by_name,
+)
 
 BATCH = 16
 NEWEST_OPSET, NEWEST_IR = 19, 9
@@ -59,8 +75,14 @@ NEWEST_OPSET, NEWEST_IR = 19, 9
 FLOAT = "bm1688-f32"
 SINGLE, BATCHED = "single", "batched"
 """Folders beside the compiled float model: the converted graph for one image, and for `BATCH` of them."""
+LAYERS, LAYOUT = "layers.json", "layout.json"
+"""Files: operation of the converted graph for each ONNX node; names of inputs and shapes of outputs."""
 
 _CALIBRATIONS = {"kl": "kl of 2048 bins, tuned on 5 images", "max": "max, tuned on 5 images"}
+_PRODUCTS = {"Conv": "Conv", "ConvTranspose": "Deconv", "Gemm": "MatMul", "MatMul": "MatMul"}
+"""ONNX operator -> tpu-mlir's."""
+_FUSED = {"Relu", "Clip", "BatchNormalization", "Add", "Mul"}
+"""Operators that tpu-mlir may fuse with the one before, which then has their name."""
 _SIGNATURE = re.compile(r'"tpu\.(\w+)"\(.* : \((.*)$')
 _ELEMENT = re.compile(r"tensor<(?:\d+x)*([^<>,\s]+)")
 _MOVES = {"Reshape", "Permute"}
@@ -133,6 +155,7 @@ class Sophgo:
         },
     )
     packages = ("tpu_mlir", "onnx", "onnxsim", "numpy")
+    leaves_float = True
     schemes = (
         _scheme(FLOAT, 32, 32, None),
         _scheme("bm1688-int8", 8, 8, True),
@@ -150,22 +173,34 @@ class Sophgo:
     def available(self) -> str | None:
         return None
 
-    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+    def compile(
+        self,
+        source: Path,
+        calibration: Batch,
+        scheme: Scheme,
+        folder: Path,
+        float_layers: Sequence[str] = (),
+    ) -> Compiled:
         """Compile for the scheme's chip. The float scheme also leaves what the others share."""
         if scheme.source is None:
             _convert(source, calibration, folder)
             source = folder
+        else:
+            shutil.copy(source / LAYOUT, folder / LAYOUT)
         batched = (source / BATCHED).is_dir() and not scheme.name.endswith("int4")
         work = Path("deploy").absolute()
         shutil.copytree(source / (BATCHED if batched else SINGLE), work)
         chip, quantization, *options = scheme.name.split("-")
         model = folder / _file(chip)
         shutil.copy(source / ("max" if "max" in options else "kl"), work / "table")
+        left = _float_table(json.loads((source / LAYERS).read_text()), float_layers, chip)
+        (work / "float_layers").write_text(left)
         _tool(
             "model_deploy", work, "--mlir", "net.mlir", "--chip", chip, "--quantize", quantization,
             "--calibration_table", "table", "--model", model.name,
             "--tolerance", "0,0", "--skip_validation",  # nothing is compared: no test input is given
             *(["--asymmetric"] if "asym" in options else []),
+            *(["--quantize_table", "float_layers"] if left else []),
         )  # fmt: skip
         shutil.copy(work / model.name, model)
         [lowered] = work.glob("*_tpu.mlir")
@@ -175,17 +210,29 @@ class Sophgo:
         """Load the chip's C model. Batches are cut, or padded with zeros, to the compiled one."""
         chip = scheme.name.split("-")[0]
         model, network = _network(str(folder / _file(chip)), chip)
-        [placed] = network.inputs
-        batch = placed.data.shape[0]
+        layout = json.loads((folder / LAYOUT).read_text())
+        names = layout["inputs"]
+        placed = dict(zip(names, network.inputs, strict=True))
+        batch = next(iter(placed.values())).data.shape[0]
 
-        def step(images: np.ndarray) -> np.ndarray:
-            placed.data[: len(images)] = images
-            placed.data[len(images) :] = 0
+        def step(arrays: Mapping[str, np.ndarray], size: int) -> list[np.ndarray]:
+            for name, tensor in placed.items():
+                tensor.data[:size] = arrays[name].reshape(size, *tensor.data.shape[1:])
+                tensor.data[size:] = 0
             network.forward()
-            return np.array(network.outputs[0].data, np.float32).reshape(batch, -1)[: len(images)]
+            return [
+                np.array(output.data, dtype).reshape(batch, *shape)[:size]
+                for output, (shape, dtype) in zip(network.outputs, layout["outputs"], strict=True)
+            ]
 
-        def session(images: np.ndarray, keep: Any = model) -> np.ndarray:
-            return np.concatenate([step(images[i : i + batch]) for i in range(0, len(images), batch)])
+        def session(given: Batch, keep: Any = model) -> list[np.ndarray]:
+            arrays = by_name(given, names)
+            count = len(arrays[names[0]])
+            steps = [
+                step({name: values[i : i + batch] for name, values in arrays.items()}, min(batch, count - i))
+                for i in range(0, count, batch)
+            ]
+            return [np.concatenate(parts) for parts in zip(*steps, strict=True)]
 
         return session
 
@@ -213,35 +260,98 @@ def _network(file: str, chip: str) -> tuple[Any, Any]:
     return model, model.Net(model.networks[0])
 
 
-def _convert(source: Path, calibration: np.ndarray, folder: Path) -> None:
+def _convert(source: Path, calibration: Batch, folder: Path) -> None:
     """Write the graph in tpu-mlir's own form and its calibration tables to `folder`."""
     from qt_jax.export.storage import save
 
     model = read(source)
     prepared = Path("float.onnx").absolute()
     save(model, prepared)
-    [taken] = model.graph.input
-    fixed = taken.type.tensor_type.shape.dim[0].dim_value == 1
+    arrays = by_name(calibration, [value.name for value in model.graph.input])
+    fixed = any(value.type.tensor_type.shape.dim[0].dim_value == 1 for value in model.graph.input)
     for place, batch in ((SINGLE, 1),) if fixed else ((SINGLE, 1), (BATCHED, BATCH)):
         work = Path(place).absolute()
         work.mkdir()
-        shape = str([[batch, *calibration.shape[1:]]]).replace(" ", "")
+        shapes = str([[batch, *values.shape[1:]] for values in arrays.values()]).replace(" ", "")
         _tool(
             "model_transform", work, "--model_name", "net", "--model_def", prepared,
-            "--input_shapes", shape, "--mlir", "net.mlir",
+            "--input_shapes", shapes, "--mlir", "net.mlir",
         )  # fmt: skip
         (folder / place).mkdir()
         for file in (work / "net.mlir", *work.glob("*weight.npz")):
             shutil.copy(file, folder / place)
-    images = Path("images").absolute()
-    images.mkdir()
-    for i, image in enumerate(calibration):
-        np.savez(images / f"{i:06}.npz", **{taken.name: image[None]})
+    converted = (folder / SINGLE / "net.mlir").read_text()
+    (folder / LAYERS).write_text(json.dumps(layers(model.graph, converted)))
+    (folder / LAYOUT).write_text(json.dumps({"inputs": list(arrays), "outputs": _outputs(model, converted)}))
+    samples = Path("samples").absolute()
+    samples.mkdir()
+    count = len(next(iter(arrays.values())))
+    for i in range(count):
+        np.savez(samples / f"{i:06}.npz", **{name: values[i : i + 1] for name, values in arrays.items()})
     for method in _CALIBRATIONS:
         _tool(
-            "run_calibration", Path(SINGLE).absolute(), "net.mlir", "--dataset", images,
-            "--input_num", len(calibration), "--cali_method", method, "-o", folder / method,
+            "run_calibration", Path(SINGLE).absolute(), "net.mlir", "--dataset", samples,
+            "--input_num", count, "--cali_method", method, "-o", folder / method,
         )  # fmt: skip
+
+
+def layers(graph: Any, converted: str) -> dict[str, str]:
+    """Return the name in tpu-mlir's graph of every ONNX node that has one there.
+
+    An operation is called by an output and the operator of its ONNX node. If operators were fused, it has the
+    name of the last one.
+
+    Args:
+      graph: The ONNX graph.
+      converted: The text of tpu-mlir's graph.
+    """
+    places = dict(re.findall(r'^(#loc\d+) = loc\("(.*)"\)$', converted, re.MULTILINE))
+    found = re.findall(r'"top\.(\w+)"\(.* loc\((#loc\d+)\)$', converted, re.MULTILINE)
+    operators = {places[place]: operator for operator, place in found if place in places}
+    readers = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    named = {}
+    for node in graph.node:
+        last, wanted = node, _PRODUCTS.get(node.op_type)
+        while True:
+            name = f"{last.output[0]}_{last.op_type}"
+            if name in operators and wanted in (None, operators[name]):
+                named[node.name] = name
+                break
+            following = readers[last.output[0]]
+            if name in operators or len(following) != 1 or following[0].op_type not in _FUSED:
+                break
+            [last] = following
+    return named
+
+
+def _float_table(names: Mapping[str, str], float_layers: Sequence[str], chip: str) -> str:
+    """Return tpu-mlir's table of the operations that stay in float; empty if there is none.
+
+    CV181x has no float32: they stay in bfloat16. Raises Refused for a node that tpu-mlir has not kept.
+    """
+    lost = [layer for layer in float_layers if layer not in names]
+    if lost:
+        raise Refused(f"tpu-mlir has no operation for the node {lost[0]!r}, or has fused it with others")
+    mode = "BF16" if chip.startswith("cv") else "F32"
+    return "".join(f"{names[layer]} {mode}\n" for layer in float_layers)
+
+
+def _outputs(model: Any, converted: str) -> list[tuple[list[int], str]]:
+    """Return the shape of each output for one image, in the graph's order, and its dtype."""
+    import onnx
+
+    [types] = re.findall(r"^ *return .* : (.*?)(?: loc\(.*\))?$", converted, re.MULTILINE)
+    shapes = [[int(size) for size in text.split("x")[:-1]] for text in re.findall(r"tensor<([^>]*)>", types)]
+    dtypes = [
+        onnx.helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type).name
+        for output in model.graph.output
+    ]
+    if any(not shape or shape[0] != 1 for shape in shapes) or len(shapes) != len(dtypes):
+        raise Refused(f"tpu-mlir made outputs of the shapes {shapes}, which do not begin with the batch")
+    return [(shape[1:], dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 def read(source: Path) -> Any:

@@ -118,7 +118,7 @@ def perform(
             shutil.rmtree(scratch, ignore_errors=True)
             raise Stopped
         answer = _outcome(scratch, job["step"], status, limits)
-        (scratch / ANSWER).write_text(json.dumps(answer))
+        (scratch / ANSWER).write_text(json.dumps(answer), encoding="utf-8")
         os.replace(scratch, folder)
         return _parse(answer, folder)
 
@@ -168,7 +168,7 @@ def cached(folder: Path, limits: Limits, retry: bool = False) -> Answer | None:
     give more time or memory than it had.
     """
     try:
-        found = _parse(json.loads((folder / ANSWER).read_text()), folder)
+        found = _parse(json.loads((folder / ANSWER).read_text(encoding="utf-8")), folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     starved = found.status in ("timeout", "crashed") and limits.exceed(found.limits)
@@ -207,7 +207,7 @@ def _execute(
         if isinstance(value, str) and value.startswith("./")
     }
     memory = {"answer": str(scratch.absolute() / REPLY), "memory_bytes": int(limits.gibibytes * 2**30)}
-    (scratch / "job.json").write_text(json.dumps({**job, **places, **memory}))
+    (scratch / "job.json").write_text(json.dumps({**job, **places, **memory}), encoding="utf-8")
     command = [environments.interpreter(environment), WORKER, (scratch / "job.json").absolute()]
     if STOPPING.is_set():
         return None
@@ -240,7 +240,7 @@ def _outcome(scratch: Path, step: str, exit_status: int | str | None, limits: Li
         reason = f"{step} was stopped after {limits.seconds:g} s (--timeout)"
         return _failed("timeout", reason, limits, limits.seconds)
     try:
-        reply = json.loads((scratch / REPLY).read_text())
+        reply = json.loads((scratch / REPLY).read_text(encoding="utf-8"))
         seconds = float(reply["seconds"])
         if "result" not in reply:
             status = "refused" if reply["refused"] else "crashed"
@@ -289,7 +289,7 @@ def _record_crash(folder: Path, reason: str, limits: Limits) -> Answer:
     with _lock(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / LOG).write_text(f"{reason}\n")
+        (folder / LOG).write_text(f"{reason}\n", encoding="utf-8")
         write_whole(folder / ANSWER, json.dumps(answer))
         return _parse(answer, folder)
 

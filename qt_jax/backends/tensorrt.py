@@ -19,16 +19,20 @@ Timing includes the copies to and from the GPU, because a caller waits for them.
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qt_jax.backends.protocol import Compiled, Refused, Runtime, Scheme, Session
+from qt_jax.backends.protocol import Batch, Compiled, Refused, Runtime, Scheme, Session, by_name
 
 ENGINE = "model.engine"
 BATCH = 32
 WORKSPACE = 2 << 30
 """Bytes that TensorRT may use while it builds."""
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN")
 
 FP32 = Scheme("fp32", 32, 32, number_format="float")
 FP16 = Scheme("fp16", 16, 16, number_format="float")
@@ -48,6 +52,7 @@ class TensorRT:
     kind = "device"
     environment = None
     packages = ("tensorrt", "torch", "onnxruntime", "onnx")
+    leaves_float = True
     schemes = (FP32, FP16, INT8)
     runtimes = (Runtime("gpu", "TensorRT engine on GPU 0, copies included", batch=BATCH, timed=True),)
 
@@ -63,14 +68,23 @@ class TensorRT:
                 return f"{package} is not importable: install {remedy}, to match the driver"
         return None
 
-    def compile(self, source: Path, calibration: np.ndarray, scheme: Scheme, folder: Path) -> Compiled:
+    def compile(
+        self,
+        source: Path,
+        calibration: Batch,
+        scheme: Scheme,
+        folder: Path,
+        float_layers: Sequence[str] = (),
+    ) -> Compiled:
         """Build an engine for this GPU and TensorRT version, for batches of 1 to `BATCH`."""
+        arrays = by_name(calibration, _input_names(source))
+        products = None
         if scheme == INT8:
-            _insert_pairs(source, Path("quantized.onnx"), calibration)
+            products = _insert_pairs(source, Path("quantized.onnx"), arrays, float_layers)
             source = Path("quantized.onnx")
-        engine = _build(source, calibration.shape[1:], scheme)
+        engine = _build(source, {name: values.shape[1:] for name, values in arrays.items()}, scheme)
         (folder / ENGINE).write_bytes(engine)
-        return Compiled(len(engine))
+        return Compiled(len(engine), products=products)
 
     def load(self, folder: Path, scheme: Scheme, runtime: Runtime) -> Session:
         import tensorrt
@@ -83,25 +97,25 @@ class TensorRT:
         context = engine.create_execution_context()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         modes = [engine.get_tensor_mode(name) for name in names]
-        [entry] = [n for n, mode in zip(names, modes, strict=True) if mode == tensorrt.TensorIOMode.INPUT]
-        [result] = [n for n, mode in zip(names, modes, strict=True) if mode == tensorrt.TensorIOMode.OUTPUT]
-        fixed = engine.get_tensor_shape(entry)[0]
+        entries = [n for n, mode in zip(names, modes, strict=True) if mode == tensorrt.TensorIOMode.INPUT]
+        results = [n for n, mode in zip(names, modes, strict=True) if mode == tensorrt.TensorIOMode.OUTPUT]
         stream = torch.cuda.Stream()
 
-        def run(images: np.ndarray) -> np.ndarray:
+        def session(batch: Batch) -> list[np.ndarray]:
             with torch.cuda.stream(stream):
-                inputs = torch.tensor(images, device="cuda")
-                context.set_input_shape(entry, tuple(images.shape))
-                logits = torch.empty(tuple(context.get_tensor_shape(result)), device="cuda")
-                context.set_tensor_address(entry, inputs.data_ptr())
-                context.set_tensor_address(result, logits.data_ptr())
+                inputs = {
+                    name: torch.tensor(values, device="cuda")
+                    for name, values in by_name(batch, entries).items()
+                }
+                for name, tensor in inputs.items():
+                    context.set_input_shape(name, tuple(tensor.shape))
+                    context.set_tensor_address(name, tensor.data_ptr())
+                outputs = {name: _empty(engine, context, name) for name in results}
+                for name, tensor in outputs.items():
+                    context.set_tensor_address(name, tensor.data_ptr())
                 if not context.execute_async_v3(stream.cuda_stream):
                     raise RuntimeError("TensorRT did not execute its engine; its log says why")
-                return logits.cpu().numpy()  # waits for the stream
-
-        def session(images: np.ndarray) -> np.ndarray:
-            step = len(images) if fixed == -1 else fixed
-            return np.concatenate([run(images[i : i + step]) for i in range(0, len(images), step)])
+                return [tensor.cpu().numpy() for tensor in outputs.values()]  # waits for the stream
 
         return session
 
@@ -119,7 +133,25 @@ def _has_gpu() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def _build(model: Path, shape: tuple[int, ...], scheme: Scheme) -> bytes:
+def _empty(engine: Any, context: Any, name: str) -> Any:
+    """Return an empty tensor on the GPU for an output of the engine."""
+    import tensorrt
+    import torch
+
+    dtype = getattr(torch, np.dtype(tensorrt.nptype(engine.get_tensor_dtype(name))).name)
+    return torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda")
+
+
+def _input_names(source: Path) -> list[str]:
+    """Return the names of the graph's inputs, in order."""
+    import onnx
+
+    graph = onnx.load(source, load_external_data=False).graph
+    weights = {initializer.name for initializer in graph.initializer}
+    return [value.name for value in graph.input if value.name not in weights]
+
+
+def _build(model: Path, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> bytes:
     """Build the serialized engine of an ONNX file. Raises Refused with what the parser or builder says."""
     import tensorrt
 
@@ -137,10 +169,12 @@ def _build(model: Path, shape: tuple[int, ...], scheme: Scheme) -> bytes:
         configuration.set_flag(tensorrt.BuilderFlag.FP16)
     if scheme == INT8:
         configuration.set_flag(tensorrt.BuilderFlag.INT8)
-    entry = network.get_input(0)
-    if -1 in tuple(entry.shape):
+    entries = [network.get_input(i) for i in range(network.num_inputs)]
+    if any(-1 in tuple(entry.shape) for entry in entries):
         profile = builder.create_optimization_profile()
-        profile.set_shape(entry.name, (1, *shape), (BATCH, *shape), (BATCH, *shape))
+        for entry in entries:
+            shape = shapes[entry.name]
+            profile.set_shape(entry.name, (1, *shape), (BATCH, *shape), (BATCH, *shape))
         configuration.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, configuration)
     if engine is None:
@@ -148,8 +182,17 @@ def _build(model: Path, shape: tuple[int, ...], scheme: Scheme) -> bytes:
     return bytes(engine)
 
 
-def _insert_pairs(source: Path, target: Path, calibration: np.ndarray) -> None:
-    """Write the model with ONNX Runtime's symmetric QuantizeLinear and DequantizeLinear pairs."""
+def _insert_pairs(
+    source: Path, target: Path, arrays: Mapping[str, np.ndarray], float_layers: Sequence[str]
+) -> tuple[int, int]:
+    """Write the model with ONNX Runtime's symmetric QuantizeLinear and DequantizeLinear pairs.
+
+    Returns:
+      How many convolutions, matmuls and recurrent cells have both operands quantized, and how many there are.
+
+    Raises:
+      Refused: The graph has no node of a name in `float_layers`.
+    """
     import onnx
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -161,26 +204,29 @@ def _insert_pairs(source: Path, target: Path, calibration: np.ndarray) -> None:
 
     from qt_jax.export.storage import data_path
 
-    graph = onnx.load(source, load_external_data=False).graph
-    weights = {initializer.name for initializer in graph.initializer}
-    [name] = [value.name for value in graph.input if value.name not in weights]
-    pending = iter(calibration)
+    lost = set(float_layers) - {node.name for node in onnx.load(source, load_external_data=False).graph.node}
+    if lost:
+        raise Refused(f"the graph has no node {min(lost)!r} to leave in float")
+    pending = iter(range(len(next(iter(arrays.values())))))
 
-    class Images(CalibrationDataReader):
+    class Samples(CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(pending, None)
-            return None if image is None else {name: np.ascontiguousarray(image[None])}
+            i = next(pending, None)
+            if i is None:
+                return None
+            return {name: np.ascontiguousarray(values[i : i + 1]) for name, values in arrays.items()}
 
     quantize_static(
         source,
         target,
-        Images(),
+        Samples(),
         use_external_data_format=data_path(source).exists(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,
+        nodes_to_exclude=list(float_layers),
         extra_options={
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
@@ -188,3 +234,7 @@ def _insert_pairs(source: Path, target: Path, calibration: np.ndarray) -> None:
             "AddQDQPairToWeight": False,
         },
     )
+    nodes = onnx.load(target, load_external_data=False).graph.node
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    found = [dequantized.issuperset(node.input[:2]) for node in nodes if node.op_type in _PRODUCTS]
+    return sum(found), len(found)

@@ -22,19 +22,23 @@ class Options:
     """Find the layers that cost a network its accuracy on low-bit integers, say why, and try what helps.
 
     Each layer is rounded alone, then all layers but it. Tensors are searched for outliers, dead channels and
-    saturation. Every remedy is tried, and advised only if it makes more images right than chance would. The
-    page, its pictures and the measurements go to --out. After an interruption the same command goes on there.
+    saturation. Every remedy is tried, and advised only if it helps by more than chance. With one label for
+    each image the right ones are counted. Otherwise the outputs are compared with those in floating point, in
+    dB. The page, its pictures and the measurements go to --out. After an interruption the same command goes
+    on there.
 
     Example:
         python -m qt_jax.diagnosis model.onnx --calibration c.npz --test t.npz --scheme int8-pt --apply
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.onnx")]
-    """Float ONNX classifier with one input."""
+    """Float ONNX network of any kind: a classifier, detector, segmenter, regressor, with any inputs."""
     calibration: Path
-    """.npz with "images", float32 as the model takes them."""
+    """Samples as the model takes them: .npz or a folder of .npy, by the names of the inputs ("images" will do
+    for a single one), or one .npy. A .npy may be larger than memory."""
     test: Path
-    """.npz with "images" and integer "labels" to judge by, preferably of a validation split."""
+    """Samples to judge by, in the same forms, with "labels" if there are any; preferably of a validation
+    split."""
     settings: Annotated[DiagnosisSettings, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=DiagnosisSettings
     )
@@ -52,7 +56,12 @@ def run(options: Options, console: Console) -> None:
     settings = options.settings
     backends = select(settings.backends)
     subject = read_subject(
-        options.model, options.calibration, options.test, ranges=settings.ranges, limit=settings.limit
+        options.model,
+        options.calibration,
+        options.test,
+        ranges=settings.ranges,
+        limit=settings.limit,
+        criteria=settings.criteria,
     )
     out = settings.out or options.model.with_suffix(".diagnosis")
     found = write_diagnosis(subject, settings, backends, out, console)

@@ -1,20 +1,23 @@
 """Write a deployment as files for compilers: the float graph, its ranges, and its QDQ form."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import version_converter
 
+from qt_jax.backends.protocol import Batch
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding, logits_of
+from qt_jax.diagnosis.running import outputs_of
+from qt_jax.diagnosis.simulation import FLOAT, kernel_encoding
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.encodings import Ranges, activation_encoding, least_scale, write_ranges
 from qt_jax.export.qdq import FIRST_OPSET, insert_qdq, storage_bits
-from qt_jax.export.storage import model_sha256, save
+from qt_jax.export.storage import is_large, model_sha256, save, with_initializers
 from qt_jax.grid import QuantSpec
 
 FILES = {
@@ -26,25 +29,28 @@ FILES = {
 """Name of each file that `write_files` writes, and what it holds."""
 
 
-def write_files(deployment: Deployment, folder: Path, images: np.ndarray) -> None:
+def write_files(deployment: Deployment, folder: Path, samples: Batch, outputs: Sequence[str]) -> None:
     """Write `FILES` of a deployment into `folder`.
 
     Args:
       deployment: Network to write.
       folder: Existing folder.
-      images: float32 `(n, ...)`. The written graph must compute the same on them as the given one.
+      samples: Arrays `(n, ...)` by input, or the array of the only input.
+      outputs: Outputs in which the written graph must compute the same on `samples` as the given one.
 
     Raises:
       InvalidInput: ONNX cannot convert the graph to the opset that its bits need, or the converted graph
-        computes something else on `images`.
+        computes something else on `samples`.
     """
     mended = at_required_opset(deployment)
-    before, after = (logits_of(item.model, images) for item in (deployment, mended))
-    if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * float(np.abs(before).max())):
-        opset = mended.model.opset_import[0].version
-        raise InvalidInput(
-            f"ONNX converts this graph wrongly to opset {opset}: export the graph at that opset."
-        )
+    if mended is not deployment:
+        before, after = (outputs_of(item.model, samples, outputs) for item in (deployment, mended))
+        for name, wanted in before.items():
+            if not np.allclose(wanted, after[name], rtol=1e-3, atol=1e-3 * float(np.abs(wanted).max())):
+                opset = mended.model.opset_import[0].version
+                raise InvalidInput(
+                    f"ONNX converts this graph wrongly to opset {opset}: export the graph at that opset."
+                )
     save(mended.model, folder / "mended.onnx")
     write_ranges(ranges_of(mended), folder / "mended.ranges.json")
     save(qdq_graph(mended), folder / "mended.qdq.onnx")
@@ -66,13 +72,28 @@ def at_required_opset(deployment: Deployment) -> Deployment:
     if opset <= deployment.model.opset_import[0].version:
         return deployment
     try:
-        model = version_converter.convert_version(deployment.model, opset)
-    except RuntimeError as error:
+        model = _converted(deployment.model, opset)
+    except (RuntimeError, ValueError) as error:
         raise InvalidInput(
             f"ONNX cannot convert the graph to opset {opset}, which has integers of these widths ({error}): "
             "export the graph at that opset"
         ) from error
     return dataclasses.replace(deployment, model=model)
+
+
+def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Convert a graph to an opset; of a large one all but its larger constants, which do not change."""
+    if not is_large(model):
+        return version_converter.convert_version(model, opset)
+    light = graph.without_weights(model)
+    known = {tensor.name for tensor in light.graph.initializer}
+    converted = version_converter.convert_version(light, opset)
+    weights = [tensor for tensor in model.graph.initializer if tensor.name not in known]
+    names = {tensor.name for tensor in weights}
+    inputs = [entry for entry in converted.graph.input if entry.name not in names]
+    del converted.graph.input[:]
+    converted.graph.input.extend(inputs)
+    return with_initializers(converted, [*converted.graph.initializer, *weights])
 
 
 def ranges_of(deployment: Deployment) -> Ranges:

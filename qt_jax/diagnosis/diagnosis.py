@@ -3,12 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
-import numpy as np
 import onnx
 
+from qt_jax.backends.protocol import Batch
 from qt_jax.diagnosis.advice import (
-    Measurement,
-    Meter,
     Progress,
     Sensitivity,
     Trial,
@@ -16,9 +14,19 @@ from qt_jax.diagnosis.advice import (
     kernel_bytes,
     sensitivities,
 )
-from qt_jax.diagnosis.layers import Activation, InputBounds, Kernel, activations, kernels, minmax
+from qt_jax.diagnosis.layers import (
+    Activation,
+    InputBounds,
+    Kernel,
+    activations,
+    kernels,
+    minmax,
+    unrounded,
+)
+from qt_jax.diagnosis.meter import Measurement, Meter
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.simulation import Ratios, compare
+from qt_jax.diagnosis.running import first
+from qt_jax.diagnosis.simulation import Ratios, layer_ratios
 from qt_jax.errors import InvalidInput
 
 SQNR_IMAGES = 512
@@ -72,18 +80,18 @@ def diagnose(deployment: Deployment, meter: Meter, progress: Progress) -> Diagno
       progress: Is called with the name of each step as it begins.
 
     Raises:
-      InvalidInput: The graph has no layers, or its output is not `(n, classes)`.
+      InvalidInput: The graph has no layers.
     """
     if not deployment.precisions:
-        raise InvalidInput("the graph has no convolution or matrix product with a kernel of its own")
+        raise InvalidInput(no_layers(deployment.model))
     floating = meter.measure(dataclasses.replace(deployment, precisions={}).simulated(), "float")
     all_rounded = meter.measure(deployment.simulated(), "all")
     found = sensitivities(deployment, meter, progress)
     progress("looking at tensors")
-    seen = activations(deployment.model, meter.images, deployment.bounds)
+    seen = activations(deployment.model, meter.samples, deployment.bounds)
     after, trials = advise(deployment, seen, meter, progress)
     progress("noise behind each layer")
-    some = meter.images[:SQNR_IMAGES]
+    some = first(meter.samples, SQNR_IMAGES)
     return Diagnosis(
         before=deployment,
         after=after,
@@ -93,17 +101,29 @@ def diagnose(deployment: Deployment, meter: Meter, progress: Progress) -> Diagno
         kernels=kernels(deployment.model),
         activations=seen,
         sensitivities=found,
-        ratios=compare(deployment.model, {"": deployment.simulated()}, some)[2][""],
-        mended_ratios=compare(after.model, {"": after.simulated()}, some)[2][""],
+        ratios=layer_ratios(deployment.model, {"": deployment.simulated()}, some)[""],
+        mended_ratios=layer_ratios(after.model, {"": after.simulated()}, some)[""],
         trials=trials,
     )
 
 
-def calibrated(model: onnx.ModelProto, calibration: np.ndarray) -> InputBounds:
-    """Return the least and the largest value of each layer's input on the calibration images.
+def no_layers(model: onnx.ModelProto) -> str:
+    """Say what a layer is, and what a graph without layers holds instead."""
+    others = ", ".join(f"{count} {kind}" for kind, count in unrounded(model).items())
+    operators = ", ".join(sorted({node.op_type for node in model.graph.node}))
+    held = f"{others}, of another kind" if others else f"only {operators}"
+    return (
+        "This graph has no layer to diagnose. A layer is a Conv, ConvTranspose, Gemm or MatMul whose second "
+        f"operand is a float32 constant of the graph; this one has {held}. `python -m qt_jax.backends run` "
+        "measures such a network as a whole."
+    )
+
+
+def calibrated(model: onnx.ModelProto, calibration: Batch) -> InputBounds:
+    """Return the least and the largest value of each layer's input on the calibration samples.
 
     Args:
-      model: Float graph with one input.
-      calibration: float32 `(n, ...)`, as the graph takes them.
+      model: Float graph.
+      calibration: Arrays `(n, ...)` by input, or the array of the only input.
     """
     return minmax(activations(model, calibration, {}))

@@ -22,6 +22,12 @@ WIDTH = 4.6
 LINE = 0.26
 """Inches of height of one layer."""
 
+LEAST_LINES = 4
+"""Number of lines for which a picture has room at least, so that its legend fits."""
+
+NAME = 32
+"""Number of characters of a layer's name that are shown, from its end."""
+
 BEFORE, AFTER = COLOURS["float"], COLOURS["quant-trim"]
 
 
@@ -58,17 +64,41 @@ def write_pictures(found: Diagnosis, folder: Path) -> dict[str, str]:
 
 
 def draw_sensitivity(found: Diagnosis) -> Figure:
-    """Draw the top-1 points that each layer costs by itself, and those that leaving it float gives back."""
+    """Draw what each layer costs by itself, and what leaving it in float gives back.
+
+    Where right images are counted these are points of top-1. Otherwise it is the SQNR of the outputs.
+    """
+    return _draw_points(found) if found.floating.counts else _draw_decibels(found)
+
+
+def _draw_points(found: Diagnosis) -> Figure:
     figure, axes = _lines(list(found.sensitivities))
     pairs = found.sensitivities.values()
-    alone = [100 * (found.floating.top1 - item.alone.top1) for item in pairs]
-    spared = [100 * (item.all_but.top1 - found.all_rounded.top1) for item in pairs]
+    alone = [100 * (found.floating.score - item.alone.score) for item in pairs]
+    spared = [100 * (item.all_but.score - found.all_rounded.score) for item in pairs]
     places = np.arange(len(alone))
     axes.barh(places - 0.19, alone, 0.36, color=BEFORE, label="lost, this layer alone rounded")
     axes.barh(places + 0.19, spared, 0.36, color=AFTER, label="regained, all but this layer rounded")
     axes.axvline(0, color=INK, lw=0.8)
     axes.set_xlabel("points of top-1")
     _legend(figure, 1)
+    return figure
+
+
+def _draw_decibels(found: Diagnosis) -> Figure:
+    """Draw the SQNR with each layer alone rounded, and with all but it. Where nothing differs is no mark."""
+    figure, axes = _lines(list(found.sensitivities))
+    pairs = list(found.sensitivities.values())
+    places = range(len(pairs))
+    nothing = float("nan")
+    alone = [nothing if item.alone.sqnr_db is None else item.alone.sqnr_db for item in pairs]
+    spared = [nothing if item.all_but.sqnr_db is None else item.all_but.sqnr_db for item in pairs]
+    axes.plot(alone, places, "o", mfc="none", mec=BEFORE, mew=1.5, ms=7, label="this layer alone rounded")
+    axes.plot(spared, places, "s", color=AFTER, ms=5, label="all but this layer rounded")
+    if found.all_rounded.sqnr_db is not None:
+        axes.axvline(found.all_rounded.sqnr_db, color=INK, lw=0.8, label="all rounded")
+    axes.set_xlabel("SQNR of the outputs (dB)")
+    _legend(figure, 2)
     return figure
 
 
@@ -152,9 +182,10 @@ def draw_input_ranges(found: Diagnosis) -> Figure:
 
 def _lines(layers: Sequence[str]) -> tuple[Figure, Axes]:
     """Make a panel with one line per layer, the first on top."""
-    figure = canvas(WIDTH, LINE * len(layers) + 1.0)
+    figure = canvas(WIDTH, LINE * max(len(layers), LEAST_LINES) + 1.0)
     axes = figure.add_subplot()
-    axes.set_yticks(range(len(layers)), [name.replace("$", r"\$") for name in layers])
+    short = [name if len(name) <= NAME else f"...{name[-NAME:]}" for name in layers]
+    axes.set_yticks(range(len(layers)), [name.replace("$", r"\$") for name in short])
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="0.9")

@@ -1,25 +1,31 @@
 """Find the layers of a graph, and measure their kernels and activations.
 
-A layer is a convolution or a matrix product whose kernel is held in the graph. Of its kernel and activations
-the diagnosis looks at tails, ranges, and channels that never change.
+A layer is a convolution or a matrix product whose kernel is held in the graph, in float32. Of its kernel and
+activations the diagnosis looks at tails, ranges, and channels that never change. Products of two activations
+and recurrent cells are no layers: they stay in floating point (`unrounded`).
 """
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 
+from qt_jax.backends.protocol import Batch
+from qt_jax.diagnosis.running import tensors
 from qt_jax.export import graph
 from qt_jax.export.encodings import kernel_rows
-from qt_jax.export.operators import channel_axis, weighted_nodes
+from qt_jax.export.operators import WEIGHTED, channel_axis, weighted_nodes
 from qt_jax.export.qdq import ABSORBED
-from qt_jax.export.sessions import named_inputs, run_tensors
 
 InputBounds = Mapping[str, tuple[float, float]]
 """Maps a layer to the least and the largest value of its input's grid."""
+
+PRODUCTS = WEIGHTED | {"Einsum", "GRU", "LSTM", "RNN"}
+"""Operators that multiply and add up."""
 
 TAIL = 0.995
 """Quantile of |w| beyond which a weight belongs to the tail. At least one weight always does."""
@@ -63,7 +69,7 @@ def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
     values = graph.constants(model)
     outputs = layer_outputs(model)
     found = {}
-    for name, node in weighted_nodes(model).items():
+    for name, node in _layer_nodes(model).items():
         bias = node.input[2] if len(node.input) > 2 and node.input[2] in values else ""
         axis = channel_axis(node, values[node.input[1]].ndim)
         found[name] = Layer(name, node.op_type, node.input[1], bias, node.input[0], outputs[name], axis)
@@ -74,7 +80,7 @@ def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
     """Return, for each layer, the tensor that it passes on, as `Layer.output` defines it."""
     readers = graph.readers(model)
     found = {}
-    for node in weighted_nodes(model).values():
+    for node in _layer_nodes(model).values():
         name = node.output[0]
         while len(readers[name]) == 1 and readers[name][0].op_type in ABSORBED:
             name = readers[name][0].output[0]
@@ -85,7 +91,29 @@ def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
 def kernel_sizes(model: onnx.ModelProto) -> dict[str, int]:
     """Return, for each layer, the number of weights in its kernel."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
-    return {name: sizes[node.input[1]] for name, node in weighted_nodes(model).items()}
+    return {name: sizes[node.input[1]] for name, node in _layer_nodes(model).items()}
+
+
+def unrounded(model: onnx.ModelProto) -> dict[str, int]:
+    """Count the operators that multiply and are no layers, the most frequent first.
+
+    >>> product = onnx.helper.make_node("MatMul", ["x", "y"], ["z"])
+    >>> unrounded(onnx.helper.make_model(onnx.helper.make_graph([product], "g", [], [])))
+    {'MatMul': 1}
+    """
+    layers = _layer_nodes(model)
+    others = [node.op_type for node in model.graph.node if node.name not in layers]
+    return dict(Counter(kind for kind in others if kind in PRODUCTS).most_common())
+
+
+def _layer_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Return the nodes of the layers by name."""
+    kernels = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1 and all(tensor.dims)
+    }
+    return {name: node for name, node in weighted_nodes(model).items() if node.input[1] in kernels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,25 +184,18 @@ def kernels(model: onnx.ModelProto) -> dict[str, Kernel]:
     return found
 
 
-def activations(model: onnx.ModelProto, images: np.ndarray, bounds: InputBounds) -> dict[str, Activation]:
-    """Summarize what each layer reads and passes on over all images, while the graph runs in float.
+def activations(model: onnx.ModelProto, samples: Batch, bounds: InputBounds) -> dict[str, Activation]:
+    """Summarize what each layer reads and passes on over all samples, while the graph runs in float.
 
     Args:
-      model: Float graph with one input.
-      images: float32 `(n, ...)`, as the graph takes them.
+      model: Float graph.
+      samples: Arrays `(n, ...)` by input, or the array of the only input.
       bounds: Ends of the grids of layers' inputs. A layer may be absent.
     """
     layers = layers_of(model)
-    inputs = named_inputs(model, images)
-    given = set(inputs)
-    watched = [name for layer in layers.values() for name in (layer.source, layer.output)]
+    names = [name for layer in layers.values() for name in (layer.source, layer.output)]
     found: dict[str, list[Any]] = {}
-    batches = run_tensors(model, watched, inputs, optimize=True)
-    start = 0
-    for batch in batches:
-        size = len(next(iter(batch.values())))
-        batch |= {name: inputs[name][start : start + size] for name in given.intersection(watched)}
-        start += size
+    for batch in tensors(model, names, samples, optimize=True):
         for name, layer in layers.items():
             seen = _seen(batch[layer.source], batch[layer.output], bounds.get(name), layer.operator)
             found[name] = seen if name not in found else _joined(found[name], seen)
@@ -194,7 +215,8 @@ def _seen(
     by_channel = np.moveaxis(output, axis, 0).reshape(output.shape[axis], -1)
     beyond = np.count_nonzero((source < low) | (source > high))
     counts = np.array([source.size, source.size - np.count_nonzero(source), beyond])
-    return [source.min(), source.max(), counts, by_channel.min(axis=1), by_channel.max(axis=1)]
+    ends = np.min(source, initial=np.inf), np.max(source, initial=-np.inf)
+    return [*ends, counts, by_channel.min(1, initial=np.inf), by_channel.max(1, initial=-np.inf)]
 
 
 def _joined(one: list[Any], two: list[Any]) -> list[Any]:
@@ -204,10 +226,15 @@ def _joined(one: list[Any], two: list[Any]) -> list[Any]:
 
 def _activation(seen: list[Any], has_grid: bool) -> Activation:
     low, high, (size, zeros, beyond), output_low, output_high = seen
-    saturated = float(beyond / size) if has_grid else None
-    return Activation(float(low), float(high), float(zeros / size), saturated, output_low, output_high)
+    saturated = float(beyond / max(size, 1)) if has_grid else None
+    share = float(zeros / max(size, 1))
+    return Activation(float(low), float(high), share, saturated, output_low, output_high)
 
 
 def minmax(found: Mapping[str, Activation]) -> InputBounds:
-    """Return the ranges of layers' inputs that a minimum-maximum calibration gives."""
-    return {name: (activation.low, activation.high) for name, activation in found.items()}
+    """Return the ranges of layers' inputs that a minimum-maximum calibration gives.
+
+    A layer whose input has no finite range, such as scores masked with minus infinity, is left out.
+    """
+    ends = {name: (activation.low, activation.high) for name, activation in found.items()}
+    return {name: pair for name, pair in ends.items() if np.all(np.isfinite(pair))}

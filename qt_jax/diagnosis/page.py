@@ -1,4 +1,4 @@
-"""Write a diagnosis as Markdown: first what to do, then the measurements behind it."""
+"""Write a diagnosis as Markdown: first the answer and what to do, then the measurements behind it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,34 +8,63 @@ from rich.table import Table
 from rich.text import Text
 
 from qt_jax.diagnosis import snippets
-from qt_jax.diagnosis.advice import Measurement, kernel_bytes
+from qt_jax.diagnosis.advice import MOST_LAYERS, kernel_bytes
 from qt_jax.diagnosis.diagnosis import Diagnosis
-from qt_jax.diagnosis.remedies import Deployment
+from qt_jax.diagnosis.layers import unrounded
+from qt_jax.diagnosis.meter import ENOUGH_DB, LEAST_GAIN_DB, Measurement
+from qt_jax.diagnosis.remedies import Deployment, Use
+from qt_jax.diagnosis.simulation import FLOAT
+from qt_jax.diagnosis.subject import Subject
 from qt_jax.reporting.tables import ABSENT, MINUS, escaped, markdown_table
 
+COUNTED = (
+    "A remedy is advised if, on top of those before it, it makes more images right than chance would "
+    "(McNemar, two standard deviations)."
+)
+"""Rule of advice where right images are counted."""
+
+BY_NOISE = (
+    "A remedy is advised if, on top of those before it, it raises the SQNR of the outputs over all images by "
+    "{least:g} dB or more, and raises that of more images than it lowers (sign test, two standard deviations;"
+    " so at least 5 images are needed). From {enough:g} dB on, where the noise is a hundredth of the outputs,"
+    " nothing is advised."
+)
+"""Rule of advice where noise is measured."""
+
 MEASURED = (
-    "Top-1 and SQNR of the logits are measured on {n:,} images, in a simulation. Kernels are on symmetric"
+    "{what} measured on {n:,} images, in a simulation. Kernels are on symmetric"
     " grids of their largest weight, without the lowest integer ([-7, 7] on 4 bits; onnxruntime's "
     "int4w-narrow has that too, its int4w has [-8, 7]). Inputs of layers are on asymmetric grids of "
-    "{bounds}. Sums and pooling are in floating point. A remedy is advised if, on top of those before it,"
-    " it makes more images right than chance would (McNemar, two standard deviations). Of several for one"
+    "{bounds}. Sums and pooling are in floating point.{floating} {rule} Of several for one"
     " layer, the cheapest is advised that is as good as the best but for chance. The SQNR behind a layer "
     "is that of its output, with all layers rounded, on the first {sqnr_images:,} images."
 )
-"""Last section of the page, with fields for the number of images and the source of the ranges."""
+"""Last section of the page, with fields for what was measured, on how many images, and how."""
 
-LEGEND = (
+COLUMNS = (
     "max/rms: largest weight over root mean square. dead: output channels with one value on all images. "
-    "zeros: share of the input that is zero. saturated: share beyond its grid. alone: points of top-1 "
-    "with this layer alone rounded; all but it: points that leaving it in float gives back. noise: SQNR "
+    "zeros: share of the input that is zero. saturated: share beyond its grid. {alone} noise: SQNR "
     "behind the layer in dB, and after the advice."
 )
 """Meaning of the columns of `layer_table`."""
 
+POINTS_COLUMNS = (
+    "alone: points of top-1 with this layer alone rounded; all but it: points that leaving it in float gives "
+    "back."
+)
+
+DECIBEL_COLUMNS = (
+    "alone: SQNR of the outputs in dB with this layer alone rounded; all but it: dB that leaving it in float "
+    "gives back."
+)
+
+METRIC_TITLES = {"top1": "top-1", "mean_error": "mean error"}
+"""Names of metrics in text, where they are not those of records."""
+
 
 def page(
     found: Diagnosis,
-    title: str,
+    opening: str,
     *,
     bounds: str,
     sqnr_images: int,
@@ -48,7 +77,7 @@ def page(
 
     Args:
       found: Diagnosis to show.
-      title: Title of the page.
+      opening: Title and answer, from `opening`.
       bounds: Source of the input ranges in words, such as "minimum and maximum on 512 images".
       sqnr_images: Number of images on which the noise behind layers was measured.
       pictures: Captions by file name.
@@ -56,17 +85,114 @@ def page(
       source: Provenance, from `qt_jax.provenance`.
       flags: True if a command line of `experiments.cifar` can use the advice.
     """
-    n = len(found.floating.correct)
+    counts = found.floating.counts
+    others = ", ".join(f"{count} {kind}" for kind, count in unrounded(found.before.model).items())
+    measured = MEASURED.format(
+        what="Top-1 and SQNR of the logits are" if counts else "The SQNR of the outputs is",
+        n=len(found.floating.by_image),
+        bounds=bounds,
+        floating=f" So are {others}, whose kernel is no constant of the graph." if others else "",
+        rule=COUNTED if counts else BY_NOISE.format(least=LEAST_GAIN_DB, enough=ENOUGH_DB),
+        sqnr_images=sqnr_images,
+    )
+    legend = COLUMNS.format(alone=POINTS_COLUMNS if counts else DECIBEL_COLUMNS)
     parts_by_heading = {
         "What to do": advice_section(found, flags),
-        "Layers": layer_table(found) + "\n\n" + LEGEND,
+        "Layers": layer_table(found) + "\n\n" + legend,
         **sections,
         "Pictures": "\n\n".join(f"![{caption}]({name})" for name, caption in pictures.items()),
-        "How it was measured": MEASURED.format(n=n, bounds=bounds, sqnr_images=sqnr_images) + _source(source),
+        "How it was measured": measured + _source(source),
     }
-    parts = [f"# {escaped(title)}", totals(found)]
+    parts = [opening, totals(found)]
     parts += [f"## {name}\n\n{text}" for name, text in parts_by_heading.items() if text]
     return "\n\n".join(parts) + "\n"
+
+
+def opening(found: Diagnosis, subject: Subject, scheme: str) -> str:
+    """Write the title, the answer in up to three sentences, what is judged, and warnings, as Markdown.
+
+    Args:
+      found: Diagnosis to show.
+      subject: What was diagnosed.
+      scheme: Name of the bits, such as "int8-pt".
+    """
+    parts = [f"# {escaped(f'Diagnosis of {subject.name}, {scheme}')}"]
+    parts.append(escaped(f"{_loss(found, scheme)} {_culprit(found)} {_gain(found)}"))
+    parts.append(escaped(judged(subject)))
+    parts += [f"**Warning:** {escaped(text)}" for text in subject.warnings]
+    return "\n\n".join(parts)
+
+
+def judged(subject: Subject) -> str:
+    """Write which outputs are judged, by what, and which are not."""
+    names = ", ".join(dict.fromkeys([*subject.task.judged, *subject.reference]))
+    metric = subject.task.metric
+    by = "the SQNR against the float graph"
+    by = f"{METRIC_TITLES.get(metric, metric)} and {by}" if metric else by
+    text = f"Judged: {names}, by {by}."
+    left = [name for name in (*subject.left_out, *subject.task.not_judged) if name not in subject.reference]
+    left = list(dict.fromkeys(left))
+    return f"{text} Left out: {', '.join(left)} (choose with --output)." if left else text
+
+
+def _loss(found: Diagnosis, scheme: str) -> str:
+    """Say what rounding costs."""
+    floating, rounded = found.floating, found.all_rounded
+    keep = "do not change" if rounded.sqnr_db is None else f"keep {decibels(rounded.sqnr_db)} dB"
+    if floating.counts:
+        lost = points(rounded.score - floating.score)
+        return (
+            f"Rounded to {scheme}, the network is right on {100 * rounded.score:.2f} % of the images, in "
+            f"floating point on {100 * floating.score:.2f} % ({lost} points)."
+        )
+    text = f"Rounded to {scheme}, the outputs {keep}."
+    if floating.value is None:
+        return text
+    return f"{text[:-1]}; the metric goes from {floating.value:.4g} to {rounded.value:.4g}."
+
+
+def _culprit(found: Diagnosis) -> str:
+    """Say which layer costs most."""
+    name, item = min(found.sensitivities.items(), key=lambda pair: pair[1].alone.score)
+    if item.alone.score >= found.floating.score:
+        return "No layer costs anything by itself."
+    if item.alone.counts:
+        return f"{name} costs most: {points(item.alone.score - found.floating.score)} points by itself."
+    return f"Most noise comes in at {name}: rounded alone it leaves {item.alone.score:.1f} dB."
+
+
+def _gain(found: Diagnosis) -> str:
+    """Say what the advice gives."""
+    advised = found.advised
+    if not advised and found.all_rounded.is_enough:
+        return f"Noise this small ({ENOUGH_DB:g} dB is a hundredth of the outputs) needs no remedy."
+    if not advised:
+        per_tensor = not any(precision.per_channel for precision in found.before.precisions.values())
+        hint = (
+            " Try one scale per output channel in all layers, a scheme that ends in -pc."
+            if per_tensor
+            else ""
+        )
+        return f"Nothing that was tried at single layers helps by more than chance.{hint}"
+    back = gain(found.all_rounded, found.mended).removeprefix("+")
+    if len(advised) == 1:
+        finding = advised[0].finding
+        if isinstance(finding.remedy, Use) and finding.remedy.precision == FLOAT:
+            return f"Leaving {finding.layer} in floating point gives {back} back."
+        return f"One change at {finding.layer} ({finding.remedy.text}) gives {back} back."
+    names = list(dict.fromkeys(trial.finding.layer for trial in advised))
+    where = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    where = f"{len(names)} layers" if len(names) > MOST_LAYERS else where
+    return f"{len(advised)} changes at {where} give {back} back."
+
+
+def gain(before: Measurement, after: Measurement) -> str:
+    """Write by how much a measurement is better than another, with the unit."""
+    if after.counts:
+        return f"{points(after.score - before.score)} points"
+    if after.sqnr_db is None or before.sqnr_db is None:
+        return "all that was lost" if after.sqnr_db is None else "nothing"
+    return f"{after.sqnr_db - before.sqnr_db:+.1f} dB".replace("-", MINUS)
 
 
 def _source(source: Mapping[str, Any]) -> str:
@@ -85,12 +211,20 @@ def totals(found: Diagnosis) -> str:
         ["simulated", *_scores(found.all_rounded, found), f"{before:,}"],
         ["simulated, after the advice", *_scores(found.mended, found), f"{after:,}"],
     ]
-    return markdown_table(["", "top-1 %", "against float", "SQNR dB", "bytes of kernels"], rows)
+    if found.floating.counts:
+        header = ["", "top-1 %", "against float", "SQNR dB", "bytes of kernels"]
+    else:
+        metric = [] if found.floating.value is None else ["metric"]
+        header = ["", *metric, "SQNR dB", "worst image dB", "cosine", "bytes of kernels"]
+    return markdown_table(header, rows)
 
 
 def _scores(item: Measurement, found: Diagnosis) -> list[str]:
-    lost = ABSENT if item is found.floating else points(item.top1 - found.floating.top1)
-    return [f"{100 * item.top1:.2f}", lost, decibels(item.sqnr_db)]
+    if item.counts:
+        lost = ABSENT if item is found.floating else points(item.score - found.floating.score)
+        return [f"{100 * item.score:.2f}", lost, decibels(item.sqnr_db)]
+    metric = [] if item.value is None else [f"{item.value:.4g}"]
+    return [*metric, decibels(item.sqnr_db), decibels(item.worst_db), f"{item.cosine:.5f}"]
 
 
 def advice_section(found: Diagnosis, flags: bool) -> str:
@@ -102,11 +236,15 @@ def advice_section(found: Diagnosis, flags: bool) -> str:
         lines.append(
             f"{len(lines) + 1}. **{escaped(finding.layer)}**, {finding.kind}: {escaped(finding.evidence)}. "
             f"Remedy: {escaped(finding.remedy.text)}. "
-            f"**{points(after.top1 - before.top1)} points**, to {100 * after.top1:.2f} %."
+            f"**{gain(before, after)}**, to {_score(after)}."
         )
         before = after
-    text = "\n".join(lines) or "Nothing that was tried makes more images right than chance would."
+    text = "\n".join(lines) or escaped(_gain(found))
     return "\n\n".join(part for part in (text, _snippets(found, flags), _in_vain(found)) if part)
+
+
+def _score(item: Measurement) -> str:
+    return f"{100 * item.score:.2f} %" if item.counts else f"{decibels(item.sqnr_db)} dB"
 
 
 def _snippets(found: Diagnosis, flags: bool) -> str:
@@ -132,13 +270,14 @@ def _snippets(found: Diagnosis, flags: bool) -> str:
 
 def _in_vain(found: Diagnosis) -> str:
     rows = [
-        [escaped(trial.finding.layer), escaped(trial.finding.remedy.text), f"{100 * trial.result.top1:.2f}"]
+        [escaped(trial.finding.layer), escaped(trial.finding.remedy.text), _score(trial.result).split()[0]]
         for trial in found.trials
         if not trial.advised
     ]
     if not rows:
         return ""
-    return "Tried, and not advised:\n\n" + markdown_table(["layer", "remedy", "top-1 %"], rows, words=2)
+    unit = "top-1 %" if found.floating.counts else "SQNR dB"
+    return "Tried, and not advised:\n\n" + markdown_table(["layer", "remedy", unit], rows, words=2)
 
 
 def layer_table(found: Diagnosis) -> str:
@@ -162,8 +301,10 @@ def terminal_table(found: Diagnosis) -> Table:
 
 def _by_layer(found: Diagnosis) -> list[list[str]]:
     header = ["layer", "bits", "weights", "max/rms", "dead", "zeros %", "saturated %"]
-    rows = [[*header, "alone", "all but it", "noise dB", "after dB"]]
+    counts = found.floating.counts
+    rows = [[*header, "alone" if counts else "alone dB", "all but it", "noise dB", "after dB"]]
     for name, item in found.sensitivities.items():
+        known = counts or None not in (item.all_but.sqnr_db, found.all_rounded.sqnr_db)
         kernel, activation = found.kernels[name], found.activations[name]
         saturated = activation.saturated
         rows.append(
@@ -175,8 +316,8 @@ def _by_layer(found: Diagnosis) -> list[list[str]]:
                 str(len(activation.constant)),
                 f"{100 * activation.zeros:.1f}",
                 ABSENT if saturated is None else f"{100 * saturated:.2f}",
-                points(item.alone.top1 - found.floating.top1),
-                points(item.all_but.top1 - found.all_rounded.top1),
+                points(item.alone.score - found.floating.score) if counts else decibels(item.alone.sqnr_db),
+                gain(found.all_rounded, item.all_but).split()[0] if known else ABSENT,
                 decibels(found.ratios.get(name)),
                 decibels(found.mended_ratios.get(name)),
             ]
@@ -213,21 +354,21 @@ def budget_section(found: Diagnosis, chosen: Deployment, reached: Measurement, a
       reached: Measurement of `chosen`.
       asked: Budget in words.
     """
-    lost = points(reached.top1 - found.floating.top1)
+    loss = f" ({points(reached.score - found.floating.score)} against float)" if reached.counts else ""
     rows = [[escaped(name), str(precision)] for name, precision in chosen.precisions.items()]
     return "\n\n".join(
         [
-            f"Asked: {asked}. Proposed, on top of the advice: {100 * reached.top1:.2f} % ({lost} against "
-            f"float), {kernel_bytes(chosen):,} bytes of kernels.",
+            f"Asked: {asked}. Proposed, on top of the advice: {_score(reached)}{loss}, "
+            f"{kernel_bytes(chosen):,} bytes of kernels.",
             markdown_table(["layer", "bits"], rows, words=2),
             f"```python\n{snippets.config(found.before, chosen)}\n```",
         ]
     ).strip()
 
 
-def summary(found: Diagnosis, title: str, flags: bool) -> str:
+def summary(found: Diagnosis, opening: str, flags: bool) -> str:
     """Write the Markdown that a terminal shows before the layers."""
-    return f"# {title}\n\n{totals(found)}\n\n{advice_section(found, flags)}"
+    return f"{opening}\n\n{totals(found)}\n\n{advice_section(found, flags)}"
 
 
 def points(fraction: float) -> str:

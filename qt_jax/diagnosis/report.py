@@ -18,15 +18,18 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from qt_jax.backends.protocol import Backend
 from qt_jax.diagnosis import deployed, mixed_precision, page, toolchains
-from qt_jax.diagnosis.advice import Meter, Progress
+from qt_jax.diagnosis.advice import Progress
 from qt_jax.diagnosis.diagnosis import SQNR_IMAGES, Diagnosis, calibrated, diagnose
 from qt_jax.diagnosis.figures import write_pictures
 from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.meter import Meter
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, Precision, everywhere, logits_of
-from qt_jax.diagnosis.subject import RangeSource, Subject
+from qt_jax.diagnosis.running import count, first
+from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, Precision, everywhere
+from qt_jax.diagnosis.subject import Criteria, RangeSource, Subject
 from qt_jax.errors import InvalidInput
-from qt_jax.files import write_whole
+from qt_jax.export.storage import data_path
+from qt_jax.files import write_whole, writing
 from qt_jax.provenance import provenance
 
 BACKEND_IMAGES = 64
@@ -49,22 +52,43 @@ class DiagnosisSettings:
     Default: learned where there are any."""
     limit: int | None = None
     """Number of images to judge by, from the first; default: all."""
+    output: tuple[str, ...] = ()
+    """Names of the outputs to judge. Default: the one that the labels fit, or all without labels."""
+    metric: str | None = None
+    """Metric of your own that is shown beside the SQNR: module:function of the judged outputs by name and the
+    labels."""
+    void_label: int | None = None
+    """Label of pixels without a class, such as 255."""
     backends: tuple[str, ...] = ()
     """Toolchains on which to measure the noise behind each layer, by the names of `qt_jax.backends list`."""
     max_bytes: int | None = None
     """Propose 4 and 8 bits by layer so that all kernels fit into this many bytes."""
     max_drop: float | None = None
     """Propose as many layers on 4 bits as possible, losing at most this many top-1 points against float."""
+    min_sqnr: float | None = None
+    """Propose as many layers on 4 bits as possible, leaving the outputs at this SQNR in dB at least."""
     apply: bool = False
     """Write the mended network: float ONNX, ranges, and the QDQ graph on the advised grids."""
     out: Path | None = None
     """Folder for the results. Default: beside what is diagnosed."""
 
     def __post_init__(self) -> None:
-        if self.max_bytes is not None and self.max_drop is not None:
-            raise InvalidInput("--max-bytes and --max-drop are two budgets: give one.")
+        flags = {"--max-bytes": self.max_bytes, "--max-drop": self.max_drop, "--min-sqnr": self.min_sqnr}
+        given = [flag for flag, value in flags.items() if value is not None]
+        if len(given) > 1:
+            raise InvalidInput(f"{' and '.join(given)} are {len(given)} budgets: give one.")
         if self.limit is not None and self.limit < 1:
             raise InvalidInput(f"--limit {self.limit}: judge by one image at least.")
+
+    @property
+    def criteria(self) -> Criteria:
+        """Return what of the network is judged, and by what."""
+        return Criteria(self.output, self.metric, self.void_label)
+
+    @property
+    def has_budget(self) -> bool:
+        """Tell whether a mixed precision is to be proposed."""
+        return any(value is not None for value in (self.max_bytes, self.max_drop, self.min_sqnr))
 
 
 def write_diagnosis(
@@ -93,25 +117,40 @@ def write_diagnosis(
       InvalidInput: The network cannot be diagnosed, the budget cannot be kept, or the mended graph cannot be
         written.
     """
+    with writing(out):
+        folder = out / "diagnosis"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in deployed.FILES:  # of an earlier diagnosis
+            for path in (folder / name, data_path(folder / name)):
+                path.unlink(missing_ok=True)
+        return _write(subject, settings, backends, out, console, flags)
+
+
+def _write(
+    subject: Subject,
+    settings: DiagnosisSettings,
+    backends: Sequence[Backend],
+    out: Path,
+    console: Console,
+    flags: bool,
+) -> Diagnosis:
+    """Do what `write_diagnosis` says, in a folder that is there."""
     folder = out / "diagnosis"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("mended.*"):  # of an earlier diagnosis
-        path.unlink()
     precision = SIMULATED_SCHEMES[settings.scheme]
-    reference = logits_of(subject.model, subject.images)
-    meter = Meter(subject.images, subject.labels, reference, folder / "measurements.jsonl")
+    kept = folder / "measurements.jsonl"
+    meter = Meter(subject.samples, subject.reference, kept, subject.task, subject.labels, subject.whole)
     bounds = {**calibrated(subject.model, subject.calibration), **subject.bounds}
     given = Deployment(subject.model, everywhere(layers_of(subject.model), precision), bounds)
     with _shown(console) as progress:
         found = diagnose(given, meter, progress)
-    title = f"Diagnosis of {subject.name}, {settings.scheme}"
+    opening = page.opening(found, subject, settings.scheme)
     sections: dict[str, str] = {}
     markdown = partial(
         page.page,
         found,
-        title,
+        opening,
         bounds=subject.bounds_source,
-        sqnr_images=min(SQNR_IMAGES, len(subject.images)),
+        sqnr_images=min(SQNR_IMAGES, count(subject.samples)),
         pictures=write_pictures(found, folder),
         sections=sections,
         source=provenance(["onnxruntime", "onnx", "numpy"]),
@@ -119,7 +158,7 @@ def write_diagnosis(
     )
     path = out / "diagnosis.md"
     write_whole(path, markdown())
-    console.print(Markdown(page.summary(found, title, flags)))
+    console.print(Markdown(page.summary(found, opening, flags)))
     console.print(page.terminal_table(found))
 
     def add(name: str, text: str) -> None:
@@ -132,12 +171,12 @@ def write_diagnosis(
         with _shown(console) as progress:
             text = _toolchain_section(backends, precision, subject, folder, progress)
         add("Toolchains", text)
-    if settings.max_bytes is not None or settings.max_drop is not None:
+    if settings.has_budget:
         with _shown(console) as progress:
             final, text = _budget_section(settings, found, meter, progress)
         add("Mixed precision", text)
     if settings.apply:
-        deployed.write_files(final, folder, subject.images[:APPLY_IMAGES])
+        deployed.write_files(final, folder, first(subject.samples, APPLY_IMAGES), list(subject.reference))
         add("Files", "\n".join(f"- `{folder.name}/{name}`: {text}" for name, text in deployed.FILES.items()))
     console.print(str(path), soft_wrap=True)
     return found
@@ -152,8 +191,10 @@ def layer_rows(found: Diagnosis) -> list[Mapping[str, Any]]:
         {
             "layer": name,
             "bits": str(found.before.precisions[name]),
-            "top1_alone": item.alone.top1,
-            "top1_all_but": item.all_but.top1,
+            "top1_alone": item.alone.value if item.alone.counts else None,
+            "top1_all_but": item.all_but.value if item.all_but.counts else None,
+            "outputs_db_alone": item.alone.sqnr_db,
+            "outputs_db_all_but": item.all_but.sqnr_db,
             "sqnr_db": found.ratios.get(name),
             "sqnr_db_after": found.mended_ratios.get(name),
             "saturated": found.activations[name].saturated,
@@ -188,7 +229,7 @@ def _toolchain_section(
         rows = toolchains.by_backend(
             subject.model,
             subject.calibration,
-            subject.images[:BACKEND_IMAGES],
+            {name: array[:BACKEND_IMAGES] for name, array in subject.samples.items()},
             backend,
             scheme,
             folder=folder / "toolchains",
@@ -216,11 +257,14 @@ def _budget_section(
     if settings.max_bytes is not None:
         chosen = mixed_precision.within_bytes(found.after, ranked, settings.max_bytes)
         asked = f"at most {settings.max_bytes:,} bytes of kernels"
+    elif settings.min_sqnr is not None:
+        chosen = mixed_precision.within_noise(found.after, ranked, meter, settings.min_sqnr, progress)
+        asked = f"outputs at {settings.min_sqnr:g} dB or more"
     else:
         assert settings.max_drop is not None
         max_drop = settings.max_drop / 100
         chosen = mixed_precision.within_drop(
-            found.after, ranked, meter, found.floating.top1, max_drop, progress
+            found.after, ranked, meter, found.floating.score, max_drop, progress
         )
         asked = f"at most {settings.max_drop:g} points lost"
     reached = meter.measure(chosen.simulated(), "mixed precision")

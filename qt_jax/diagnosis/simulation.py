@@ -14,10 +14,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from qt_jax.backends.protocol import Batch
 from qt_jax.diagnosis.layers import InputBounds, layer_outputs, layers_of
+from qt_jax.diagnosis.running import batch_size, tensors
 from qt_jax.export import graph
 from qt_jax.export.encodings import Encoding, activation_encoding, encode_by_magnitude, per_tensor
-from qt_jax.export.sessions import named_inputs, open_session, run_batches, run_tensors
 from qt_jax.grid import QuantSpec
 
 
@@ -146,55 +147,96 @@ def everywhere(layers: Iterable[str], precision: Precision) -> dict[str, Precisi
     return dict.fromkeys(layers, precision)
 
 
-def logits_of(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    """Run the graph on `images` in onnxruntime and return its first output, float32 `(n, classes)`."""
-    output = model.graph.output[0].name
-    batches = run_batches(open_session(model, optimize=True), named_inputs(model, images), [output])
-    return np.concatenate([batch[output] for batch in batches])
-
-
 def compare(
-    model: onnx.ModelProto, deployed: Mapping[str, onnx.ModelProto], images: np.ndarray
+    model: onnx.ModelProto, deployed: Mapping[str, onnx.ModelProto], samples: Batch
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Ratios]]:
     """Run the float graph and its deployments, and measure the noise behind each layer.
 
-    The SQNR of a layer's output is 10 log10(sum x^2 / sum (x - x_hat)^2) over all images. Here x is the float
-    graph's tensor, and x_hat is what the next layer of the deployment reads. The SQNR is None where the two
-    are equal. A layer whose output the quantizer has removed from the graph is left out.
-
     Args:
-      model: Float graph with one input.
-      deployed: Maps a name to a low-bit graph. Its tensors have the same names as in `model`, or those that
-        onnxruntime gives to dequantized tensors.
-      images: float32 `(n, ...)`, as the graphs take them.
+      model: Float graph.
+      deployed: Maps a name to a low-bit graph, as `layer_ratios` takes it.
+      samples: Arrays `(n, ...)` by input, or the array of the only input.
 
     Returns:
-      The logits of the float graph; the logits of each deployment; and the SQNR in dB by deployment and
-      layer.
+      The logits of the float graph, which are its first output; the logits of each deployment; and the SQNR
+      in dB by deployment and layer, as `layer_ratios` gives it.
     """
-    own = layer_outputs(model)
-    outputs = {scheme: _found(own, other) for scheme, other in deployed.items()}
-    ours = _run(model, own.values(), images, optimize=True)
-    theirs = (_run(deployed[scheme], outputs[scheme].values(), images) for scheme in deployed)
-    sums = {scheme: {layer: np.zeros(2) for layer in outputs[scheme]} for scheme in deployed}
+    sums = _NoiseSums(model, deployed)
     reference: list[np.ndarray] = []
-    logits: dict[str, list[np.ndarray]] = {scheme: [] for scheme in deployed}
-    for (float_logits, mine), *others in zip(ours, *theirs, strict=True):
-        reference.append(float_logits)
-        for scheme, (integer_logits, other) in zip(deployed, others, strict=True):
-            logits[scheme].append(integer_logits)
-            for layer, name in outputs[scheme].items():
-                x = mine[own[layer]].ravel()
-                error = x - other[name].ravel()
-                sums[scheme][layer] += np.vdot(x, x), np.vdot(error, error)
-    ratios = {
-        scheme: {
-            layer: 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
-            for layer, (signal, noise) in found.items()
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in deployed}
+    for mine, others in sums.batches(samples):
+        reference.append(mine[model.graph.output[0].name])
+        for name, other in others.items():
+            logits[name].append(other[deployed[name].graph.output[0].name])
+    found = {name: np.concatenate(parts) for name, parts in logits.items()}
+    return np.concatenate(reference), found, sums.ratios()
+
+
+def layer_ratios(
+    model: onnx.ModelProto, deployed: Mapping[str, onnx.ModelProto], samples: Batch
+) -> dict[str, Ratios]:
+    """Measure the noise behind each layer of the deployments of a float graph.
+
+    The SQNR of a layer's output is 10 log10(sum x^2 / sum (x - x_hat)^2) over all samples. Here x is the
+    float graph's tensor, and x_hat is what the next layer of the deployment reads. The SQNR is None where the
+    two are equal. A layer whose output the quantizer has removed from the graph is left out.
+
+    Args:
+      model: Float graph.
+      deployed: Maps a name to a low-bit graph. Its tensors have the same names as in `model`, or those that
+        onnxruntime gives to dequantized tensors.
+      samples: Arrays `(n, ...)` by input, or the array of the only input.
+
+    Returns:
+      The SQNR in dB by deployment and layer.
+    """
+    sums = _NoiseSums(model, deployed)
+    for _ in sums.batches(samples):
+        pass
+    return sums.ratios()
+
+
+class _NoiseSums:
+    """Add up signal and noise behind each layer while a float graph and its deployments run side by side."""
+
+    def __init__(self, model: onnx.ModelProto, deployed: Mapping[str, onnx.ModelProto]):
+        self.model, self.deployed = model, deployed
+        self.own = layer_outputs(model)
+        self.outputs = {name: _found(self.own, other) for name, other in deployed.items()}
+        self.sums = {name: {layer: np.zeros(2) for layer in self.outputs[name]} for name in deployed}
+
+    def batches(
+        self, samples: Batch
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]]:
+        """Run all graphs on the samples; yield the tensors of the float graph and of each deployment."""
+        names = [self.model.graph.output[0].name, *self.own.values()]
+        size = batch_size(self.model, names)
+        ours = tensors(self.model, names, samples, optimize=True, size=size)
+        theirs = [
+            tensors(other, [other.graph.output[0].name, *self.outputs[name].values()], samples, size=size)
+            for name, other in self.deployed.items()
+        ]
+        for mine, *others in zip(ours, *theirs, strict=True):
+            by_name = dict(zip(self.deployed, others, strict=True))
+            for name, other in by_name.items():
+                self._add(name, mine, other)
+            yield mine, by_name
+
+    def _add(self, name: str, mine: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None:
+        for layer, tensor in self.outputs[name].items():
+            x = mine[self.own[layer]].ravel()
+            error = x - other[tensor].ravel()
+            self.sums[name][layer] += np.vdot(x, x), np.vdot(error, error)
+
+    def ratios(self) -> dict[str, Ratios]:
+        """Return the SQNR in dB by deployment and layer."""
+        return {
+            name: {
+                layer: 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+                for layer, (signal, noise) in found.items()
+            }
+            for name, found in self.sums.items()
         }
-        for scheme, found in sums.items()
-    }
-    return np.concatenate(reference), {name: np.concatenate(parts) for name, parts in logits.items()}, ratios
 
 
 def _found(outputs: Mapping[str, str], deployed: onnx.ModelProto) -> dict[str, str]:
@@ -206,12 +248,3 @@ def _found(outputs: Mapping[str, str], deployed: onnx.ModelProto) -> dict[str, s
         if dequantized in made or name in made:
             found[layer] = dequantized if dequantized in made else name
     return found
-
-
-def _run(
-    model: onnx.ModelProto, tensors: Iterable[str], images: np.ndarray, *, optimize: bool = False
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Yield the logits and `tensors`, batch by batch."""
-    logits = model.graph.output[0].name
-    for batch in run_tensors(model, [logits, *tensors], named_inputs(model, images), optimize=optimize):
-        yield batch[logits], batch

@@ -1,8 +1,8 @@
 """Measure what vendors' toolchains do to each layer, although they show only the network's output.
 
-The graph is cut behind each layer, and the part up to there is deployed as a separate network. Its output is
-flattened to logits, so `sqnr_db` of its records is the noise that the toolchain has added up to that layer.
-The layers at which the SQNR falls most cost most.
+The graph is cut behind each layer, and the part up to there is deployed as a separate network. So `sqnr_db`
+of its records is the noise that the toolchain has added up to that layer. The layers at which the SQNR falls
+most cost most.
 
 For onnxruntime there is a shorter way: its quantizer keeps the names of tensors, so `quantized` makes a graph
 that `simulation.compare` compares with the float graph layer by layer.
@@ -21,7 +21,9 @@ from qt_jax.backends import evaluate, ort
 from qt_jax.backends.protocol import Backend, Scheme
 from qt_jax.diagnosis.advice import Progress
 from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.running import count
 from qt_jax.diagnosis.simulation import Precision
+from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.storage import save
 from qt_jax.records import Record
@@ -35,7 +37,7 @@ LAYER_SCHEMES = {
 
 
 def prefix(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
-    """Return the part of `model` that makes `tensor`; its only output is `tensor` as `(n, values)`.
+    """Return the part of `model` that makes `tensor`, with the inputs that it reads; its output is `tensor`.
 
     >>> nodes = [
     ...     helper.make_node("Relu", ["x"], ["y"], name="one"),
@@ -44,15 +46,18 @@ def prefix(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     >>> entries = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 3]) for n in ("x", "z")]
     >>> whole = helper.make_model(helper.make_graph(nodes, "g", entries[:1], entries[1:]))
     >>> [node.op_type for node in prefix(whole, "y").graph.node]
-    ['Relu', 'Flatten']
+    ['Relu']
     """
     cut = onnx.ModelProto()
     cut.CopyFrom(model)
-    flat = f"{tensor}/flat"
     del cut.graph.output[:]
-    cut.graph.output.append(helper.make_tensor_value_info(flat, TensorProto.FLOAT, None))
-    nodes = [*model.graph.node, helper.make_node("Flatten", [tensor], [flat], name=flat)]
-    return graph.with_shapes(graph.rebuild(cut, nodes, graph.constants(model)))
+    cut.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
+    cut = graph.rebuild(cut, model.graph.node, graph.constants(model))
+    read = {name for node in cut.graph.node for name in node.input}
+    inputs = [entry for entry in cut.graph.input if entry.name in read]
+    del cut.graph.input[:]
+    cut.graph.input.extend(inputs)
+    return graph.with_shapes(cut)
 
 
 def matching(backend: Backend, precision: Precision) -> Scheme | None:
@@ -82,8 +87,8 @@ def matching(backend: Backend, precision: Precision) -> Scheme | None:
 
 def by_backend(
     model: onnx.ModelProto,
-    calibration: np.ndarray,
-    images: np.ndarray,
+    calibration: Mapping[str, np.ndarray],
+    samples: Mapping[str, np.ndarray],
     backend: Backend,
     scheme: Scheme,
     *,
@@ -93,29 +98,34 @@ def by_backend(
     """Deploy the network up to each layer in one toolchain, on the first of the backend's runtimes.
 
     Args:
-      model: Float graph with one input.
-      calibration, images: float32 `(n, ...)`. A few dozen images suffice to measure noise.
+      model: Float graph.
+      calibration, samples: Arrays `(n, ...)` by input. A few dozen samples suffice to measure noise.
       backend, scheme: Toolchain, and the scheme of it to use.
       folder: Keeps finished records. A second call resumes from them.
       progress: Is called with the name of each layer as it begins.
 
     Returns:
-      One record per layer, with the name of the layer under the key `layer`.
+      One record per layer, with the name of the layer under the key `layer`. Where the graph up to a layer
+      cannot be judged, the record has the status "refused" and the reason.
     """
-    labels = np.zeros(len(images), np.int64)
     found = []
     for name, layer in layers_of(model).items():
         progress(f"{backend.name}, {name}")
-        [_, row] = evaluate(
-            prefix(model, layer.output),
-            calibration,
-            (images, labels),
-            backends=[backend.name],
-            schemes=[scheme.name],
-            runtimes=[backend.runtimes[0].name],
-            simulated_limit=len(images),
-            folder=folder,
-        )
+        cut = prefix(model, layer.output)
+        inputs = [entry.name for entry in cut.graph.input]
+        try:
+            [_, row] = evaluate(
+                cut,
+                {name: calibration[name] for name in inputs},
+                {name: samples[name] for name in inputs},
+                backends=[backend.name],
+                schemes=[scheme.name],
+                runtimes=[backend.runtimes[0].name],
+                simulated_limit=count(samples),
+                folder=folder,
+            )
+        except InvalidInput as error:
+            row = {"status": "refused", "reason": str(error), "sqnr_db": None}
         found.append({"layer": name} | row)
     return found
 

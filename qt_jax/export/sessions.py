@@ -103,6 +103,21 @@ def named_inputs(
     return {name: np.asarray(array, dtypes[name]) for name, array in given.items()}
 
 
+def input_batches(
+    session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray], size: int = BATCH
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the inputs by name, one batch after another.
+
+    Args:
+      session: Session that is to run them. Where its graph fixes the batch, that is the size.
+      inputs: Arrays `(n, ...)` by name. They may be memory-mapped: only the rows of a batch are read.
+      size: Number of examples of a batch where the graph leaves it open.
+    """
+    size = _fixed_batch(session) or size
+    for start in range(0, len(next(iter(inputs.values()))), size):
+        yield {name: array[start : start + size] for name, array in inputs.items()}
+
+
 def run_batches(
     session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray], outputs: list[str]
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -111,12 +126,11 @@ def run_batches(
     Where the graph fixes the batch, the last batch is filled up with its last example, and its outputs are
     cut.
     """
-    first = session.get_inputs()[0].shape[0]
-    size = first if isinstance(first, int) else BATCH
-    for start in range(0, len(next(iter(inputs.values()))), size):
-        batch = {name: array[start : start + size] for name, array in inputs.items()}
+    fixed = _fixed_batch(session)
+    size = fixed or BATCH
+    for batch in input_batches(session, inputs):
         n = len(next(iter(batch.values())))
-        if isinstance(first, int) and n < size:
+        if fixed is not None and n < size:
             batch = {
                 name: np.concatenate([array, array[-1:].repeat(size - n, 0)]) for name, array in batch.items()
             }
@@ -125,6 +139,12 @@ def run_batches(
             name: array[:n] if np.ndim(array) and len(array) == size else array
             for name, array in zip(outputs, found, strict=True)
         }
+
+
+def _fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
+    """Return the batch that the graph of a session fixes; None where it is open."""
+    first = session.get_inputs()[0].shape[0]
+    return first if isinstance(first, int) else None
 
 
 def run_tensors(
@@ -139,12 +159,17 @@ def run_tensors(
       optimize: As `open_session` takes it.
     """
     made = [name for name in dict.fromkeys(names) if name not in inputs]
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
+    yield from run_batches(open_session(watched(model, made), optimize=optimize), inputs, made)
+
+
+def watched(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """Return a copy of `model` that puts out the float32 tensors `names` too."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
     present = {entry.name for entry in model.graph.output}
-    watched.graph.output.extend(
+    copy.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in made
+        for name in dict.fromkeys(names)
         if name not in present
     )
-    yield from run_batches(open_session(watched, optimize=optimize), inputs, made)
+    return copy

@@ -86,9 +86,10 @@ def speed_table(deployment: DeploymentTable) -> str | None:
     if not rows:
         return None
     header = ["network", "row", "front", *(heading for heading, _, _ in SPEED.values())]
+    better = "more accurate" if deployment.in_points() else "closer to float"
     notes = [
         "p50, p99: latency of one image at batch 1; front: no other row of the network is both faster "
-        "and more accurate. Only runtimes whose wall-clock time says something about a product are timed."
+        f"and {better}. Only runtimes whose wall-clock time says something about a product are timed."
     ]
     notes += [f"[{number}] {escaped(source)}" for source, number in sources.items()]
     return "\n\n".join([markdown_table(header, rows, words=3), "\n".join(f"- {note}" for note in notes)])

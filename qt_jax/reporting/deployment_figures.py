@@ -1,18 +1,20 @@
 """Draw deployments: heat maps of drops and agreement, reliability diagrams, and accuracy against latency.
 
 Both heat maps colour a percentage by the same fixed steps, each about twice the last. So 0.1 and 0.5 are as
-easy to tell apart as 10 and 50, and two reports can be laid side by side.
+easy to tell apart as 10 and 50, and two reports can be laid side by side. Where a network is judged without
+labels, or by a metric that is no fraction, SQNR stands in for accuracy, with steps of its own.
 """
 
 import math
 import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
+from matplotlib.colors import BoundaryNorm, Colormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -20,13 +22,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qt_jax.reporting.figures import COLOURS, INK, OTHER_COLOURS, canvas, method_colour, save_figure
 from qt_jax.reporting.pivot import (
+    REFERENCE,
     Column,
     DeploymentTable,
     Row,
+    Seeds,
     drops,
     images,
     measured,
+    partly_float,
     precision,
+    scores,
+    share,
     spread,
     statuses,
 )
@@ -38,6 +45,16 @@ STEPS = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 COLOUR_MAP = matplotlib.colormaps["viridis_r"]
 
 NORM = BoundaryNorm(STEPS, COLOUR_MAP.N, extend="both")
+
+SQNR_STEPS = (5, 10, 15, 20, 25, 30, 35, 40, 50)
+"""Decibels at which the colour of the heat map of SQNR changes."""
+
+SQNR_COLOUR_MAP = matplotlib.colormaps["viridis"]
+
+SQNR_NORM = BoundaryNorm(SQNR_STEPS, SQNR_COLOUR_MAP.N, extend="both")
+
+MOST_SHOWN_SQNR = 60.0
+"""Decibels above which a row of the latency figure counts as equal to float."""
 
 INCHES_PER_CHARACTER = 0.075
 """Width of a character of a row's label."""
@@ -52,12 +69,17 @@ PRECISION_MARKERS = {"INT8": "o", "INT4": "^", None: "s"}
 """Markers of precisions in the latency figure."""
 
 SHOWN_POINTS = 15
-"""Points of top-1 that the latency figure shows below the best row of its worst network."""
+"""Points that the latency figure shows below the best row of its worst network."""
 
 
-def drop_figure(deployment: DeploymentTable, path: Path) -> Path:
-    """Write `draw_drops` as a PNG, and return its path."""
-    return save_figure(draw_drops(deployment), path)
+def drop_figure(deployment: DeploymentTable, path: Path) -> Path | None:
+    """Write `draw_drops` as a PNG, and return its path; None where drops are not points."""
+    return save_figure(draw_drops(deployment), path) if deployment.in_points() else None
+
+
+def sqnr_figure(deployment: DeploymentTable, path: Path) -> Path | None:
+    """Write `draw_sqnr` as a PNG, and return its path; None where `drop_figure` says more."""
+    return None if deployment.in_points() else save_figure(draw_sqnr(deployment), path)
 
 
 def draw_drops(deployment: DeploymentTable) -> Figure:
@@ -65,6 +87,47 @@ def draw_drops(deployment: DeploymentTable) -> Figure:
 
     A cell without a drop is hatched and shows its status.
     """
+    titles = {metric.title for metric in deployment.by_metric() if metric is not None}
+    return _heat_map(
+        deployment,
+        lambda seeds: [100 * value for value in drops(seeds)],
+        (COLOUR_MAP, NORM, 2),
+        f"points of {titles.pop() if len(titles) == 1 else 'the metric'}",
+        "Accuracy drop against the float model on the same images",
+    )
+
+
+def draw_sqnr(deployment: DeploymentTable) -> Figure:
+    """Draw one cell per row and network, coloured by the SQNR of its outputs in dB.
+
+    A cell without an SQNR is hatched and shows its status.
+    """
+    return _heat_map(
+        deployment,
+        lambda seeds: list(measured(seeds, "sqnr_db").values()),
+        (SQNR_COLOUR_MAP, SQNR_NORM, 1),
+        "SQNR (dB)",
+        "Closeness of the outputs to the float model's",
+    )
+
+
+def _heat_map(
+    deployment: DeploymentTable,
+    read: Callable[[Seeds], list[float]],
+    shown: tuple[Colormap, BoundaryNorm, int],
+    unit: str,
+    heading: str,
+) -> Figure:
+    """Draw one cell per row and network.
+
+    Args:
+      deployment: Table of the cells.
+      read: Returns the values of a cell, whose mean is shown.
+      shown: Colours, the values at which they change, and the decimals.
+      unit: Label of the colour bar.
+      heading: Title of the figure.
+    """
+    colours, norm, digits = shown
     rows, columns = deployment.rows, deployment.columns
     labels = _labels(deployment)
     side = INCHES_PER_CHARACTER * max(map(len, labels))
@@ -74,25 +137,22 @@ def draw_drops(deployment: DeploymentTable) -> Figure:
     for j, column in enumerate(columns):
         for i, row in enumerate(rows):
             seeds = deployment.seeds(column, row)
-            if lost := drops(seeds):
-                values[i, j] = 100 * spread(lost)[0]
-                _print(axes, j, i, _plain(values[i, j]), values[i, j], 8.5)
+            if found := read(seeds):
+                values[i, j] = spread(found)[0]
+                _print(axes, (j, i), _plain(values[i, j], digits), colours(norm(values[i, j])), 8.5)
             else:
                 _hatch(axes, j, i)
-                text = axes.text(
-                    j, i, ", ".join(statuses(seeds)) or "–", ha="center", va="center", fontsize=8
-                )
+                why = ", ".join(statuses(seeds)) or ("reference" if seeds and row == REFERENCE else "–")
+                text = axes.text(j, i, why, ha="center", va="center", fontsize=8)
                 text.set_bbox({"facecolor": "0.95", "edgecolor": "none", "pad": 1})
-    axes.imshow(values, cmap=COLOUR_MAP, norm=NORM, aspect="auto", interpolation="nearest")
+    axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     names = [textwrap.fill(deployment.name(column), 15) for column in columns]
     axes.set_xticks(range(len(columns)), names)
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(rows)), labels)
     _grid(axes, rows, len(columns))
-    _colour_bar(figure, axes, [f"{step:g}" for step in STEPS], "points of top-1")
-    figure.suptitle(
-        "Accuracy drop against the float model on the same images", x=0.02, ha="left", fontsize=11
-    )
+    _colour_bar(figure, axes, (colours, norm), [f"{step:g}" for step in norm.boundaries], unit)
+    figure.suptitle(heading, x=0.02, ha="left", fontsize=11)
     return figure
 
 
@@ -119,7 +179,7 @@ def agreement_figure(deployment: DeploymentTable, column: Column, path: Path) ->
         elif printed:
             # Rounded down, so that 100 stands for all images.
             text = f"{math.floor(1000 * matrix[i, j] + 1e-6) / 10:.1f}" if differ[i, j] else "100"
-            _print(axes, j, i, text, differ[i, j], 7)
+            _print(axes, (j, i), text, COLOUR_MAP(NORM(differ[i, j])), 7)
     axes.imshow(differ, cmap=COLOUR_MAP, norm=NORM, aspect="equal", interpolation="nearest")
     axes.set_xticks(range(len(rows)), labels, rotation=90)
     axes.set_yticks(range(len(rows)), labels)
@@ -127,32 +187,41 @@ def agreement_figure(deployment: DeploymentTable, column: Column, path: Path) ->
     if not printed:
         axes.tick_params(labelsize=6.5)
         axes.grid(which="minor", linewidth=0.2)
-    _colour_bar(figure, axes, [f"{100 - step:g}" for step in STEPS], "% of images decided alike")
+    ticks = [f"{100 - step:g}" for step in STEPS]
+    _colour_bar(figure, axes, (COLOUR_MAP, NORM), ticks, "% of images decided alike")
     figure.suptitle(f"Same decision: {deployment.name(column)}", x=0.02, ha="left", fontsize=11)
     return save_figure(figure, path)
 
 
 def _labels(deployment: DeploymentTable) -> list[str]:
-    """Return the rows' names, with the number of images where it is not the largest one."""
+    """Return the rows' names, with what is unlike the others.
+
+    That is the number of images where it is not the largest one, and the share of quantized layers where a
+    part of the network is float.
+    """
     sizes = {
         row: {n for column in deployment.columns for n in images(deployment.seeds(column, row))}
         for row in deployment.rows
     }
     largest = max((n for found in sizes.values() for n in found), default=None)
-    return [
-        f"{row}, n {min(found)}" if (found := sizes[row] - {largest}) else str(row) for row in deployment.rows
-    ]
+    labels = []
+    for row in deployment.rows:
+        cells = [deployment.seeds(column, row) for column in deployment.columns]
+        notes = [f"n {min(found)}"] if (found := sizes[row] - {largest}) else []
+        notes += dict.fromkeys(f"{share(seeds)} layers" for seeds in cells if partly_float(seeds))
+        labels.append(", ".join([str(row), *notes]))
+    return labels
 
 
-def _plain(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+def _plain(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
-def _print(axes: Axes, x: float, y: float, text: str, value: float, size: float) -> None:
-    """Print `text` in black or white, whichever stands out from the colour of `value`."""
-    luminance = np.dot(COLOUR_MAP(NORM(value))[:3], (0.2126, 0.7152, 0.0722))
+def _print(axes: Axes, place: tuple[float, float], text: str, shade: Sequence[float], size: float) -> None:
+    """Print `text` in black or white, whichever stands out from the colour `shade` behind it."""
+    luminance = np.dot(shade[:3], (0.2126, 0.7152, 0.0722))
     axes.text(
-        x, y, text, ha="center", va="center", fontsize=size, color="black" if luminance > 0.45 else "white"
+        *place, text, ha="center", va="center", fontsize=size, color="black" if luminance > 0.45 else "white"
     )
 
 
@@ -179,11 +248,14 @@ def _grid(axes: Axes, rows: list[Row], columns: int, square: bool = False) -> No
                 axes.plot((place - 0.5,) * 2, (place - 0.5, len(rows) - 0.5), color=INK, lw=1)
 
 
-def _colour_bar(figure: Figure, axes: Axes, ticks: list[str], label: str) -> None:
+def _colour_bar(
+    figure: Figure, axes: Axes, shown: tuple[Colormap, BoundaryNorm], ticks: list[str], label: str
+) -> None:
+    colours, norm = shown
     bar = figure.colorbar(
-        ScalarMappable(NORM, COLOUR_MAP), ax=axes, shrink=min(1.0, 6 / figure.get_figheight()), anchor=(0, 1)
+        ScalarMappable(norm, colours), ax=axes, shrink=min(1.0, 6 / figure.get_figheight()), anchor=(0, 1)
     )
-    bar.set_ticks(STEPS, labels=ticks)
+    bar.set_ticks(norm.boundaries.tolist(), labels=ticks)
     bar.ax.tick_params(labelsize=8)
     bar.set_label(label, fontsize=9)
 
@@ -233,9 +305,9 @@ def draw_diagram(axes: Axes, item: Reliability, shade: str) -> None:
 
 
 def latency_figure(deployment: DeploymentTable, path: Path) -> Path | None:
-    """Draw top-1 by median latency at batch 1 (log) as a PNG, with one panel per network.
+    """Draw the score by median latency at batch 1 (log) as a PNG, with one panel per network.
 
-    A line shows the front that no row beats.
+    A line shows the front that no row beats. Where drops are not points, SQNR stands in for the score.
 
     Returns:
       The path; None if no row was timed.
@@ -249,8 +321,10 @@ def latency_figure(deployment: DeploymentTable, path: Path) -> Path | None:
     figure = canvas(max(4.6 * across, 6.2), 3.8 * down + 1.1)
     backends = dict.fromkeys(row.backend for points in panels.values() for row in points)
     shades = {name: BACKEND_COLOURS[i % len(BACKEND_COLOURS)] for i, name in enumerate(backends)}
-    values = [[100 * top1 for _, top1 in points.values()] for points in panels.values()]
-    low, high = max(min(map(min, values)), min(map(max, values)) - SHOWN_POINTS), max(map(max, values))
+    values = [[value for _, value in points.values()] for points in panels.values()]
+    low, high = min(map(min, values)), max(map(max, values))
+    if deployment.in_points():
+        low = max(low, min(map(max, values)) - SHOWN_POINTS)
     pad = max(0.2, 0.07 * (high - low))
     shared = None
     for index, (column, points) in enumerate(panels.items()):
@@ -259,7 +333,8 @@ def latency_figure(deployment: DeploymentTable, path: Path) -> Path | None:
         _scatter(axes, deployment, column, points, shades, (low - pad, high + pad))
         axes.set_title(deployment.name(column), loc="left", fontsize=10)
         if index % across == 0:
-            axes.set_ylabel("top-1 (%)")
+            metric = deployment.metric(column) if deployment.in_points() else None
+            axes.set_ylabel("SQNR (dB)" if metric is None else f"{metric.title} (%)")
         if index >= len(panels) - across:
             axes.set_xlabel("median latency at batch 1 (ms)")
     handles = [Line2D([], [], marker="o", ls="", color=shades[name], label=name) for name in backends]
@@ -274,13 +349,19 @@ def latency_figure(deployment: DeploymentTable, path: Path) -> Path | None:
 
 
 def latencies(deployment: DeploymentTable, column: Column) -> dict[Row, tuple[float, float]]:
-    """Return the median latency in ms and the top-1 of each row that has both, as means over seeds."""
+    """Return the median latency in ms and the quality of each row that has both, as means over seeds.
+
+    The quality is the score in %. Where drops are not points it is the SQNR, but at most `MOST_SHOWN_SQNR`.
+    """
+    points = deployment.in_points()
     found = {}
     for row in deployment.rows:
         seeds = deployment.seeds(column, row)
-        pair = [list(measured(seeds, key).values()) for key in ("latency_ms_p50", "top1")]
-        if all(pair):
-            found[row] = (spread(pair[0])[0], spread(pair[1])[0])
+        times = measured(seeds, "latency_ms_p50").values()
+        values = (scores(seeds) if points else measured(seeds, "sqnr_db")).values()
+        if times and values:
+            mean = spread(values)[0]
+            found[row] = (spread(times)[0], 100 * mean if points else min(mean, MOST_SHOWN_SQNR))
     return found
 
 
@@ -306,15 +387,15 @@ def _scatter(
     shades: dict[str, str],
     span: tuple[float, float],
 ) -> None:
-    for row, (latency, top1) in points.items():
+    for row, (latency, value) in points.items():
         marker = PRECISION_MARKERS[precision(deployment.seeds(column, row))]
-        axes.plot(latency, 100 * top1, marker, color=shades[row.backend], ms=7, mec="white", mew=0.6)
+        axes.plot(latency, value, marker, color=shades[row.backend], ms=7, mec="white", mew=0.6)
     edge = np.array([points[row] for row in front(points)])
-    axes.step(edge[:, 0], 100 * edge[:, 1], where="post", color=INK, linewidth=0.9, zorder=1)
+    axes.step(edge[:, 0], edge[:, 1], where="post", color=INK, linewidth=0.9, zorder=1)
     axes.set_xscale("log")
     axes.margins(0.08)
     axes.set_ylim(*span)
-    if below := sum(100 * top1 < span[0] for _, top1 in points.values()):
+    if below := sum(value < span[0] for _, value in points.values()):
         axes.text(
             *(0.02, 0.02, f"{below} row{'s' * (below > 1)} lower still"),
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},

@@ -15,17 +15,32 @@ import binascii
 import functools
 import math
 import zlib
+from collections.abc import Iterable
 from itertools import combinations
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 
 from qt_jax.errors import InvalidInput
 from qt_jax.records import Record
-from qt_jax.reporting.pivot import REFERENCE, Column, DeploymentTable, Row, Seeds, measured, spread
+from qt_jax.reporting.pivot import (
+    REFERENCE,
+    Column,
+    DeploymentTable,
+    Row,
+    Seeds,
+    ended_well,
+    lost,
+    scores,
+    spread,
+)
 
 EQUAL_ACCURACY = 0.002
 """Largest difference of top-1 between two rows that count as equally accurate."""
+
+METRICS_OF_DECISIONS = ("top1", "accuracy")
+"""Metrics that are means over images of whether a decision is right. Only their noise is known."""
 
 
 class Disagreement(NamedTuple):
@@ -107,6 +122,43 @@ def standard_error(alike: float, difference: float, n: int) -> float:
     return math.sqrt(max(1 - alike - difference**2, 0.0) / n)
 
 
+def noise(differences: Iterable[tuple[float | None, float, int]]) -> float | None:
+    """Bound two standard errors of a mean difference from above; None if one of them is unknown.
+
+    More seeds do not make it smaller, because the seeds share their images.
+
+    Args:
+      differences: (share of images decided alike, difference of two scores, number of images) by seed.
+
+    >>> noise([(0.75, 0.0, 100)]), noise([(None, 0.0, 100)])
+    (0.1, None)
+    """
+    errors = []
+    for alike, difference, n in differences:
+        if alike is None:
+            return None
+        errors.append(standard_error(alike, difference, n))
+    return 2 * math.sqrt(fmean(error**2 for error in errors)) if errors else None
+
+
+def noise_of_drop(deployment: DeploymentTable, column: Column, row: Row) -> float | None:
+    """Bound two standard errors of the drop of a row from above.
+
+    It is known only for metrics that are means of right decisions, and where the decisions or their agreement
+    with the float model were kept; else None.
+    """
+    own = deployment.seeds(column, REFERENCE)
+    found = []
+    for seed, record in deployment.seeds(column, row).items():
+        value = lost(record)
+        if value is not None:
+            if (record.get("metric") or "top1") not in METRICS_OF_DECISIONS or not record.get("n"):
+                return None
+            alike = agreement(own[seed], record) if seed in own else None
+            found.append((record.get("agreement") if alike is None else alike, value, record["n"]))
+    return noise(found)
+
+
 def cell_agreement(first: Seeds, second: Seeds) -> float | None:
     """Return the agreement of two cells, averaged over the seeds that both have."""
     found = [agreement(first[seed], second[seed]) for seed in first if seed in second]
@@ -123,7 +175,9 @@ def agreement_matrix(deployment: DeploymentTable, column: Column) -> tuple[list[
     rows = [
         row
         for row in deployment.rows
-        if any(predictions(record) is not None for record in cells.get(row, {}).values())
+        if any(
+            ended_well(record) and predictions(record) is not None for record in cells.get(row, {}).values()
+        )
     ]
     matrix = np.full((len(rows), len(rows)), np.nan)
     for i, j in combinations(range(len(rows)), 2):
@@ -144,7 +198,7 @@ def disagreeing_pairs(deployment: DeploymentTable, column: Column, most: int = 5
     found = []
     for i, j in combinations(range(len(rows)), 2):
         sizes = {record.get("n") for row in (rows[i], rows[j]) for record in cells[row].values()}
-        values = [measured(cells[row], "top1").values() for row in (rows[i], rows[j])]
+        values = [scores(cells[row]).values() for row in (rows[i], rows[j])]
         if len(sizes) > 1 or not all(values) or not matrix[i, j] < 1:
             continue
         top1_distance = abs(spread(values[0])[0] - spread(values[1])[0])

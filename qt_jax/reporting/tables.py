@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.table import Table
@@ -19,6 +19,7 @@ from qt_jax.reporting.pivot import (
     Column,
     Comparison,
     DeploymentTable,
+    Metric,
     Row,
     Seeds,
     arrange,
@@ -26,9 +27,14 @@ from qt_jax.reporting.pivot import (
     compare,
     difference,
     drops,
+    ended_well,
     images,
+    leads,
     measured,
     pairs,
+    partly_float,
+    scores,
+    share,
     spread,
     statuses,
     title,
@@ -243,9 +249,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: 
 def deployment_table(records: Sequence[Record]) -> Table:
     """Make a rich table with one row per backend, scheme and runtime.
 
-    For each network it shows top-1, drop and SQNR, or the status. With Quant-Trim and its twin it shows the
-    gain in points of top-1. Of several seeds the means are shown. Two networks fit 80 columns. More than
-    three networks show only their drops.
+    For each network it shows the score, the drop and the SQNR, or the status; without labels SQNR, cosine and
+    the SQNR of the worst image. With Quant-Trim and its twin it shows the gain. Rows that are partly float
+    say how many of their layers were quantized. Of several seeds the means are shown. Two networks fit 80
+    columns. More than three networks show only their drops.
 
     Raises:
       InvalidInput: The records cannot be arranged, as `qt_jax.reporting.pivot.arrange` says.
@@ -256,15 +263,18 @@ def deployment_table(records: Sequence[Record]) -> Table:
     """
     deployment = arrange(records)
     few = len(deployment.columns) <= TERMINAL_NETWORKS
-    shown = ("top-1", "drop", "SQNR") if few else ("drop",)
-    twins = pairs(deployment) if few else []
+    shown = {column: _terminal_keys(deployment.metric(column), few) for column in deployment.columns}
+    twins = _scored_pairs(deployment) if few else []
+    partial = any(partly_float(deployment.seeds(c, r)) for c in deployment.columns for r in deployment.rows)
     table = Table(box=box.SIMPLE_HEAD, padding=0, title="Deployment", caption_justify="left")
-    table.caption = "top-1 in %; drop, gain: points of top-1; SQNR of the logits against FP32 in dB"
+    table.caption = "\n".join(_caption(deployment, partial))
     table.add_column("\nscheme", overflow="fold", min_width=12)
     table.add_column("\nn", justify="right", no_wrap=True)
-    for column in deployment.columns:
+    if partial:
+        table.add_column("\nlayers", justify="right", no_wrap=True)
+    for column, keys in shown.items():
         name = deployment.name(column)
-        for head in (f"{name}\n{shown[0]}", *(f"\n{key}" for key in shown[1:])):
+        for head in (f"{name}\n{keys[0]}", *(f"\n{key}" for key in keys[1:])):
             table.add_column(head, justify="right", min_width=len(BRIEF["unavailable"]) if not few else None)
     for _ in twins:
         table.add_column("\ngain", justify="right", no_wrap=True)
@@ -274,45 +284,206 @@ def deployment_table(records: Sequence[Record]) -> Table:
         table.add_row(Text(backend if len(runtimes) > 1 else f"{backend} {mine[0].runtime}", style="bold"))
         for row in mine:
             cells = [sizes(deployment, row)]
-            for column in deployment.columns:
-                seeds = deployment.seeds(column, row)
-                found = numbers(seeds, row, mean=True)
-                failed = ", ".join(BRIEF.get(word, word) for word in statuses(seeds))
-                first = found[shown[0]] if measured(seeds, "top1") else failed or ABSENT
-                cells += [first, *(found[key] for key in shown[1:])]
+            if partial:
+                cells.append(shares(deployment, row, deployment.columns, full=False))
+            for column, keys in shown.items():
+                found = numbers(deployment, column, row, mean=True)
+                failed = ", ".join(BRIEF.get(word, word) for word in statuses(deployment.seeds(column, row)))
+                first = failed if found[keys[0]] == ABSENT and failed else found[keys[0]]
+                cells += [first, *(found[key] for key in keys[1:])]
             cells += [gain(deployment, pair, row, mean=True) for pair in twins]
             label = f"  {row.scheme} {row.runtime}" if len(runtimes) > 1 else f"  {row.scheme}"
             table.add_row(Text(label), *cells)
     return table
 
 
+def _terminal_keys(metric: Metric | None, few: bool) -> tuple[str, ...]:
+    """Return the columns that the terminal has room for."""
+    if metric is None:
+        return ("SQNR", "cosine", "worst") if few else ("SQNR",)
+    return (metric.title, metric.loss, "SQNR") if few else (metric.loss,)
+
+
+def _caption(deployment: DeploymentTable, partial: bool) -> list[str]:
+    """Explain the units of the terminal's table, and say what was judged."""
+    units = []
+    for metric in deployment.by_metric():
+        if metric is None:
+            units.append("worst: SQNR of the worst image in dB")
+        elif metric.fraction:
+            units.append(f"{metric.title} in %; drop, gain: points of {metric.title}")
+        else:
+            units.append(f"worse by: change of {metric.title} for the worse")
+    classifiers = all(metric is not None and metric.name == "top1" for metric in deployment.by_metric())
+    outputs = "logits" if classifiers else "outputs"
+    lines = ["; ".join([*units, f"SQNR of the {outputs} against FP32 in dB"])]
+    if partial:
+        lines.append("layers: with products, quantized of all; a row with fewer than all is partly float")
+    return lines + judged_outputs(deployment)
+
+
+def judged_outputs(deployment: DeploymentTable) -> list[str]:
+    """Say which outputs were judged and which were left out, with one line for networks that agree.
+
+    Nothing is said of older records, which do not name outputs.
+
+    >>> judged_outputs(arrange([{"backend": "b", "scheme": "s", "status": "ok", "judged": ["boxes"]}]))
+    ['Judged: boxes.']
+    """
+    lines: dict[str, list[str]] = {}
+    for column in deployment.columns:
+        for record in deployment.records([column]):
+            if record.get("judged"):
+                others = record.get("not_judged")
+                text = f"{', '.join(record['judged'])}." + (
+                    f" Left out: {', '.join(others)}." if others else ""
+                )
+                names = lines.setdefault(text, [])
+                if deployment.name(column) not in names:
+                    names.append(deployment.name(column))
+    if len(lines) == 1:
+        return [f"Judged: {text}" for text in lines]
+    return [f"Judged in {', '.join(names)}: {text}" for text, names in lines.items()]
+
+
 def full_table(deployment: DeploymentTable) -> str:
-    """Write all rows as Markdown, with one table per task and model and the methods side by side."""
+    """Write all rows as Markdown, with one table per task and model and the methods side by side.
+
+    Who a row speaks for, and how many of its layers were quantized, is shown where the records tell it.
+    """
     parts = []
     for subject in dict.fromkeys(column[:2] for column in deployment.columns):
         columns = [column for column in deployment.columns if column[:2] == subject]
-        twins = [pair for pair in pairs(deployment) if pair[0] in columns]
-        keys = ("top-1", "drop", "SQNR", "agreement", "ECE")
-        header = ["backend", "scheme", "runtime", "n"]
+        twins = [pair for pair in _scored_pairs(deployment) if pair[0] in columns]
+        keys = _full_keys(deployment, columns)
+        records = deployment.records(columns)
+        kinds = any(record.get("kind") for record in records)
+        counted = any(record.get("products") for record in records)
+        header = [
+            "backend",
+            "scheme",
+            "runtime",
+            *["speaks for"] * kinds,
+            "n",
+            *["quantized layers"] * counted,
+        ]
         header += [
-            f"{escaped(title(column.method) or 'network')} {key}" for column in columns for key in keys
+            f"{escaped(title(column.method) or 'network')} {key}"
+            for column in columns
+            for key in keys[column]
         ]
         rows = []
         for row in deployment.rows:
             if not any(deployment.seeds(column, row) for column in columns):
                 continue
-            cells = [*map(escaped, row), sizes(deployment, row, columns)]
+            cells = [*map(escaped, row)]
+            cells += [escaped(kind(deployment, row, columns))] * kinds
+            cells += [sizes(deployment, row, columns), *[shares(deployment, row, columns)] * counted]
             for column in columns:
                 seeds = deployment.seeds(column, row)
-                found = numbers(seeds, row)
-                if not measured(seeds, "top1") and statuses(seeds):
-                    found["top-1"] = ", ".join(statuses(seeds))
-                cells += [found[key] for key in keys]
+                found = numbers(deployment, column, row)
+                first, *others = keys[column]
+                if found[first] == ABSENT and statuses(seeds):
+                    found[first] = ", ".join(statuses(seeds))
+                cells += [found[key] for key in (first, *others)]
             rows.append(cells + [gain(deployment, pair, row) for pair in twins])
         if len(deployment.columns) > len(columns):
             parts.append(f"### {escaped(' '.join(part for part in subject if part))}")
-        parts.append(markdown_table(header + ["gain"] * len(twins), rows, words=3))
+        parts.append(markdown_table(header + ["gain"] * len(twins), rows, words=3 + kinds))
     return "\n\n".join(parts)
+
+
+def _scored_pairs(deployment: DeploymentTable) -> list[tuple[Column, Column]]:
+    """Return the pairs of Quant-Trim and its twin that labels can tell apart."""
+    return [pair for pair in pairs(deployment) if deployment.metric(pair[0]) is not None]
+
+
+def _full_keys(deployment: DeploymentTable, columns: Iterable[Column]) -> dict[Column, tuple[str, ...]]:
+    """Return the keys of `numbers` that the full table shows of each network."""
+    found = {}
+    for column in columns:
+        metric, records = deployment.metric(column), deployment.records([column])
+        keys = ["SQNR", "cosine", "worst image", "largest error"] if metric is None else [metric.title]
+        if metric is not None:
+            keys += ["mIoU"] if metric.title == "pixel accuracy" else []
+            keys += ["AUC"] if metric.name == "accuracy" and any(r.get("auc") for r in records) else []
+            keys += [metric.loss, "SQNR"] + (["agreement", "ECE"] if metric.name == "top1" else ["cosine"])
+        elif any(
+            item.get("equal") is not None for record in records for item in record.get("fidelity") or ()
+        ):
+            keys.append("equal")
+        found[column] = tuple(keys)
+    return found
+
+
+def kind(deployment: DeploymentTable, row: Row, columns: Iterable[Column]) -> str:
+    """Write whose product a row speaks for and how, such as "Canaan, vendor simulator"."""
+    records = [record for column in columns for record in deployment.seeds(column, row).values()]
+    texts = (", ".join(record[key] for key in ("vendor", "kind") if record.get(key)) for record in records)
+    return "; ".join(dict.fromkeys(filter(None, texts))) or ABSENT
+
+
+def shares(deployment: DeploymentTable, row: Row, columns: Iterable[Column], full: bool = True) -> str:
+    """Write how many layers of a row were quantized, such as "8 of 9"; not where it is all, unless `full`."""
+    cells = [deployment.seeds(column, row) for column in columns]
+    found = [share(seeds) for seeds in cells if full or partly_float(seeds)]
+    return ", ".join(dict.fromkeys(filter(None, found))) or ABSENT
+
+
+def marked(deployment: DeploymentTable, column: Column, row: Row) -> str:
+    """Name a row, with the share of its quantized layers if a part of it is float."""
+    seeds = deployment.seeds(column, row)
+    return f"{row}, {share(seeds)} layers quantized" if partly_float(seeds) else str(row)
+
+
+def output_table(deployment: DeploymentTable) -> str | None:
+    """Tabulate every judged output of every row; None where no network has several."""
+    header = ["row", "output", "shape", "type", "SQNR", "cosine", "largest error", "largest value"]
+    parts = []
+    for column in deployment.columns:
+        lines = []
+        for row in deployment.rows:
+            seeds = deployment.seeds(column, row)
+            for seed, record in seeds.items():
+                label = f"{row}, seed {seed}" if len(seeds) > 1 else str(row)
+                if ended_well(record):
+                    lines += [[escaped(label), *_output(item)] for item in record.get("fidelity") or ()]
+        if len({line[1] for line in lines}) > 1:
+            if len(deployment.columns) > 1:
+                parts.append(f"### {escaped(deployment.name(column))}")
+            parts.append(markdown_table([*header, "equal", "worst image"], lines, words=4))
+    if not parts:
+        return None
+    notes = (
+        "SQNR of an output against the float graph in dB, over all images. An integer output has none: it is "
+        "equal to the float graph's in the percentage of its elements that is given.",
+        "The worst image is that of the lowest SQNR, by its place in the test set.",
+    )
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
+
+
+def _output(item: Record) -> list[str]:
+    """Write one judged output of one row."""
+    shape = item.get("shape")
+    worst = item.get("worst_image") or {}
+    place = f"{worst.get('index')}" + (
+        f": {worst['sqnr_db']:.1f} dB" if worst.get("sqnr_db") is not None else ""
+    )
+    return [
+        escaped(item["output"]),
+        "varies" if shape is None else "×".join(map(str, shape)) or "scalar",
+        escaped(item.get("dtype") or ABSENT),
+        _plain(item.get("sqnr_db"), ".1f"),
+        _plain(item.get("cosine"), ".4f"),
+        _plain(item.get("largest_error"), ".3g"),
+        _plain(item.get("largest_value"), ".3g"),
+        ABSENT if item.get("equal") is None else f"{100 * item['equal']:.2f}",
+        ABSENT if worst.get("index") is None else place,
+    ]
+
+
+def _plain(value: float | None, form: str) -> str:
+    return ABSENT if value is None else format(value, form).replace("-", MINUS)
 
 
 def failures(deployment: DeploymentTable) -> str | None:
@@ -342,22 +513,48 @@ def sizes(deployment: DeploymentTable, row: Row, columns: Iterable[Column] | Non
     return ", ".join(map(str, sorted(found))) or ABSENT
 
 
-def numbers(seeds: Seeds, row: Row, mean: bool = False) -> dict[str, str]:
-    """Return the cells of one network and row, with the spread over seeds or only the mean."""
-    found = {key: measured(seeds, key).values() for key in ("top1", "sqnr_db", "agreement", "ece")}
-    return {
-        "top-1": _text(found["top1"], 100, mean=mean),
-        "drop": _text([] if row == REFERENCE else drops(seeds), 100, mean=mean),
-        "SQNR": _text(found["sqnr_db"], 1, 1, mean=mean),
+def numbers(deployment: DeploymentTable, column: Column, row: Row, mean: bool = False) -> dict[str, str]:
+    """Return the cells of one network and row, with the spread over seeds or only the mean.
+
+    The score and the drop are under the metric's title and its word for a loss.
+    """
+    seeds, metric = deployment.seeds(column, row), deployment.metric(column)
+    keys = ("sqnr_db", "worst_sqnr_db", "cosine", "agreement", "ece", "miou", "auc")
+    found = {key: measured(seeds, key).values() for key in keys}
+    sqnr, worst = (_text(found[key], 1, 1, mean=mean) for key in ("sqnr_db", "worst_sqnr_db"))
+    cells = {
+        **{"SQNR": sqnr, "worst": worst, "worst image": worst},
+        "cosine": _text(found["cosine"], 1, 4, mean=mean),
         "agreement": _text(found["agreement"], 100, mean=mean),
         "ECE": _text(found["ece"], 100, mean=mean),
+        "mIoU": _text(found["miou"], 100, mean=mean),
+        "AUC": _text(found["auc"], 100, mean=mean),
+        "largest error": _over_outputs(seeds, "largest_error", max, ".3g"),
+        "equal": _over_outputs(seeds, "equal", min, ".2%").rstrip("%"),
     }
+    if metric is not None:
+        lost = [] if row == REFERENCE else drops(seeds)
+        cells |= {
+            metric.title: _text(scores(seeds).values(), metric.scale, metric.digits, mean=mean),
+            metric.loss: _text(lost, metric.scale, metric.digits, mean=mean),
+        }
+    return cells
+
+
+def _over_outputs(seeds: Seeds, key: str, choose: Callable[[Iterable[float]], float], form: str) -> str:
+    """Write the worst value under `key` over the judged outputs of all seeds."""
+    items = (item for record in seeds.values() if ended_well(record) for item in record.get("fidelity") or ())
+    values = [item[key] for item in items if item.get(key) is not None]
+    return _plain(choose(values) if values else None, form)
 
 
 def gain(deployment: DeploymentTable, pair: tuple[Column, Column], row: Row, mean: bool = False) -> str:
-    """Write by how many points of top-1 the first network of a pair leads in a row."""
+    """Write by how much the first network of a pair leads in a row, in points if the metric is a fraction."""
+    metric = deployment.metric(pair[0])
+    if metric is None:
+        return ABSENT
     both = comparable(*(deployment.seeds(column, row) for column in pair))
-    return _text([a["top1"] - b["top1"] for a, b in both], 100, signed=True, mean=mean)
+    return _text(leads(both), metric.scale, metric.digits, signed=True, mean=mean)
 
 
 def _text(

@@ -29,7 +29,8 @@ from qt_jax.diagnosis import __main__ as diagnosis_command
 from qt_jax.diagnosis import deployed
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.remedies import Deployment, replaced
-from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, everywhere, logits_of
+from qt_jax.diagnosis.running import logits_of
+from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, everywhere
 from qt_jax.export import graph
 from qt_jax.export.encodings import read_ranges, write_ranges
 from qt_jax.export.storage import model_sha256
@@ -115,7 +116,8 @@ def test_a_planted_fault_is_found_named_and_mended(fault, n, network, cifar10, t
     out = tmp_path / "model.diagnosis"
     rows = {row["layer"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert rows[layer]["advice"]
-    first = re.search(r"^1\. \*\*(.*?)\*\*, (.*?):", (out / "diagnosis.md").read_text(), re.MULTILINE)
+    page = (out / "diagnosis.md").read_text(encoding="utf-8")
+    first = re.search(r"^1\. \*\*(.*?)\*\*, (.*?):", page, re.MULTILINE)
     assert (first[1].replace("\\", ""), first[2]) == (layer, fault)
 
     clean = accuracy(integers(*network), images, labels)
@@ -146,7 +148,7 @@ def python_blocks(text):
 
 
 def test_the_page_says_what_to_paste_and_it_runs(found):
-    text = (found / "diagnosis.md").read_text()
+    text = (found / "diagnosis.md").read_text(encoding="utf-8")
     layers = layers_of(onnx.load(f"{RUN}/model.onnx"))
     found_rules = []
     for block in python_blocks(text):
@@ -169,7 +171,7 @@ def test_a_budget_that_cannot_be_kept_leaves_the_page(found, tmp_path, capsys):
     flags = ["--scheme", "int8-pt", "--limit", "50", "--max-bytes", "3", "--out", str(tmp_path)]
     assert diagnose.main([RUN, *flags]) == 2
     assert "more than the budget of 3" in " ".join(capsys.readouterr().err.split())
-    assert "## What to do" in (tmp_path / "diagnosis.md").read_text()
+    assert "## What to do" in (tmp_path / "diagnosis.md").read_text(encoding="utf-8")
 
 
 def test_the_budget_is_kept(found, cifar10):
@@ -186,17 +188,17 @@ def test_what_is_measured_is_not_measured_again(found, monkeypatch):
     def fail(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("qt_jax.diagnosis.advice.logits_of", fail)
-    before = (found / "diagnosis.md").read_text()
+    monkeypatch.setattr("qt_jax.diagnosis.meter.Meter._measured", fail)
+    before = (found / "diagnosis.md").read_text(encoding="utf-8")
     flags = ["--scheme", "int4w-pt", "--limit", "1000", "--max-drop", "1", "--apply"]
     assert diagnose.main([RUN, *flags, "--out", str(found)]) == 0
-    assert (found / "diagnosis.md").read_text() == before
+    assert (found / "diagnosis.md").read_text(encoding="utf-8") == before
 
 
 def test_the_report_of_a_run_holds_its_diagnosis(found, tmp_path):
     for name in ("config.json", "metrics.jsonl", "records.jsonl"):
         (found / name).write_bytes(Path(RUN, name).read_bytes())
-    page = write_report(found, tmp_path / "report.html").read_text()
+    page = write_report(found, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "What to do" in page and page.count('aria-label="Noise behind each layer"') == 1
 
 
@@ -242,7 +244,7 @@ def test_each_layer_is_rounded_alone_on_the_validation_split(digits_run, capsys)
     assert found["float"]["top1"] == pytest.approx(np.mean(logits.argmax(-1) == digits.validation_labels))
     assert found["float"]["sqnr_db"] is None
     assert found["all"]["sqnr_db"] < found["first alone"]["sqnr_db"]
-    page = (digits_run / "diagnosis.md").read_text()
+    page = (digits_run / "diagnosis.md").read_text(encoding="utf-8")
     assert page.startswith("# Diagnosis of run, quant-trim, int4w-pt\n") and "on 144 images" in page
 
     assert diagnose.main([str(digits_run), "--scheme", "int4w-pt", "--json"]) == 0
@@ -265,7 +267,7 @@ def test_a_file_is_diagnosed_alike_by_the_command_of_the_package(digits_run, tmp
     pages = []
     for command in (diagnose.main, diagnosis_command.main):
         assert command([*files, "--max-drop", "100", "--apply"]) == 0
-        page = (digits_run / "model.diagnosis" / "diagnosis.md").read_text()
+        page = (digits_run / "model.diagnosis" / "diagnosis.md").read_text(encoding="utf-8")
         pages.append(re.sub(r"```text\n.*?```", "", page, flags=re.DOTALL))
         shutil.rmtree(digits_run / "model.diagnosis")
     assert pages[0] == pages[1] and "## Mixed precision" in pages[0] and "## Files" in pages[0]
@@ -289,7 +291,7 @@ def test_a_folder_without_a_finished_run_is_refused(config, message, tmp_path, c
 def test_a_toolchain_tells_the_noise_behind_each_layer(tmp_path, cifar10, capsys):
     flags = ["--scheme", "int4w-pt", "--limit", "64", "--backends", "onnxruntime", "--out", str(tmp_path)]
     assert diagnose.main([RUN, *flags]) == 0
-    text = (tmp_path / "diagnosis.md").read_text()
+    text = (tmp_path / "diagnosis.md").read_text(encoding="utf-8")
     assert "onnxruntime int4w-pt-minmax" in text
     assert re.search(r"most noise comes in:\n\n- onnxruntime int4w-pt-minmax: stem", text)
 
@@ -304,7 +306,7 @@ def test_a_toolchain_tells_the_noise_behind_each_layer(tmp_path, cifar10, capsys
         ([RUN, "--limit", "0"], "--limit 0"),
         ([RUN, "--backends", "abacus"], "Unknown backends ['abacus']"),
         ([f"{RUN}/model.json", "--calibration", "c.npz", "--test", "t.npz"], "t.npz cannot be read"),
-        ([f"{RUN}/model.onnx", "--calibration", SAMPLES, "--test", SAMPLES], "lacks the arrays ['images"),
+        ([f"{RUN}/model.onnx", "--calibration", SAMPLES, "--test", SAMPLES], "lacks the arrays ['input"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, capsys):

@@ -1,5 +1,6 @@
 """Test Arm Ethos-U: placement, estimates and errors anywhere; the reference model and Vela if installed."""
 
+import json
 import sys
 from collections import Counter
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from qt_jax.backends import environments, ethos_u, evaluate, litert
 from qt_jax.backends.ethos_u import ACCELERATORS, BACKEND, estimate, placed
 from qt_jax.backends.protocol import KINDS, Refused
+from tests.qt_jax.vendor_networks import CUBE, samples
 
 SUMMARY = {
     "system_config": "Ethos_U55_High_End_Embedded",
@@ -106,29 +108,49 @@ def test_vela_is_told_the_accelerator_and_its_memories(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("status", ["TOSA_VALID", "TOSA_UNPREDICTABLE"])
 def test_the_session_moves_between_float_and_the_grids(tmp_path, monkeypatch, status):
-    details = {"dtype": np.int8, "quantization": (0.5, 3)}
+    """Give the reference model's outputs in the file's order, and expect them in that of the ONNX graph."""
+
+    def described(index, *shape):
+        return {"index": index, "dtype": np.int8, "quantization": (0.5, 3), "shape": np.array(shape)}
+
     seen = []
 
     def run(graph, inputs):
         seen.append((graph, *inputs))
-        return [np.int8([[[[3, 5]]]])], SimpleNamespace(name=status)
+        return [np.int8([[3, 5]]), np.arange(3, 9, dtype=np.int8).reshape(1, 1, 3, 2)], SimpleNamespace(
+            name=status
+        )
 
+    image, logits, table = described(4, 1, 4, 5, 3), described(8, 1, 2), described(6, 1, 1, 3, 2)
+    signature = SimpleNamespace(
+        get_input_details=lambda: {"x": image},
+        get_output_details=lambda: {"output_0": table, "output_1": logits},
+    )
     model, runtime = ModuleType("tosa_reference_model"), ModuleType("ai_edge_litert.interpreter")
     model.run, model.GraphStatus = run, SimpleNamespace(TOSA_VALID=SimpleNamespace(name="TOSA_VALID"))
     runtime.Interpreter = lambda model_path: SimpleNamespace(
-        get_input_details=lambda: [details], get_output_details=lambda: [details]
+        get_input_details=lambda: [image],
+        get_output_details=lambda: [logits, table],
+        get_signature_runner=lambda: signature,
     )
     monkeypatch.setitem(sys.modules, "tosa_reference_model", model)
     monkeypatch.setitem(sys.modules, "ai_edge_litert", ModuleType("ai_edge_litert"))
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", runtime)
     (tmp_path / ethos_u.TOSA).write_bytes(b"TOSA")
+    outputs = [
+        ["output_0", [0, 3, 1, 2], [1, 2, 1, 3], "float32"],
+        ["output_1", [0, 1], [1, 2], "float32"],
+    ]
+    (tmp_path / litert.LAYOUT).write_text(json.dumps({"inputs": {"image": "x"}, "outputs": outputs}))
     session = BACKEND.load(tmp_path, BACKEND.schemes[0], BACKEND.runtimes[0])
-    image = np.full((1, 3, 4, 5), 1.0, np.float32)
+    images = np.full((1, 3, 4, 5), 1.0, np.float32)
     if status != "TOSA_VALID":
         with pytest.raises(RuntimeError, match=status):
-            session(image)
+            session(images)
         return
-    np.testing.assert_array_equal(session(image), np.float32([[0, 1]]))
+    first, second = session(images)
+    np.testing.assert_array_equal(first, np.float32([[[[0, 1, 2]], [[0.5, 1.5, 2.5]]]]))
+    np.testing.assert_array_equal(second, np.float32([[0, 1]]))
     [(graph, quantized)] = seen
     assert graph == b"TOSA"
     np.testing.assert_array_equal(quantized, np.full((1, 4, 5, 3), 5, np.int8))
@@ -163,3 +185,23 @@ def test_the_reference_model_agrees_with_litert_s_reference_kernels(tmp_path):
         assert row["sqnr_db"] == pytest.approx(theirs[name]["sqnr_db"], abs=1e-6)
         assert row["cycles"] > 0
         assert set().union(*row["operators"].values()) == {"integer"}
+
+
+@pytest.mark.vendor
+def test_every_output_has_the_layout_of_the_onnx_graph(tmp_path):
+    for environment in (BACKEND.environment, litert.BACKEND.environment):
+        if reason := environments.missing(environment):
+            pytest.skip(reason)
+    rows = evaluate(
+        CUBE,
+        samples(CUBE, 24, 1),
+        samples(CUBE, 8, 2),
+        backends=["ethos-u"],
+        schemes=["int8-pc-minmax"],
+        folder=tmp_path,
+    )
+    [row] = [row for row in rows if row["backend"] == "ethos-u"]
+    assert row["status"] == "ok", row["reason"]
+    assert [(f["output"], f["shape"]) for f in row["fidelity"]] == [("map", [8, 8, 8]), ("logits", [5])]
+    assert all(f["sqnr_db"] > 25 for f in row["fidelity"])
+    assert row["products"] == {"quantized": 3, "total": 3}

@@ -11,7 +11,8 @@ import pytest
 from onnx import numpy_helper
 
 from qt_jax.backends import Refused, environments, evaluate
-from qt_jax.backends.k230 import BACKEND, _failure, _fix_shape, _make_executable, count_operators
+from qt_jax.backends.k230 import BACKEND, _failure, _fix_shapes, _make_executable, count_operators
+from tests.qt_jax.vendor_networks import TWO_IMAGES, samples
 
 SCHEMES = {scheme.name: scheme for scheme in BACKEND.schemes}
 GRAPH = """
@@ -25,6 +26,8 @@ GRAPH = """
   %5 = GNNELoad(%4): // f16[1,4,8,8]
   %6 = GNNEActivation(%0, %5, %2, const(i32 : 0)): // u8[1,4,8,8]
   %7 = GNNEConv2D(%5, %1, %2, const(i32 : 0)): // f16[1,4,8,8]
+  %9 = GNNELSTM(%5, %1, const(i32 : 0)): // (u8[12,1,1,8], u8[1,1,1,8])
+  %10 = GetItem(%9, const(i32 : 0)): // u8[12,1,1,8]
   %8 = Conv2D(PadMode.Constant, %7, const(f32[4,4,1,1])): // f32[1,4,8,8]
 }"""
 
@@ -44,6 +47,7 @@ def test_operators_count_by_what_they_read_and_where_they_run():
     assert count_operators(GRAPH) == {
         "GNNEConv2D": {"integer": 1, "float": 1},
         "GNNEActivation": {"float": 1},  # one branch of the addition is float16
+        "GNNELSTM": {"float": 1},  # reads a float16 tensor
         "Conv2D": {"host": 1},
     }
 
@@ -53,11 +57,12 @@ def test_shape_is_fixed_whatever_the_graph_left_open(tmp_path):
         '<ir_version: 8, opset_import: ["" : 17]> g (float[n, c, h] x) => (float[n, c, h] y) { y = Relu(x) }'
     )
     onnx.save(onnx.parser.parse_model(text), tmp_path / "open.onnx")
-    _fix_shape(tmp_path / "open.onnx", tmp_path / "fixed.onnx", (3, 5))
+    names = _fix_shapes(tmp_path / "open.onnx", tmp_path / "fixed.onnx", np.zeros((2, 3, 5), np.float32))
+    assert names == ["x"]
     [entry] = onnx.load(tmp_path / "fixed.onnx").graph.input
     assert [dimension.dim_value for dimension in entry.type.tensor_type.shape.dim] == [1, 3, 5]
     with pytest.raises(Refused, match="3 axes"):
-        _fix_shape(tmp_path / "open.onnx", tmp_path / "fixed.onnx", (3, 5, 5))
+        _fix_shapes(tmp_path / "open.onnx", tmp_path / "fixed.onnx", np.zeros((2, 3, 5, 5), np.float32))
 
 
 def test_an_abort_over_an_operator_is_a_refusal():
@@ -128,3 +133,18 @@ def test_real_simulator_is_near_float(scheme, least_db, tmp_path):
     assert record["status"] == "ok", record["reason"]
     assert record["sqnr_db"] > least_db
     assert record["operators"]["GNNEConv2D"] == {"integer": 2}
+
+
+@pytest.mark.vendor
+def test_several_inputs_and_outputs_keep_their_order(tmp_path):
+    lack = environments.missing(BACKEND.environment)
+    if lack:
+        pytest.skip(lack)
+    calibration, images = samples(TWO_IMAGES, 24, 1), samples(TWO_IMAGES, 4, 2)
+    rows = evaluate(
+        TWO_IMAGES, calibration, images, backends=["k230"], schemes=["int8-pc-minmax"], folder=tmp_path
+    )
+    [record] = [row for row in rows if row["backend"] == "k230"]
+    assert record["status"] == "ok", record["reason"]
+    assert [(f["output"], f["shape"]) for f in record["fidelity"]] == [("map", [4, 8, 8]), ("logits", [5])]
+    assert all(f["sqnr_db"] > 25 for f in record["fidelity"])

@@ -12,6 +12,7 @@ import pytest
 from qt_jax.backends import environments, evaluate, litert
 from qt_jax.backends.litert import BACKEND, channels_last, dequantize, operators, quantize
 from qt_jax.backends.protocol import KINDS, Refused
+from tests.qt_jax.vendor_networks import CUBE, RECURRENT, SOUND_AND_IMAGE, samples
 
 SCHEMES = {scheme.name: scheme for scheme in BACKEND.schemes}
 RNG = np.random.default_rng(0)
@@ -94,7 +95,7 @@ def test_operators_are_told_apart_by_what_they_compute_on():
         {"op_name": "CONV_2D", "inputs": [1, 4, 2], "outputs": [1]},
         {"op_name": "CONV_2D", "inputs": [0, 4, -1], "outputs": [3]},
         {"op_name": "CONV_2D", "inputs": [0, 3, -1], "outputs": [3]},
-        {"op_name": "SHAPE", "inputs": [5], "outputs": [2]},
+        {"op_name": "SHAPE", "inputs": [5], "outputs": [2, -1]},
         {"op_name": "DEQUANTIZE", "inputs": [1], "outputs": [0]},
     ]
     interpreter = SimpleNamespace(get_tensor_details=lambda: tensors, _get_ops_details=lambda: steps)
@@ -109,20 +110,19 @@ def test_operators_are_told_apart_by_what_they_compute_on():
 def test_nodes_get_names_that_tensorflow_takes():
     model = pooled("Relu")
     model.graph.node[0].name, model.graph.node[1].name = "Softmax@0", "stem/conv.1"
-    assert [node.name for node in litert.fix_shape(model, (1, 3, 9, 8)).graph.node][:2] == [
+    assert [node.name for node in litert.fix_shape(model, {"input": (1, 3, 9, 8)}).graph.node][:2] == [
         "Softmax_0",
         "stem/conv.1",
     ]
 
 
-def test_the_batch_is_fixed_and_a_second_input_refused():
-    model = litert.fix_shape(pooled("Relu"), (1, 3, 9, 8))
+def test_the_batch_is_fixed():
+    model = litert.fix_shape(pooled("Relu"), {"input": (1, 3, 9, 8)})
     [value] = model.graph.input
     assert [dimension.dim_value for dimension in value.type.tensor_type.shape.dim] == [1, 3, 9, 8]
+    [output] = model.graph.output
+    assert [dimension.dim_value for dimension in output.type.tensor_type.shape.dim] == [1, 4]
     assert run(model, IMAGES[:1]).shape == (1, 4)
-    model.graph.input.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, [1]))
-    with pytest.raises(Refused, match="other"):
-        litert.fix_shape(model, (1, 3, 9, 8))
 
 
 @pytest.mark.parametrize(("activation", "rewritten"), [("Relu", True), ("Sigmoid", True), ("Tanh", False)])
@@ -173,7 +173,7 @@ def test_around_a_gelu_an_older_graph_is_made_one_of_opset_20():
     last = ("product = Mul(x, shifted)", "y = Mul(product, half)", "mean = ReduceMean<axes = [2]>(y)")
     model = erf(*gelu, *last, "logits = Sub(y, mean)")
     before = run(model, IMAGES[:1])
-    newer = litert.prepare_graph(model, IMAGES[:1].shape)
+    newer = litert.prepare_graph(model, {"input": IMAGES[:1].shape})
     onnx.checker.check_model(newer, full_check=True)
     assert [node.op_type for node in newer.graph.node] == ["Neg", "Gelu", "ReduceMean", "Sub"]
     np.testing.assert_allclose(run(newer, IMAGES[:1]), before, rtol=0, atol=1e-6)
@@ -202,7 +202,7 @@ def test_a_class_token_of_an_open_batch_is_a_constant_of_one_image():
         }""")
     images = IMAGES[:1, 0, :6, :4]
     before = run(model, images)
-    lean = litert.prepare_graph(model, (1, 6, 4))
+    lean = litert.prepare_graph(model, {"input": (1, 6, 4)})
     assert [node.op_type for node in lean.graph.node] == ["Concat"]
     onnx.checker.check_model(lean)
     np.testing.assert_array_equal(run(lean, images), before)
@@ -259,7 +259,7 @@ def fake_converter(monkeypatch):
 def test_each_scheme_tells_the_converter_what_its_name_says(
     fake_converter, name, edge, per_tensor, calibrated
 ):
-    assert litert._convert("model", IMAGES, SCHEMES[name]) == b"TFL3"
+    assert litert._convert("model", IMAGES, SCHEMES[name], {"input": "input"}) == b"TFL3"
     told = fake_converter.last
     assert told.optimizations == ([] if name == "fp32" else ["default"])
     assert told._experimental_disable_per_channel == per_tensor
@@ -270,7 +270,7 @@ def test_each_scheme_tells_the_converter_what_its_name_says(
 def test_what_the_converter_does_not_take_is_refused(fake_converter, monkeypatch):
     monkeypatch.setattr(fake_converter, "error", RuntimeError("not yet supported for op: 'SQRT'"))
     with pytest.raises(Refused, match=r"TFLite converter: .*SQRT"):
-        litert._convert("model", IMAGES, SCHEMES["int16act-pc-minmax"])
+        litert._convert("model", IMAGES, SCHEMES["int16act-pc-minmax"], {"input": "input"})
 
 
 @pytest.mark.parametrize("unknown", [False, True])
@@ -285,8 +285,62 @@ def test_an_error_of_onnx2tf_is_a_refusal_with_its_message(unknown, monkeypatch,
     monkeypatch.chdir(tmp_path)
     onnx.save(pooled("Relu"), "net.onnx")
     with pytest.raises(Refused, match=r"onnx2tf\.ops\.Foo" if unknown else "Foo OP is not implemented"):
-        litert._saved_model(tmp_path / "net.onnx", IMAGES.shape[1:], tmp_path / "saved_model")
+        litert._saved_model(tmp_path / "net.onnx", IMAGES, tmp_path / "saved_model")
     assert (tmp_path / litert._SAMPLES[0]).exists()
+
+
+CUBIC = np.random.default_rng(3).normal(size=(1, 4, 4, 4)).astype(np.float32)
+
+
+def test_an_output_is_found_by_its_values_and_not_by_its_sizes():
+    found = [{"other": -CUBIC, "map": CUBIC.transpose(0, 2, 3, 1)}, {"other": CUBIC, "map": CUBIC}]
+    assert litert._locate("y", [CUBIC], found[:1])[:2] == ("map", [0, 3, 1, 2])
+    assert litert._locate("y", [CUBIC], found[1:])[:2] == ("other", [0, 1, 2, 3])
+    mirrored = CUBIC.transpose(0, 3, 2, 1)
+    with pytest.raises(Refused, match="no output of its TFLite file agrees with 'y'"):
+        litert._locate("y", [CUBIC, CUBIC], [{"map": mirrored}, {"map": CUBIC}])
+
+
+def test_orders_of_axes_have_the_channels_last_one_first():
+    assert litert._orders((1, 2, 2, 2), (1, 2, 2, 2))[0] == [0, 3, 1, 2]
+    assert litert._orders((1, 8, 9, 3), (1, 3, 8, 9)) == [[0, 3, 1, 2]]
+    assert litert._orders((1, 5), (1, 5)) == [[0, 1]]
+    assert litert._orders((1, 6), (1, 2, 3)) == [[0, 1]]
+    assert litert._orders((1, 6), (1, 2, 4)) == []
+
+
+def test_a_tensor_without_a_grid_takes_and_gives_its_own_type():
+    details = {"dtype": np.int32, "quantization": (0.0, 0)}
+    tokens = np.array([[3, 7]])
+    assert quantize(tokens, details).dtype == np.int32
+    assert dequantize(np.int32([3]), details).dtype == np.int32
+
+
+def graphs(monkeypatch, *operators, types, constant):
+    monkeypatch.setattr(litert, "_read", lambda model: iter([litert.Subgraph(operators, types, constant)]))
+
+
+def test_weights_count_where_they_are_stored_as_integers(monkeypatch):
+    operators = (
+        ("DEQUANTIZE", [0], [1]),
+        ("CONV_2D", [4, 1], [4]),
+        ("FULLY_CONNECTED", [4, 2], [4]),
+        ("FULLY_CONNECTED", [4, 0], [4]),
+        ("BATCH_MATMUL", [4, 4], [4]),
+        ("FULLY_CONNECTED", [3, 0], [3]),
+    )
+    types = ["INT4", "FLOAT32", "FLOAT32", "INT8", "FLOAT32"]
+    graphs(monkeypatch, *operators, types=types, constant=[True, False, True, False, False])
+    assert litert.products("model", SCHEMES["fp32"]) is None
+    assert litert.products("model", SCHEMES["int4w-aeq-stored"]) == (3, 4)  # no product of two activations
+    assert litert.products("model", SCHEMES["int4w-aeq-dynamic"]) == (3, 5)
+    assert litert.products("model", SCHEMES["int4w-aeq-pc-minmax"]) == (1, 5)
+
+
+def test_a_loop_is_refused_before_it_ends_the_process(monkeypatch):
+    graphs(monkeypatch, ("WHILE", [0], [0]), types=["FLOAT32"], constant=[False])
+    with pytest.raises(Refused, match="WHILE"):
+        litert._refuse_loops("model")
 
 
 @pytest.mark.vendor
@@ -303,5 +357,81 @@ def test_the_real_toolchain_runs_every_scheme_on_both_runtimes(tmp_path):
         assert rows["fp32", runtime.name]["sqnr_db"] > 100
         assert rows["int8-pc-minmax", runtime.name]["sqnr_db"] > 25
         assert rows["int16act-pc-minmax", runtime.name]["sqnr_db"] > 30
+        assert rows["int8-aeq-pc-minmax", runtime.name]["sqnr_db"] > 25
     static = rows["int8-pt-minmax", "reference"]["operators"]
     assert set().union(*static.values()) == {"integer"}
+    four = {name: row for (name, _), row in rows.items() if name.startswith("int4w")}
+    assert {(*row["products"].values(),) for row in four.values()} == {(2, 2)}
+
+
+def own_rows(model, folder, schemes, runtimes=None):
+    if reason := environments.missing(BACKEND.environment):
+        pytest.skip(reason)
+    rows = evaluate(
+        model,
+        samples(model, 24, 1),
+        samples(model, 16, 2),
+        backends=["litert"],
+        schemes=schemes,
+        runtimes=runtimes,
+        folder=folder,
+    )
+    return {(row["scheme"], row["runtime"]): row for row in rows if row["backend"] == "litert"}
+
+
+@pytest.mark.vendor
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        (CUBE, {"map": [8, 8, 8], "logits": [5]}),
+        (SOUND_AND_IMAGE, {"frames": [6, 12], "logits": [5]}),
+    ],
+    ids=["cube", "sound and image"],
+)
+def test_every_output_has_the_layout_of_the_onnx_graph(model, shapes, tmp_path):
+    least = {"fp32": 100, "int8-pc-minmax": 20, "int8-aeq-pc-minmax": 20, "int4w-aeq-stored": 10}
+    for (scheme, _), row in own_rows(model, tmp_path, list(least)).items():
+        assert row["status"] == "ok", row["reason"]
+        assert {f["output"]: f["shape"] for f in row["fidelity"]} == shapes
+        assert all(f["sqnr_db"] > least[scheme] for f in row["fidelity"])
+
+
+@pytest.mark.vendor
+def test_a_recurrent_cell_is_counted_inside_its_loop(tmp_path):
+    schemes = ["int8-pc-minmax", "int8-aeq-pc-minmax", "int4w-aeq-stored"]
+    rows = own_rows(RECURRENT, tmp_path, schemes, ["reference"])
+    for scheme in schemes[:2]:
+        assert rows[scheme, "reference"]["status"] == "refused"
+        assert "loop" in rows[scheme, "reference"]["reason"]
+    stored = rows["int4w-aeq-stored", "reference"]
+    assert stored["status"] == "ok", stored["reason"]
+    assert stored["products"]["quantized"] == stored["products"]["total"] > 1
+
+
+@pytest.mark.vendor
+@pytest.mark.parametrize("granularity", ["pt", "pc"])
+def test_four_bit_kernels_are_on_the_grid_of_seven_steps(granularity, tmp_path):
+    """Compare with numpy on a network that is linear but for 8-bit grids: kernels on [-7, 7], max|w| / 7."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(4, 6, 1, 1)).astype(np.float32) * np.float32([1, 2, 4, 8])[:, None, None, None]
+    images = rng.normal(size=(48, 6, 8, 8)).astype(np.float32) + rng.normal(size=(48, 6, 1, 1)).astype(
+        np.float32
+    )
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        net (float[batch, 6, 8, 8] input) => (float[batch, 4, 8, 8] map) { map = Conv(input, kernel) }""")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(kernel, "kernel"))
+    if reason := environments.missing(BACKEND.environment):
+        pytest.skip(reason)
+    scheme = f"int4w-aeq-{granularity}-minmax"
+    scale = np.abs(kernel).max(axis=(1, 2, 3) if granularity == "pc" else None, keepdims=True) / 7
+
+    def answers(weights):
+        return np.einsum("bchw,oc->bohw", images.astype(np.float64), weights[:, :, 0, 0])
+
+    float_map, grid = answers(kernel), answers(np.round(kernel / scale) * scale)
+    expected = 10 * np.log10((float_map**2).sum() / ((grid - float_map) ** 2).sum())
+    rows = evaluate(
+        model, images, images, backends=["litert"], schemes=[scheme], runtimes=["reference"], folder=tmp_path
+    )
+    [row] = [row for row in rows if row["backend"] == "litert"]
+    assert row["sqnr_db"] == pytest.approx(expected, abs=0.5)

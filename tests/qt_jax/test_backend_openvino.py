@@ -8,6 +8,7 @@ import pytest
 
 from qt_jax.backends import environments, evaluate
 from qt_jax.backends.openvino import BACKEND, _operators, brief
+from tests.qt_jax.vendor_networks import CUBE, RECURRENT, SOUND_AND_IMAGE, samples
 
 STATIC = [scheme for scheme in BACKEND.schemes if scheme.calibration is not None]
 
@@ -99,10 +100,9 @@ def images():
     return np.random.default_rng(1).normal(size=(24, 3, 8, 8)).astype(np.float32)
 
 
-def run(model, images, folder, schemes=None):
+def run(model, images, folder, schemes=None, **settings):
     """Return the backend's own records, without the float reference that `evaluate` adds."""
-    test_set = (images, np.zeros(len(images), np.int64))
-    found = evaluate(model, images, test_set, backends=["openvino"], schemes=schemes, folder=folder)
+    found = evaluate(model, images, images, backends=["openvino"], schemes=schemes, folder=folder, **settings)
     return {record["scheme"]: record for record in found if record["backend"] == "openvino"}
 
 
@@ -151,7 +151,7 @@ def test_four_bit_kernels_are_on_the_grid_of_seven_steps(granularity, installed,
     [record] = run(model, images, tmp_path, [scheme]).values()
     assert record["status"] == "ok" and record["operators"]["Convolution"] == {"integer": 0, "float": 1}
 
-    [path] = tmp_path.glob(f"work/openvino-{scheme}-cpu-run-*/logits.npy")
+    [path] = tmp_path.glob(f"work/openvino-{scheme}-cpu-run-*/outputs/0.npy")
     scale = np.abs(kernel).max(axis=(1, 2, 3) if granularity == "pc" else None, keepdims=True) / 7
 
     def centred(logits):
@@ -169,3 +169,46 @@ def test_an_unknown_operator_is_refused(installed, images, tmp_path):
     [record] = run(REFUSED, images, tmp_path, ["int8w-pc-sym"]).values()
     assert record["status"] == "refused"
     assert "Det" in record["reason"]
+
+
+@pytest.mark.vendor
+def test_inputs_go_by_name_and_outputs_keep_order_and_shape(installed, tmp_path):
+    data = samples(SOUND_AND_IMAGE, 24, 1)
+    found = run(SOUND_AND_IMAGE, data, tmp_path, ["fp32", "int8-pc-sym-minmax", "int8w-pc-sym"])
+    least = {"fp32": 100, "int8-pc-sym-minmax": 25, "int8w-pc-sym": 30}
+    for scheme, record in found.items():
+        assert record["status"] == "ok", record["reason"]
+        assert [(f["output"], f["shape"]) for f in record["fidelity"]] == [
+            ("frames", [6, 12]),
+            ("logits", [5]),
+        ]
+        assert all(f["sqnr_db"] > least[scheme] for f in record["fidelity"])
+        assert scheme == "fp32" or record["products"] == {"quantized": 4, "total": 4}
+
+
+@pytest.mark.vendor
+@pytest.mark.parametrize(("layer", "output"), [("node_map", "map"), ("node_logits", "logits")])
+def test_a_layer_left_in_float_is_counted_and_betters_its_output(layer, output, installed, tmp_path):
+    """Leave a convolution and a Gemm that write outputs, whose operations are called by the outputs."""
+    schemes, images = ["int4w-pc-sym-minmax", "int8w-pc-sym"], samples(CUBE, 24, 1)
+    before = run(CUBE, images, tmp_path / "all", schemes)
+    after = run(CUBE, images, tmp_path / "left", schemes, float_layers=layer)
+    for scheme in schemes:
+        assert after[scheme]["status"] == "ok", after[scheme]["reason"]
+        assert before[scheme]["products"] == {"quantized": 3, "total": 3}
+        assert after[scheme]["products"] == {"quantized": 2, "total": 3}
+        [one], [two] = (
+            [f["sqnr_db"] for f in rows[scheme]["fidelity"] if f["output"] == output]
+            for rows in (before, after)
+        )
+        assert two > one + 1
+
+
+@pytest.mark.vendor
+def test_a_cell_is_refused_on_integers_and_found_by_its_weights(installed, tmp_path):
+    images, scheme = samples(RECURRENT, 24, 1), "int8-pc-sym-minmax"
+    [refused] = run(RECURRENT, images, tmp_path / "all", [scheme]).values()
+    assert refused["status"] == "refused" and "GRUSequence" in refused["reason"]
+    [left] = run(RECURRENT, images, tmp_path / "left", [scheme], float_layers="node_all").values()
+    assert left["status"] == "ok", left["reason"]
+    assert left["products"] == {"quantized": 1, "total": 2}

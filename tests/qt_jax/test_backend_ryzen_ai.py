@@ -10,7 +10,15 @@ import pytest
 from onnx import numpy_helper
 
 from qt_jax.backends import environments, evaluate
-from qt_jax.backends.ryzen_ai import BACKEND, EXTENSIONS, _one_builder, _reader, count_operators
+from qt_jax.backends.ryzen_ai import (
+    BACKEND,
+    EXTENSIONS,
+    _one_builder,
+    _reader,
+    count_operators,
+    count_products,
+)
+from tests.qt_jax.vendor_networks import RECURRENT, SOUND_AND_IMAGE, samples
 
 SCHEMES = {scheme.name: scheme for scheme in BACKEND.schemes}
 
@@ -50,7 +58,7 @@ def test_integer_operators_stand_between_integers():
 def test_images_are_read_one_by_one_and_again():
     pytest.importorskip("onnxruntime")
     images = np.arange(6, dtype=np.float32).reshape(3, 2)
-    reader = _reader("input", images)
+    reader = _reader({"input": images, "other": images[:, :1]})
     for _ in range(2):
         assert [batch["input"].tolist() for batch in iter(reader.get_next, None)] == [
             [[0, 1]],
@@ -58,6 +66,7 @@ def test_images_are_read_one_by_one_and_again():
             [[4, 5]],
         ]
         reader.rewind()
+    assert reader.get_next()["other"].tolist() == [[0]]
     assert len(reader) == 3
 
 
@@ -77,8 +86,22 @@ def test_a_missing_compiler_is_named(monkeypatch):
     assert BACKEND.available() is None
 
 
-@pytest.mark.parametrize("batch", ["n", 2])
-def test_a_fixed_batch_is_run_in_steps(batch, tmp_path, monkeypatch):
+def test_a_layer_with_a_float_kernel_is_no_integer_one():
+    nodes = [
+        ("DequantizeLinear", ["xq"], ["x"]),
+        ("DequantizeLinear", ["wq"], ["w"]),
+        ("GRU", ["x", "kernel", "recurrent"], ["h"]),
+        ("QuantizeLinear", ["h"], ["hq"]),
+        ("DequantizeLinear", ["hq"], ["g"]),
+        ("Squeeze", ["g", "axes"], ["f"]),
+        ("Gemm", ["f", "w"], ["l"]),
+        ("QuantizeLinear", ["l"], ["lq"]),
+    ]
+    assert count_operators(nodes) == {"GRU": {"float": 1}, "Gemm": {"integer": 1}, "Squeeze": {"integer": 1}}
+    assert count_products(nodes) == (1, 2)
+
+
+def test_the_session_feeds_by_name_and_returns_every_output(tmp_path, monkeypatch):
     monkeypatch.setenv(EXTENSIONS, str(tmp_path))
     asked = []
 
@@ -87,11 +110,10 @@ def test_a_fixed_batch_is_run_in_steps(batch, tmp_path, monkeypatch):
             asked.append((path, options.graph_optimization_level, options.registered))
 
         def get_inputs(self):
-            return [types.SimpleNamespace(name="x", shape=[batch, 3])]
+            return [types.SimpleNamespace(name="x"), types.SimpleNamespace(name="y")]
 
         def run(self, outputs, feeds):
-            asked.append(len(feeds["x"]))
-            return [feeds["x"][:, :1]]
+            return [feeds["x"] + 1, feeds["y"] + 2]
 
     class SessionOptions:
         def register_custom_ops_library(self, path):
@@ -105,12 +127,11 @@ def test_a_fixed_batch_is_run_in_steps(batch, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     monkeypatch.setitem(sys.modules, "quark", types.ModuleType("quark"))
     monkeypatch.setitem(sys.modules, "quark.onnx", quark)
-    images = np.arange(12, dtype=np.float32).reshape(4, 3)
-    logits = BACKEND.load(tmp_path, SCHEMES["xint8"], BACKEND.runtimes[0])(images)
-    np.testing.assert_array_equal(logits, images[:, :1])
-    assert asked == [(str(tmp_path / "model.onnx"), "off", "operators.so")] + (
-        [4] if batch == "n" else [2, 2]
-    )
+    session = BACKEND.load(tmp_path, SCHEMES["xint8"], BACKEND.runtimes[0])
+    first, second = session({"y": np.zeros(2), "x": np.zeros(3)})
+    np.testing.assert_array_equal(first, [1, 1, 1])
+    np.testing.assert_array_equal(second, [2, 2])
+    assert asked == [(str(tmp_path / "model.onnx"), "off", "operators.so")]
 
 
 def _network() -> onnx.ModelProto:
@@ -145,3 +166,45 @@ def test_real_quantizer_is_near_float(scheme, least_db, tmp_path):
     assert record["status"] == "ok", record["reason"]
     assert record["sqnr_db"] > least_db
     assert set(record["operators"]["Conv"]) == {"integer" if "8" in scheme else "float"}
+
+
+@pytest.fixture
+def installed():
+    lack = environments.missing(BACKEND.environment)
+    if lack:
+        pytest.skip(lack)
+
+
+def records(model, scheme, folder, **settings):
+    rows = evaluate(
+        model,
+        samples(model, 24, 1),
+        samples(model, 16, 2),
+        backends=["ryzen-ai"],
+        schemes=[scheme],
+        folder=folder,
+        **settings,
+    )
+    return [row for row in rows if row["backend"] == "ryzen-ai"]
+
+
+@pytest.mark.vendor
+def test_several_inputs_and_a_layer_left_in_float(installed, tmp_path):
+    [before] = records(SOUND_AND_IMAGE, "a8w8", tmp_path / "all")
+    [after] = records(SOUND_AND_IMAGE, "a8w8", tmp_path / "left", float_layers="node_frames")
+    for record, quantized in ((before, 4), (after, 3)):
+        assert record["status"] == "ok", record["reason"]
+        assert record["products"] == {"quantized": quantized, "total": 4}
+        assert [(f["output"], f["shape"]) for f in record["fidelity"]] == [
+            ("frames", [6, 12]),
+            ("logits", [5]),
+        ]
+        assert all(f["sqnr_db"] > 20 for f in record["fidelity"])
+    assert after["fidelity"][0]["sqnr_db"] > before["fidelity"][0]["sqnr_db"] + 1
+
+
+@pytest.mark.vendor
+def test_the_weights_of_a_recurrent_cell_stay_float(installed, tmp_path):
+    [record] = records(RECURRENT, "a8w8", tmp_path)
+    assert record["status"] == "ok", record["reason"]
+    assert record["products"] == {"quantized": 1, "total": 2}

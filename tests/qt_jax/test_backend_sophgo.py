@@ -9,7 +9,8 @@ import pytest
 
 from qt_jax.backends import environments, evaluate, sophgo
 from qt_jax.backends.protocol import Refused
-from qt_jax.backends.sophgo import BACKEND, FLOAT, complaint, operators, read
+from qt_jax.backends.sophgo import BACKEND, FLOAT, complaint, layers, operators, read
+from tests.qt_jax.vendor_networks import TWO_IMAGES, samples
 
 LOWERED = """
     %1 = "top.Input"(%arg0) {scale = [1.0]} : (tensor<1x3xf32>) -> tensor<1x3x!quant.calibrated<f32<-2.0:2.0>>>
@@ -47,6 +48,56 @@ def test_a_complaint_is_the_last_error():
     assert complaint("error: first\nfailed to lower Foo\nbye\r\n") == "failed to lower Foo"
     assert complaint("bye") == "bye"
     assert complaint("\n") == "it said nothing"
+
+
+CONVERTED = """
+    %0 = "top.Input"(%arg0) {pad = 0 : i64} : (tensor<1x3x8x8xf32>) -> tensor<1x3x8x8xf32> loc(#loc1)
+    %3 = "top.Conv"(%0, %1, %2) {do_relu = true} : (tensor<1x3x8x8xf32>) -> tensor<1x4x8x8xf32> loc(#loc4)
+    %6 = "top.Add"(%3, %5) {do_relu = false} : (tensor<1x4x8x8xf32>) -> tensor<1x4x8x8xf32> loc(#loc5)
+    %7 = "top.MatMul"(%6, %8) {left = false} : (tensor<1x4xf32>) -> tensor<1x5xf32> loc(#loc6)
+    return %6, %7 : tensor<1x4x8x8xf32>, tensor<1x5xf32> loc(#loc)
+#loc1 = loc("image")
+#loc4 = loc("active_Relu")
+#loc5 = loc("sum_Add")
+#loc6 = loc("logits_Gemm")
+"""
+
+
+def test_layers_are_found_under_the_name_of_what_they_were_fused_with():
+    graph = onnx.parser.parse_graph("""net (float[b, 3, 8, 8] image)
+        => (float[b, 4, 8, 8] sum, float[b, 5] logits) {
+        stem = Conv(image, k)
+        active = Relu(stem)
+        other = Conv(active, l)
+        sum = Add(other, active)
+        logits = Gemm(sum, w)
+    }""")
+    for node in graph.node:
+        node.name = f"node_{node.output[0]}"
+    named = layers(graph, CONVERTED)
+    assert named == {
+        "node_stem": "active_Relu",
+        "node_active": "active_Relu",
+        "node_sum": "sum_Add",
+        "node_logits": "logits_Gemm",
+    }  # the other convolution is not there, and the addition is not taken for it
+    assert (
+        sophgo._float_table(named, ["node_stem", "node_logits"], "bm1688")
+        == "active_Relu F32\nlogits_Gemm F32\n"
+    )
+    assert sophgo._float_table(named, ["node_stem"], "cv181x") == "active_Relu BF16\n"
+    with pytest.raises(Refused, match="'node_other'"):
+        sophgo._float_table(named, ["node_other"], "bm1688")
+
+
+def test_outputs_have_the_shapes_of_the_converted_graph():
+    network = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        net (float[b, 4, 8, 8] x) => (float[b, 4, 8, 8] sum, int64[b, 5] logits) { sum = Relu(x) }""")
+    assert sophgo._outputs(network, CONVERTED) == [([4, 8, 8], "float32"), ([5], "int64")]
+    with pytest.raises(Refused, match="do not begin with the batch"):
+        sophgo._outputs(
+            network, CONVERTED.replace("tensor<1x5xf32> loc(#loc)\n", "tensor<2x5xf32> loc(#loc)\n")
+        )
 
 
 def model(opset, operator="Relu"):
@@ -136,3 +187,21 @@ def test_an_unknown_operator_is_refused(installed, images, tmp_path):
     [record] = run(REFUSED, images, tmp_path, ["bm1688-f32"]).values()
     assert record["status"] == "refused"
     assert "Det" in record["reason"]
+
+
+@pytest.mark.vendor
+def test_several_inputs_and_outputs_and_a_layer_left_in_float(installed, tmp_path):
+    settings = {"backends": ["sophgo"], "schemes": ["bm1688-int8"], "folder": tmp_path}
+    data = samples(TWO_IMAGES, 20, 1)
+    rows = [
+        row
+        for layers in (None, "node_map")
+        for row in evaluate(TWO_IMAGES, data, data, float_layers=layers, **settings)
+        if row["backend"] == "sophgo"
+    ]
+    for row in rows:
+        assert row["status"] == "ok", row["reason"]
+        assert [(f["output"], f["shape"]) for f in row["fidelity"]] == [("map", [4, 8, 8]), ("logits", [5])]
+        assert all(f["sqnr_db"] > 25 for f in row["fidelity"])
+    assert [row["operators"]["Conv2D"]["float"] for row in rows] == [0, 1]
+    assert rows[1]["fidelity"][0]["sqnr_db"] > rows[0]["fidelity"][0]["sqnr_db"]

@@ -29,6 +29,7 @@ def stand_in(monkeypatch):
     module = MagicMock(name="tensorrt")
     builder = module.Builder.return_value
     network = builder.create_network.return_value
+    network.num_inputs = 1
     network.get_input.return_value = types.SimpleNamespace(name="input", shape=(-1, 3, 8, 8))
     builder.build_serialized_network.return_value = b"engine"
     module.OnnxParser.return_value.parse.return_value = True
@@ -114,6 +115,16 @@ def test_pairs_are_symmetric_int8_and_per_channel(stand_in, source, tmp_path):
     np.testing.assert_allclose(values[images.input[1]], np.abs(CALIBRATION).max() / 127, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("layers", "quantized"), [([], 1), (["stem"], 0)])
+def test_layers_stay_in_float_on_request(stand_in, source, tmp_path, layers, quantized):
+    model = onnx.load(source)
+    model.graph.node[0].name = "stem"
+    onnx.save(model, source)
+    assert BACKEND.compile(source, CALIBRATION, INT8, tmp_path, layers).products == (quantized, 1)
+    with pytest.raises(Refused, match="no node 'head'"):
+        BACKEND.compile(source, CALIBRATION, INT8, tmp_path, ["head"])
+
+
 def test_a_graph_that_does_not_parse_is_refused(stand_in, source, tmp_path):
     parser = stand_in.OnnxParser.return_value
     parser.parse.return_value, parser.num_errors = False, 1
@@ -128,41 +139,49 @@ def test_an_engine_that_is_not_built_is_refused(stand_in, source, tmp_path):
         BACKEND.compile(source, CALIBRATION, FP32, tmp_path)
 
 
-def _load(stand_in, monkeypatch, folder, batch):
-    """Return BACKEND's session and its context, on a stand-in engine of one input and one output."""
+def _load(stand_in, monkeypatch, folder):
+    """Return BACKEND's session and its context, on a stand-in engine of two inputs and two outputs."""
     (folder / "model.engine").write_bytes(b"engine")
     engine = stand_in.Runtime.return_value.deserialize_cuda_engine.return_value
-    engine.num_io_tensors = 2
-    engine.get_tensor_name = ["input", "logits"].__getitem__
-    modes = {"input": stand_in.TensorIOMode.INPUT, "logits": stand_in.TensorIOMode.OUTPUT}
+    engine.num_io_tensors = 4
+    engine.get_tensor_name = ["image", "sound", "map", "logits"].__getitem__
+    entry, result = stand_in.TensorIOMode.INPUT, stand_in.TensorIOMode.OUTPUT
+    modes = {"image": entry, "sound": entry, "map": result, "logits": result}
     engine.get_tensor_mode = modes.__getitem__
-    engine.get_tensor_shape.return_value = (batch, 3)
+    stand_in.nptype.side_effect = lambda dtype: dtype
+    engine.get_tensor_dtype = {"map": np.float32, "logits": np.int64}.__getitem__
     context = engine.create_execution_context.return_value
-    context.get_tensor_shape.side_effect = lambda name: (len(context.set_input_shape.call_args.args[1]), 4)
+    context.get_tensor_shape = {"map": (4, 2, 3), "logits": (4, 5)}.__getitem__
     torch = MagicMock(name="torch")
-    torch.empty.side_effect = lambda shape, device: MagicMock(
-        **{"cpu.return_value.numpy.return_value": np.zeros((2, 4), np.float32)}
+    torch.float32, torch.int64 = np.float32, np.int64
+    torch.tensor.side_effect = lambda values, device: MagicMock(shape=values.shape)
+    torch.empty.side_effect = lambda shape, dtype, device: MagicMock(
+        **{"cpu.return_value.numpy.return_value": np.zeros(shape, dtype)}
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
     return BACKEND.load(folder, FP32, BACKEND.runtimes[0]), context
 
 
-@pytest.mark.parametrize(("batch", "calls"), [(-1, [(4, 3)]), (2, [(2, 3), (2, 3)])])
-def test_session_binds_tensors_and_runs(stand_in, monkeypatch, tmp_path, batch, calls):
-    session, context = _load(stand_in, monkeypatch, tmp_path, batch)
-    session(np.zeros((4, 3), np.float32))
-    assert [call.args for call in context.set_input_shape.call_args_list] == [
-        ("input", call) for call in calls
+def test_session_binds_tensors_by_name_and_runs(stand_in, monkeypatch, tmp_path):
+    session, context = _load(stand_in, monkeypatch, tmp_path)
+    batch = {"sound": np.zeros((4, 7), np.float32), "image": np.zeros((4, 3), np.float32)}
+    outputs = session(batch)
+    assert [(output.shape, output.dtype.name) for output in outputs] == [
+        ((4, 2, 3), "float32"),
+        ((4, 5), "int64"),
     ]
-    assert {call.args[0] for call in context.set_tensor_address.call_args_list} == {"input", "logits"}
-    assert context.execute_async_v3.call_count == len(calls)
+    shapes = [call.args for call in context.set_input_shape.call_args_list]
+    assert sorted(shapes) == [("image", (4, 3)), ("sound", (4, 7))]
+    bound = [call.args[0] for call in context.set_tensor_address.call_args_list]
+    assert sorted(bound) == ["image", "logits", "map", "sound"]
+    assert context.execute_async_v3.call_count == 1
 
 
 def test_a_failed_execution_is_an_error(stand_in, monkeypatch, tmp_path):
-    session, context = _load(stand_in, monkeypatch, tmp_path, -1)
+    session, context = _load(stand_in, monkeypatch, tmp_path)
     context.execute_async_v3.return_value = False
     with pytest.raises(RuntimeError, match="did not execute"):
-        session(np.zeros((2, 3), np.float32))
+        session({"image": np.zeros((2, 3), np.float32), "sound": np.zeros((2, 7), np.float32)})
 
 
 def test_an_engine_of_another_gpu_is_an_error(stand_in, tmp_path, monkeypatch):

@@ -200,10 +200,10 @@ def test_calibration_size_and_limits(fake, files):
         (lambda files: (files / "toy-net.onnx").unlink(), "toy-net.onnx is not there"),
         (lambda files: (files / "c.npz").write_bytes(b"nothing"), "c.npz cannot be read"),
         (lambda files: (files / "c.npz").unlink(), "c.npz cannot be read"),
-        (lambda files: np.savez(files / "t.npz", images=np.zeros(3)), r"lacks the arrays ['labels']"),
+        (lambda files: np.savez(files / "t.npz", images=np.zeros(3)), "takes float32 (n, 6)"),
         (
             lambda files: np.savez(files / "c.npz", a=np.zeros(3), b=np.zeros(3)),
-            r"lacks the arrays ['images']",
+            "lacks the arrays ['input'] (or \"images\"), it holds ['a', 'b']",
         ),
     ],
 )

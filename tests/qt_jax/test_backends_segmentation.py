@@ -10,7 +10,7 @@ import pytest
 
 from qt_jax import metrics
 from qt_jax.backends import evaluate
-from qt_jax.backends.rows import measure
+from qt_jax.backends.judging import choose, measure
 from qt_jax.errors import InvalidInput
 
 MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
@@ -43,7 +43,7 @@ def rows(tmp_path_factory):
 
 
 def logits_of(folder, row):
-    return np.load((folder / row["log"]).with_name("logits.npy"))
+    return np.load((folder / row["log"]).with_name("outputs") / "0.npy")
 
 
 def test_a_record_is_judged_pixel_by_pixel(rows):
@@ -78,11 +78,15 @@ def test_limit_takes_the_first_images(tmp_path):
 
 
 def test_broken_logits_make_a_record():
-    flat = measure(LOGITS.reshape(12, -1), LABELS, LOGITS)
-    assert flat == {"status": "invalid", "reason": "logits have shape (12, 120), expected (12, 4, 6, 5)"}
+    reference = {"logits": LOGITS}
+    task, _, _ = choose(reference, LABELS)
+    flat = measure(task, {"logits": LOGITS.reshape(12, -1)}, reference, LABELS)
+    assert flat["status"] == "invalid" and "top1" not in flat
+    assert flat["reason"] == "logits have shape (12, 120), expected (12, 4, 6, 5)"
     broken = LOGITS.copy()
     broken[3, 0, 2, 2] = np.nan
-    assert measure(broken, LABELS, LOGITS)["reason"] == "logits of 1 of 12 images are not finite"
+    found = measure(task, {"logits": broken}, reference, LABELS)
+    assert found["reason"] == "logits of 1 of 12 images are not finite"
 
 
 @pytest.mark.parametrize(
@@ -90,12 +94,15 @@ def test_broken_logits_make_a_record():
     [
         (
             {"test_set": (IMAGES, LABELS[:, :5])},
-            r"labels of shape \(12, 5, 5\) need logits \(n, classes, 5, 5\)",
+            r"\(12, 5, 5\) fit none of the float model's outputs: logits float32 \(12, 4, 6, 5\)",
         ),
-        ({"test_set": (IMAGES, LABELS[:, 0, 0])}, r"labels of shape \(12,\) need logits \(n, classes\)"),
-        ({"model": POOLED}, r"has shape \(12, 3\) for 12 images"),
-        ({"test_set": (IMAGES, LABELS[:, 0])}, r"or \(n, height, width\) for segmentation"),
-        ({"test_set": (IMAGES, LABELS + 1)}, r"labels must be integers in \[0, 3\]"),
+        ({"test_set": (IMAGES, LABELS[:, 0, 0])}, r"\(12,\) fit none of the float model's outputs"),
+        ({"model": POOLED}, r"fit none of the float model's outputs: logits float32 \(12, 3\)"),
+        ({"test_set": (IMAGES, LABELS[:, 0])}, r"\(12, 5\) fit none of the float model's outputs"),
+        (
+            {"test_set": (IMAGES, LABELS + 1)},
+            r"the first 4: with 4 classes they must be in \[0, 3\]. If 4 marks .* --void-label 4",
+        ),
     ],
 )
 def test_wrong_input(change, message, tmp_path):

@@ -1,6 +1,7 @@
 """Check findings, remedies, sensitivities, budgets and cut graphs on networks whose answer is known."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import onnx
@@ -8,11 +9,12 @@ import onnx.parser
 import pytest
 
 import qt_jax as qt
+from qt_jax.backends.judging import Criterion
 from qt_jax.diagnosis import deployed, figures, mixed_precision, snippets, toolchains
-from qt_jax.diagnosis.advice import Measurement, Meter, is_significant_gain, kernel_bytes, sensitivities
+from qt_jax.diagnosis.advice import kernel_bytes, sensitivities
 from qt_jax.diagnosis.diagnosis import calibrated, diagnose
 from qt_jax.diagnosis.layers import activations, kernels, layers_of
-from qt_jax.diagnosis.loading import prepared
+from qt_jax.diagnosis.meter import Measurement, Meter, is_significant_gain
 from qt_jax.diagnosis.remedies import (
     ClipKernel,
     Deployment,
@@ -22,7 +24,8 @@ from qt_jax.diagnosis.remedies import (
     findings,
     replaced,
 )
-from qt_jax.diagnosis.simulation import FLOAT, Precision, everywhere, logits_of
+from qt_jax.diagnosis.running import logits_of
+from qt_jax.diagnosis.simulation import FLOAT, Precision, everywhere
 from qt_jax.export import graph
 
 
@@ -53,9 +56,18 @@ def deployment(model, precision=None):
     return Deployment(model, precisions, calibrated(model, images()))
 
 
+TOP1 = Criterion("classes", "top1", ("logits",))
+
+
 def meter(model, path):
     reference = logits_of(model, images())
-    return Meter(images(), np.argmax(reference, axis=1), reference, path / "measurements.jsonl")
+    labels = np.argmax(reference, axis=1)
+    return Meter(images(), {"logits": reference}, path / "measurements.jsonl", TOP1, labels)
+
+
+def noise_meter(model, path):
+    reference = {"logits": logits_of(model, images())}
+    return Meter(images(), reference, path / "measurements.jsonl", Criterion(None, None, ("logits",)))
 
 
 def with_constant(model, name, change):
@@ -105,7 +117,7 @@ def test_saturation_is_found_and_the_range_widened():
 
 def test_a_gain_is_more_than_chance():
     def of(correct):
-        return Measurement(float(np.mean(correct)), None, np.asarray(correct, bool))
+        return Measurement(float(np.mean(correct)), None, 1.0, np.asarray(correct, bool))
 
     base = np.zeros(100)
     few, many = base.copy(), base.copy()
@@ -138,12 +150,50 @@ def test_all_but_one_of_two_layers_is_the_other_alone(tmp_path):
     assert list(found) == ["body/dense", "head"]
     for one, other in (("body/dense", "head"), ("head", "body/dense")):
         assert found[one].all_but.sqnr_db == found[other].alone.sqnr_db
-        assert found[one].all_but.top1 == found[other].alone.top1
-        np.testing.assert_array_equal(found[one].all_but.correct, found[other].alone.correct)
+        assert found[one].all_but.value == found[other].alone.value
+        np.testing.assert_array_equal(found[one].all_but.by_image, found[other].alone.by_image)
     both = judge.measure(whole.simulated(), "all")
     assert both.sqnr_db < min(item.alone.sqnr_db for item in found.values())
     none = judge.measure(dataclasses.replace(whole, precisions={}).simulated(), "float")
     assert none.sqnr_db is None
+
+
+def test_without_labels_advice_goes_by_noise(tmp_path):
+    """Expect the layer with one large weight to get more bits, until the noise is a hundredth."""
+    model = with_constant(two_layers(), "c", lambda kernel: kernel.__setitem__((3, 2), 40.0))
+    whole = deployment(model, Precision(4, 8))
+    judge = noise_meter(model, tmp_path)
+    found = diagnose(whole, judge, lambda _: None)
+    assert not found.floating.counts and found.floating.value is None
+    ratios = {name: item.alone.sqnr_db for name, item in found.sensitivities.items()}
+    logits = logits_of(model, images()).astype(np.float64)
+    only = dataclasses.replace(whole, precisions={"head": Precision(4, 8)}).simulated()
+    error = logits_of(only, images()) - logits
+    assert ratios["head"] == pytest.approx(10 * np.log10((logits**2).sum() / (error**2).sum()), abs=1e-4)
+    assert found.advised and found.mended.sqnr_db > found.all_rounded.sqnr_db + 1
+    gains = [found.all_rounded.score, *(trial.result.score for trial in found.advised)]
+    assert all(after - before >= 1 for before, after in itertools.pairwise(gains))
+    eight = diagnose(deployment(two_layers(), Precision(8, 16, True)), judge, lambda _: None)
+    assert eight.all_rounded.is_enough == (eight.all_rounded.sqnr_db >= 40)
+
+
+def test_a_budget_of_noise(tmp_path):
+    model = two_layers()
+    whole, judge = deployment(model), noise_meter(model, tmp_path)
+    ranked = mixed_precision.order(whole, judge, lambda _: None)
+    all_low, none_low = (
+        judge.measure(mixed_precision.lowered(whole, names).simulated(), "").sqnr_db for names in (ranked, [])
+    )
+    one = judge.measure(mixed_precision.lowered(whole, ranked[:1]).simulated(), "").sqnr_db
+    chosen = mixed_precision.within_noise(whole, ranked, judge, one - 0.01, lambda _: None)
+    assert [name for name, it in chosen.precisions.items() if it.weights == 4] == ranked[:1]
+    loose = mixed_precision.within_noise(whole, ranked, judge, all_low - 1, lambda _: None)
+    assert {it.weights for it in loose.precisions.values()} == {4}
+    with pytest.raises(qt.InvalidInput, match="below the budget of 200"):
+        mixed_precision.within_noise(whole, ranked, judge, 200.0, lambda _: None)
+    with pytest.raises(qt.InvalidInput, match="--min-sqnr"):
+        mixed_precision.within_drop(whole, ranked, judge, 1.0, 0.5, lambda _: None)
+    assert none_low > one > all_low
 
 
 def test_the_diagnosis_of_a_network_resumes(tmp_path, monkeypatch):
@@ -151,18 +201,18 @@ def test_the_diagnosis_of_a_network_resumes(tmp_path, monkeypatch):
     told = []
     first = diagnose(deployment(model, Precision(4, 8)), meter(model, tmp_path), told.append)
     assert list(first.sensitivities) == ["body/dense", "head"] and "body/dense" in told
-    assert first.floating.top1 == 1.0 and first.floating.sqnr_db is None
-    assert first.mended.top1 >= first.all_rounded.top1
-    monkeypatch.setattr("qt_jax.diagnosis.advice.logits_of", None)
+    assert first.floating.value == 1.0 and first.floating.sqnr_db is None
+    assert first.mended.value >= first.all_rounded.value
+    monkeypatch.setattr("qt_jax.diagnosis.meter.Meter._measured", None)
     again = diagnose(deployment(model, Precision(4, 8)), meter(model, tmp_path), told.append)
-    assert again.mended.top1 == first.mended.top1
+    assert again.mended.value == first.mended.value
     assert [trial.advised for trial in again.trials] == [trial.advised for trial in first.trials]
 
 
 def test_a_graph_without_layers_is_refused(tmp_path):
     model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 17]>
         g (float[n, 8] input) => (float[n, 8] logits) { logits = Relu(input) }""")
-    with pytest.raises(qt.InvalidInput, match="no convolution or matrix product"):
+    with pytest.raises(qt.InvalidInput, match=r"A layer is a Conv, .*; this one has only Relu"):
         diagnose(Deployment(model, {}, {}), meter(model, tmp_path), print)
 
 
@@ -243,7 +293,7 @@ def test_the_pasted_config_is_the_whole_deployment():
 def test_pasted_names_match_themselves(name, tmp_path):
     model = two_layers()
     model.graph.node[2].name = name
-    before = deployment(prepared(model))
+    before = deployment(model)
     scope = {"qt": qt}
     exec(snippets.config(before, Use(name, Precision(16, 16)).apply(before)), scope)
     assert scope["config"].sites(name).weights.bits == 16

@@ -75,8 +75,15 @@ def test_learned_ranges_must_be_there_if_they_are_asked_for(files, capsys):
         ),
         (lambda model, c, t: model.write_bytes(b"\xff" * 9), "model.onnx cannot be read as an ONNX model"),
         (lambda model, c, t: c.unlink(), "c.npz cannot be read"),
-        (lambda model, c, t: np.savez(t, images=np.zeros((4, 8))), "lacks the arrays ['labels']"),
-        (lambda model, c, t: np.savez(c, np.zeros((4, 9), np.float32)), "have shape (4, 9)"),
+        (
+            lambda model, c, t: np.savez(t, images=np.zeros((4, 8))),
+            "test images is float64 (4, 8), but the model's input 'input' takes float32 (n, 8).",
+        ),
+        (lambda model, c, t: np.savez(c, np.zeros((4, 9), np.float32)), "calibration is float32 (4, 9), but"),
+        (
+            lambda model, c, t: np.savez(t, images=np.zeros((4, 8), np.float32), labels=np.zeros(3, int)),
+            "one label, or one array of labels, per image: got int64 (3,) for 4 images",
+        ),
         (lambda model, c, t: np.savez(c, np.full((4, 8), np.nan, np.float32)), "NaN or infinite"),
     ],
 )

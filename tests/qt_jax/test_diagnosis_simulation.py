@@ -7,11 +7,11 @@ import onnx
 import pytest
 
 from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.running import logits_of
 from qt_jax.diagnosis.simulation import (
     SIMULATED_SCHEMES,
     Precision,
     everywhere,
-    logits_of,
     rounded_kernel,
     simulated,
 )

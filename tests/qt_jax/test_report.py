@@ -1,10 +1,16 @@
 """Check the deployment report on hand-made records: numbers, figures, the page, and what is refused."""
 
 import base64
+import importlib.util
 import io
+import os
 import re
+import subprocess
+import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +20,7 @@ from rich.console import Console
 
 from qt_jax.errors import InvalidInput
 from qt_jax.records import new_record
+from qt_jax.reporting.answer import answer
 from qt_jax.reporting.costs import operator_table
 from qt_jax.reporting.page import to_html
 from qt_jax.reporting.pivot import REFERENCE, Column, Row, arrange, comparable, drops, group
@@ -26,6 +33,13 @@ from qt_jax.reporting.statistics import (
     standard_error,
 )
 from qt_jax.reporting.tables import deployment_table, escaped
+
+SPEC = importlib.util.spec_from_file_location("report_cases", Path(__file__).with_name("report_cases.py"))
+report_cases = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(report_cases)
+
+BINARY, CASES, CLASSIFIER = report_cases.BINARY, report_cases.CASES, report_cases.CLASSIFIER
+DETECTOR, GRID, REGRESSION = report_cases.DETECTOR, report_cases.GRID, report_cases.REGRESSION
 
 QUANT_TRIM, TWIN = Column("t", "m", "quant-trim"), Column("t", "m", "float")
 LABELS = np.random.default_rng(0).integers(0, 10, 1000)
@@ -332,3 +346,152 @@ def test_a_network_without_a_name_is_still_called_something(tmp_path):
     write_report([record], tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert text.startswith("# Deployment of network\n") and "| network top-1 |" in text
+
+
+def sections(records, folder):
+    """Write a report; return the text of its summary by heading, without Markdown's escapes."""
+    write_report(records, folder)
+    text = (folder / "summary.md").read_text(encoding="utf-8").replace("\\", "")
+    return dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
+
+
+def table(text):
+    """Parse the first Markdown table of `text` as {(first cells joined): {column: cell}}."""
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    header, _, *rows = lines
+    return [dict(zip(header, cells, strict=False)) for cells in rows]
+
+
+def printed(records, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(deployment_table(records))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("records", CASES.values(), ids=CASES)
+def test_any_network_has_a_report_that_opens_with_the_answer(records, tmp_path):
+    found = sections(records, tmp_path)
+    assert next(iter(found)) == "In short"
+    assert [line[2:] for line in found["In short"].splitlines() if line.startswith("- ")] == answer(records)
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).open == []
+    lines = printed(records).splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+
+
+def test_without_labels_every_output_is_judged(tmp_path):
+    found = sections(DETECTOR, tmp_path)
+    assert "Judged: boxes, scores, classes. Left out: anchors." in found["In short"]
+    assert "top-1" not in "".join(found.values()) and "Accuracy drop" not in found
+    assert "![SQNR of the outputs by row and network](sqnr.png)" in found["Closeness to float"]
+    row = table(found["All rows"])[2]
+    assert {
+        key: row[f"network {key}"] for key in ("SQNR", "cosine", "worst image", "largest error", "equal")
+    } == {
+        **{
+            "SQNR": "12.0",
+            "cosine": "0.9876",
+            "worst image": "6.0",
+            "largest error": "0.25",
+            "equal": "97.50",
+        }
+    }
+    outputs = table(found["Outputs"])
+    assert [line["output"] for line in outputs] == ["boxes", "scores", "classes"] * 3
+    assert (outputs[1]["SQNR"], outputs[1]["shape"], outputs[1]["worst image"]) == (
+        "41.0",
+        "100",
+        "7: 35.0 dB",
+    )
+    assert (outputs[2]["SQNR"], outputs[2]["equal"]) == ("–", "97.50")
+    assert "| network | onnxruntime int8-pt reference | 12.0 (n 200) | 24.0 (3 rows) |" in found["Headline"]
+    assert "from 30 dB on as good as float" in found["Headline"]
+    text = printed(DETECTOR)
+    assert all(word in text for word in ("cosine", "worst", "12.0", "refused", "Left out"))
+
+
+def test_one_output_has_no_table_of_outputs(tmp_path):
+    assert "Outputs" not in sections(BINARY, tmp_path)
+
+
+def test_own_units_and_fractions(tmp_path, drawn):
+    found = sections(REGRESSION, tmp_path)
+    rows = table(found["All rows"])
+    assert [(row["network mean error"], row["network worse by"]) for row in rows] == [
+        *(("0.03125", "–"), ("0.03150", "0.00025"), ("0.03250", "0.00125"), ("0.06250", "0.03125"))
+    ]
+    assert drawn["latency.png"].axes[0].get_ylabel() == "SQNR (dB)" and "drops.png" not in drawn
+    rows = table(sections(BINARY, tmp_path)["All rows"])
+    assert (rows[3]["network AUC"], rows[3]["network drop"]) == ("85.00", "10.00")
+    assert drawn["drops.png"].axes[1].get_ylabel() == "points of AUC"
+
+
+def test_a_binary_head_judged_by_accuracy_shows_its_auc_too(tmp_path):
+    records = [record | {"metric": "accuracy", "auc": record["value"] / 2} for record in BINARY]
+    row = table(sections(records, tmp_path)["All rows"])[3]
+    assert (row["network accuracy"], row["network AUC"], row["network drop"]) == ("85.00", "42.50", "10.00")
+
+
+def test_less_is_better_turns_the_winner_round():
+    records = [record | {"method": "quant-trim"} for record in REGRESSION]
+    records += [record | {"method": "float"} for record in REGRESSION[:1]]
+    records += [REGRESSION[1] | {"method": "float", "value": 0.0625}]
+    (contest,) = contests(arrange(records), "INT8")
+    assert (contest.winner, contest.noise) == ("Quant-Trim", None)
+    assert contest.lead == pytest.approx(0.0625 - 0.0315)
+    assert "INT8: of 1 rows Quant-Trim wins 1 and the float twin 0." in head_to_head(arrange(records))
+
+
+def test_rows_that_are_not_what_they_are_called(tmp_path):
+    found = sections(CLASSIFIER, tmp_path)
+    rows = {f"{row['backend']} {row['scheme']}": row for row in table(found["All rows"])}
+    assert rows["k230 int8-pc"]["quantized layers"] == "8 of 9"
+    assert rows["onnxruntime int8-pc"]["quantized layers"] == "9 of 9"
+    gru = rows["openvino int8-gru"]
+    assert (gru["quantized layers"], gru["network top-1"], gru["network drop"]) == (
+        "0 of 9",
+        "all float",
+        "–",
+    )
+    assert rows["k230 int8-pc"]["speaks for"] == "Canaan, vendor simulator"
+    assert rows["grids int8-htp"]["speaks for"] == "Qualcomm, emulated convention"
+    deployment = arrange(CLASSIFIER)
+    (column,) = deployment.columns
+    vendors, conventions = (group(deployment, column, "INT8", flag) for flag in (False, True))
+    assert (vendors.size, vendors.worst.backend) == (2, "k230")
+    assert (conventions.size, conventions.worst.backend) == (1, "grids")
+    assert group(deployment, column, "INT4") is None
+    text = found["Headline"]
+    assert "20.00 (n 200, noise 5.66, 8 of 9 layers quantized)" in text
+    assert "worst INT8 convention" in text and "Left in float on request: /head/Gemm." in text
+    assert "Wholly float, and therefore in no group: openvino int8-gru cpu." in text
+    assert found["Warnings"].count("- ") == 2 and list(found)[1] == "Warnings"
+    assert "relative to the folder of the records" in found["Rows without a number"]
+    text = printed(CLASSIFIER)
+    assert "8 of 9" in text and "all float" in text and "9 of 9" not in text.replace("8 of 9", "")
+
+
+def test_emulated_conventions_are_not_counted_among_the_winners():
+    both = [row(method, "int8-pc", 0.8) for method in ("quant-trim", "float")]
+    emulated = [record | GRID for record in both]
+    assert len(contests(arrange(both), "INT8")) == 1
+    assert contests(arrange(emulated), "INT8") == []
+
+
+def test_two_writers_of_one_report_do_not_break_each_other(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        written = list(pool.map(lambda _: write_report(BINARY, tmp_path), range(6)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written[0])
+
+
+def test_reports_are_utf8_in_any_locale(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from report_cases import CLASSIFIER; from qt_jax.reporting.report import write_report\n"
+        "write_report(CLASSIFIER, Path(sys.argv[1]))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
+    subprocess.run(command, env=os.environ | plain, check=True, cwd=Path(__file__).parents[2])
+    assert "√" in (tmp_path / "summary.md").read_text(encoding="utf-8")
