@@ -41,7 +41,7 @@ RUNTIMES = {"onnxruntime": ("reference",)}
 SIMULATED = 4
 """Number of test samples on simulators."""
 DIAGNOSIS = "diagnosis"
-PATHS = re.compile(r"/(?:tmp|home|root|work|usr|opt|var|mnt|Users)/\S*/|^error: ")
+PATHS = re.compile(r"/(?:tmp|home|root|work|usr|opt|var|mnt|Users)/\S*/|^error: (?:\S+\.onnx: )?")
 """Matches folders of a machine, which a record must not hold, and what a refusal begins with."""
 TRACEBACK = "Traceback (most recent call last)"
 PACKAGES = ("qt_jax", "onnx", "onnxruntime", "numpy", "pillow")
@@ -210,7 +210,7 @@ def _sentence(code: int | None, said: str, page: Path) -> str | None:
 
 
 def run(options: Options, console: Console) -> None:
-    """Take every chosen file, append a record per command, and print the table.
+    """Take every chosen file, append a record per command, and print the table of all records there are.
 
     Raises:
       InvalidInput: A name is unknown.
@@ -236,7 +236,7 @@ def run(options: Options, console: Console) -> None:
             console.print(
                 f"{source.name} {measured['toolchain']}: {measured['status']}, {measured['seconds']} s"
             )
-    console.print(table(found))
+    console.print(table(records.read(options.out)))
     crashed = [f"{row['model']} {row['toolchain']}" for row in found if row["status"] == "crashed"]
     if crashed:
         raise Failed(f"commands crashed: {', '.join(crashed)}")
@@ -250,7 +250,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     cells: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in found:
         cells.setdefault(row["model"], {})[row["toolchain"]] = row
-    names = list(dict.fromkeys(row["toolchain"] for row in found))
+    names = [name for name in (*SCHEMES, DIAGNOSIS) if any(name in row for row in cells.values())]
     head = ["file", "package", "kind", "in / out", "opset", *names]
     lines = [head, ["---"] * 3 + ["---:"] * 2 + ["---"] * len(names)]
     for model, row in cells.items():
@@ -267,13 +267,16 @@ def _cell(record: Mapping[str, Any]) -> str:
     rows = record["rows"]
     if not rows:
         return str(record["sentence"] or record["status"]).split(". ")[0].rstrip(".")
-    return "; ".join(f"{row['scheme']} {_figures(row)}" for row in rows)
+    schemes: dict[str, list[str]] = {}
+    for row in rows:
+        schemes.setdefault(_figures(row), []).append(row["scheme"])
+    return "; ".join(f"{', '.join(names)}: {figures}" for figures, names in schemes.items())
 
 
 def _figures(row: Mapping[str, Any]) -> str:
     """Return the SQNR of a row and its metric against that of the float network; or why there is none."""
     if row["status"] != "ok":
-        return f"{row['status']}: {row['reason']}"
+        return f"{row['status']} ({row['reason'][:120]})"
     parts = ["equal" if row["equal"] else "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"]
     if row["metric"]:
         parts.append(f"{row['metric']} {row['value']:.3g} of {row['reference_value']:.3g}")

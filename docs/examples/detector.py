@@ -59,21 +59,23 @@ def matched(outputs, labels):
 
 def crops(n, seed, size=320):
     """Return parts of a photograph that comes with matplotlib, (n, 3, size, size), in [0, 1]."""
-    photo = matplotlib.image.imread(matplotlib.cbook.get_sample_data("grace_hopper.jpg"))
+    photo = matplotlib.image.imread(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     rng = np.random.default_rng(seed)
     places = rng.integers(0, np.array(photo.shape[:2]) - size + 1, (n, 2))
     parts = [photo[y : y + size, x : x + size] for y, x in places]
     return np.stack(parts).transpose(0, 3, 1, 2).astype(np.float32) / 255
 
 
-def write(model, n=64):
-    """Write c.npz, n images, and t.npz, n others and what the float model puts out for each."""
+def data(model, n=64):
+    """Return n images to calibrate on, n others to judge by, and what the float model puts out for these."""
+    calibration, images = (crops(n, seed) for seed in (0, 1))
     session = onnxruntime.InferenceSession(model)
-    name, images = session.get_inputs()[0].name, crops(n, seed=1)
-    np.savez("c.npz", images=crops(n, seed=0))
-    outputs = [session.run(None, {name: image})[0][0] for image in images[:, None]]
-    np.savez("t.npz", images=images, labels=np.stack(outputs))
+    name = session.get_inputs()[0].name
+    found = [session.run(None, {name: image})[0] for image in images[:, None]]
+    return calibration, images, np.concatenate(found)
 
 
 if __name__ == "__main__":
-    write(sys.argv[1])
+    calibration, images, found = data(sys.argv[1])
+    np.savez("c.npz", images=calibration)
+    np.savez("t.npz", images=images, labels=found)

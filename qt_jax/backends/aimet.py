@@ -12,9 +12,9 @@ Numerics
     htp-v66    Kernels per tensor; activations affine. The result of a convolution is quantized before its
                Relu as well, on the Relu's own grid, which changes nothing
     htp-v73    Kernels of Conv, ConvTranspose, Gemm and MatMul per output channel; activations affine. A Relu
-               is fused with the Conv, Gemm or Add before it. v75, v79, v81 and v85 are the same for the
-               operators of convolutional networks; v69 is without v73's GroupNormalization rule. v66 and
-               v73 stand for all of them
+               is fused with the Conv, Gemm or Add before it. AIMET's v75, v79, v81 and v85 have the same
+               rules. Its v69 does not fuse a Conv with its Relu, like v66, and its v68 has Gemm and MatMul
+               per tensor besides. v66 and v73 stand for all of them
     enpu-v6,   Kernels per tensor, activations symmetric and signed on [-128, 127], so that a Relu uses half
     enpu-v7    of the grid. Every common activation is fused with the layer before it. v7 differs from v6 in
                normalizations alone
@@ -23,7 +23,7 @@ Numerics
 
     All configurations quantize the inputs and outputs of the graph. Operators that only move data (Reshape,
     Transpose, MaxPool, ...) keep the grid of their input. Concat and AveragePool share one grid with it. The
-    outputs of Sigmoid, Softmax and Tanh have the fixed ranges [0, 1] and [-1, 1].
+    output of Tanh has the fixed range [-1, 1], and those of Sigmoid and Softmax have [0, 1], but not in v66.
 
     minmax       The extremes of all calibration images (min_max)
     percentile   The values between the percentiles 0.01 and 99.99 of a histogram, for activations; AIMET's
@@ -72,7 +72,8 @@ PRODUCTS = {
     "MatMul": (1,),
     "GRU": (1, 2),
     "LSTM": (1, 2),
-} | {"RNN": (1, 2)}
+    "RNN": (1, 2),
+}
 """Operator that multiplies -> which of its inputs are kernels."""
 _MOVES = {"Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 """Operators that only move data, whose results AIMET does not quantize again."""

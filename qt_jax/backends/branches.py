@@ -14,7 +14,7 @@ from qt_jax.export.sessions import open_unoptimized
 Arrays = Mapping[str, np.ndarray]
 
 
-def take_branches(model: ModelProto, samples: Iterable[Arrays]) -> list[str]:
+def take_branches(model: ModelProto, samples: Iterable[Arrays]) -> dict[str, str]:
     """Replace each such If of a graph, in place, those inside the branches taken too.
 
     Args:
@@ -22,7 +22,7 @@ def take_branches(model: ModelProto, samples: Iterable[Arrays]) -> list[str]:
       samples: Sets of arrays `(n, ...)` by input: those of calibration and those to judge by.
 
     Returns:
-      Sentences that name the branches left out.
+      Maps the name of each replaced node, or of its first output, to the branch taken, "then" or "else".
 
     >>> import onnx.parser
     >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
@@ -30,19 +30,19 @@ def take_branches(model: ModelProto, samples: Iterable[Arrays]) -> list[str]:
     ... then_branch = a () => (float[1, 2] t) { t = Relu(x) },
     ... else_branch = b () => (float[1, 2] t) { t = Neg(x) }> }''')
     >>> take_branches(model, [{"x": np.ones((3, 2), np.float32), "c": np.ones(3, bool)}])
-    ["All samples take the then branch of 'pick': the other is left out."]
+    {'pick': 'then'}
     >>> [node.op_type for node in model.graph.node]
     ['Relu']
     """
     sets = list(samples)
-    notes: list[str] = []
+    taken: dict[str, str] = {}
     varying: set[str] = set()
     while True:
         found = [n for n in model.graph.node if n.op_type == "If" and n.output[0] not in varying]
         if not found:
-            if notes:
+            if taken:
                 _remove_unread(model.graph)
-            return notes
+            return taken
         values = _conditions(model, [node.input[0] for node in found], sets)
         for condition, output in [(node.input[0], node.output[0]) for node in found]:
             value = values.get(condition)
@@ -51,8 +51,8 @@ def take_branches(model: ModelProto, samples: Iterable[Arrays]) -> list[str]:
                 continue
             [node] = [node for node in model.graph.node if output in node.output]
             branch = "then" if value else "else"
+            taken[node.name or output] = branch
             _inline(model.graph, node, f"{branch}_branch")
-            notes.append(f"All samples take the {branch} branch of {node.name!r}: the other is left out.")
 
 
 def _conditions(model: ModelProto, names: list[str], sets: list[Arrays]) -> dict[str, bool]:

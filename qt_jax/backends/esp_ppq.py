@@ -43,7 +43,7 @@ Numerics
     neighbouring layers first, as PPQ's settings for them do.
 
     minmax      The extremes of all calibration images
-    percentile  The mean, over calibration batches, of the percentiles 0.01 and 99.99
+    percentile  The mean, over calibration batches of at most 32 images, of the percentiles 0.01 and 99.99
     kl          The range of least Kullback-Leibler divergence on a histogram; ESP-DL's default
     mse         The range of least squared error on a histogram
 
@@ -64,8 +64,9 @@ Surprises
     way first. The kernel of a MatMul has a scale per input channel with tensorrt and openvino. PPQ's check
     of a Gemm for ascend asks for an attribute that ONNX lacks; Gemm stays in float there.
 
-    Espressif's fusion of attention fixes the batch, and the graph is then run one sample at a time. Recurrent
-    cells are refused where PPQ's or ESP-DL's operator has other inputs. Sums in torch may differ in the last
+    Espressif's fusion of attention fixes the batch, and the graph is then calibrated and run one sample at a
+    time. Such calibration costs "percentile" many decibels, because it averages over batches. Recurrent cells
+    are refused where PPQ's or ESP-DL's operator has other inputs. Sums in torch may differ in the last
     bit between batches of different size, and a value then may fall on the other side of a rounding.
 """
 
@@ -228,16 +229,17 @@ class EspPpq:
         words, ranges = scheme.name.rsplit("-", 1)
         name, bits = words.rsplit("-", 1)
         fixed = any(value.type.tensor_type.shape.dim[0].dim_value for value in original.input)
-        steps = list(_calibration_steps(arrays, 1 if fixed or name in _CHIPS else CALIBRATION_BATCH))
-        copy = Path("source.onnx").absolute()  # esp-ppq overwrites it
-        onnx.save(model, copy)
         quantize = _quantize_for_chip if name in _CHIPS else _quantize_for_platform
-        try:
-            graph = quantize(copy, steps, name, bits, ranges, float_layers)
-        except RuntimeError as error:
-            if error.__cause__ is None:
-                raise
-            raise Refused(f"{error}: {error.__cause__}") from error  # PPQ hides why
+        for batch in (1,) if fixed else (CALIBRATION_BATCH, 1):
+            copy = Path("source.onnx").absolute()  # esp-ppq overwrites it
+            onnx.save(model, copy)
+            steps = list(_calibration_steps(arrays, batch))
+            try:
+                graph = quantize(copy, steps, name, bits, ranges, float_layers)
+                break
+            except RuntimeError as error:  # such as a batch that PPQ has fixed
+                if batch == 1:
+                    raise Refused(f"{error}: {error.__cause__ or 'no cause given'}") from error
         _check(graph, [value.name for value in original.output], float_layers)
         if not _takes_two(graph, arrays):
             (folder / SINGLE).touch()

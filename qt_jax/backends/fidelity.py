@@ -26,6 +26,9 @@ all."""
 SMALL = 1e-3
 """Ratio of mean squares below which a slice of an output is small beside the largest: 30 dB."""
 
+APART = 1e-2
+"""Ratio of mean squares by which small slices are set apart from the others: 20 dB."""
+
 MOST_SLICES = 256
 """Number of slices along an axis up to which they are looked at one by one."""
 
@@ -108,7 +111,8 @@ def small_part(output: Output) -> tuple[int, list[int]] | None:
 
     An SQNR over such an output is that of its large slices, and says nothing of the small ones. Slices along
     the second and the last axis are looked at, where there are 2 to `MOST_SLICES`. Small are those whose mean
-    square is below `SMALL` times the largest.
+    square is below `SMALL` times the largest. They must be neighbours, and the largest of them below `APART`
+    times the smallest of the others: the quiet units of a hidden state are no part of its own.
 
     Args:
       output: An output of the float network. Only arrays of floats with three axes or more are looked at.
@@ -126,8 +130,10 @@ def small_part(output: Output) -> tuple[int, list[int]] | None:
         if not 2 <= output.shape[axis] <= MOST_SLICES:
             continue
         power = sum(_by_slice(output[part], axis) for part in row_slices(output))
-        small = np.flatnonzero((power < SMALL * np.max(power)) & (power > 0))
-        if len(small):
+        quiet = power < SMALL * np.max(power)
+        small = np.flatnonzero(quiet)
+        together = len(small) > 0 and small[-1] - small[0] + 1 == len(small)
+        if together and 0 < power[quiet].max() < APART * power[~quiet].min():
             return axis, small.tolist()
     return None
 

@@ -146,7 +146,7 @@ def prepare(
     left_out = _choose_outputs(prepared, outputs)
     notes: list[str] = []
     if any(node.op_type == "If" for node in prepared.graph.node):
-        notes = take_branches(prepared, given.values())
+        notes = _branch_notes(take_branches(prepared, given.values()))
         name_nodes(prepared.graph)
         given = _without_unread(prepared, given)
     scans = {what: {name: scan(array) for name, array in arrays.items()} for what, arrays in given.items()}
@@ -505,6 +505,23 @@ def _results(node: NodeProto) -> set[str]:
     graphs = [item.g for item in node.attribute if item.HasField("g")]
     inner = {name for graph in graphs for child in graph.node for name in _results(child)}
     return inner | {value.name for graph in graphs for value in graph.output}
+
+
+def _branch_notes(taken: Mapping[str, str]) -> list[str]:
+    """Say which branches of a graph were left out.
+
+    >>> _branch_notes({"pick": "then"})
+    ["All samples take the same branch of 1 If ('pick' then). The other branches are left out."]
+    """
+    if not taken:
+        return []
+    listed = ", ".join(f"{name!r} {branch}" for name, branch in list(taken.items())[:3])
+    more = ", ..." if len(taken) > 3 else ""
+    plural = "s" if len(taken) > 1 else ""
+    return [
+        f"All samples take the same branch of {len(taken)} If{plural} ({listed}{more}). The other branches "
+        "are left out."
+    ]
 
 
 def _without_unread(model: ModelProto, given: Mapping[str, Arrays]) -> dict[str, Arrays]:

@@ -76,7 +76,7 @@ class DiagnosisSettings:
         flags = {"--max-bytes": self.max_bytes, "--max-drop": self.max_drop, "--min-sqnr": self.min_sqnr}
         given = [flag for flag, value in flags.items() if value is not None]
         if len(given) > 1:
-            raise InvalidInput(f"{' and '.join(given)} are {len(given)} budgets: give one.")
+            raise InvalidInput(f"{given[0]} and {given[1]} are two budgets: give one.")
         if self.limit is not None and self.limit < 1:
             raise InvalidInput(f"--limit {self.limit}: judge by one image at least.")
 

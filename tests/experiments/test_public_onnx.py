@@ -74,7 +74,7 @@ def test_each_command_leaves_a_record(packages: Path, capsys: pytest.CaptureFixt
         assert (refused["status"], refused["exit"]) == ("refused", 2)
         assert "already quantized" in refused["sentence"]
         assert str(packages) not in refused["sentence"]
-    assert "| halves | made==1.0 | classifier | 1 / 1 | 17 | int8-pc-minmax " in capsys.readouterr().out
+    assert "| halves | made==1.0 | classifier | 1 / 1 | 17 | int8-pc-minmax: " in capsys.readouterr().out
 
 
 def test_a_crash_and_a_command_that_hangs_are_told_apart(packages: Path, monkeypatch: pytest.MonkeyPatch):
@@ -97,9 +97,9 @@ def test_the_table_says_why_a_row_has_no_figures():
     half = {"quantized": 1, "total": 2}
     good = {"scheme": "int4", "status": "ok", "reason": None, "sqnr_db": 21.25, "equal": False}
     good |= {"metric": "top1", "value": 0.5, "reference_value": 1.0, "products": half}
-    record = about | {"toolchain": "b", "status": "ok", "rows": [row, good], "sentence": None}
+    record = about | {"toolchain": "grids", "status": "ok", "rows": [row, good], "sentence": None}
     assert table([record]).splitlines()[2] == (
-        "| m | p==1 | k | 1 / 1 | 9 | int8 refused: no LSTM; int4 21.2 dB, top1 0.5 of 1, 1 of 2 layers |"
+        "| m | p==1 | k | 1 / 1 | 9 | int8: refused (no LSTM); int4: 21.2 dB, top1 0.5 of 1, 1 of 2 layers |"
     )
 
 

@@ -351,8 +351,10 @@ def test_the_real_toolchain_runs_every_scheme_on_both_runtimes(tmp_path):
     labels = run(model, IMAGES).argmax(1)
     rows = evaluate(model, IMAGES, (IMAGES, labels), backends=["litert"], folder=tmp_path)
     rows = {(row["scheme"], row["runtime"]): row for row in rows if row["backend"] == "litert"}
-    assert {row["status"] for row in rows.values()} == {"ok"}, [row["reason"] for row in rows.values()]
     assert len(rows) == len(BACKEND.schemes) * len(BACKEND.runtimes)
+    for (scheme, _), row in rows.items():
+        # TensorFlow's dynamic scheme leaves kernels of fewer than 1,024 elements in float, here all of them.
+        assert row["status"] == ("invalid" if scheme == "int8-dynamic" else "ok"), row["reason"]
     for runtime in BACKEND.runtimes:
         assert rows["fp32", runtime.name]["sqnr_db"] > 100
         assert rows["int8-pc-minmax", runtime.name]["sqnr_db"] > 25

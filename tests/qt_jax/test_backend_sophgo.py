@@ -191,7 +191,7 @@ def test_an_unknown_operator_is_refused(installed, images, tmp_path):
 
 @pytest.mark.vendor
 def test_several_inputs_and_outputs_and_a_layer_left_in_float(installed, tmp_path):
-    settings = {"backends": ["sophgo"], "schemes": ["bm1688-int8"], "folder": tmp_path}
+    settings = {"backends": ["sophgo"], "schemes": ["bm1688-int8-max"], "folder": tmp_path}
     data = samples(TWO_IMAGES, 20, 1)
     rows = [
         row

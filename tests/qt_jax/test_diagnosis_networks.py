@@ -268,13 +268,14 @@ def test_a_graph_in_two_files_is_diagnosed_and_written(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_graph_of_more_than_two_gigabytes(tmp_path):
-    size = 23_200
-    model = graph((f"float[n, {size}] x", "float[n, 4] y"), "[wide] a = MatMul(x, w) y = MatMul(a, v)", {})
+    size = 16_600  # two kernels of 1.1 GB
+    body = "[first] a = MatMul(x, w) [second] b = MatMul(a, u) y = MatMul(b, v)"
+    model = graph((f"float[n, {size}] x", "float[n, 4] y"), body, {"v": normal(size, 4)})
     wide = np.full((size, size), 1e-4, np.float32)
     wide[np.arange(size), np.arange(size)] = 1.0
-    for name, value in (("w", wide), ("v", normal(size, 4))):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    del wide, value
+    for name in ("w", "u"):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(wide, name))
+    del wide
     path = tmp_path / "model.onnx"
     storage.save(model, path)
     del model
