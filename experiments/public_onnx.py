@@ -26,7 +26,7 @@ import qt_jax as qt
 from experiments.public_onnx_sources import PICTURES, SOURCES, Material, Source
 from qt_jax import processes, records
 from qt_jax.backends.inputs import real_inputs
-from qt_jax.command_line import Failed, command
+from qt_jax.command_line import Failed, command, terminate_like_interrupt
 from qt_jax.provenance import provenance
 
 SCHEMES = {
@@ -216,6 +216,7 @@ def run(options: Options, console: Console) -> None:
       InvalidInput: A name is unknown.
       Failed: A package cannot be installed, or a command crashed.
     """
+    terminate_like_interrupt()
     unknown = sorted({*options.only} - {source.name for source in SOURCES})
     unknown += sorted({*options.backends} - {*SCHEMES})
     if unknown:

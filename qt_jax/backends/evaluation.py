@@ -28,6 +28,7 @@ from qt_jax.backends.protocol import Backend, Batch, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
 from qt_jax.backends.rows import Evaluation, EvaluationJob, Judge
 from qt_jax.errors import InvalidInput
+from qt_jax.export import graph
 from qt_jax.export.sessions import open_unoptimized
 from qt_jax.export.storage import model_sha256, save
 from qt_jax.files import writing
@@ -38,6 +39,9 @@ RECORDS = "records.jsonl"
 DATA = "data"
 """The folder of the model and the arrays."""
 NO_IDENTITY: Mapping[str, Any] = MappingProxyType({})
+
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+"""Types of what a layer puts out."""
 
 FEW = 64
 """Number of calibration samples whose decisions are looked at."""
@@ -154,6 +158,19 @@ def evaluate(
             return _finish(job, rows, jobs, on_record, prepared, judging)
 
 
+def _computing(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the nodes that compute floating-point numbers from the graph's inputs."""
+    types = graph.element_types(model)
+    constant = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if constant.issuperset(filter(None, node.input)):
+            constant.update(node.output)
+        elif any(types.get(name, onnx.TensorProto.FLOAT) in FLOATS for name in node.output):
+            found.append(node)
+    return found
+
+
 class Judging(NamedTuple):
     """Hold what the caller says about judging.
 
@@ -215,6 +232,8 @@ def _check_labels(prepared: Prepared, labels: np.ndarray | None) -> int:
 def named_layers(model: onnx.ModelProto, pattern: str | None) -> tuple[str, ...]:
     """Return the names of the nodes that a pattern fully matches, in the order of the graph.
 
+    Nodes that compute sizes, or depend on constants alone, do not count: toolchains fold them.
+
     Raises:
       InvalidInput: The pattern is no regular expression, or matches no node.
 
@@ -226,7 +245,7 @@ def named_layers(model: onnx.ModelProto, pattern: str | None) -> tuple[str, ...]
     """
     if pattern is None:
         return ()
-    names = [node.name for node in model.graph.node]
+    names = [node.name for node in _computing(model)]
     try:
         found = tuple(name for name in names if re.fullmatch(pattern, name))
         near = [name for name in names if re.search(pattern, name)]

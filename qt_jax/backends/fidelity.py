@@ -66,8 +66,8 @@ def fidelity(reference: Outputs, outputs: Outputs) -> list[Record]:
       One record per output: output, shape (of one sample; None if it varies), dtype, sqnr_db, cosine,
       largest_error, largest_value (of the reference), equal, other_shape (the number of samples of another
       shape, which are left out), worst_image with index, sqnr_db, cosine, largest_error and equal, and
-      small_part with axis, slices and sqnr_db, if `small_part` finds one. An SQNR is None where nothing
-      differs, where the reference is zero, and for integers.
+      small_part with axis, slices and the same numbers, if `small_part` finds one. An SQNR is None where
+      nothing differs, where the reference is zero, and for integers.
 
     >>> [found] = fidelity({"y": np.array([[3.0, 4.0]])}, {"y": np.array([[3.0, 4.5]])})
     >>> round(found["sqnr_db"], 6), found["largest_error"], found["worst_image"]["index"]
@@ -129,7 +129,7 @@ def small_part(output: Output) -> tuple[int, list[int]] | None:
     for axis in dict.fromkeys((1, output.ndim - 1)):
         if not 2 <= output.shape[axis] <= MOST_SLICES:
             continue
-        power = sum(_by_slice(output[part], axis) for part in row_slices(output))
+        power = np.sum([_by_slice(output[part], axis) for part in row_slices(output)], axis=0)
         quiet = power < SMALL * np.max(power)
         small = np.flatnonzero(quiet)
         together = len(small) > 0 and small[-1] - small[0] + 1 == len(small)
@@ -150,13 +150,15 @@ def _small_ratio(reference: Output, output: Output) -> Record | None:
     if found is None or not isinstance(reference, np.ndarray) or not isinstance(output, np.ndarray):
         return None
     axis, slices = found
-    signal = noise = 0.0
-    for part in row_slices(reference):
-        r, x = (np.take(array[part], slices, axis).astype(np.float64) for array in (reference, output))
-        signal += float((r * r).sum())
-        noise += float(((r - x) ** 2).sum())
-    ratio = _ratio(signal, noise)
-    return {"axis": axis, "slices": slices, "sqnr_db": ratio if math.isfinite(ratio) else None}
+    pairs = (
+        (np.take(reference[part], slices, axis), np.take(output[part], slices, axis))
+        for part in row_slices(reference)
+    )
+    sums = np.concatenate([_part_sums(r, x) for r, x in pairs])
+    ratios = [_ratio(signal, noise) for signal, noise, *_ in sums]
+    worst = int(np.argmin(ratios))
+    whole = {"axis": axis, "slices": slices, **_numbers(sums.sum(axis=0), sums[:, 4].max(), integers=False)}
+    return whole | {"worst_image": {"index": worst, **_numbers(sums[worst], sums[worst, 4], integers=False)}}
 
 
 def _dtype(output: Output) -> np.dtype:

@@ -487,14 +487,14 @@ def _reliability(logits: np.ndarray, labels: np.ndarray) -> list[list[float | in
 def _summary(found: list[Record], small_parts: bool) -> Record:
     """Return the keys that stand for all judged outputs: the lowest SQNR and cosine.
 
-    With `small_parts`, the SQNR of a small part of an output counts as that of an output.
+    With `small_parts`, the small part of an output counts as an output.
     """
-    ratios = [it["sqnr_db"] for it in found if it["sqnr_db"] is not None]
+    compared = list(found)
     if small_parts:
-        parts = [it["small_part"]["sqnr_db"] for it in found if it["small_part"] is not None]
-        ratios += [ratio for ratio in parts if ratio is not None]
-    worst = [it["worst_image"]["sqnr_db"] for it in found if it["worst_image"]["sqnr_db"] is not None]
-    cosines = [it["cosine"] for it in found if it["cosine"] is not None]
+        compared += [it["small_part"] for it in found if it["small_part"] is not None]
+    ratios = [it["sqnr_db"] for it in compared if it["sqnr_db"] is not None]
+    worst = [it["worst_image"]["sqnr_db"] for it in compared if it["worst_image"]["sqnr_db"] is not None]
+    cosines = [it["cosine"] for it in compared if it["cosine"] is not None]
     return {
         "fidelity": found,
         "sqnr_db": min(ratios, default=None),

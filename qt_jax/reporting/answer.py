@@ -204,7 +204,7 @@ def _conventions(cases: Sequence[RowHarm]) -> str:
 
 def _float_layers(cases: Sequence[RowHarm]) -> str:
     names = {layer for case in cases for r in case.seeds.values() for layer in r.get("float_layers") or ()}
-    return f", with {len(names)} layer{'s' * (len(names) > 1)} left in float," if names else ""
+    return f", with {len(names)} node{'s' * (len(names) > 1)} left in float," if names else ""
 
 
 def _range(deployment: DeploymentTable, cases: Sequence[RowHarm], again: bool = False) -> str:

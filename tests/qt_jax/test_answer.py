@@ -143,7 +143,7 @@ def test_no_row_ended_well():
 
 def test_layers_left_in_float_are_mentioned():
     records = [labelled("fp32", 0.9), labelled("int8-pc", 0.9, float_layers=["/head/Conv", "/head/Mul"])]
-    assert answer(records)[0].startswith("At INT8, with 2 layers left in float, the network loses")
+    assert answer(records)[0].startswith("At INT8, with 2 nodes left in float, the network loses")
 
 
 def test_warnings_are_said_once_and_name_their_network():
