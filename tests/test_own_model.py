@@ -261,8 +261,11 @@ def test_two_inputs():
 
     flat = np.concatenate([np.asarray(image).reshape(32, -1), numbers], -1)
     chosen = {"backends": "onnxruntime", "schemes": ["int8-pc-minmax"], "runtimes": ["reference"]}
-    with pytest.raises(qt.InvalidInput, match=r"exactly one input, found .'image', 'numbers'."):
-        qt.evaluate(graph, flat, (flat, LABELS), **chosen)
+    with pytest.raises(qt.InvalidInput, match=r"test images lacks the arrays .*'numbers'"):
+        qt.evaluate(graph, {"image": nchw, "numbers": numbers}, (nchw, LABELS), **chosen)
+    both = {"image": nchw, "numbers": np.asarray(numbers)}
+    _, row = qt.evaluate(graph, both, both | {"labels": LABELS}, **chosen)
+    assert row["status"] == "ok" and row["sqnr_db"] > 25
     one_input = qt.to_onnx(packed, variables, (197,))
     np.testing.assert_allclose(in_onnxruntime(one_input, flat), expected, atol=1e-5)
     float32, int8 = qt.evaluate(one_input, flat, (flat, LABELS), **chosen)

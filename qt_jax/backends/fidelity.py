@@ -64,9 +64,9 @@ def fidelity(reference: Outputs, outputs: Outputs) -> list[Record]:
 
     Returns:
       One record per output: output, shape (of one sample; None if it varies), dtype, sqnr_db, cosine,
-      largest_error, largest_value (of the reference), equal, other_shape (the number of samples of another
-      shape, which are left out), worst_image with index, sqnr_db, cosine, largest_error and equal, and
-      small_part with axis, slices and the same numbers, if `small_part` finds one. An SQNR is None where
+      largest_error, largest_value (of the reference), mse, equal, other_shape (the number of samples of
+      another shape, which are left out), worst_image with index, sqnr_db, cosine, largest_error and equal,
+      and small_part with axis, slices and the same numbers, if `small_part` finds one. An SQNR is None where
       nothing differs, where the reference is zero, and for integers.
 
     >>> [found] = fidelity({"y": np.array([[3.0, 4.0]])}, {"y": np.array([[3.0, 4.5]])})
@@ -95,6 +95,7 @@ def _compared(name: str, reference: Output, output: Output) -> Record:
         "dtype": str(_dtype(reference)),
         **_numbers(totals, sums[:, 4].max(), integers),
         "largest_value": _largest(reference),
+        "mse": float(totals[1] / totals[6]) if totals[6] else 0.0,
         "equal": equal,
         "other_shape": int(np.sum(~same)),
         "worst_image": {

@@ -500,6 +500,7 @@ def _summary(found: list[Record], small_parts: bool) -> Record:
         "sqnr_db": min(ratios, default=None),
         "cosine": min(cosines, default=None),
         "worst_sqnr_db": min(worst, default=None),
+        "logit_mse": found[0]["mse"] if len(found) == 1 else None,
     }
 
 

@@ -25,7 +25,6 @@ Numerics
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -171,6 +170,7 @@ def _quantize(
         all_tensors_to_one_file=True,
         external_data_location=data_path(prepared).name,
     )
+    _flatten_biases(prepared)
     check_names(prepared, float_layers)
     if scheme.dynamic:
         quantize_dynamic(
@@ -198,10 +198,10 @@ def _quantize(
         else {},
         **options,
     }
-    quantize = functools.partial(
-        quantize_static,
+    quantize_static(
         prepared,
         target,
+        _reader(arrays, batch),
         nodes_to_exclude=list(float_layers),
         use_external_data_format=large,
         quant_format=QuantFormat.QOperator if "qop" in scheme.name else QuantFormat.QDQ,
@@ -209,15 +209,26 @@ def _quantize(
         activation_type=signed if symmetric else QuantType.QUInt8,
         weight_type={8: QuantType.QInt8, 4: QuantType.QInt4}[scheme.weight_bits],
         calibrate_method=method,
+        extra_options=extra,
     )
-    try:
-        quantize(calibration_data_reader=_reader(arrays, batch), extra_options=extra)
-    except ValueError as error:
-        if "truth value of an array" not in str(error):
-            raise
-        # ONNX Runtime 1.32 cannot fit scales per channel of a MatMul to the bias behind it.
-        extra["QDQDisableWeightAdjustForInt32Bias"] = True
-        quantize(calibration_data_reader=_reader(arrays, batch), extra_options=extra)
+
+
+def _flatten_biases(path: Path) -> None:
+    """Write the bias of each Gemm at `path` as one axis.
+
+    The fusion of MatMul and Add leaves (1, channels), which ONNX Runtime's quantizer takes for one channel.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    biases = {node.input[2] for node in model.graph.node if node.op_type == "Gemm" and len(node.input) > 2}
+    wide = [
+        it for it in model.graph.initializer if it.name in biases and len(it.dims) == 2 and it.dims[0] == 1
+    ]
+    for tensor in wide:
+        del tensor.dims[0]
+    if wide:
+        onnx.save(model, path)
 
 
 def _narrow(source: Path, per_channel: bool) -> dict[str, list[dict]]:

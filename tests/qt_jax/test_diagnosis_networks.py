@@ -14,6 +14,12 @@ import pytest
 from qt_jax import records
 from qt_jax.diagnosis import report
 from qt_jax.diagnosis.__main__ import main
+from qt_jax.diagnosis.diagnosis import calibrated
+from qt_jax.diagnosis.layers import layers_of
+from qt_jax.diagnosis.meter import Meter
+from qt_jax.diagnosis.remedies import Deployment
+from qt_jax.diagnosis.simulation import Precision, everywhere
+from qt_jax.diagnosis.subject import load_subject
 from qt_jax.export import storage
 
 RANDOM = np.random.default_rng(7)
@@ -279,6 +285,11 @@ def test_a_graph_of_more_than_two_gigabytes(tmp_path):
     path = tmp_path / "model.onnx"
     storage.save(model, path)
     del model
-    np.save(tmp_path / "x.npy", normal(8, size))
-    flags = ["--calibration", str(tmp_path / "x.npy"), "--test", str(tmp_path / "x.npy")]
-    assert main([str(path), *flags, "--out", str(tmp_path / "out")]) == 0
+    samples = normal(8, size)
+    subject = load_subject(path, "wide", samples, samples, None)
+    meter = Meter(subject.samples, subject.reference, tmp_path / "kept.jsonl", subject.task)
+    bounds = calibrated(subject.model, subject.calibration)
+    given = Deployment(subject.model, everywhere(layers_of(subject.model), Precision(8, 8)), bounds)
+    assert list(given.precisions) == ["first", "second", "y"]
+    found = meter.measure(given.simulated(), "all")
+    assert 20 < found.sqnr_db < 60
