@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qt_jax import records
+from qt_jax.backends.arrays import first
 from qt_jax.backends.evaluation import (
     DATA,
     RECORDS,
@@ -195,8 +196,8 @@ def _check(
 def _few(batch: Batch) -> Batch:
     """Return the first two samples."""
     if isinstance(batch, Mapping):
-        return {name: array[:2] for name, array in batch.items()}
-    return batch[:2]
+        return {name: first(array, 2) for name, array in batch.items()}
+    return first(batch, 2)
 
 
 def _comparable(kept: list[Record], rows: list[Record]) -> list[Record]:

@@ -28,6 +28,8 @@ FIELDS = (
     *("backend", "vendor", "kind", "runtime", "scheme", "weight_bits", "activation_bits", "per_channel"),
     *("dynamic", "calibration"),
     *("n", "top1", "top5", "nll", "brier", "ece", "logit_mse", "sqnr_db", "agreement", "miou"),
+    *("metric", "value", "reference_value", "larger_is_better", "judged", "not_judged", "fidelity"),
+    *("cosine", "worst_sqnr_db", "products", "float_layers", "warnings", "notes"),
     *("latency_ms_p50", "latency_ms_p99", "throughput_ips", "cycles", "energy_mj", "cost", "model_bytes"),
     *("status", "reason", "versions", "cpu", "accelerator", "commit", "date", "command", "seconds"),
 )

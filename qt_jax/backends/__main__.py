@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from qt_jax.backends import environments, registry
-from qt_jax.backends.arrays import read_arrays
+from qt_jax.backends.arrays import first, read_arrays
 from qt_jax.backends.evaluation import DATA
 from qt_jax.backends.protocol import Environment
 from qt_jax.command_line import Failed, exit_status, print_rows, read_flags, statuses, text_console
@@ -199,7 +199,7 @@ def run(command: Run, console: Console) -> None:
         raise InvalidInput(f"--calibration-size must be above 0, got {size}.")
     scratch = command.settings.out / DATA
     ranged = read_arrays(command.calibration, scratch)
-    calibration = {name: array[:size] for name, array in ranged.items()}
+    calibration = {name: first(array, size) for name, array in ranged.items()}
     test = read_arrays(command.test, scratch)
     shared = {"run": command.settings.out.resolve().name}
     models = [

@@ -7,6 +7,7 @@ of it at a time, and it is read in place: no copy is made. What is in memory, or
 
 import hashlib
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +26,9 @@ IMAGES, LABELS = "images", "labels"
 
 CHUNK_BYTES = 2**26
 """Bytes of an array that are looked at together."""
+
+JOINED = re.compile(r"joined-[0-9a-f]{12}\.npy")
+"""Names of the files in which parts are joined."""
 
 IN_MEMORY = 2**30
 """Bytes up to which the parts of a folder are joined in memory. Larger ones are joined in a file."""
@@ -78,15 +82,27 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _read_folder(folder: Path, scratch: Path) -> Arrays:
-    files = sorted(folder.glob("*.npy"))
-    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and any(entry.glob("*.npy")))
+    files = _parts(folder)
+    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and _parts(entry))
     if not files and not folders:
         raise InvalidInput(f"{folder} holds no .npy files: give the folder of the arrays, or one file.")
     named = {file.stem for file in files} & {IMAGES, LABELS}
     if not folders and not named:
         return {IMAGES: _joined(files, scratch)}
     found = {file.stem: _mapped(file) for file in files}
-    return found | {entry.name: _joined(sorted(entry.glob("*.npy")), scratch) for entry in folders}
+    return found | {entry.name: _joined(_parts(entry), scratch) for entry in folders}
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return the `.npy` files of a folder in the order of their names, where numbers count as numbers.
+
+    Files that `_joined` has written are no parts.
+    """
+
+    def order(path: Path) -> list[tuple[int, str]]:
+        return [(int(run), "") if run.isdigit() else (-1, run) for run in re.split(r"(\d+)", path.name)]
+
+    return sorted((path for path in folder.glob("*.npy") if not JOINED.fullmatch(path.name)), key=order)
 
 
 def _joined(files: list[Path], scratch: Path) -> np.ndarray:
@@ -132,8 +148,13 @@ def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     mapping = getattr(array, "_mmap", None)
     for start in range(0, len(array), size):
         yield array[start : start + size]
-        if isinstance(mapping, mmap.mmap):
+        if isinstance(mapping, mmap.mmap) and _is_file(array):
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _is_file(array: np.ndarray) -> bool:
+    """Tell whether an array is what its file holds: not if it was mapped to be changed in memory alone."""
+    return isinstance(array, np.memmap) and array.mode != "c"
 
 
 class Scan(NamedTuple):
@@ -143,12 +164,14 @@ class Scan(NamedTuple):
       digest: SHA-256 of dtype, shape and content, in hexadecimal digits.
       finite: Whether every number is finite.
       low, high: Least and largest number, of the finite ones; both 0 where there is none.
+      ranged: Whether these numbers are a range: there are floating-point numbers.
     """
 
     digest: str
     finite: bool
     low: float
     high: float
+    ranged: bool = True
 
 
 def scan(array: np.ndarray) -> Scan:
@@ -170,7 +193,16 @@ def scan(array: np.ndarray) -> Scan:
         if values.size and array.dtype.kind in "biuf":
             low, high = min(low, float(values.min())), max(high, float(values.max()))
     low, high = (low, high) if low <= high else (0.0, 0.0)
-    return Scan(digest.hexdigest(), finite, low, high)
+    return Scan(digest.hexdigest(), finite, low, high, bool(array.size) and array.dtype.kind == "f")
+
+
+def first(array: np.ndarray, n: int | None) -> np.ndarray:
+    """Return the first `n` rows of an array, or all for None. An array without axes stays as it is.
+
+    >>> first(np.arange(5), 2), first(np.array(3), 2)
+    (array([0, 1]), array(3))
+    """
+    return array[:n] if array.ndim else array
 
 
 def stored(array: np.ndarray, target: Path) -> Path:
@@ -191,7 +223,7 @@ def stored(array: np.ndarray, target: Path) -> Path:
 def _file_of(array: np.ndarray) -> Path | None:
     """Return the `.npy` file whose first rows are those of `array`; None if it maps no such file."""
     name, mapping = getattr(array, "filename", None), getattr(array, "_mmap", None)
-    if not isinstance(array, np.memmap) or name is None or not isinstance(mapping, mmap.mmap):
+    if not _is_file(array) or name is None or not isinstance(mapping, mmap.mmap):
         return None
     try:
         whole = np.load(name, mmap_mode="r", allow_pickle=False)

@@ -20,10 +20,10 @@ import onnx
 
 from qt_jax import records
 from qt_jax.backends import cost, ort, steps
-from qt_jax.backends.arrays import LABELS, read_arrays, scan, stored, total_digest
+from qt_jax.backends.arrays import LABELS, first, read_arrays, scan, stored, total_digest
 from qt_jax.backends.fidelity import count_broken
 from qt_jax.backends.inputs import Prepared, load, prepare, range_warnings
-from qt_jax.backends.judging import Metric, choose, constant_outputs, metric_name
+from qt_jax.backends.judging import Metric, choose, constant_outputs, metric_key, plain_labels
 from qt_jax.backends.protocol import Backend, Batch, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
 from qt_jax.backends.rows import Evaluation, EvaluationJob, Judge
@@ -144,14 +144,18 @@ def evaluate(
     with _home(folder) as home, writing(home):
         ranged, ranged_labels = split_labels(calibration, home / DATA)
         samples, labels = split_labels(test_set, home / DATA)
+        _check_labels(samples, labels)
+        if metric is None and labels is not None:
+            labels = plain_labels(labels)
         samples, labels = _first(samples, limit), None if labels is None else labels[:limit]
         prepared = prepare(load(model), ranged, samples, outputs=outputs)
-        n = _check_labels(prepared, labels)
-        judging = Judging(metric, void_label, ranged_labels)
+        n = len(next(iter(prepared.samples.values())))
+        known = ranged_labels if ranged_labels is not None and _are_numbers(ranged_labels) else None
+        judging = Judging(metric, void_label, known)
         named = named_layers(prepared.model, float_layers)
         with open_queue(scheduler, home / "work" / "jobs") as queue:
             job = _prepare_job(home, prepared, labels, identity, limits, price, retry)
-            judged = (None if metric is None else metric_name(metric), void_label)
+            judged = (None if metric is None else metric_key(metric), void_label)
             job = replace(job, queue=queue, float_layers=named, judging=judged)
             simulated = n if simulated_limit is None else min(simulated_limit, n)
             rows = [Evaluation(job, b, s, r, simulated if r.simulated else n) for b, s, r in chosen]
@@ -189,7 +193,7 @@ def split_labels(given: TestSet, scratch: Path) -> tuple[Batch, np.ndarray | Non
     """Return the samples and the labels of what `evaluate` takes as a test set.
 
     Raises:
-      InvalidInput: A path cannot be read, or the labels are not an array of numbers.
+      InvalidInput: A path cannot be read, or a tuple has another number of parts.
     """
     if isinstance(given, str | Path):
         given = read_arrays(given, scratch)
@@ -207,26 +211,30 @@ def split_labels(given: TestSet, scratch: Path) -> tuple[Batch, np.ndarray | Non
         given = read_arrays(given, scratch)
     samples: Batch = dict(given) if isinstance(given, Mapping) else np.asanyarray(given)
     labels = None if labels is None else np.asanyarray(labels)
-    if labels is not None and (labels.dtype.kind not in "biuf" or not labels.ndim):
-        raise InvalidInput(f"test labels must be an array of numbers, got {labels.dtype} {labels.shape}.")
     return samples, labels
 
 
 def _first(samples: Batch, limit: int | None) -> Batch:
     if isinstance(samples, Mapping):
-        return {name: array[:limit] for name, array in samples.items()}
-    return samples[:limit]
+        return {name: first(array, limit) for name, array in samples.items()}
+    return first(samples, limit)
 
 
-def _check_labels(prepared: Prepared, labels: np.ndarray | None) -> int:
-    """Return the number of test samples. Raises InvalidInput if there is another number of labels."""
-    n = len(next(iter(prepared.samples.values())))
+def _are_numbers(labels: np.ndarray) -> bool:
+    return labels.dtype.kind in "biuf" and labels.ndim > 0
+
+
+def _check_labels(samples: Batch, labels: np.ndarray | None) -> None:
+    """Raise InvalidInput unless there are as many labels as samples."""
+    arrays = list(samples.values()) if isinstance(samples, Mapping) else [samples]
+    n = len(arrays[0]) if arrays and arrays[0].ndim else 0
+    if labels is not None and not _are_numbers(labels):
+        raise InvalidInput(f"test labels must be an array of numbers, got {labels.dtype} {labels.shape}.")
     if labels is not None and len(labels) != n:
         raise InvalidInput(
             f"There must be one label, or one array of labels, per image: got {labels.dtype} {labels.shape} "
             f"for {n} images."
         )
-    return n
 
 
 def named_layers(model: onnx.ModelProto, pattern: str | None) -> tuple[str, ...]:

@@ -23,6 +23,9 @@ CHUNK_ELEMENTS = 2**22
 """Number of an output's elements that are compared together: 32 MiB in float64, and a few times that in
 all."""
 
+LEAST_DB = -300.0
+"""SQNR where the reference is zero and the output is not."""
+
 SMALL = 1e-3
 """Ratio of mean squares below which a slice of an output is small beside the largest: 30 dB."""
 
@@ -67,7 +70,7 @@ def fidelity(reference: Outputs, outputs: Outputs) -> list[Record]:
       largest_error, largest_value (of the reference), mse, equal, other_shape (the number of samples of
       another shape, which are left out), worst_image with index, sqnr_db, cosine, largest_error and equal,
       and small_part with axis, slices and the same numbers, if `small_part` finds one. An SQNR is None where
-      nothing differs, where the reference is zero, and for integers.
+      nothing differs, and for integers.
 
     >>> [found] = fidelity({"y": np.array([[3.0, 4.0]])}, {"y": np.array([[3.0, 4.5]])})
     >>> round(found["sqnr_db"], 6), found["largest_error"], found["worst_image"]["index"]
@@ -83,7 +86,11 @@ def _compared(name: str, reference: Output, output: Output) -> Record:
     places = np.flatnonzero(same)
     sums = sums[same]
     if not len(sums):
-        sums, places = np.zeros((1, 7)), np.zeros(1, int)
+        unknown = dict.fromkeys(("sqnr_db", "cosine", "largest_error", "mse", "equal"))
+        about = {"output": name, "shape": None, "dtype": str(_dtype(reference)), "other_shape": len(same)}
+        worst_image = dict.fromkeys(("index", "sqnr_db", "cosine", "largest_error", "equal"))
+        largest = _largest(reference)
+        return about | unknown | {"largest_value": largest, "worst_image": worst_image, "small_part": None}
     totals = sums.sum(axis=0)
     equal = float(totals[5] / totals[6]) if integers and totals[6] else None
     shares = sums[:, 5] / np.maximum(sums[:, 6], 1)
@@ -177,7 +184,7 @@ def _numbers(sums: np.ndarray, largest: float, integers: bool) -> Record:
     ratio = _ratio(signal, noise)
     length = math.sqrt(signal) * math.sqrt(other)
     return {
-        "sqnr_db": ratio if math.isfinite(ratio) and not integers else None,
+        "sqnr_db": None if integers or ratio == math.inf else max(ratio, LEAST_DB),
         "cosine": None if integers else product / length if length > 0 else None if noise else 1.0,
         "largest_error": float(largest),
     }

@@ -296,6 +296,8 @@ def range_warnings(scans: Mapping[str, Mapping[str, Scan]]) -> list[str]:
     found = []
     for name, own in scans["samples"].items():
         ranged = scans["calibration"][name]
+        if not own.ranged or not ranged.ranged:
+            continue
         width, reach = ranged.high - ranged.low, own.high - own.low
         beyond = max(own.high - ranged.high, ranged.low - own.low)
         if beyond > width or 0 < 20 * reach < width:
@@ -461,6 +463,8 @@ def _choose_outputs(model: ModelProto, wanted: Sequence[str]) -> tuple[str, ...]
     """
     graph = model.graph
     names = [value.name for value in graph.output]
+    if len(set(names)) < len(names):
+        raise InvalidInput(f"The model has several outputs of one name ({', '.join(names)}): rename them.")
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise InvalidInput(f"The model has no output {unknown[0]!r}: choose among {', '.join(names)}.")
@@ -528,6 +532,7 @@ def _without_unread(model: ModelProto, given: Mapping[str, Arrays]) -> dict[str,
     """Drop the inputs that no node reads any more from the graph, and their arrays."""
     graph = model.graph
     read = {name for node in _nodes(graph.node) for name in node.input}
+    read |= {value.name for value in graph.output}
     kept = [entry for entry in graph.input if entry.name in read] or list(graph.input)
     names = {entry.name for entry in kept}
     del graph.input[:]

@@ -19,12 +19,16 @@ Axes of one element at the end of an output do not count.
 """
 
 import base64
+import hashlib
 import importlib
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +41,9 @@ Metric = Callable[[Mapping[str, Output], np.ndarray | None], float]
 """A metric of the user's own: maps the judged outputs by name, and the labels as they were given (None
 without labels), to one number. Larger is better, unless the function has an attribute `larger_is_better` that
 is False."""
+
+MOST_RANKED = 2**22
+"""Number of binary labels up to which the area under the ROC curve is computed, which sorts them all."""
 
 NO_REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
 
@@ -77,6 +84,17 @@ class Choice(NamedTuple):
     notes: list[str]
 
 
+def plain_labels(labels: np.ndarray) -> np.ndarray:
+    """Return labels `(n, 1)` or `(n, 1, height, width)` without the second axis, and bools as integers.
+
+    >>> plain_labels(np.array([[True], [False]]))
+    array([1, 0])
+    """
+    if labels.ndim in (2, 4) and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    return labels.astype(np.int64) if labels.dtype.kind == "b" else labels
+
+
 def load_metric(metric: str | Metric) -> Metric:
     """Return a metric: the callable itself, or the one that "module:function" names.
 
@@ -114,6 +132,19 @@ def metric_name(metric: str | Metric) -> str:
     return f"{getattr(metric, '__module__', '')}:{getattr(metric, '__qualname__', type(metric).__name__)}"
 
 
+def metric_key(metric: str | Metric) -> str:
+    """Return what decides the values of a metric: its name, its code, and the file of its module."""
+    function: Any = load_metric(metric)
+    code = getattr(function, "__code__", None)
+    parts = [metric_name(metric), repr(getattr(function, "larger_is_better", True))]
+    if code is not None:
+        closed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        parts += [code.co_code.hex(), repr(code.co_consts), repr(closed)]
+    with suppress(TypeError, OSError):
+        parts.append(Path(inspect.getfile(function)).read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def choose(
     reference: Outputs,
     labels: np.ndarray | None,
@@ -144,6 +175,15 @@ def choose(
         return Choice(own, [], [])
     if labels is None:
         return Choice(Criterion(None, None, names, tuple(left_out)), [], _small_notes(reference))
+    if void_label is not None and labels.ndim == 1:
+        raise InvalidInput(
+            "--void-label is for labels of pixels, and there is one label per image: leave it out."
+        )
+    if _is_one_hot(labels):
+        raise InvalidInput(
+            f"Labels of shape {labels.shape} hold a single 1 in each row: give the class of each sample, as "
+            "labels.argmax(axis=1) gives it."
+        )
     kinds = {name: _kind(output, labels) for name, output in reference.items()}
     fitting, notes = _fitting(kinds, reference, labels, void_label)
     if not fitting:
@@ -192,6 +232,25 @@ def _fitting(
     ]
 
 
+def _are_bits(labels: np.ndarray) -> bool:
+    """Tell whether all labels are 0 or 1."""
+    if labels.dtype.kind == "f":
+        return bool(np.isin(labels, (0, 1)).all())
+    return bool(labels.size and labels.min() >= 0 and labels.max() <= 1)
+
+
+def _are_both(labels: np.ndarray) -> bool:
+    """Tell whether there are labels of both classes, and few enough for the area under the ROC curve."""
+    return bool(labels.any() and not labels.all()) and labels.size <= MOST_RANKED
+
+
+def _is_one_hot(labels: np.ndarray) -> bool:
+    """Tell whether labels `(n, classes)` mark one class for each sample."""
+    if labels.ndim != 2 or labels.shape[1] < 2 or not _are_bits(labels):
+        return False
+    return bool((labels.sum(axis=1) == 1).all())
+
+
 def _no_fit(reference: Outputs, labels: np.ndarray) -> str:
     shapes = ", ".join(f"{name} {_shape_text(it)}" for name, it in reference.items())
     return (
@@ -217,14 +276,14 @@ def _kind(output: Output, labels: np.ndarray) -> str | None:
         return _kind(output, labels[..., 0])
     if own == wanted:
         if integers:
-            binary = floats and bool(np.isin(labels, (0, 1)).all())
+            binary = floats and _are_bits(labels)
             return "binary" if binary else None if floats else "equal"
         return "error" if labels.dtype.kind == "f" and floats else None
     shape = _trimmed(output.shape, labels.ndim + 1)
     if floats and integers and shape[:1] + shape[2:] == wanted and len(shape) > 1:
         if shape[1] > 1:
             return "classes"
-        return "binary" if np.isin(labels, (0, 1)).all() else None
+        return "binary" if _are_bits(labels) else None
     if labels.dtype.kind == "f" and floats and labels.ndim > 1 and labels.shape[-1] == 1:
         return _kind(output, labels[..., 0])
     return None
@@ -298,7 +357,7 @@ def _warnings(criterion: Criterion, reference: Outputs, labels: np.ndarray) -> l
                 f"cannot be told from chance ({100 * chance:.1f} %). Check that the images are scaled and "
                 "laid out as in training, and the order of the classes."
             )
-    if criterion.kind == "binary":
+    if criterion.kind == "binary" and _are_both(labels):
         area = metrics.roc_auc(output, labels)
         ones, zeros = int(np.sum(labels != 0)), int(np.sum(labels == 0))
         if area <= 0.5 + 2 * math.sqrt((ones + zeros + 1) / (12 * ones * zeros)):
@@ -349,13 +408,26 @@ def measure(
         found |= _class_metrics(criterion, own, None if reference is None else wanted, labels)
         found |= {"value": found["top1"], "reference_value": found["reference_top1"]}
     elif criterion.kind is not None:
-        found |= score(criterion, own, labels)
+        try:
+            found |= score(criterion, own, labels)
+        except InvalidInput as error:
+            if reference is None:
+                raise
+            return about | {"status": "invalid", "reason": str(error)}
+        found["reference_value"] = score(criterion, wanted, labels)["value"]
         if criterion.kind == "binary" and labels is not None and labels.ndim == 1:
             [output] = own.values()
             found["predictions"] = _packed(np.asarray(output).ravel() > criterion.threshold)
-        found["reference_value"] = score(criterion, wanted, labels)["value"]
     if reference is not None:
-        found |= _summary(fidelity(wanted, own), small_parts=criterion.kind is None)
+        compared = fidelity(wanted, own)
+        found |= _summary(compared, small_parts=criterion.kind is None)
+        if other := {it["output"]: it["other_shape"] for it in compared if it["other_shape"]}:
+            text = ", ".join(
+                f"{name} has another shape for {n} of {len(own[name])} samples" for name, n in other.items()
+            )
+            found["reason"] = f"{text}, which are not compared"
+            if any(n == len(own[name]) for name, n in other.items()):
+                found["status"] = "invalid"
     found["n"] = _size(next(iter(own.values())))
     return about | found
 
@@ -399,11 +471,10 @@ def score(criterion: Criterion, outputs: Outputs, labels: np.ndarray | None) -> 
     if criterion.kind == "equal":
         return {"value": float(np.mean(output == labels))}
     accuracy = float(np.mean((output > criterion.threshold) == labels.astype(bool)))
-    both = len(np.unique(labels)) == 2
     return {
         "value": accuracy,
         "accuracy": accuracy,
-        "auc": metrics.roc_auc(output, labels) if both else None,
+        "auc": metrics.roc_auc(output, labels) if _are_both(labels) else None,
         "threshold": criterion.threshold,
     }
 
@@ -411,7 +482,11 @@ def score(criterion: Criterion, outputs: Outputs, labels: np.ndarray | None) -> 
 def _own(criterion: Criterion, outputs: Outputs, labels: np.ndarray | None) -> float:
     assert criterion.own is not None
     try:
-        value = float(criterion.own(dict(outputs), labels))
+        given = {
+            name: it.copy() if isinstance(it, np.ndarray) else [one.copy() for one in it]
+            for name, it in outputs.items()
+        }
+        value = float(criterion.own(given, None if labels is None else labels.copy()))
     except Exception as error:
         raise InvalidInput(
             f"The metric {criterion.metric} fails: {type(error).__name__}: {error}. It is called with the "

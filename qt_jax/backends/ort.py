@@ -47,7 +47,7 @@ DYNAMIC = Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True)
 
 _KERNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 """The axis of a kernel's output channels as ONNX Runtime takes it; 0 for a Gemm with transB."""
-_PRODUCTS = (*_KERNEL_AXIS, "GRU", "LSTM", "RNN")
+_PRODUCTS = (*_KERNEL_AXIS, "Einsum", "GRU", "LSTM", "RNN")
 """Operators of a float graph that multiply their first two inputs."""
 _INTEGER_PRODUCTS = (
     *("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulNBits"),
@@ -373,8 +373,8 @@ def _without_gemm(node: Any, graph: Any) -> list[Any]:
 def count_products(path: Path) -> tuple[int, int]:
     """Return how many products of a graph multiply by quantized kernels, and how many products there are.
 
-    A product in float counts as quantized if both factors come from a DequantizeLinear. What ONNX Runtime
-    then executes on integers is told by `operators`.
+    A product in float counts as quantized if both factors come from a DequantizeLinear. Those in subgraphs,
+    of an If or a Loop, stay in float. What ONNX Runtime executes on integers is told by `operators`.
     """
     import onnx
 
@@ -393,7 +393,17 @@ def count_products(path: Path) -> tuple[int, int]:
         if integer or node.op_type in _PRODUCTS:
             total += 1
             quantized += integer or all(on_grid(name) for name in node.input[:2])
+        total += sum(inner.op_type in _PRODUCTS for inner in _nested(node))
     return quantized, total
+
+
+def _nested(node: Any) -> Iterator[Any]:
+    """Yield the nodes of a node's subgraphs."""
+    for item in node.attribute:
+        for graph in (item.g, *item.graphs):
+            for inner in graph.node:
+                yield inner
+                yield from _nested(inner)
 
 
 def _operators(path: Path) -> Mapping[str, Mapping[str, int]]:

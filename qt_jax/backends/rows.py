@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).parents[1]
 """The folder of qt_jax, whose modules `code` follows."""
 OUTPUTS = "outputs"
 """The folder of outputs in the folder of a run step, as the worker writes them."""
-PRODUCTS = re.compile(r"conv|gemm|matmul|fully_?connected|gru|lstm|rnn", re.IGNORECASE)
+PRODUCTS = re.compile(r"conv|gemm|matmul|einsum|fully_?connected|gru|lstm|rnn", re.IGNORECASE)
 """Names of operators that multiply by kernels, in the words of all vendors."""
 UNTIMED = "no product runs like this runtime, so that it is not timed"
 

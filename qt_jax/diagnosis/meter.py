@@ -19,7 +19,7 @@ import onnx
 from qt_jax import records
 from qt_jax.backends.arrays import scan
 from qt_jax.backends.fidelity import Output
-from qt_jax.backends.judging import Criterion, score
+from qt_jax.backends.judging import Criterion, metric_key, score
 from qt_jax.backends.protocol import Batch, by_name
 from qt_jax.diagnosis.running import tensors
 from qt_jax.errors import InvalidInput
@@ -147,7 +147,8 @@ class Meter:
     @functools.cached_property
     def _data(self) -> bytes:
         """Return the SHA-256 of the arrays, which do not change between measurements."""
-        digest = hashlib.sha256(f"{self.task.metric} {self.task.judged} {self.task.void_label} ".encode())
+        metric = self.task.metric if self.task.own is None else metric_key(self.task.own)
+        digest = hashlib.sha256(f"{metric} {self.task.judged} {self.task.void_label} ".encode())
         arrays = {**by_name(self.samples, [""]), **{f"output {k}": v for k, v in self.reference.items()}}
         if self.labels is not None:
             arrays["labels of images"] = self.labels

@@ -11,7 +11,7 @@ import onnx
 from qt_jax.backends.arrays import LABELS, Arrays, read_arrays
 from qt_jax.backends.fidelity import Output, count_broken
 from qt_jax.backends.inputs import load, prepare, range_warnings
-from qt_jax.backends.judging import Criterion, Metric, choose
+from qt_jax.backends.judging import Criterion, Metric, choose, plain_labels
 from qt_jax.backends.protocol import Batch
 from qt_jax.diagnosis.layers import InputBounds
 from qt_jax.diagnosis.loading import with_own_kernels
@@ -135,13 +135,15 @@ def load_subject(
         )
     prepared = prepare(written, calibration, samples, outputs=criteria.outputs)
     n = count(prepared.samples)
+    if labels is not None and criteria.metric is None:
+        labels = plain_labels(labels)
     if labels is not None and (not labels.ndim or len(labels) != n):
         raise InvalidInput(
             f"There must be one label, or one array of labels, per image: got {labels.dtype} {labels.shape} "
             f"for {n} images."
         )
     model = with_own_kernels(prepared.model)
-    whole = frozenset(name for name, has_axis in prepared.outputs.items() if not has_axis)
+    whole = frozenset(name for name, has_axis in prepared.outputs.items() if has_axis is False)
     outputs = collected(model, prepared.samples, prepared.outputs, whole)
     task, warnings, notes = choose(
         outputs,

@@ -417,10 +417,30 @@ def harm(seeds: Seeds, metric: Metric | None) -> float | None:
     if metric is not None:
         values = drops(seeds)
         return spread(values)[0] if values else None
-    found = measured(seeds, "sqnr_db")
-    if found:
-        return -spread(found.values())[0]
-    return -math.inf if seeds and all(map(is_exact, seeds.values())) else None
+    found = [ratio for record in seeds.values() if (ratio := closeness_db(record)) is not None]
+    return -spread(found)[0] if found and math.isfinite(sum(found)) else -min(found) if found else None
+
+
+def closeness_db(record: Record) -> float | None:
+    """Return how close the judged outputs of a row are to those of the float network, in dB.
+
+    It is the lowest SQNR. Outputs whose shape differs for some samples, and outputs of integers beside others,
+    count with -10 log10 of the share that differs. It is infinite where nothing differs.
+
+    >>> closeness_db({"status": "ok", "sqnr_db": 30.0, "fidelity": [{"equal": 0.9}]})
+    10.0
+    """
+    if not ended_well(record):
+        return None
+    found = [] if record.get("sqnr_db") is None else [record["sqnr_db"]]
+    for item in record.get("fidelity") or ():
+        n = record.get("n") or 1
+        shares = [1 - item["equal"]] if found and item.get("equal") is not None else []
+        shares += [item["other_shape"] / n] if item.get("other_shape") else []
+        found += [-10 * math.log10(share) for share in shares if share > 0]
+    if not found and is_exact(record):
+        return math.inf
+    return round(min(found), 9) + 0 if found else None
 
 
 def is_exact(record: Record) -> bool:
@@ -430,7 +450,9 @@ def is_exact(record: Record) -> bool:
     (True, False)
     """
     compared = record.get("fidelity") or []
-    return bool(compared) and all(item.get("largest_error") == 0 for item in compared)
+    return bool(compared) and all(
+        item.get("largest_error") == 0 and not item.get("other_shape") for item in compared
+    )
 
 
 def statuses(seeds: Seeds) -> list[str]:

@@ -60,12 +60,18 @@ def test_nothing_lost():
 
 
 def test_without_labels_decibels_and_what_they_mean():
-    int8, _, advice = answer(DETECTOR)
+    floats = [
+        record | {"fidelity": [it for it in record.get("fidelity") or () if it.get("equal") is None]}
+        for record in DETECTOR
+    ]
+    int8, _, advice = answer(floats)
     assert int8 == (
         "At INT8 the outputs keep 31.0 dB on a typical toolchain (errors of 2.8 % of the signal, as good as "
         "float for most tasks) and 12.0 dB on the worst of 3 rows (onnxruntime int8-pt reference; errors of "
         "25 % of the signal, likely broken)."
     )
+    # One in forty class numbers is wrong: 10 log10(40) = 16.0 dB.
+    assert answer(DETECTOR)[0].startswith("At INT8 the outputs keep 16.0 dB on a typical toolchain")
     assert (
         "with per-tensor scales" in advice and "take per-channel scales, as in onnxruntime int8-pc" in advice
     )

@@ -289,3 +289,42 @@ IDENTITY = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
         sum = MatMul(input, ones)
         logits = MatMul(sum, factors)
     }""")
+
+
+LOOP = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[b, 6] input, bool[1] c) => (float[b, 6] y) <float[6, 6] w = {0}> {
+        d = Squeeze(c)
+        y = If(d) <
+            then_branch = a () => (float[b, 6] p) { p = MatMul(input, w) },
+            else_branch = b () => (float[b, 6] q) { q = Relu(input) }
+        >
+    }""")
+LOOP.graph.initializer[0].CopyFrom(numpy_helper.from_array(normal(6, 6), "w"))
+EINSUM = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[b, 6] input) => (float[b, 6] y) <float[6, 6] w = {0}, float[6, 6] v = {0}> {
+        m = MatMul(input, w)
+        y = Einsum<equation = "bi,ij->bj">(m, v)
+    }""")
+for place, name in enumerate(("w", "v")):
+    EINSUM.graph.initializer[place].CopyFrom(numpy_helper.from_array(normal(6, 6), name))
+
+
+def test_products_in_branches_and_einsums_count(tmp_path):
+    both = {"input": FLAT, "c": np.arange(12) % 2 == 0}
+    row = evaluate(LOOP, both, both, folder=tmp_path / "loop", **QUICK)[1]
+    assert row["status"] == "invalid" and row["products"] == {"quantized": 0, "total": 1}
+    row = evaluate(EINSUM, FLAT, FLAT, folder=tmp_path / "einsum", **QUICK)[1]
+    assert row["status"] == "ok" and row["products"] == {"quantized": 1, "total": 2}
+
+
+@pytest.mark.parametrize(
+    ("test_set", "limit", "message"),
+    [
+        ((IMAGES, np.arange(12) % 2), 10, "one label, or one array of labels, per image"),
+        ((IMAGES, np.array(["a"] * 24)), None, "test labels must be an array of numbers"),
+        (np.float32(3), None, "takes float32"),
+    ],
+)
+def test_labels_and_samples_that_do_not_fit(test_set, limit, message):
+    with pytest.raises(InvalidInput, match=message):
+        evaluate(BOXES_AND_SCORES, IMAGES, test_set, limit=limit, **QUICK)

@@ -93,3 +93,20 @@ def test_one_pass_finds_digest_range_and_what_is_not_finite(chunk, tmp_path, mon
 def test_several_arrays_have_one_digest():
     assert total_digest({"x": "a"}) == "a"
     assert total_digest({"x": "a", "y": "b"}) == total_digest({"y": "b", "x": "a"}) != "a"
+
+
+def test_parts_are_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "IN_MEMORY", 0)
+    for place in range(7):
+        np.save(tmp_path / f"{place + 5}.npy", IMAGES[place : place + 1])
+    for _ in range(2):  # the joined file of the first time is no part
+        np.testing.assert_array_equal(read_arrays(tmp_path)["images"], IMAGES)
+
+
+def test_what_was_changed_in_memory_alone_is_kept(tmp_path):
+    np.save(tmp_path / "c.npy", IMAGES)
+    changed = np.load(tmp_path / "c.npy", mmap_mode="c")
+    changed[:] *= 2
+    assert scan(changed).high == 2 * IMAGES.max()
+    np.testing.assert_array_equal(np.load(stored(changed, tmp_path / "copy.npy")), 2 * IMAGES)
+    np.testing.assert_array_equal(changed, 2 * IMAGES)

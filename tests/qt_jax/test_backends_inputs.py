@@ -311,3 +311,16 @@ def test_data_scaled_otherwise_than_for_calibration_are_told():
     assert range_warnings(fit(network(), pixels, 255 * pixels).scans)
     assert range_warnings(fit(network(), 255 * pixels, pixels).scans)
     assert range_warnings(fit(network(), IMAGES[:3], IMAGES).scans) == []
+
+
+def test_integers_and_no_calibration_have_no_range():
+    scans = fit(STATEFUL, SAMPLES, SAMPLES | {"rate": np.full(5, 3)}).scans
+    assert range_warnings(scans) == []
+    assert range_warnings(fit(network(), IMAGES[:0], IMAGES).scans) == []
+
+
+def test_outputs_of_one_name_are_refused():
+    model = network("b, 3, 8, 8")
+    model.graph.output.append(model.graph.output[0])
+    with pytest.raises(InvalidInput, match="several outputs of one name"):
+        fit(model)

@@ -7,8 +7,18 @@ import pytest
 import sklearn.metrics
 
 from qt_jax.backends.fidelity import count_broken, fidelity, small_part
-from qt_jax.backends.judging import choose, constant_outputs, load_metric, measure, metric_name, score
+from qt_jax.backends.judging import (
+    choose,
+    constant_outputs,
+    load_metric,
+    measure,
+    metric_key,
+    metric_name,
+    plain_labels,
+    score,
+)
 from qt_jax.errors import InvalidInput
+from qt_jax.reporting.pivot import is_exact
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(40, 5)).astype(np.float32)
@@ -36,7 +46,6 @@ worst.larger_is_better = False
     [
         ({"y": LOGITS}, None, None, None),
         ({"y": LOGITS}, CLASSES, "classes", "top1"),
-        ({"y": LOGITS}, CLASSES[:, None], "classes", "top1"),
         ({"y": LOGITS[..., None, None]}, CLASSES, "classes", "top1"),
         ({"y": MASKS}, PIXELS, "classes", "top1"),
         ({"y": MASKS[:, :, 0]}, PIXELS[:, 0], "classes", "top1"),
@@ -218,7 +227,7 @@ def test_equal_and_empty_outputs_have_no_ratio():
     [same] = fidelity({"y": WAVE}, {"y": WAVE})
     assert (same["sqnr_db"], same["cosine"], same["largest_error"]) == (None, pytest.approx(1.0), 0.0)
     [zero] = fidelity({"y": 0 * WAVE}, {"y": WAVE})
-    assert zero["sqnr_db"] is None and zero["cosine"] is None
+    assert zero["sqnr_db"] == -300 and zero["cosine"] is None
     [empty] = fidelity({"y": np.zeros((3, 0), np.float32)}, {"y": np.zeros((3, 0), np.float32)})
     assert empty["largest_error"] == 0
 
@@ -276,3 +285,61 @@ def test_probabilities_need_no_softmax():
     plain = measure(choose({"y": LOGITS}, CLASSES).criterion, {"y": LOGITS}, None, CLASSES)
     for key in ("nll", "brier", "ece", "top1"):
         assert found[key] == pytest.approx(plain[key], rel=1e-4), key
+
+
+def test_outputs_of_which_no_shape_agrees_are_no_result():
+    boxes = [np.ones((n, 4), np.float32) for n in (1, 3)]
+    task, _, _ = choose({"y": boxes}, None)
+    found = measure(task, {"y": [box[:0] for box in boxes]}, {"y": boxes}, None)
+    assert found["status"] == "invalid" and "another shape for 2 of 2 samples" in found["reason"]
+    some = measure(task, {"y": [boxes[0], boxes[1][:2]]}, {"y": boxes}, None)
+    assert some["status"] == "ok" and "1 of 2 samples" in some["reason"]
+    assert not is_exact(found) and not is_exact(some)
+    assert is_exact(measure(task, {"y": boxes}, {"y": boxes}, None))
+
+
+@pytest.mark.parametrize("labels", [np.eye(5, dtype=int)[CLASSES], np.eye(5)[CLASSES]])
+def test_one_hot_labels_are_refused(labels):
+    with pytest.raises(InvalidInput, match=r"labels\.argmax\(axis=1\)"):
+        choose({"y": LOGITS}, labels)
+
+
+def test_labels_without_needless_axes():
+    assert plain_labels(BITS[:, None].astype(bool)).tolist() == BITS.tolist()
+    np.testing.assert_array_equal(plain_labels(PIXELS), PIXELS)
+    with pytest.raises(InvalidInput, match="void-label is for labels of pixels"):
+        choose({"y": LOGITS}, CLASSES, void_label=255)
+
+
+def test_a_metric_cannot_change_what_others_are_given():
+    def careless(outputs, labels):
+        outputs["y"] *= 0
+        labels += 1
+        return 0.0
+
+    output, labels = WAVE.copy(), WAVE.copy()
+    task, _, _ = choose({"y": output}, labels, metric=careless)
+    measure(task, {"y": output}, {"y": output}, labels)
+    np.testing.assert_array_equal(output, WAVE)
+    np.testing.assert_array_equal(labels, WAVE)
+
+
+def test_a_metric_that_fails_on_one_row_makes_that_row_invalid():
+    def only_float(outputs, labels):
+        return 1.0 if outputs["y"].sum() == WAVE.sum() else math.nan
+
+    task, _, _ = choose({"y": WAVE}, None, metric=only_float)
+    assert measure(task, {"y": WAVE}, None, None)["value"] == 1.0
+    found = measure(task, {"y": WAVE + 1}, {"y": WAVE}, None)
+    assert found["status"] == "invalid" and "nan" in found["reason"]
+
+
+def test_a_metric_is_known_by_what_it_does():
+    def scaled(factor):
+        return lambda outputs, labels: factor
+
+    keys = {
+        metric_key(it)
+        for it in (small_error, worst, scaled(1), scaled(2), lambda o, y: 1.0, lambda o, y: 2.0)
+    }
+    assert len(keys) == 6 and metric_key(scaled(1)) == metric_key(scaled(1))

@@ -405,7 +405,7 @@ def test_without_labels_every_output_is_judged(tmp_path):
         "7: 35.0 dB",
     )
     assert (outputs[2]["SQNR"], outputs[2]["equal"]) == ("–", "97.50")
-    assert "| network | onnxruntime int8-pt reference | 12.0 (n 200) | 24.0 (3 rows) |" in found["Headline"]
+    assert "| network | onnxruntime int8-pt reference | 12.0 (n 200) | 4.0 (3 rows) |" in found["Headline"]
     assert "from 30 dB on as good as float" in found["Headline"]
     text = printed(DETECTOR)
     assert all(word in text for word in ("cosine", "worst", "12.0", "refused", "Left out"))
