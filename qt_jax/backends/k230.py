@@ -256,7 +256,8 @@ def _failure(log: str, status: int) -> Exception:
         if unsupported:
             return Refused(unsupported[1])
     aborted = [line for line in lines if line.startswith("Unhandled exception")]
-    last = (aborted[:1] or lines[-1:] or ["it printed nothing"])[0]
+    said = [line for line in lines if not line.startswith("at ")]  # places in its sources
+    last = (aborted[:1] or said[-1:] or ["it printed nothing"])[0]
     return RuntimeError(f"nncase ended with status {status}: {last}")
 
 

@@ -424,8 +424,8 @@ def harm(seeds: Seeds, metric: Metric | None) -> float | None:
 def closeness_db(record: Record) -> float | None:
     """Return how close the judged outputs of a row are to those of the float network, in dB.
 
-    It is the lowest SQNR. Outputs whose shape differs for some samples, and outputs of integers beside others,
-    count with -10 log10 of the share that differs. It is infinite where nothing differs.
+    It is the lowest SQNR. Outputs whose shape differs for some samples, and outputs of integers beside
+    others, count with -10 log10 of the share that differs. It is infinite where nothing differs.
 
     >>> closeness_db({"status": "ok", "sqnr_db": 30.0, "fidelity": [{"equal": 0.9}]})
     10.0
