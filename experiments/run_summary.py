@@ -169,9 +169,10 @@ def read_run(folder: Path, others: Sequence[records.Record] = ()) -> RunContents
         weights_source=source,
         ranges=read_ranges(ranges) if ranges.exists() else None,
         pictures={text: name for text, name in PICTURES.items() if (folder / name).exists()},
-        diagnosis=diagnosis.read_text() if diagnosis.exists() else None,
+        diagnosis=diagnosis.read_text(encoding="utf-8") if diagnosis.exists() else None,
         diagnosis_drawings={
-            f"diagnosis/{path.stem}.png": path.read_text() for path in (folder / "diagnosis").glob("*.svg")
+            f"diagnosis/{path.stem}.png": path.read_text(encoding="utf-8")
+            for path in (folder / "diagnosis").glob("*.svg")
         },
     )
 

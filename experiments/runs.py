@@ -102,7 +102,7 @@ def _plain(value: Any) -> Any:
 def _claimed_config(path: Path) -> dict[str, Any]:
     """Read the config of the run to which a folder belongs; raise InvalidInput if the file is damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
@@ -126,7 +126,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
       InvalidInput: There is no config.json, or it is damaged or belongs to something else.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if missing := [key for key in REQUIRED if key not in config]:
             raise ValueError(f"it does not say {' and '.join(missing)}")
     except (OSError, ValueError, TypeError) as error:

@@ -71,7 +71,7 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
     """
     fields = {"model name": platform.processor() or platform.machine()}
     try:
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
             if key.strip() in ("model name", "flags", "Features"):
                 fields[key.strip()] = value.strip()

@@ -76,7 +76,9 @@ def render(folder: Path, page: Path | None = None) -> list[Path]:
         raise qt.InvalidInput(f"{folder} holds no records of finished rows: run the study first.")
     pictures = figures(evidence)
     texts = pages(evidence, folder.name, list(pictures))
-    updated = None if page is None else filled(page.read_text(), blocks(evidence, folder.name))
+    updated = (
+        None if page is None else filled(page.read_text(encoding="utf-8"), blocks(evidence, folder.name))
+    )
     for name, text in texts.items():
         write_whole(folder / name, text)
     draw(pictures, folder)
@@ -184,7 +186,7 @@ def _search(evidence: Evidence) -> list[str]:
 def draw(pictures: Mapping[str, StudyFigure], folder: Path) -> None:
     """Draw the figures that have changed, remove those without data, and write all digests."""
     path = folder / DIGESTS
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     now = {}
     for name, picture in pictures.items():
         file = folder / name

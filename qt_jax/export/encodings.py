@@ -277,7 +277,7 @@ def read_ranges(path: str | os.PathLike) -> Ranges:
       InvalidInput: The file is not a ranges file, or has another version.
     """
     try:
-        document = json.loads(Path(path).read_text())
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
         if document["version"] != VERSION:
             raise InvalidInput(f"{path} has version {document['version']}, this qt_jax reads {VERSION}")
         return Ranges(

@@ -102,7 +102,7 @@ def read_description(path: str | os.PathLike) -> Description:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         version = values.pop("version")
         if version != VERSION:
             raise InvalidInput(f"its version is {version!r}, this qt_jax reads {VERSION}")
