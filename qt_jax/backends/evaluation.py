@@ -414,11 +414,11 @@ def _finish(
 
     def keep(row: Evaluation, judge: Judge, is_reference: bool = False) -> None:
         record = row.record(judge, is_reference)
-        there = {kept.get("key"): kept for kept in records.read(path)}  # by another process meanwhile
-        found.update(there)
-        if not known(row):
-            records.append(path, record)
-            found[row.key] = record
+        with steps.lock(job.folder / "work" / RECORDS):  # another process may have made the row meanwhile
+            found.update((kept.get("key"), kept) for kept in records.read(path))
+            if not known(row):
+                records.append(path, record)
+                found[row.key] = record
         if on_record is not None:
             on_record(found[row.key])
 

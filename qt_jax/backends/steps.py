@@ -103,7 +103,7 @@ def perform(
     Raises:
       Stopped: `stop_all` was called.
     """
-    with _lock(folder):
+    with lock(folder):
         found = cached(folder, limits, retry)
         if found is not None:
             return found
@@ -184,8 +184,8 @@ def stop_all() -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock file of a step."""
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the lock file of a step, or of another path: at most one thread or process does at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
@@ -286,7 +286,7 @@ def _last_line(scratch: Path) -> str:
 def _record_crash(folder: Path, reason: str, limits: Limits) -> Answer:
     """Write the answer of a step whose job left none: it counts as crashed."""
     answer = _failed("crashed", reason, limits)
-    with _lock(folder):
+    with lock(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / LOG).write_text(f"{reason}\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qt_jax import records
 from qt_jax.backends import BACKENDS, evaluate, steps
 from qt_jax.backends.__main__ import main
+from qt_jax.backends.evaluation import named_layers
 from qt_jax.backends.rows import read_outputs
 from qt_jax.errors import InvalidInput
 
@@ -328,3 +329,14 @@ def test_products_in_branches_and_einsums_count(tmp_path):
 def test_labels_and_samples_that_do_not_fit(test_set, limit, message):
     with pytest.raises(InvalidInput, match=message):
         evaluate(BOXES_AND_SCORES, IMAGES, test_set, limit=limit, **QUICK)
+
+
+def test_nodes_that_toolchains_fold_are_no_layers():
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        net (float[b, 6] x) => (float[b, 6] y) <float[6] w = {1, 2, 3, 4, 5, 6}> {
+            [double] v = Add(w, w)
+            [sizes] s = Shape(x)
+            [scale] m = Mul(x, v)
+            [reshape] y = Reshape(m, s)
+        }""")
+    assert named_layers(model, ".*") == ("scale", "reshape")
