@@ -18,7 +18,7 @@ import onnx
 
 from qt_jax import records
 from qt_jax.backends.arrays import scan
-from qt_jax.backends.fidelity import Output
+from qt_jax.backends.fidelity import Output, small_part
 from qt_jax.backends.judging import Criterion, metric_key, score
 from qt_jax.backends.protocol import Batch, by_name
 from qt_jax.diagnosis.running import tensors
@@ -148,13 +148,22 @@ class Meter:
     def _data(self) -> bytes:
         """Return the SHA-256 of the arrays, which do not change between measurements."""
         metric = self.task.metric if self.task.own is None else metric_key(self.task.own)
-        digest = hashlib.sha256(f"{metric} {self.task.judged} {self.task.void_label} ".encode())
+        about = f"{metric} {self.task.judged} {self.task.void_label} {self._small} "
+        digest = hashlib.sha256(about.encode())
         arrays = {**by_name(self.samples, [""]), **{f"output {k}": v for k, v in self.reference.items()}}
         if self.labels is not None:
             arrays["labels of images"] = self.labels
         for name, array in arrays.items():
             digest.update(f"{name} {scan(array).digest} ".encode())
         return digest.digest()
+
+    @functools.cached_property
+    def _small(self) -> dict[str, tuple[str, int, list[int]]]:
+        """Return output, axis and slices of each small part that is judged by itself, by name."""
+        if self.task.kind is not None:
+            return {}
+        found = {name: small_part(output) for name, output in self.reference.items()}
+        return {f"small part of {name}": (name, *part) for name, part in found.items() if part is not None}
 
     @functools.cached_property
     def _known(self) -> dict[str, Measurement]:
@@ -164,7 +173,7 @@ class Meter:
     def _measured(self, model: onnx.ModelProto) -> Measurement:
         """Run the graph, and compare its outputs with the reference, batch by batch."""
         labelled = self.task.judged if self.task.metric is not None else ()
-        sums: dict[str, list[np.ndarray]] = {name: [] for name in self.reference}
+        sums: dict[str, list[np.ndarray]] = {name: [] for name in (*self.reference, *self._small)}
         outputs: dict[str, list[np.ndarray]] = {name: [] for name in labelled}
         start = 0
         names = [*self.reference, *labelled]
@@ -172,6 +181,10 @@ class Meter:
             stop = start + len(next(iter(batch.values())))
             for name, wanted in self.reference.items():
                 sums[name].append(power_sums(wanted[start:stop], batch[name], name))
+            for part, (name, axis, slices) in self._small.items():
+                wanted, output = self.reference[name][start:stop], batch[name]
+                small = power_sums(np.take(wanted, slices, axis), np.take(output, slices, axis), name)
+                sums[part].append(small)
             start = stop
             for name in labelled:
                 outputs[name].append(batch[name])

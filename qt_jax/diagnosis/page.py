@@ -35,7 +35,8 @@ MEASURED = (
     "{what} measured on {n:,} images, in a simulation. Kernels are on symmetric"
     " grids of their largest weight, without the lowest integer ([-7, 7] on 4 bits; onnxruntime's "
     "int4w-narrow has that too, its int4w has [-8, 7]). Inputs of layers are on asymmetric grids of "
-    "{bounds}. Sums and pooling are in floating point.{floating} {rule} Of several for one"
+    "{bounds}. Sums and pooling are in floating point: a toolchain that rounds them too can lose more, "
+    "and --backends measures it.{floating} {rule} Of several for one"
     " layer, the cheapest is advised that is as good as the best but for chance. The SQNR behind a layer "
     "is that of its output, with all layers rounded, on the first {sqnr_images:,} images."
 )
@@ -164,6 +165,8 @@ def _culprit(found: Diagnosis) -> str:
 def _gain(found: Diagnosis) -> str:
     """Say what the advice gives."""
     advised = found.advised
+    if not advised and found.all_rounded.counts and found.all_rounded.score >= found.floating.score:
+        return "No image is lost, and no remedy is needed."
     if not advised and found.all_rounded.is_enough:
         return f"Noise this small ({ENOUGH_DB:g} dB is a hundredth of the outputs) needs no remedy."
     if not advised:

@@ -126,3 +126,16 @@ def test_tensors_are_the_same_in_memory_and_on_disk(tmp_path):
     parts = [batch["x"] for batch in tensors(SCALES, ["x", "y"], mapped)]
     assert [len(part) for part in parts] == [64, 36]
     np.testing.assert_array_equal(np.concatenate(parts), SAMPLES)
+
+
+def test_small_parts_are_judged_by_themselves(tmp_path):
+    """Add noise of one size to boxes and to the scores beside them."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 3, 5] x) => (float[n, 3, 5] y) <float noise = {0.01}> { y = Add(x, noise) }""")
+    x = np.random.default_rng(0).uniform(0.5, 1, (9, 3, 5)).astype(np.float32)
+    x[:, :2] *= 300
+    judge = Meter(x, {"y": x}, tmp_path / "kept.jsonl", Criterion(None, None, ("y",)))
+    found = judge.measure(model, "noisy")
+    scores = x[:, 2].astype(np.float64)
+    assert found.sqnr_db == pytest.approx(10 * np.log10((scores**2).sum() / (scores.size * 1e-4)), abs=0.1)
+    assert found.sqnr_db < 40 < 80 < 10 * np.log10((x.astype(np.float64) ** 2).sum() / (x.size * 1e-4))
