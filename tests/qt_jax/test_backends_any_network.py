@@ -162,7 +162,7 @@ def test_outputs_of_a_varying_shape(tmp_path):
 
 def test_a_metric_of_ones_own_and_data_in_files(tmp_path, monkeypatch):
     source = "def spread(outputs, labels):\n    return float(outputs['boxes'].std() + labels.sum())\n"
-    (tmp_path / "own_metric.py").write_text(source)
+    (tmp_path / "spread_metric.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     np.save("c.npy", IMAGES[:8])
@@ -171,10 +171,10 @@ def test_a_metric_of_ones_own_and_data_in_files(tmp_path, monkeypatch):
     np.save("t/labels.npy", np.ones(24))
     onnx.save(BOXES_AND_SCORES, "net.onnx")
     flags = ["--backends", "onnxruntime", "--schemes", "int8-pt-minmax", "--runtimes", "reference"]
-    flags += ["--out", "o", "--metric", "own_metric:spread"]
+    flags += ["--out", "o", "--metric", "spread_metric:spread"]
     assert main(["run", "net.onnx", "--calibration", "c.npy", "--test", "t", *flags]) == 0
     _, row = records.read("o/records.jsonl")
-    assert row["metric"] == "own_metric:spread" and row["reference_value"] > 24
+    assert row["metric"] == "spread_metric:spread" and row["reference_value"] > 24
     assert not list(Path("o", "data").glob("images-*"))  # read in place
 
 

@@ -39,7 +39,7 @@ def test_onnx2tf_gets_two_files(source, tmp_path, monkeypatch):
     fake = ModuleType("onnx2tf")
     fake.convert = lambda path, **settings: read.append(kernel_in(path))
     monkeypatch.setitem(sys.modules, "onnx2tf", fake)
-    litert._saved_model(source, (96,), tmp_path / "saved_model")
+    litert._saved_model(source, np.ones((1, 96), np.float32), tmp_path / "saved_model")
     np.testing.assert_array_equal(read, [kernel_in(source)])
 
 
@@ -49,7 +49,7 @@ def test_tpu_mlir_gets_two_files(source, tmp_path, monkeypatch):
     def tool(name, work, *arguments):
         if name == "model_transform":
             read.append(kernel_in(arguments[arguments.index("--model_def") + 1]))
-            (work / "net.mlir").touch()
+            (work / "net.mlir").write_text("return %4 : tensor<1x96xf32> loc(#loc4)\n")
 
     monkeypatch.setattr(sophgo, "_tool", tool)
     target = tmp_path / "converted"
@@ -62,4 +62,4 @@ def test_tpu_mlir_gets_two_files(source, tmp_path, monkeypatch):
 
 def test_nncase_reads_one_piece(source, tmp_path):
     with pytest.raises(Refused, match="weights of 2 GB or more"):
-        k230._fix_shape(source, tmp_path / "fixed.onnx", (96,))
+        k230._fix_shapes(source, tmp_path / "fixed.onnx", np.ones((1, 96), np.float32))
