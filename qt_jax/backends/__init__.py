@@ -2,7 +2,10 @@
 
 `protocol` defines what a backend is, and one module per vendor implements it. `registry` lists the backends.
 `environments` builds the virtual environments they need. `worker` and `steps` run them in separate processes.
-`rows` makes one record per backend, scheme and runtime. `evaluation` runs a model through all of them.
+`arrays` reads samples, `samples` matches them to a graph's inputs, and `inputs` prepares the graph, of which
+`branches` takes out what no sample needs. `judging` says by what outputs are judged, `fidelity` compares them
+with the float network. `rows` makes one record per backend, scheme and runtime. `evaluation` runs a model
+through all of them.
 """
 
 from qt_jax.errors import extra

@@ -22,11 +22,12 @@ from qt_jax import records
 from qt_jax.backends import cost, ort, steps
 from qt_jax.backends.arrays import LABELS, first, read_arrays, scan, stored, total_digest
 from qt_jax.backends.fidelity import count_broken
-from qt_jax.backends.inputs import Prepared, load, prepare, range_warnings
+from qt_jax.backends.inputs import Prepared, load, prepare
 from qt_jax.backends.judging import Metric, choose, constant_outputs, metric_key, plain_labels
 from qt_jax.backends.protocol import Backend, Batch, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
 from qt_jax.backends.rows import Evaluation, EvaluationJob, Judge
+from qt_jax.backends.samples import range_warnings
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.sessions import open_unoptimized

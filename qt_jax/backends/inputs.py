@@ -26,9 +26,10 @@ from onnx import (
 )
 from onnxruntime import RunOptions
 
-from qt_jax.backends.arrays import IMAGES, LABELS, Arrays, Scan, scan
+from qt_jax.backends.arrays import Arrays, Scan, scan
 from qt_jax.backends.branches import take_branches
 from qt_jax.backends.protocol import Batch
+from qt_jax.backends.samples import check_alike, check_finite, samples_of, stated_sizes
 from qt_jax.errors import InvalidInput
 from qt_jax.export.sessions import open_unoptimized
 from qt_jax.export.storage import is_large
@@ -139,7 +140,7 @@ def prepare(
         "calibration": samples_of(wanted, calibration, "calibration"),
         "samples": samples_of(wanted, samples, "test images"),
     }
-    _check_alike(given["calibration"], given["samples"])
+    check_alike(given["calibration"], given["samples"])
     prepared = _standard(model, [entry.name for entry in wanted])
     given = _with_batch_axes(prepared, given)
     _fix_sizes(prepared, given["samples"])
@@ -150,7 +151,7 @@ def prepare(
         name_nodes(prepared.graph)
         given = _without_unread(prepared, given)
     scans = {what: {name: scan(array) for name, array in arrays.items()} for what, arrays in given.items()}
-    _check_finite(scans)
+    check_finite(scans)
     batch, axes = _try_out(prepared, given["samples"])
     same = prepared == model
     return Prepared(
@@ -180,130 +181,6 @@ def real_inputs(model: ModelProto) -> list[ValueInfoProto]:
             kind = "strings" if entry.type.HasField("tensor_type") else "something that is not a tensor"
             raise InvalidInput(
                 f"The model's input {entry.name!r} takes {kind}: only tensors of numbers can be given."
-            )
-    return found
-
-
-def samples_of(wanted: Sequence[ValueInfoProto], given: Batch, what: str) -> Arrays:
-    """Match arrays to the inputs of a graph, and check their types and shapes.
-
-    Args:
-      wanted: The graph's inputs.
-      given: The array of the only input, or arrays by name. The array of an only input may have its name, the
-        name "images", or be the only one beside "labels".
-      what: What the arrays are for, for messages.
-
-    Returns:
-      The arrays by input.
-
-    Raises:
-      InvalidInput: An array is missing, or does not fit its input.
-    """
-    if not isinstance(given, Mapping):
-        given = {wanted[0].name: given}
-    arrays = {name: array for name, array in given.items() if name != LABELS}
-    if len(wanted) == 1 and wanted[0].name not in arrays and (IMAGES in arrays or len(arrays) == 1):
-        arrays = {wanted[0].name: arrays.get(IMAGES, next(iter(arrays.values())))}
-    lacking = [entry.name for entry in wanted if entry.name not in arrays]
-    if lacking:
-        needs = "; ".join(f"{entry.name} {_signature(entry)}" for entry in wanted)
-        only = ' (or "images")' if len(wanted) == 1 else ""
-        raise InvalidInput(
-            f"{what} lacks the arrays {lacking}{only}, it holds {sorted(given)}. The model takes {needs}."
-        )
-    found = {entry.name: _fitting(entry, np.asanyarray(arrays[entry.name]), what) for entry in wanted}
-    sizes = {name: len(array) for name, array in found.items()}
-    if len(set(sizes.values())) > 1:
-        raise InvalidInput(
-            f"{what} has different numbers of samples by input, {sizes}: give as many of each."
-        )
-    return found
-
-
-def _fitting(entry: ValueInfoProto, array: np.ndarray, what: str) -> np.ndarray:
-    """Return an array as it is. Raises InvalidInput if the input does not take it."""
-    expected = _sizes(entry)
-    dtype = helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
-    fits = array.ndim > 0
-    if expected is not None and array.ndim == len(expected) + 1:
-        fits = all(want in (None, got) for want, got in zip(expected, array.shape[1:], strict=True))
-    elif expected is not None:
-        fits = fits and array.ndim == len(expected)
-        fits = fits and all(
-            want in (None, got) for want, got in zip(expected[1:], array.shape[1:], strict=True)
-        )
-        if fits and expected[0] not in (None, 1):
-            raise InvalidInput(
-                f"The model takes batches of exactly {expected[0]}: export it with an open batch, or with 1."
-            )
-    if array.dtype != dtype or not fits:
-        raise InvalidInput(
-            f"{what} is {array.dtype} {array.shape}, but the model's input {entry.name!r} takes "
-            f"{_signature(entry)}."
-        )
-    return array
-
-
-def _sizes(entry: ValueInfoProto) -> list[int | None] | None:
-    """Return the sizes that an input states, None for an open one; None if it does not state how many."""
-    if not entry.type.tensor_type.HasField("shape"):
-        return None
-    return [dim.dim_value if dim.dim_value > 0 else None for dim in entry.type.tensor_type.shape.dim]
-
-
-def _signature(entry: ValueInfoProto) -> str:
-    """Write the type and the shape of the samples that an input takes."""
-    sizes = _sizes(entry)
-    dtype = helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
-    if sizes is None:
-        return str(dtype)
-    rest = sizes[1:] if sizes and sizes[0] in (None, 1) else sizes
-    return f"{dtype} ({', '.join(['n', *(str(want or '*') for want in rest)])})"
-
-
-def _check_alike(calibration: Arrays, samples: Arrays) -> None:
-    """Raise InvalidInput unless there are samples, and those of calibration have the same shape."""
-    for name, array in samples.items():
-        if not len(array):
-            raise InvalidInput("The test set is empty: give at least one sample.")
-        if calibration[name].shape[1:] != array.shape[1:]:
-            raise InvalidInput(
-                f"calibration has images of shape {calibration[name].shape[1:]}, the test set of "
-                f"{array.shape[1:]}: give images of one shape."
-            )
-
-
-def _check_finite(scans: Mapping[str, Mapping[str, Scan]]) -> None:
-    for what, found in scans.items():
-        for name, one in found.items():
-            if not one.finite:
-                which = "calibration" if what == "calibration" else "the test set"
-                raise InvalidInput(
-                    f"{which} has values that are not finite (NaN or infinite) for {name!r}: mend the data."
-                )
-
-
-def range_warnings(scans: Mapping[str, Mapping[str, Scan]]) -> list[str]:
-    """Return a warning for each float input whose test data are scaled otherwise than its calibration data.
-
-    Test data count as outside if they reach beyond the range of calibration by more than its width, or if
-    they fill less than a twentieth of it.
-
-    >>> ranges = {"calibration": {"x": Scan("", True, 0, 1)}, "samples": {"x": Scan("", True, 0, 255)}}
-    >>> range_warnings(ranges)[0][:59]
-    'The test data of x reach from 0 to 255, the calibration dat'
-    """
-    found = []
-    for name, own in scans["samples"].items():
-        ranged = scans["calibration"][name]
-        if not own.ranged or not ranged.ranged:
-            continue
-        width, reach = ranged.high - ranged.low, own.high - own.low
-        beyond = max(own.high - ranged.high, ranged.low - own.low)
-        if beyond > width or 0 < 20 * reach < width:
-            found.append(
-                f"The test data of {name} reach from {own.low:g} to {own.high:g}, the calibration data from "
-                f"{ranged.low:g} to {ranged.high:g}: scale both in the same way, or every range is wrong."
             )
     return found
 
@@ -401,7 +278,7 @@ def _with_batch_axes(model: ModelProto, given: Mapping[str, Arrays]) -> dict[str
     renamed = {}
     for entry in model.graph.input:
         array = given["samples"][entry.name]
-        sizes = _sizes(entry)
+        sizes = stated_sizes(entry)
         if sizes is None or array.ndim != len(sizes) + 1:
             continue
         inner, outer = entry.name, f"{entry.name}/sample"
@@ -427,7 +304,7 @@ def _fix_sizes(model: ModelProto, samples: Arrays) -> None:
     changed = False
     for entry in graph.input:
         shape = samples[entry.name].shape
-        if _sizes(entry) is None:
+        if stated_sizes(entry) is None:
             for size in ("batch", *shape[1:]):
                 dim = entry.type.tensor_type.shape.dim.add()
                 setattr(dim, "dim_param" if isinstance(size, str) else "dim_value", size)

@@ -10,9 +10,10 @@ import onnx
 
 from qt_jax.backends.arrays import LABELS, Arrays, read_arrays
 from qt_jax.backends.fidelity import Output, count_broken
-from qt_jax.backends.inputs import load, prepare, range_warnings
+from qt_jax.backends.inputs import load, prepare
 from qt_jax.backends.judging import Criterion, Metric, choose, plain_labels
 from qt_jax.backends.protocol import Batch
+from qt_jax.backends.samples import range_warnings
 from qt_jax.diagnosis.layers import InputBounds
 from qt_jax.diagnosis.loading import with_own_kernels
 from qt_jax.diagnosis.meter import collected

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantFormat, quantize_dynamic, quantize_static
 
 from qt_jax.backends import evaluate
-from qt_jax.backends.inputs import LARGEST_BATCH, load, name_nodes, prepare, range_warnings, real_inputs
+from qt_jax.backends.inputs import LARGEST_BATCH, load, name_nodes, prepare, real_inputs
+from qt_jax.backends.samples import range_warnings
 from qt_jax.errors import InvalidInput
 
 RNG = np.random.default_rng(0)
