@@ -45,7 +45,7 @@ class EvaluationJob:
       folder: The folder of the evaluation, which gets its steps.
       model: The ONNX file.
       outputs: The graph's outputs, and whether each has a batch axis in front; None if that is not certain.
-      calibration: The `.npy` file of calibration samples by input.
+      calibration: The `.npy` file of calibration samples by input. The first ones are meant.
       samples: The `.npy` file of test samples by input. The first ones are meant.
       labels: Labels `(n, ...)`; None without any.
       hashes: SHA-256 of "model", "calibration", "images" and "labels", which is "" without any.
@@ -326,6 +326,7 @@ def compile_scheme(job: EvaluationJob, backend: Backend, scheme: Scheme) -> step
         "scheme": scheme.name,
         "source": str(source.absolute()),
         "calibration": {name: str(path.absolute()) for name, path in job.calibration.items()},
+        "calibration_size": job.calibration_size,
         "compiled": "./compiled",
         "float_layers": list(job.float_layers) if scheme.weight_bits < 32 else [],
     }

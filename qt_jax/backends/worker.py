@@ -89,7 +89,10 @@ def load_backend(file: str) -> Any:
 
 def _compile(backend: Any, scheme: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Compile the source; return model_bytes, operators, products and measured."""
-    calibration = _batch({name: np.load(path, mmap_mode="r") for name, path in job["calibration"].items()})
+    n = job["calibration_size"]
+    calibration = _batch(
+        {name: np.load(path, mmap_mode="r")[:n] for name, path in job["calibration"].items()}
+    )
     Path(job["compiled"]).mkdir()
     arguments = (Path(job["source"]), calibration, scheme, Path(job["compiled"]))
     if not job["float_layers"]:

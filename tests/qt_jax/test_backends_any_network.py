@@ -340,3 +340,16 @@ def test_nodes_that_toolchains_fold_are_no_layers():
             [reshape] y = Reshape(m, s)
         }""")
     assert named_layers(model, ".*") == ("scale", "reshape")
+
+
+def test_of_a_file_read_in_place_only_the_first_samples_calibrate(fake, tmp_path):
+    """The file holds more: its later rows would widen every range."""
+    np.save(tmp_path / "c.npy", np.concatenate([FLAT, 100 * FLAT]))
+    mapped = np.load(tmp_path / "c.npy", mmap_mode="r")
+    for place, few in enumerate((mapped[:12], FLAT)):
+        folder = tmp_path / str(place)
+        row = evaluate(IDENTITY, few, FLAT, folder=folder, **QUICK)[1]
+        assert row["calibration"]["n"] == 12 and row["sqnr_db"] > 25
+        evaluate(IDENTITY, few, FLAT, backends="fake", schemes=["exact"], folder=folder)
+        [log] = folder.glob("work/fake-exact-compile-*/log.txt")
+        assert "with 12 images" in log.read_text()

@@ -56,6 +56,7 @@ def test_two_workers_at_a_time_do_not_wait_for_each_other(tmp_path):
         "scheme": "hang",
         "source": "x",
         "calibration": {"input": str(tmp_path / "c.npy")},
+        "calibration_size": 9,
         "compiled": "./compiled",
         "float_layers": [],
     }
