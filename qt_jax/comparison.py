@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -187,17 +187,10 @@ def _check(
     samples, _ = split_labels(test_set, settings.out / DATA)
     for path, _ in models:
         try:
-            first = prepare(load(path), _few(ranged), _few(samples), outputs=settings.output)
-            named_layers(first.model, settings.float_layers)
+            prepared = prepare(load(path), first(ranged, 2), first(samples, 2), outputs=settings.output)
+            named_layers(prepared.model, settings.float_layers)
         except InvalidInput as error:
             raise InvalidInput(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-
-
-def _few(batch: Batch) -> Batch:
-    """Return the first two samples."""
-    if isinstance(batch, Mapping):
-        return {name: first(array, 2) for name, array in batch.items()}
-    return first(batch, 2)
 
 
 def _comparable(kept: list[Record], rows: list[Record]) -> list[Record]:

@@ -199,7 +199,7 @@ def run(command: Run, console: Console) -> None:
         raise InvalidInput(f"--calibration-size must be above 0, got {size}.")
     scratch = command.settings.out / DATA
     ranged = read_arrays(command.calibration, scratch)
-    calibration = {name: first(array, size) for name, array in ranged.items()}
+    calibration = first(ranged, size)
     test = read_arrays(command.test, scratch)
     shared = {"run": command.settings.out.resolve().name}
     models = [

@@ -10,11 +10,12 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, overload
 from zipfile import BadZipFile
 
 import numpy as np
 
+from qt_jax.backends.protocol import Batch
 from qt_jax.errors import InvalidInput
 from qt_jax.files import staged
 
@@ -29,6 +30,9 @@ CHUNK_BYTES = 2**26
 
 JOINED = re.compile(r"joined-[0-9a-f]{12}\.npy")
 """Names of the files in which parts are joined."""
+
+COPY_ON_WRITE = "c"
+"""Mode of a memory map whose changes stay in memory."""
 
 IN_MEMORY = 2**30
 """Bytes up to which the parts of a folder are joined in memory. Larger ones are joined in a file."""
@@ -145,16 +149,23 @@ def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     [(2, 3)]
     """
     size = max(1, CHUNK_BYTES // max(1, array.nbytes // max(1, len(array))))
-    mapping = getattr(array, "_mmap", None)
     for start in range(0, len(array), size):
         yield array[start : start + size]
-        if isinstance(mapping, mmap.mmap) and _is_file(array):
-            mapping.madvise(mmap.MADV_DONTNEED)
+        release(array)
 
 
-def _is_file(array: np.ndarray) -> bool:
-    """Tell whether an array is what its file holds: not if it was mapped to be changed in memory alone."""
-    return isinstance(array, np.memmap) and array.mode != "c"
+def release(array: np.ndarray) -> None:
+    """Let the system take back the pages of a memory-mapped file that have been read.
+
+    A file that was mapped to be changed in memory alone is left as it is: the changes would be lost.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if getattr(base, "mode", None) == COPY_ON_WRITE:
+            return
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class Scan(NamedTuple):
@@ -196,13 +207,21 @@ def scan(array: np.ndarray) -> Scan:
     return Scan(digest.hexdigest(), finite, low, high, bool(array.size) and array.dtype.kind == "f")
 
 
-def first(array: np.ndarray, n: int | None) -> np.ndarray:
-    """Return the first `n` rows of an array, or all for None. An array without axes stays as it is.
+@overload
+def first(samples: np.ndarray, n: int | None) -> np.ndarray: ...
+@overload
+def first(samples: Mapping[str, np.ndarray], n: int | None) -> Arrays: ...
+def first(samples: Batch, n: int | None) -> Batch:
+    """Return the first `n` rows of an array or of several by name, or all for None.
 
-    >>> first(np.arange(5), 2), first(np.array(3), 2)
-    (array([0, 1]), array(3))
+    An array without axes stays as it is.
+
+    >>> first(np.arange(5), 2), first({"x": np.array(3)}, 2)
+    (array([0, 1]), {'x': array(3)})
     """
-    return array[:n] if array.ndim else array
+    if isinstance(samples, Mapping):
+        return {name: first(array, n) for name, array in samples.items()}
+    return samples[:n] if samples.ndim else samples
 
 
 def stored(array: np.ndarray, target: Path) -> Path:
@@ -222,8 +241,10 @@ def stored(array: np.ndarray, target: Path) -> Path:
 
 def _file_of(array: np.ndarray) -> Path | None:
     """Return the `.npy` file whose first rows are those of `array`; None if it maps no such file."""
-    name, mapping = getattr(array, "filename", None), getattr(array, "_mmap", None)
-    if not _is_file(array) or name is None or not isinstance(mapping, mmap.mmap):
+    if not isinstance(array, np.memmap) or array.mode == COPY_ON_WRITE:
+        return None
+    name, mapping = array.filename, getattr(array, "_mmap", None)
+    if name is None or not isinstance(mapping, mmap.mmap):
         return None
     try:
         whole = np.load(name, mmap_mode="r", allow_pickle=False)

@@ -41,7 +41,7 @@ def take_branches(model: ModelProto, samples: Iterable[Arrays]) -> dict[str, str
         found = [n for n in model.graph.node if n.op_type == "If" and n.output[0] not in varying]
         if not found:
             if taken:
-                _remove_unread(model.graph)
+                remove_unread(model.graph)
             return taken
         values = _conditions(model, [node.input[0] for node in found], sets)
         for condition, output in [(node.input[0], node.output[0]) for node in found]:
@@ -65,7 +65,7 @@ def _conditions(model: ModelProto, names: list[str], sets: list[Arrays]) -> dict
     part.graph.output.extend(
         helper.make_empty_tensor_value_info(name) for name in wanted if name not in given
     )
-    _remove_unread(part.graph)  # ONNX Runtime fails at some weights that nobody reads
+    remove_unread(part.graph)  # ONNX Runtime fails at some weights that nobody reads
     made = [value.name for value in part.graph.output]
     session = open_unoptimized(part) if made else None
     seen: dict[str, set[bool]] = {name: set() for name in wanted}
@@ -78,26 +78,26 @@ def _conditions(model: ModelProto, names: list[str], sets: list[Arrays]) -> dict
     return {name: values.pop() for name, values in seen.items() if len(values) == 1}
 
 
-def _remove_unread(graph: GraphProto) -> None:
+def remove_unread(graph: GraphProto) -> None:
     """Remove what no output needs any more: nodes, and weights."""
     needed = {value.name for value in graph.output}
     kept: list[NodeProto] = []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(_read(node))
+            needed.update(names_read(node))
     weights = [tensor for tensor in graph.initializer if tensor.name in needed]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(reversed(kept))
     graph.initializer.extend(weights)
 
 
-def _read(node: NodeProto) -> Iterator[str]:
+def names_read(node: NodeProto) -> Iterator[str]:
     """Yield what a node reads, by its subgraphs too (with names that are made there)."""
     yield from filter(None, node.input)
     for graph in _graphs(node):
         for inner in graph.node:
-            yield from _read(inner)
+            yield from names_read(inner)
         yield from (value.name for value in graph.output)
 
 

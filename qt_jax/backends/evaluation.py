@@ -27,7 +27,7 @@ from qt_jax.backends.judging import Metric, choose, constant_outputs, metric_key
 from qt_jax.backends.protocol import Backend, Batch, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, select
 from qt_jax.backends.rows import Evaluation, EvaluationJob, Judge
-from qt_jax.backends.samples import range_warnings
+from qt_jax.backends.samples import are_numbers, check_labels, range_warnings
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.sessions import open_unoptimized
@@ -145,13 +145,13 @@ def evaluate(
     with _home(folder) as home, writing(home):
         ranged, ranged_labels = split_labels(calibration, home / DATA)
         samples, labels = split_labels(test_set, home / DATA)
-        _check_labels(samples, labels)
+        check_labels(samples, labels)
         if metric is None and labels is not None:
             labels = plain_labels(labels)
-        samples, labels = _first(samples, limit), None if labels is None else labels[:limit]
+        samples, labels = first(samples, limit), None if labels is None else labels[:limit]
         prepared = prepare(load(model), ranged, samples, outputs=outputs)
         n = len(next(iter(prepared.samples.values())))
-        known = ranged_labels if ranged_labels is not None and _are_numbers(ranged_labels) else None
+        known = ranged_labels if ranged_labels is not None and are_numbers(ranged_labels) else None
         judging = Judging(metric, void_label, known)
         named = named_layers(prepared.model, float_layers)
         with open_queue(scheduler, home / "work" / "jobs") as queue:
@@ -213,29 +213,6 @@ def split_labels(given: TestSet, scratch: Path) -> tuple[Batch, np.ndarray | Non
     samples: Batch = dict(given) if isinstance(given, Mapping) else np.asanyarray(given)
     labels = None if labels is None else np.asanyarray(labels)
     return samples, labels
-
-
-def _first(samples: Batch, limit: int | None) -> Batch:
-    if isinstance(samples, Mapping):
-        return {name: first(array, limit) for name, array in samples.items()}
-    return first(samples, limit)
-
-
-def _are_numbers(labels: np.ndarray) -> bool:
-    return labels.dtype.kind in "biuf" and labels.ndim > 0
-
-
-def _check_labels(samples: Batch, labels: np.ndarray | None) -> None:
-    """Raise InvalidInput unless there are as many labels as samples."""
-    arrays = list(samples.values()) if isinstance(samples, Mapping) else [samples]
-    n = len(arrays[0]) if arrays and arrays[0].ndim else 0
-    if labels is not None and not _are_numbers(labels):
-        raise InvalidInput(f"test labels must be an array of numbers, got {labels.dtype} {labels.shape}.")
-    if labels is not None and len(labels) != n:
-        raise InvalidInput(
-            f"There must be one label, or one array of labels, per image: got {labels.dtype} {labels.shape} "
-            f"for {n} images."
-        )
 
 
 def named_layers(model: onnx.ModelProto, pattern: str | None) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from onnx import (
 from onnxruntime import RunOptions
 
 from qt_jax.backends.arrays import Arrays, Scan, scan
-from qt_jax.backends.branches import take_branches
+from qt_jax.backends.branches import names_read, remove_unread, take_branches
 from qt_jax.backends.protocol import Batch
 from qt_jax.backends.samples import check_alike, check_finite, samples_of, stated_sizes
 from qt_jax.errors import InvalidInput
@@ -356,7 +356,7 @@ def _choose_outputs(model: ModelProto, wanted: Sequence[str]) -> tuple[str, ...]
     if left_out:
         del graph.output[:]
         graph.output.extend(kept)
-        _remove_dead(graph)
+        remove_unread(graph)
     return left_out
 
 
@@ -365,27 +365,6 @@ def _is_numeric(value: ValueInfoProto) -> bool:
     if value.type.WhichOneof("value") not in (None, "tensor_type"):
         return False
     return value.type.tensor_type.elem_type != TensorProto.STRING
-
-
-def _remove_dead(graph: GraphProto) -> None:
-    """Remove the nodes whose results no output needs. Inputs stay."""
-    needed = {value.name for value in graph.output}
-    kept: list[NodeProto] = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(name for inner in _nodes([node]) for name in inner.input)
-            needed.update(_results(node))
-    if len(kept) < len(graph.node):
-        del graph.node[:]
-        graph.node.extend(reversed(kept))
-
-
-def _results(node: NodeProto) -> set[str]:
-    """Return the names that the subgraphs of a node put out. They may be tensors of the graph around it."""
-    graphs = [item.g for item in node.attribute if item.HasField("g")]
-    inner = {name for graph in graphs for child in graph.node for name in _results(child)}
-    return inner | {value.name for graph in graphs for value in graph.output}
 
 
 def _branch_notes(taken: Mapping[str, str]) -> list[str]:
@@ -408,7 +387,7 @@ def _branch_notes(taken: Mapping[str, str]) -> list[str]:
 def _without_unread(model: ModelProto, given: Mapping[str, Arrays]) -> dict[str, Arrays]:
     """Drop the inputs that no node reads any more from the graph, and their arrays."""
     graph = model.graph
-    read = {name for node in _nodes(graph.node) for name in node.input}
+    read = {name for node in graph.node for name in names_read(node)}
     read |= {value.name for value in graph.output}
     kept = [entry for entry in graph.input if entry.name in read] or list(graph.input)
     names = {entry.name for entry in kept}

@@ -133,3 +133,21 @@ def range_warnings(scans: Mapping[str, Mapping[str, Scan]]) -> list[str]:
                 f"{ranged.low:g} to {ranged.high:g}: scale both in the same way, or every range is wrong."
             )
     return found
+
+
+def are_numbers(labels: np.ndarray) -> bool:
+    """Tell whether labels are an array of numbers with an axis of samples."""
+    return labels.dtype.kind in "biuf" and labels.ndim > 0
+
+
+def check_labels(samples: Batch, labels: np.ndarray | None) -> None:
+    """Raise InvalidInput unless there are as many labels as samples."""
+    arrays = list(samples.values()) if isinstance(samples, Mapping) else [samples]
+    n = len(arrays[0]) if arrays and arrays[0].ndim else 0
+    if labels is not None and not are_numbers(labels):
+        raise InvalidInput(f"test labels must be an array of numbers, got {labels.dtype} {labels.shape}.")
+    if labels is not None and len(labels) != n:
+        raise InvalidInput(
+            f"There must be one label, or one array of labels, per image: got {labels.dtype} {labels.shape} "
+            f"for {n} images."
+        )

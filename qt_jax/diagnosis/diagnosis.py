@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import onnx
 
+from qt_jax.backends.arrays import first
 from qt_jax.backends.protocol import Batch
 from qt_jax.diagnosis.advice import (
     Progress,
@@ -25,7 +26,6 @@ from qt_jax.diagnosis.layers import (
 )
 from qt_jax.diagnosis.meter import Measurement, Meter
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.running import first
 from qt_jax.diagnosis.simulation import Ratios, layer_ratios
 from qt_jax.errors import InvalidInput
 

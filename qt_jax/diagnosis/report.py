@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress as ProgressBar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from qt_jax.backends.arrays import first
 from qt_jax.backends.protocol import Backend
 from qt_jax.diagnosis import deployed, mixed_precision, page, toolchains
 from qt_jax.diagnosis.advice import Progress
@@ -24,7 +25,7 @@ from qt_jax.diagnosis.figures import write_pictures
 from qt_jax.diagnosis.layers import layers_of
 from qt_jax.diagnosis.meter import Meter
 from qt_jax.diagnosis.remedies import Deployment
-from qt_jax.diagnosis.running import count, first
+from qt_jax.diagnosis.running import count
 from qt_jax.diagnosis.simulation import SIMULATED_SCHEMES, Precision, everywhere
 from qt_jax.diagnosis.subject import Criteria, RangeSource, Subject
 from qt_jax.errors import InvalidInput

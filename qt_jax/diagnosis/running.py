@@ -6,12 +6,12 @@ images needs no more memory than a classifier on small ones.
 """
 
 import math
-import mmap
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
 
+from qt_jax.backends.arrays import release
 from qt_jax.backends.protocol import Batch
 from qt_jax.export import graph
 from qt_jax.export.sessions import BATCH, input_batches, named_inputs, open_session, run_batches, watched
@@ -47,7 +47,8 @@ def tensors(
     for batch in input_batches(session, inputs, size or batch_size(model, made)):
         [found] = run_batches(session, batch, made) if made else [{}]
         yield found | {name: batch[name] for name in wanted if name in batch}
-        _let_go(inputs)
+        for array in inputs.values():
+            release(array)
 
 
 def batch_size(model: onnx.ModelProto, kept: Iterable[str]) -> int:
@@ -94,17 +95,6 @@ def logits_of(model: onnx.ModelProto, samples: Batch) -> np.ndarray:
     return outputs_of(model, samples, [name])[name]
 
 
-def first(samples: Batch, count: int) -> dict[str, np.ndarray] | np.ndarray:
-    """Return the first `count` samples.
-
-    >>> first({"x": np.arange(5)}, 2)
-    {'x': array([0, 1])}
-    """
-    if isinstance(samples, Mapping):
-        return {name: array[:count] for name, array in samples.items()}
-    return samples[:count]
-
-
 def count(samples: Batch) -> int:
     """Return the number of samples.
 
@@ -112,13 +102,3 @@ def count(samples: Batch) -> int:
     3
     """
     return len(next(iter(samples.values())) if isinstance(samples, Mapping) else samples)
-
-
-def _let_go(inputs: Mapping[str, np.ndarray]) -> None:
-    """Let the system take back the pages of memory-mapped files that have been read."""
-    for array in inputs.values():
-        base = array
-        while isinstance(base, np.ndarray):
-            base = base.base  # type: ignore[assignment]
-        if isinstance(base, mmap.mmap):
-            base.madvise(mmap.MADV_DONTNEED)

@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from qt_jax.backends.arrays import LABELS, Arrays, read_arrays
+from qt_jax.backends.arrays import LABELS, Arrays, first, read_arrays
 from qt_jax.backends.fidelity import Output, count_broken
 from qt_jax.backends.inputs import load, prepare
 from qt_jax.backends.judging import Criterion, Metric, choose, plain_labels
 from qt_jax.backends.protocol import Batch
-from qt_jax.backends.samples import range_warnings
+from qt_jax.backends.samples import check_labels, range_warnings
 from qt_jax.diagnosis.layers import InputBounds
 from qt_jax.diagnosis.loading import with_own_kernels
 from qt_jax.diagnosis.meter import collected
@@ -99,10 +99,17 @@ def read_subject(
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is not there"
         raise InvalidInput(f"{path} {problem}: give the path of a float ONNX model.")
-    samples = {name: array[:limit] if array.ndim else array for name, array in _arrays(test).items()}
+    samples = _arrays(test)
     labels = samples.pop(LABELS, None)
+    check_labels(samples, labels)
     return load_subject(
-        path, path.name, _arrays(calibration), samples, labels, ranges=ranges, criteria=criteria
+        path,
+        path.name,
+        _arrays(calibration),
+        first(samples, limit),
+        None if labels is None else first(labels, limit),
+        ranges=ranges,
+        criteria=criteria,
     )
 
 
@@ -135,14 +142,9 @@ def load_subject(
             f"{ranges_path(path)} is not there, or of another graph: leave --ranges out to calibrate."
         )
     prepared = prepare(written, calibration, samples, outputs=criteria.outputs)
-    n = count(prepared.samples)
+    check_labels(prepared.samples, labels)
     if labels is not None and criteria.metric is None:
         labels = plain_labels(labels)
-    if labels is not None and (not labels.ndim or len(labels) != n):
-        raise InvalidInput(
-            f"There must be one label, or one array of labels, per image: got {labels.dtype} {labels.shape} "
-            f"for {n} images."
-        )
     model = with_own_kernels(prepared.model)
     whole = frozenset(name for name, has_axis in prepared.outputs.items() if has_axis is False)
     outputs = collected(model, prepared.samples, prepared.outputs, whole)

@@ -139,3 +139,12 @@ def test_small_parts_are_judged_by_themselves(tmp_path):
     scores = x[:, 2].astype(np.float64)
     assert found.sqnr_db == pytest.approx(10 * np.log10((scores**2).sum() / (scores.size * 1e-4)), abs=0.1)
     assert found.sqnr_db < 40 < 80 < 10 * np.log10((x.astype(np.float64) ** 2).sum() / (x.size * 1e-4))
+
+
+def test_what_was_changed_in_memory_alone_survives_a_run(tmp_path):
+    """Pages of files that were read are given back, but not those of a copy-on-write map."""
+    np.save(tmp_path / "x.npy", SAMPLES)
+    changed = np.load(tmp_path / "x.npy", mmap_mode="c")
+    changed[:] *= 3
+    np.testing.assert_allclose(outputs_of(SCALES, changed)["y"], 6 * SAMPLES, rtol=1e-6)
+    np.testing.assert_array_equal(changed, 3 * SAMPLES)
