@@ -4,11 +4,12 @@ Few toolchains take control flow. Exported speech networks are full of it: a bra
 branches over shapes that never change.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
+from qt_jax.export.graph import graphs_inside, names_read
 from qt_jax.export.sessions import open_unoptimized
 
 Arrays = Mapping[str, np.ndarray]
@@ -92,19 +93,6 @@ def remove_unread(graph: GraphProto) -> None:
     graph.initializer.extend(weights)
 
 
-def names_read(node: NodeProto) -> Iterator[str]:
-    """Yield what a node reads, by its subgraphs too (with names that are made there)."""
-    yield from filter(None, node.input)
-    for graph in _graphs(node):
-        for inner in graph.node:
-            yield from names_read(inner)
-        yield from (value.name for value in graph.output)
-
-
-def _graphs(node: NodeProto) -> list[GraphProto]:
-    return [graph for item in node.attribute for graph in ([item.g] if item.HasField("g") else item.graphs)]
-
-
 def _inline(graph: GraphProto, node: NodeProto, branch: str) -> None:
     """Replace an If by the nodes of one of its branches."""
     [taken] = [item.g for item in node.attribute if item.name == branch]
@@ -151,7 +139,7 @@ def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
     """Rename tensors in a node and in its subgraphs."""
     for field in (node.input, node.output):
         field[:] = [names.get(name, name) for name in field]
-    for graph in _graphs(node):
+    for graph in graphs_inside(node):
         own = {name for child in graph.node for name in child.output} | {t.name for t in graph.initializer}
         outer = {name: new for name, new in names.items() if name not in own}
         for child in graph.node:

@@ -37,8 +37,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qt_jax.backends.litert import LAYOUT, MODEL, PRODUCTS, bind, feeds
 from qt_jax.backends.protocol import Batch, Compiled, Environment, Refused, Runtime, Scheme, Session
+from qt_jax.backends.tflite import LAYOUT, MODEL, PRODUCTS, bind, feeds
 
 TOSA = "model.tosa"
 

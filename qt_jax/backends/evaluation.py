@@ -95,7 +95,8 @@ def evaluate(
             arrays by the names of its inputs, or a path that `arrays.read_arrays` reads. An input without a
             batch axis takes one more axis. Every vendor's quantizer gets these same samples.
         test_set: Samples, as `calibration`; or a pair of them and labels `(n, ...)` or None; or arrays by
-            name, of which "labels" are the labels. Arrays may be memory-mapped and larger than memory.
+            name, of which "labels" are the labels: no input may have this name. Arrays may be memory-mapped
+            and larger than memory.
         backends: "all", or names from `BACKENDS`.
         schemes: Names of the schemes to run besides the reference; None for all.
         runtimes: Names of the runtimes to run besides the reference's; None for all.
@@ -142,6 +143,7 @@ def evaluate(
     _check_settings(limit, simulated_limit, jobs, limits, price)
     if folder is None and scheduler.launcher == "slurm":
         raise InvalidInput("Slurm's jobs need a folder that all hosts share: give one.")
+    float_model = load(model)
     with _home(folder) as home, writing(home):
         ranged, ranged_labels = split_labels(calibration, home / DATA)
         samples, labels = split_labels(test_set, home / DATA)
@@ -149,7 +151,8 @@ def evaluate(
         if metric is None and labels is not None:
             labels = plain_labels(labels)
         samples, labels = first(samples, limit), None if labels is None else labels[:limit]
-        prepared = prepare(load(model), ranged, samples, outputs=outputs)
+        prepared = prepare(float_model, ranged, samples, outputs=outputs)
+        del float_model  # `prepared` holds it, or a copy
         n = len(next(iter(prepared.samples.values())))
         known = ranged_labels if ranged_labels is not None and are_numbers(ranged_labels) else None
         judging = Judging(metric, void_label, known)

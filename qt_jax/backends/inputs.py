@@ -26,11 +26,12 @@ from onnx import (
 )
 from onnxruntime import RunOptions
 
-from qt_jax.backends.arrays import Arrays, Scan, scan
-from qt_jax.backends.branches import names_read, remove_unread, take_branches
+from qt_jax.backends.arrays import LABELS, Arrays, Scan, scan
+from qt_jax.backends.branches import remove_unread, take_branches
 from qt_jax.backends.protocol import Batch
 from qt_jax.backends.samples import check_alike, check_finite, samples_of, stated_sizes
 from qt_jax.errors import InvalidInput
+from qt_jax.export.graph import names_read
 from qt_jax.export.sessions import open_unoptimized
 from qt_jax.export.storage import is_large
 
@@ -86,7 +87,7 @@ def load(model: ModelProto | bytes | str | Path) -> ModelProto:
     """Return a model, read from its file or its bytes if need be.
 
     Raises:
-      InvalidInput: It cannot be read, or holds no graph.
+      InvalidInput: It cannot be read, holds no graph, or has inputs that `real_inputs` refuses.
     """
     if isinstance(model, ModelProto):
         loaded, name = model, "The model"
@@ -104,6 +105,7 @@ def load(model: ModelProto | bytes | str | Path) -> ModelProto:
             ) from error
     if not loaded.graph.node or not loaded.graph.output:
         raise InvalidInput(f"{name} holds no ONNX graph (it is empty): export it again.")
+    real_inputs(loaded)
     return loaded
 
 
@@ -170,7 +172,7 @@ def real_inputs(model: ModelProto) -> list[ValueInfoProto]:
     """Return the graph's inputs without the weights that old exporters list among them.
 
     Raises:
-      InvalidInput: There is no input, or one is not a tensor of numbers.
+      InvalidInput: There is no input, or one is not a tensor of numbers or has the name of the labels.
     """
     weights = {initializer.name for initializer in model.graph.initializer}
     found = [value for value in model.graph.input if value.name not in weights]
@@ -181,6 +183,11 @@ def real_inputs(model: ModelProto) -> list[ValueInfoProto]:
             kind = "strings" if entry.type.HasField("tensor_type") else "something that is not a tensor"
             raise InvalidInput(
                 f"The model's input {entry.name!r} takes {kind}: only tensors of numbers can be given."
+            )
+        if entry.name == LABELS:
+            raise InvalidInput(
+                f"The model has an input called {LABELS!r}, the name of the array that outputs are compared "
+                "with: rename this input, in the graph and in the data."
             )
     return found
 

@@ -1,7 +1,7 @@
 """Judge what a network puts out: against labels, if there are any, and against the float network.
 
-`choose` finds out from the outputs of the float network and the labels what can be compared, `measure` makes
-the keys of a record. Both serve the harness and the diagnosis.
+`choose` finds out from the outputs of the float network and the labels what can be compared, `score` computes
+the metric. Both serve the harness and the diagnosis.
 
 ==================================  ======================  ===============================================
 labels                              output                  metric
@@ -18,12 +18,10 @@ anything                            any                     a metric of the user
 Axes of one element at the end of an output do not count.
 """
 
-import base64
 import hashlib
 import importlib
 import inspect
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qt_jax import metrics
-from qt_jax.backends.fidelity import Output, Outputs, count_broken, fidelity, row_slices, small_part
+from qt_jax.backends.fidelity import Output, Outputs, row_slices, small_part
 from qt_jax.errors import InvalidInput
 from qt_jax.records import Record
 
@@ -44,8 +42,6 @@ is False."""
 
 MOST_RANKED = 2**22
 """Number of binary labels up to which the area under the ROC curve is computed, which sorts them all."""
-
-NO_REFERENCE = "logit_mse, sqnr_db and agreement have no meaning for the reference itself"
 
 
 @dataclass(frozen=True)
@@ -252,7 +248,7 @@ def _is_one_hot(labels: np.ndarray) -> bool:
 
 
 def _no_fit(reference: Outputs, labels: np.ndarray) -> str:
-    shapes = ", ".join(f"{name} {_shape_text(it)}" for name, it in reference.items())
+    shapes = ", ".join(f"{name} {shape_text(it)}" for name, it in reference.items())
     return (
         f"Labels of {labels.dtype} {labels.shape} fit none of the float model's outputs: {shapes}. Classes "
         "need an output (n, classes) and integers (n,). Other labels need the output's own shape. Leave the "
@@ -260,7 +256,8 @@ def _no_fit(reference: Outputs, labels: np.ndarray) -> str:
     )
 
 
-def _shape_text(output: Output) -> str:
+def shape_text(output: Output) -> str:
+    """Write the type and the shape of an output."""
     if isinstance(output, np.ndarray):
         return f"{output.dtype} {output.shape}"
     return f"{output[0].dtype}, of a shape that varies"
@@ -349,7 +346,7 @@ def _warnings(criterion: Criterion, reference: Outputs, labels: np.ndarray) -> l
             )
             return found
     if criterion.kind == "classes" and labels.ndim == 1:
-        right = float(np.mean(_logits(output, labels).argmax(axis=1) == labels))
+        right = float(np.mean(logits_of(output, labels).argmax(axis=1) == labels))
         chance = 1 / output.shape[1]
         if right <= chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
             found.append(
@@ -369,83 +366,11 @@ def _warnings(criterion: Criterion, reference: Outputs, labels: np.ndarray) -> l
     return found
 
 
-def _logits(output: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def logits_of(output: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return logits as `(n, classes)`, or for labels of pixels with four axes."""
     if labels.ndim == 1:
         return output.reshape(output.shape[:2])
     return output.reshape(*output.shape[:2], 1, -1) if labels.ndim != 3 else output.reshape(output.shape[:4])
-
-
-def measure(
-    criterion: Criterion, outputs: Outputs, reference: Outputs | None, labels: np.ndarray | None
-) -> Record:
-    """Return the keys of a record that come from outputs.
-
-    Args:
-      criterion: What is judged, from `choose`.
-      outputs: Outputs of the row; those of `criterion.judged` are read.
-      reference: Outputs of the float network on the same samples; None where `outputs` are the reference.
-      labels: Labels of the same samples; None without any.
-
-    Returns:
-      The metrics, `fidelity`, `status` and `reason`. The status is "invalid" if a shape is wrong or a value
-      is not finite.
-    """
-    about = {
-        "metric": criterion.metric,
-        "judged": list(criterion.judged),
-        "not_judged": list(criterion.not_judged),
-        "larger_is_better": criterion.larger_is_better if criterion.metric else None,
-    }
-    own = {name: outputs[name] for name in criterion.judged}
-    wanted = own if reference is None else {name: reference[name] for name in criterion.judged}
-    for name, output in own.items():
-        if (problem := _problem(name, output, wanted[name])) is not None:
-            return about | {"status": "invalid", "reason": problem}
-    found: Record = {"status": "ok", "reason": NO_REFERENCE if reference is None else None, "fidelity": None}
-    if criterion.kind == "classes":
-        assert labels is not None
-        found |= _class_metrics(criterion, own, None if reference is None else wanted, labels)
-        found |= {"value": found["top1"], "reference_value": found["reference_top1"]}
-    elif criterion.kind is not None:
-        try:
-            found |= score(criterion, own, labels)
-        except InvalidInput as error:
-            if reference is None:
-                raise
-            return about | {"status": "invalid", "reason": str(error)}
-        found["reference_value"] = score(criterion, wanted, labels)["value"]
-        if criterion.kind == "binary" and labels is not None and labels.ndim == 1:
-            [output] = own.values()
-            found["predictions"] = _packed(np.asarray(output).ravel() > criterion.threshold)
-    if reference is not None:
-        compared = fidelity(wanted, own)
-        found |= _summary(compared, small_parts=criterion.kind is None)
-        if other := {it["output"]: it["other_shape"] for it in compared if it["other_shape"]}:
-            text = ", ".join(
-                f"{name} has another shape for {n} of {len(own[name])} samples" for name, n in other.items()
-            )
-            found["reason"] = f"{text}, which are not compared"
-            if any(n == len(own[name]) for name, n in other.items()):
-                found["status"] = "invalid"
-    found["n"] = _size(next(iter(own.values())))
-    return about | found
-
-
-def _size(output: Output) -> int:
-    return len(output)
-
-
-def _problem(name: str, output: Output, reference: Output) -> str | None:
-    """Return what is wrong with an output of a row: its shape, or numbers that are not finite."""
-    if isinstance(output, np.ndarray) != isinstance(reference, np.ndarray) or len(output) != len(reference):
-        return f"{name} has {_shape_text(output)}, expected {_shape_text(reference)}"
-    shapes = [one.shape for one in (output, reference) if isinstance(one, np.ndarray)]
-    if len(set(shapes)) > 1:
-        return f"{name} have shape {shapes[0]}, expected {shapes[1]}"
-    if (broken := count_broken(output)) > 0:
-        return f"{name} of {broken} of {len(output)} images are not finite"
-    return None
 
 
 def score(criterion: Criterion, outputs: Outputs, labels: np.ndarray | None) -> Record:
@@ -460,9 +385,9 @@ def score(criterion: Criterion, outputs: Outputs, labels: np.ndarray | None) -> 
     output = np.asarray(outputs[criterion.judged[0]])
     if criterion.kind == "classes":
         if labels.ndim == 1:
-            return {"value": float(np.mean(_logits(output, labels).argmax(axis=1) == labels))}
+            return {"value": float(np.mean(logits_of(output, labels).argmax(axis=1) == labels))}
         return {
-            "value": metrics.dense_metrics(*_dense(output, labels), void_label=criterion.void_label)["top1"]
+            "value": metrics.dense_metrics(*by_pixel(output, labels), void_label=criterion.void_label)["top1"]
         }
     output = output.reshape(labels.shape)
     if criterion.kind == "error":
@@ -497,86 +422,10 @@ def _own(criterion: Criterion, outputs: Outputs, labels: np.ndarray | None) -> f
     return value
 
 
-def _dense(output: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    logits = _logits(output, labels)
+def by_pixel(output: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits of pixels, and labels of the same pixels."""
+    logits = logits_of(output, labels)
     return logits, labels.reshape(len(labels), *logits.shape[2:])
-
-
-def _class_metrics(
-    criterion: Criterion, outputs: Outputs, reference: Outputs | None, labels: np.ndarray
-) -> Record:
-    """Return the metrics of a classifier or a segmenter. A classifier's decisions are among them."""
-    [name] = criterion.judged
-    output = np.asarray(outputs[name])
-    wanted = None if reference is None else np.asarray(reference[name])
-    if labels.ndim > 1:
-        logits, pixels = _dense(output, labels)
-        floating = None if wanted is None else _dense(wanted, labels)[0]
-        return metrics.dense_metrics(logits, pixels, floating, criterion.void_label)
-    logits = _logits(output, labels)
-    floating = None if wanted is None else _logits(wanted, labels)
-    own = metrics.classification_metrics(logits, labels, floating)
-    scores = logits
-    if _are_probabilities(logits if floating is None else floating):
-        scores = np.log(np.maximum(logits, np.finfo(np.float32).tiny))
-        own |= {
-            key: value
-            for key, value in metrics.classification_metrics(scores, labels).items()
-            if key in ("nll", "brier", "ece")
-        }
-    top1 = own["top1"] if floating is None else float(np.mean(floating.argmax(axis=1) == labels))
-    return own | {
-        "reference_top1": top1,
-        "reliability": _reliability(scores, labels),
-        "predictions": _packed(logits.argmax(axis=1)),
-    }
-
-
-def _packed(decisions: np.ndarray) -> str:
-    """Return decisions as text: 16-bit integers, compressed, in base 64."""
-    return base64.b64encode(zlib.compress(decisions.astype("<u2").tobytes(), 9)).decode()
-
-
-def _are_probabilities(outputs: np.ndarray) -> bool:
-    """Tell whether all rows of `(n, classes)` are probabilities, which need no softmax."""
-    for part in row_slices(outputs):
-        rows = outputs[part]
-        if rows.min() < 0 or not np.allclose(rows.sum(axis=1, dtype=np.float64), 1, atol=1e-3):
-            return False
-    return True
-
-
-def _reliability(logits: np.ndarray, labels: np.ndarray) -> list[list[float | int | None]]:
-    """Return `metrics.reliability`, a few samples at a time."""
-    parts = row_slices(logits)
-    if len(parts) == 1:
-        return metrics.reliability(logits, labels)
-    sums = np.zeros((3, metrics.BINS))
-    for part in parts:
-        for place, (n, confidence, accuracy) in enumerate(metrics.reliability(logits[part], labels[part])):
-            if n:
-                sums[:, place] += n, n * (confidence or 0.0), n * (accuracy or 0.0)
-    return [[int(n), p / n, c / n] if n else [0, None, None] for n, p, c in sums.T.tolist()]
-
-
-def _summary(found: list[Record], small_parts: bool) -> Record:
-    """Return the keys that stand for all judged outputs: the lowest SQNR and cosine.
-
-    With `small_parts`, the small part of an output counts as an output.
-    """
-    compared = list(found)
-    if small_parts:
-        compared += [it["small_part"] for it in found if it["small_part"] is not None]
-    ratios = [it["sqnr_db"] for it in compared if it["sqnr_db"] is not None]
-    worst = [it["worst_image"]["sqnr_db"] for it in compared if it["worst_image"]["sqnr_db"] is not None]
-    cosines = [it["cosine"] for it in compared if it["cosine"] is not None]
-    return {
-        "fidelity": found,
-        "sqnr_db": min(ratios, default=None),
-        "cosine": min(cosines, default=None),
-        "worst_sqnr_db": min(worst, default=None),
-        "logit_mse": found[0]["mse"] if len(found) == 1 else None,
-    }
 
 
 def _small_notes(reference: Outputs) -> list[str]:

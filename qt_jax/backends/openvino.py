@@ -48,15 +48,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qt_jax.backends.protocol import Batch, Compiled, Environment, Refused, Runtime, Scheme, Session
+from qt_jax.backends.protocol import (
+    ONNX_PRODUCTS,
+    Batch,
+    Compiled,
+    Environment,
+    Refused,
+    Runtime,
+    Scheme,
+    Session,
+)
 
 MODEL = "model.xml"
 BATCH = 100
 
 _MOVES = {"Const", "Input", "Output", "Reorder", "Reshape", "Transpose"}
 """Layers of the compiled graph that move or hold data and compute nothing."""
-_ONNX_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN"}
-"""ONNX operators that multiply by kernels."""
 _INTEGERS = {"u8", "i8", "u4", "i4"}
 _CONVOLUTIONS = (
     "Convolution",
@@ -263,7 +270,7 @@ def _ignored(model: Any, source: Path, float_layers: Sequence[str]) -> list[str]
                 or (node is not None and _computes(operation, node, weights))
             )
         ]
-        if not found and (node is None or node.op_type in _ONNX_PRODUCTS):
+        if not found and (node is None or node.op_type in ONNX_PRODUCTS):
             raise Refused(f"OpenVINO has no operation under the name of the node {layer!r}")
         ignored += found
     return list(dict.fromkeys(ignored))

@@ -32,7 +32,16 @@ from typing import Any
 
 import numpy as np
 
-from qt_jax.backends.protocol import Batch, Compiled, Refused, Runtime, Scheme, Session, by_name
+from qt_jax.backends.protocol import (
+    ONNX_PRODUCTS,
+    Batch,
+    Compiled,
+    Refused,
+    Runtime,
+    Scheme,
+    Session,
+    by_name,
+)
 
 PERCENTILE = 99.99
 MODEL = "model.onnx"
@@ -47,7 +56,7 @@ DYNAMIC = Scheme("int8-dynamic", 8, 8, per_channel=False, dynamic=True)
 
 _KERNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 """The axis of a kernel's output channels as ONNX Runtime takes it; 0 for a Gemm with transB."""
-_PRODUCTS = (*_KERNEL_AXIS, "Einsum", "GRU", "LSTM", "RNN")
+_PRODUCTS = ONNX_PRODUCTS | {"Einsum"}
 """Operators of a float graph that multiply their first two inputs."""
 _INTEGER_PRODUCTS = (
     *("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulNBits"),

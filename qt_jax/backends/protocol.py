@@ -2,8 +2,9 @@
 
 A backend is one module that defines `BACKEND`. The harness reads its description in the process that has jax.
 `compile` and `load` run in a worker process, in the interpreter of the backend's own environment, which need
-not have jax or flax. At its top, such a module therefore imports only numpy, the standard library and this
-file, in the syntax of Python 3.10. It imports the vendor's packages inside its functions.
+not have jax or flax. At its top, such a module therefore imports only numpy, the standard library, this file
+and modules beside it that import no more, in the syntax of Python 3.10. It imports the vendor's packages
+inside its functions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,9 @@ KINDS = (
     "third party's model of a grid",
     "emulated convention",
 )
+
+ONNX_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN"})
+"""ONNX operators that multiply by kernels: convolutions, matrix products and recurrent cells."""
 
 Batch = np.ndarray | Mapping[str, np.ndarray]
 """Inputs of a graph in its own dtypes. The array `(b, ...)` of its one input; of a graph with several inputs,

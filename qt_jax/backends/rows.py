@@ -21,7 +21,8 @@ import numpy as np
 
 from qt_jax.backends import cost, environments, steps
 from qt_jax.backends.fidelity import Output, Outputs
-from qt_jax.backends.judging import Criterion, measure
+from qt_jax.backends.judging import Criterion
+from qt_jax.backends.measurement import measure
 from qt_jax.backends.protocol import Backend, Runtime, Scheme
 from qt_jax.backends.registry import BACKENDS, environments_of, file_of, scheme_of
 from qt_jax.provenance import cpu, provenance

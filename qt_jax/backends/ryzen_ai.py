@@ -57,6 +57,7 @@ from typing import Any
 import numpy as np
 
 from qt_jax.backends.protocol import (
+    ONNX_PRODUCTS,
     Batch,
     Compiled,
     Environment,
@@ -71,7 +72,6 @@ MODEL = "model.onnx"
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 """The environment variable that names the folder of Quark's compiled operators."""
 
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN")
 _MOVES = ("Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice")
 """Operators that put out values of the grid of their first input."""
 _PERCENTILE = "percentile 99.999"
@@ -250,7 +250,7 @@ def count_operators(nodes: Iterable[tuple[str, list[str], list[str]]]) -> dict[s
         integer = any(name in kept for name in outputs) and all(
             name in fed for name in inputs if name in produced
         )
-        if operator in _PRODUCTS and inputs[1] not in fed:
+        if operator in ONNX_PRODUCTS and inputs[1] not in fed:
             integer = False  # its kernel is a float constant
         if operator == "QuantizeLinear" or (_computes(operator) and integer):
             kept.update(inputs)
@@ -279,7 +279,7 @@ def count_products(nodes: Iterable[tuple[str, list[str], list[str]]]) -> tuple[i
     for operator, inputs, outputs in nodes:
         if not _computes(operator) or (operator in _MOVES and inputs[0] in rounded):
             rounded.update(outputs if operator != "Constant" else ())
-        if operator in _PRODUCTS:
+        if operator in ONNX_PRODUCTS:
             total += 1
             quantized += rounded.issuperset(inputs[:2])
     return quantized, total

@@ -141,9 +141,14 @@ def are_numbers(labels: np.ndarray) -> bool:
 
 
 def check_labels(samples: Batch, labels: np.ndarray | None) -> None:
-    """Raise InvalidInput unless there are as many labels as samples."""
+    """Raise InvalidInput if there are labels without samples, or not as many labels as samples."""
     arrays = list(samples.values()) if isinstance(samples, Mapping) else [samples]
     n = len(arrays[0]) if arrays and arrays[0].ndim else 0
+    if labels is not None and not arrays:
+        raise InvalidInput(
+            f"The test set holds {LABELS!r}, which outputs are compared with, and no samples: add them. If "
+            "the model has an input of this name, rename it."
+        )
     if labels is not None and not are_numbers(labels):
         raise InvalidInput(f"test labels must be an array of numbers, got {labels.dtype} {labels.shape}.")
     if labels is not None and len(labels) != n:

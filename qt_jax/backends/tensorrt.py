@@ -25,14 +25,21 @@ from typing import Any
 
 import numpy as np
 
-from qt_jax.backends.protocol import Batch, Compiled, Refused, Runtime, Scheme, Session, by_name
+from qt_jax.backends.protocol import (
+    ONNX_PRODUCTS,
+    Batch,
+    Compiled,
+    Refused,
+    Runtime,
+    Scheme,
+    Session,
+    by_name,
+)
 
 ENGINE = "model.engine"
 BATCH = 32
 WORKSPACE = 2 << 30
 """Bytes that TensorRT may use while it builds."""
-
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN")
 
 FP32 = Scheme("fp32", 32, 32, number_format="float")
 FP16 = Scheme("fp16", 16, 16, number_format="float")
@@ -236,5 +243,5 @@ def _insert_pairs(
     )
     nodes = onnx.load(target, load_external_data=False).graph.node
     dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    found = [dequantized.issuperset(node.input[:2]) for node in nodes if node.op_type in _PRODUCTS]
+    found = [dequantized.issuperset(node.input[:2]) for node in nodes if node.op_type in ONNX_PRODUCTS]
     return sum(found), len(found)

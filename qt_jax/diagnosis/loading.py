@@ -8,9 +8,9 @@ from collections import Counter
 
 import numpy as np
 import onnx
-from onnx import NodeProto, inliner, numpy_helper
+from onnx import NodeProto, inliner
 
-from qt_jax.backends.constant_folding import fold_constants
+from qt_jax.backends.constant_folding import folded
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.operators import WEIGHTED, channel_axis
@@ -45,7 +45,7 @@ def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
     model = inliner.inline_local_functions(model) if model.functions else model
     for node in model.graph.node:
         _check(node)
-    model = _folded(model)
+    model = folded(model)
     values = graph.constants(model)
     nodes = _own_kernels(list(model.graph.node), values)
     for node in nodes:
@@ -71,22 +71,6 @@ def _check(node: NodeProto) -> None:
             f"The node {name!r} is a {node.op_type}, which holds a graph of its own, and the diagnosis does "
             "not look into that: export the model without control flow."
         )
-
-
-def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Compute what depends on constants alone; where ONNX's reference cannot, take only what nodes hold."""
-    try:
-        return fold_constants(model)
-    except Exception:  # whatever an operator of the reference evaluator raises
-        values = graph.constants(model)
-        kept = []
-        for node in model.graph.node:
-            held = graph.attributes(node).get("value") if node.op_type == "Constant" else None
-            if held is not None:
-                values[node.output[0]] = numpy_helper.to_array(held)
-            else:
-                kept.append(node)
-        return graph.rebuild(model, kept, values)
 
 
 def _own_kernels(nodes: list[NodeProto], values: dict[str, np.ndarray]) -> list[NodeProto]:

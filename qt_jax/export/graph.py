@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from qt_jax.errors import InvalidInput
 
@@ -254,6 +254,20 @@ def _known_to_inference(node: NodeProto) -> NodeProto:
     return helper.make_node("Identity", node.input[:1], node.output)
 
 
+def names_read(node: NodeProto) -> Iterator[str]:
+    """Yield what a node reads, by the graphs inside it too (with names that are made there)."""
+    yield from filter(None, node.input)
+    for inside in graphs_inside(node):
+        for inner in inside.node:
+            yield from names_read(inner)
+        yield from (value.name for value in inside.output)
+
+
+def graphs_inside(node: NodeProto) -> list[GraphProto]:
+    """Return the graphs that a node holds: the branches of an If, the body of a Loop or Scan."""
+    return [inside for item in node.attribute for inside in ([item.g] if item.HasField("g") else item.graphs)]
+
+
 def rewired(node: NodeProto, inputs: Iterable[str], outputs: Iterable[str] | None = None) -> NodeProto:
     """Copy `node` with other inputs and, where given, other outputs."""
     copy = NodeProto()
@@ -284,7 +298,7 @@ def rebuild(
     for node in reversed(list(nodes)):
         if needed.intersection(node.output):
             live.append(node)
-            needed.update(node.input)
+            needed.update(names_read(node))
     graph = helper.make_graph(
         live[::-1],
         "main_graph",
@@ -294,7 +308,10 @@ def rebuild(
     )
     opset = list(model.opset_import)
     rebuilt = helper.make_model(
-        graph, producer_name="qt_jax", opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset)
+        graph,
+        producer_name="qt_jax",
+        opset_imports=opset,
+        ir_version=helper.find_min_ir_version_for(opset, ignore_unknown=True),
     )
     rebuilt.metadata_props.extend(model.metadata_props)
     return rebuilt

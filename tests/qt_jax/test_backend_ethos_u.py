@@ -11,7 +11,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 
-from qt_jax.backends import environments, ethos_u, evaluate, litert
+from qt_jax.backends import environments, ethos_u, evaluate, litert, tflite
 from qt_jax.backends.ethos_u import ACCELERATORS, BACKEND, estimate, placed
 from qt_jax.backends.protocol import KINDS, Refused
 from tests.qt_jax.vendor_networks import CUBE, samples
@@ -141,7 +141,7 @@ def test_the_session_moves_between_float_and_the_grids(tmp_path, monkeypatch, st
         ["output_0", [0, 3, 1, 2], [1, 2, 1, 3], "float32"],
         ["output_1", [0, 1], [1, 2], "float32"],
     ]
-    (tmp_path / litert.LAYOUT).write_text(json.dumps({"inputs": {"image": "x"}, "outputs": outputs}))
+    (tmp_path / tflite.LAYOUT).write_text(json.dumps({"inputs": {"image": "x"}, "outputs": outputs}))
     session = BACKEND.load(tmp_path, BACKEND.schemes[0], BACKEND.runtimes[0])
     images = np.full((1, 3, 4, 5), 1.0, np.float32)
     if status != "TOSA_VALID":

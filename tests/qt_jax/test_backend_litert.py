@@ -9,9 +9,12 @@ import onnx.parser
 import onnxruntime
 import pytest
 
-from qt_jax.backends import environments, evaluate, litert
-from qt_jax.backends.litert import BACKEND, channels_last, dequantize, operators, quantize
+from qt_jax.backends import environments, evaluate, litert, saved_model, tflite
+from qt_jax.backends.litert import BACKEND
 from qt_jax.backends.protocol import KINDS, Refused
+from qt_jax.backends.registry import file_of
+from qt_jax.backends.rows import code
+from qt_jax.backends.tflite import channels_last, dequantize, operators, quantize
 from tests.qt_jax.vendor_networks import CUBE, RECURRENT, SOUND_AND_IMAGE, samples
 
 SCHEMES = {scheme.name: scheme for scheme in BACKEND.schemes}
@@ -48,6 +51,12 @@ def test_its_description_is_complete_and_pinned():
     assert {scheme.source for scheme in BACKEND.schemes} == {None, ("litert", "fp32")}
     assert SCHEMES["int8-dynamic"].dynamic and SCHEMES["int8-dynamic"].calibration is None
     assert [runtime.timed for runtime in BACKEND.runtimes] == [True, False]
+
+
+def test_all_its_modules_decide_what_it_compiles_to():
+    trees = code(file_of(BACKEND))
+    for name in ("write_saved_model", "quantize_file", "open_interpreter", "LiteRT"):
+        [_] = [tree for tree in trees if f"Def(name='{name}'" in tree]
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16])
@@ -110,14 +119,14 @@ def test_operators_are_told_apart_by_what_they_compute_on():
 def test_nodes_get_names_that_tensorflow_takes():
     model = pooled("Relu")
     model.graph.node[0].name, model.graph.node[1].name = "Softmax@0", "stem/conv.1"
-    assert [node.name for node in litert.fix_shape(model, {"input": (1, 3, 9, 8)}).graph.node][:2] == [
+    assert [node.name for node in saved_model.fix_shape(model, {"input": (1, 3, 9, 8)}).graph.node][:2] == [
         "Softmax_0",
         "stem/conv.1",
     ]
 
 
 def test_the_batch_is_fixed():
-    model = litert.fix_shape(pooled("Relu"), {"input": (1, 3, 9, 8)})
+    model = saved_model.fix_shape(pooled("Relu"), {"input": (1, 3, 9, 8)})
     [value] = model.graph.input
     assert [dimension.dim_value for dimension in value.type.tensor_type.shape.dim] == [1, 3, 9, 8]
     [output] = model.graph.output
@@ -129,7 +138,7 @@ def test_the_batch_is_fixed():
 def test_zeros_pad_a_pooling_only_where_nothing_is_negative(activation, rewritten):
     model = pooled(activation)
     before = run(model, IMAGES)
-    litert.pad_with_zeros(model.graph)
+    saved_model.pad_with_zeros(model.graph)
     onnx.checker.check_model(model)
     assert ("Pad" in [node.op_type for node in model.graph.node]) == rewritten
     np.testing.assert_array_equal(run(model, IMAGES), before)
@@ -147,7 +156,7 @@ GELUS = {
 def test_a_gelu_made_of_erf_becomes_one_node(form, scale):
     model = erf(f"scaled = {scale}", "curve = Erf(scaled)", "shifted = Add(curve, one)", *GELUS[form])
     before = run(model, IMAGES[:1])
-    model = litert.fuse_gelus(model)
+    model = saved_model.fuse_gelus(model)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node][-1] == "Gelu"
     assert "Erf" not in [node.op_type for node in model.graph.node]
@@ -164,7 +173,7 @@ def test_a_gelu_made_of_erf_becomes_one_node(form, scale):
 )
 def test_what_is_not_a_gelu_stays(tail):
     model = erf("scaled = Div(x, root)", "curve = Erf(scaled)", *tail)
-    assert litert.fuse_gelus(model) is model
+    assert saved_model.fuse_gelus(model) is model
 
 
 def test_around_a_gelu_an_older_graph_is_made_one_of_opset_20():
@@ -173,7 +182,7 @@ def test_around_a_gelu_an_older_graph_is_made_one_of_opset_20():
     last = ("product = Mul(x, shifted)", "y = Mul(product, half)", "mean = ReduceMean<axes = [2]>(y)")
     model = erf(*gelu, *last, "logits = Sub(y, mean)")
     before = run(model, IMAGES[:1])
-    newer = litert.prepare_graph(model, {"input": IMAGES[:1].shape})
+    newer = saved_model.prepare_graph(model, {"input": IMAGES[:1].shape})
     onnx.checker.check_model(newer, full_check=True)
     assert [node.op_type for node in newer.graph.node] == ["Neg", "Gelu", "ReduceMean", "Sub"]
     np.testing.assert_allclose(run(newer, IMAGES[:1]), before, rtol=0, atol=1e-6)
@@ -202,7 +211,7 @@ def test_a_class_token_of_an_open_batch_is_a_constant_of_one_image():
         }""")
     images = IMAGES[:1, 0, :6, :4]
     before = run(model, images)
-    lean = litert.prepare_graph(model, {"input": (1, 6, 4)})
+    lean = saved_model.prepare_graph(model, {"input": (1, 6, 4)})
     assert [node.op_type for node in lean.graph.node] == ["Concat"]
     onnx.checker.check_model(lean)
     np.testing.assert_array_equal(run(lean, images), before)
@@ -285,8 +294,8 @@ def test_an_error_of_onnx2tf_is_a_refusal_with_its_message(unknown, monkeypatch,
     monkeypatch.chdir(tmp_path)
     onnx.save(pooled("Relu"), "net.onnx")
     with pytest.raises(Refused, match=r"onnx2tf\.ops\.Foo" if unknown else "Foo OP is not implemented"):
-        litert._saved_model(tmp_path / "net.onnx", IMAGES, tmp_path / "saved_model")
-    assert (tmp_path / litert._SAMPLES[0]).exists()
+        saved_model.write_saved_model(tmp_path / "net.onnx", IMAGES, tmp_path / "saved_model")
+    assert (tmp_path / saved_model.DUMMY_IMAGES[0]).exists()
 
 
 CUBIC = np.random.default_rng(3).normal(size=(1, 4, 4, 4)).astype(np.float32)
@@ -294,19 +303,19 @@ CUBIC = np.random.default_rng(3).normal(size=(1, 4, 4, 4)).astype(np.float32)
 
 def test_an_output_is_found_by_its_values_and_not_by_its_sizes():
     found = [{"other": -CUBIC, "map": CUBIC.transpose(0, 2, 3, 1)}, {"other": CUBIC, "map": CUBIC}]
-    assert litert._locate("y", [CUBIC], found[:1])[:2] == ("map", [0, 3, 1, 2])
-    assert litert._locate("y", [CUBIC], found[1:])[:2] == ("other", [0, 1, 2, 3])
+    assert saved_model._locate("y", [CUBIC], found[:1])[:2] == ("map", [0, 3, 1, 2])
+    assert saved_model._locate("y", [CUBIC], found[1:])[:2] == ("other", [0, 1, 2, 3])
     mirrored = CUBIC.transpose(0, 3, 2, 1)
     with pytest.raises(Refused, match="no output of its TFLite file agrees with 'y'"):
-        litert._locate("y", [CUBIC, CUBIC], [{"map": mirrored}, {"map": CUBIC}])
+        saved_model._locate("y", [CUBIC, CUBIC], [{"map": mirrored}, {"map": CUBIC}])
 
 
 def test_orders_of_axes_have_the_channels_last_one_first():
-    assert litert._orders((1, 2, 2, 2), (1, 2, 2, 2))[0] == [0, 3, 1, 2]
-    assert litert._orders((1, 8, 9, 3), (1, 3, 8, 9)) == [[0, 3, 1, 2]]
-    assert litert._orders((1, 5), (1, 5)) == [[0, 1]]
-    assert litert._orders((1, 6), (1, 2, 3)) == [[0, 1]]
-    assert litert._orders((1, 6), (1, 2, 4)) == []
+    assert saved_model._orders((1, 2, 2, 2), (1, 2, 2, 2))[0] == [0, 3, 1, 2]
+    assert saved_model._orders((1, 8, 9, 3), (1, 3, 8, 9)) == [[0, 3, 1, 2]]
+    assert saved_model._orders((1, 5), (1, 5)) == [[0, 1]]
+    assert saved_model._orders((1, 6), (1, 2, 3)) == [[0, 1]]
+    assert saved_model._orders((1, 6), (1, 2, 4)) == []
 
 
 def test_a_tensor_without_a_grid_takes_and_gives_its_own_type():
@@ -317,7 +326,9 @@ def test_a_tensor_without_a_grid_takes_and_gives_its_own_type():
 
 
 def graphs(monkeypatch, *operators, types, constant):
-    monkeypatch.setattr(litert, "_read", lambda model: iter([litert.Subgraph(operators, types, constant)]))
+    found = tflite.Subgraph(operators, types, constant)
+    for module in (litert, tflite):
+        monkeypatch.setattr(module, "subgraphs", lambda model: iter([found]))
 
 
 def test_weights_count_where_they_are_stored_as_integers(monkeypatch):
@@ -331,10 +342,10 @@ def test_weights_count_where_they_are_stored_as_integers(monkeypatch):
     )
     types = ["INT4", "FLOAT32", "FLOAT32", "INT8", "FLOAT32"]
     graphs(monkeypatch, *operators, types=types, constant=[True, False, True, False, False])
-    assert litert.products("model", SCHEMES["fp32"]) is None
-    assert litert.products("model", SCHEMES["int4w-aeq-stored"]) == (3, 4)  # no product of two activations
-    assert litert.products("model", SCHEMES["int4w-aeq-dynamic"]) == (3, 5)
-    assert litert.products("model", SCHEMES["int4w-aeq-pc-minmax"]) == (1, 5)
+    assert tflite.products("model", SCHEMES["fp32"]) is None
+    assert tflite.products("model", SCHEMES["int4w-aeq-stored"]) == (3, 4)  # no product of two activations
+    assert tflite.products("model", SCHEMES["int4w-aeq-dynamic"]) == (3, 5)
+    assert tflite.products("model", SCHEMES["int4w-aeq-pc-minmax"]) == (1, 5)
 
 
 def test_a_loop_is_refused_before_it_ends_the_process(monkeypatch):

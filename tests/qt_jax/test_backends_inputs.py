@@ -292,6 +292,32 @@ def test_strings_cannot_be_given():
         fit(model, np.array(["a"]), np.array(["a"]))
 
 
+LABELLED = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[b, 6] input, float[b, 6] labels) => (float[b, 6] error) { error = Sub(input, labels) }""")
+ROWS = np.eye(6, dtype=np.float32)
+
+
+@pytest.mark.parametrize("form", ["file", "arrays", "pair", "labels alone"])
+def test_an_input_called_labels_is_refused(form, tmp_path):
+    arrays = {"input": ROWS, "labels": ROWS}
+    np.savez(tmp_path / "t.npz", **arrays)
+    calibration, test_set = {
+        "file": (tmp_path / "t.npz", tmp_path / "t.npz"),
+        "arrays": (arrays, arrays),
+        "pair": (arrays, (arrays, None)),
+        "labels alone": ({"labels": ROWS}, {"labels": ROWS}),
+    }[form]
+    with pytest.raises(InvalidInput, match=r"an input called 'labels', .*: rename this input"):
+        evaluate(LABELLED, calibration, test_set, schemes=[])
+    with pytest.raises(InvalidInput, match="an input called 'labels'"):
+        fit(LABELLED, arrays, arrays)
+
+
+def test_labels_without_samples_are_told():
+    with pytest.raises(InvalidInput, match=r"The test set holds 'labels', .* and no samples"):
+        evaluate(network(), IMAGES, {"labels": LABELS}, schemes=[])
+
+
 def test_a_graph_that_does_not_run():
     model = network("b, 3, 8, 8")
     model.graph.node[0].op_type = "NoSuchOperator"

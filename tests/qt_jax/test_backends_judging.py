@@ -11,12 +11,12 @@ from qt_jax.backends.judging import (
     choose,
     constant_outputs,
     load_metric,
-    measure,
     metric_key,
     metric_name,
     plain_labels,
     score,
 )
+from qt_jax.backends.measurement import measure
 from qt_jax.errors import InvalidInput
 from qt_jax.reporting.pivot import is_exact
 

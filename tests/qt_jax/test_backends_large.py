@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qt_jax.backends import Refused, k230, litert, sophgo
+from qt_jax.backends import Refused, k230, saved_model, sophgo
 from qt_jax.export import storage
 
 
@@ -39,7 +39,7 @@ def test_onnx2tf_gets_two_files(source, tmp_path, monkeypatch):
     fake = ModuleType("onnx2tf")
     fake.convert = lambda path, **settings: read.append(kernel_in(path))
     monkeypatch.setitem(sys.modules, "onnx2tf", fake)
-    litert._saved_model(source, np.ones((1, 96), np.float32), tmp_path / "saved_model")
+    saved_model.write_saved_model(source, np.ones((1, 96), np.float32), tmp_path / "saved_model")
     np.testing.assert_array_equal(read, [kernel_in(source)])
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from qt_jax import metrics
 from qt_jax.backends import evaluate
-from qt_jax.backends.judging import choose, measure
+from qt_jax.backends.judging import choose
+from qt_jax.backends.measurement import measure
 from qt_jax.errors import InvalidInput
 
 MODEL = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
