@@ -187,15 +187,23 @@ def _name(deployment: DeploymentTable, column: Column) -> str:
 
 
 def _contest(deployment: DeploymentTable, ahead: Sequence[RowHarm], behind: Sequence[RowHarm]) -> str:
-    """Count in how many rows that both have the first network loses less, if they do the same task."""
+    """Count in how many rows that both have the first network loses less, and where the other wins most.
+
+    The text is empty for networks of different tasks.
+    """
     first, second = ({case.row: case.harm for case in cases} for cases in (ahead, behind))
     both = [row for row in first if row in second]
     if not both or ahead[0].column[:2] != behind[0].column[:2]:
         return ""
     less = sum(first[row] < second[row] for row in both)
     one, other = (_name(deployment, cases[0].column) for cases in (ahead, behind))
-    verb = "loses less than" if _shared_metric(deployment) else "stays closer to float than"
-    return f"; {one} {verb} {other} in {_part(less, len(both))}"
+    verb, more = "loses less than", "more"
+    if _shared_metric(deployment) is None:
+        verb, more = "stays closer to float than", "less close"
+    lost = [case for case in ahead if case.harm > second.get(case.row, math.inf)]
+    lead = max(lost, key=lambda case: case.harm - second[case.row], default=None)
+    contrary = "" if lead is None else f", and {more} in {len(lost)}, most so in {_place(deployment, lead)}"
+    return f"; {one} {verb} {other} in {_part(less, len(both))}{contrary}"
 
 
 def _conventions(cases: Sequence[RowHarm]) -> str:

@@ -127,6 +127,22 @@ def test_two_networks_are_compared():
     )
 
 
+def test_two_networks_are_compared_where_the_first_loses():
+    twins = [
+        {**r, "method": method, "run": method} for method in ("quant-trim", "float") for r in rows_of(method)
+    ]
+    int8 = answer(twins)[0]
+    assert "less than the float twin in 1 of 3 rows, and more in 2, most so in onnxruntime int8-c" in int8
+
+
+def rows_of(method):
+    """Return three rows of a network that loses 1, 2 and 5 points, or 3, 1 and 1."""
+    values = (0.89, 0.88, 0.85) if method == "quant-trim" else (0.87, 0.89, 0.89)
+    return [labelled("fp32", 0.9)] + [
+        labelled(f"int8-{name}", value) for name, value in zip("abc", values, strict=True)
+    ]
+
+
 def test_emulated_conventions_do_not_speak_for_vendors():
     int8, int4, _ = answer(CLASSIFIER)
     assert "20.0 on the worst of 2 rows (k230 int8-pc simulator, 8 of 9 layers quantized)" in int8
