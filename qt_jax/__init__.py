@@ -2,8 +2,9 @@
 
 `import qt_jax as qt` gives the public names below. Training uses `quant_trim` under a schedule of lambda
 (`schedules`), `attach_statistics` and `reverse_pruning`. `to_onnx` exports the result in floating point, and
-`to_qdq` on integers. `evaluate` runs a graph through vendors' toolchains. Each name is at home in the module
-that it is imported from here.
+`to_qdq` on integers. `equalize` rescales the channels of a float graph without changing its function.
+`evaluate` runs a graph through vendors' toolchains. Each name is at home in the module that it is imported
+from here.
 """
 
 import importlib
@@ -22,11 +23,17 @@ from qt_jax.trim import attach_statistics, quant_trim
 
 if TYPE_CHECKING:
     from qt_jax.backends import evaluate
+    from qt_jax.equalization.neutral import equalize
     from qt_jax.export import to_onnx, to_qdq
 
 __version__ = "0.1.0"
 
-_LAZY = {"to_onnx": "qt_jax.export", "to_qdq": "qt_jax.export", "evaluate": "qt_jax.backends"}
+_LAZY = {
+    "to_onnx": "qt_jax.export",
+    "to_qdq": "qt_jax.export",
+    "evaluate": "qt_jax.backends",
+    "equalize": "qt_jax.equalization.neutral",
+}
 """Names that are imported on first use: deployment loads onnxruntime and onnx, which training does not
 need."""
 
@@ -41,6 +48,7 @@ __all__ = [
     "blend",
     "coverage",
     "dequantize",
+    "equalize",
     "evaluate",
     "fake_quant",
     "find_fusion",

@@ -27,7 +27,7 @@ FLOORS = (
     ("qt_jax.export",),
     ("qt_jax.backends",),
     ("qt_jax.reporting",),
-    ("qt_jax.comparison", "qt_jax.diagnosis"),
+    ("qt_jax.comparison", "qt_jax.diagnosis", "qt_jax.equalization"),
     ("qt_jax",),
     # the experiments: data -> train -> export and deploy -> the study
     ("experiments.devices", "experiments.data", "experiments.models"),
@@ -138,6 +138,10 @@ def test_no_command_is_imported():
     assert not imported
 
 
+REFUSING = "qt_jax.equalize"
+"""A command that bears the name of a public function, and so refuses to be imported."""
+
+
 def submodules() -> list[str]:
     """Return every module of `qt_jax` and of the experiments that can be imported here."""
     packages = [name for name, tree in modules().items() if (ROOT / name.replace(".", "/")).is_dir()]
@@ -145,7 +149,7 @@ def submodules() -> list[str]:
         f"{package}.{info.name}"
         for package in packages
         for info in pkgutil.iter_modules([str(ROOT / package.replace(".", "/"))])
-        if info.name != "__main__"
+        if info.name != "__main__" and f"{package}.{info.name}" != REFUSING
     ]
 
 
@@ -159,6 +163,12 @@ def test_no_module_is_shadowed(name):
     package, _, attribute = name.rpartition(".")
     assert isinstance(getattr(importlib.import_module(package), attribute), types.ModuleType)
     assert getattr(importlib.import_module(package), attribute) is module
+
+
+def test_a_command_does_not_take_the_place_of_a_function():
+    with pytest.raises(ImportError, match="is a function and a command"):
+        importlib.import_module(REFUSING)
+    assert isinstance(importlib.import_module(FACE).equalize, types.FunctionType)
 
 
 TWINS = {"BasicBlock", "Bottleneck", "DoubleConv", "EncoderBlock", "InvertedResidual"}

@@ -32,7 +32,7 @@ def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
       InvalidInput: The graph has subgraphs, operators outside ONNX's own, or kernels in another floating
         point than float32.
 
-    >>> kernel = numpy_helper.from_array(np.eye(2, dtype=np.float32))
+    >>> kernel = onnx.numpy_helper.from_array(np.eye(2, dtype=np.float32))
     >>> nodes = [
     ...     onnx.helper.make_node("Constant", [], ["w"], value=kernel),
     ...     onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="head"),
