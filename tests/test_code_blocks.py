@@ -41,6 +41,9 @@ OPTIONS = {
 }
 """Module -> the class that its flags are parsed into, with defaults. Other modules have a class `Options`."""
 
+HOMES = {"qt_jax.equalize": "qt_jax.equalization.command"}
+"""Command that refuses to be imported -> the module that holds its class `Options`."""
+
 OTHER_COMMANDS = {
     "python -m venv .venv": None,
     "source .venv/bin/activate": None,
@@ -170,7 +173,7 @@ def check_pytest(arguments):
 
 def entry(module):
     """Return the module that `python -m` runs."""
-    found = importlib.import_module(module)
+    found = importlib.import_module(HOMES.get(module, module))
     return importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
 
 
