@@ -84,7 +84,7 @@ def _evaluate(
     nodes: list[NodeProto], wanted: list[str], values: Mapping[str, np.ndarray], opset_imports: Any
 ) -> dict[str, np.ndarray]:
     """Compute the tensors `wanted` with `nodes`, which read the constants `values`."""
-    read = {name for node in nodes for name in node.input}
+    read = {name for node in nodes for name in graph.names_read(node)}
     given = {name: value for name, value in values.items() if name in read}
     inputs, outputs = (
         [helper.make_empty_tensor_value_info(name) for name in names] for names in (given, wanted)

@@ -76,7 +76,7 @@ class Convention:
     power_of_two: str = ""
 
 
-_CONVENTIONS = {
+CONVENTIONS = {
     "int8": Convention(127, -127, 127),
     "int8-po2-up": Convention(127, -128, 127, "up"),
     "int8-po2-near": Convention(127, -128, 127, "near"),
@@ -86,12 +86,13 @@ _CONVENTIONS = {
     "int4w-po2-up": Convention(7, -8, 7, "up"),
     "int4w-po2-near": Convention(7, -8, 7, "near"),
 }
+"""Grids of kernels by name. A scheme adds the granularity, "-pt" or "-pc"."""
 
 
 def _schemes() -> Iterator[Scheme]:
     """Yield the schemes in the order of tables."""
     granularities = (("pt", False), ("pc", True))
-    for convention in _CONVENTIONS:
+    for convention in CONVENTIONS:
         bits = 4 if convention.startswith("int4w") else 8
         for granularity, per_channel in granularities:
             yield Scheme(f"{convention}-{granularity}", bits, 8, per_channel, "minmax")
@@ -141,7 +142,7 @@ class Grids:
             products = [node for node in products if not constants.isdisjoint(_operands(node))]
         reached = [node for node in _float32(products, model) if node.name not in float_layers]
         counts = _operators(model, reached)
-        convention = _CONVENTIONS[scheme.name.removesuffix("-weights").rpartition("-")[0]]
+        convention = CONVENTIONS[scheme.name.removesuffix("-weights").rpartition("-")[0]]
         read = {name: None for node in reached for name in _operands(node) if name not in constants}
         grids = {}
         if read and not weights_only:
@@ -173,7 +174,7 @@ BACKEND = Grids()
 def scale_of(largest: Any, convention: Convention) -> Any:
     """Return the scale of numbers whose largest magnitude is `largest`; 1 where that is 0. All are float64.
 
-    >>> [float(scale_of(7.5, _CONVENTIONS[f"int4w-{name}"])) for name in ("full", "po2-up", "po2-near")]
+    >>> [float(scale_of(7.5, CONVENTIONS[f"int4w-{name}"])) for name in ("full", "po2-up", "po2-near")]
     [1.0, 2.0, 1.0]
     """
     scale = np.where(largest > 0, largest, convention.steps) / convention.steps
@@ -196,7 +197,7 @@ def rounded_kernel(kernel: np.ndarray, largest: np.ndarray, convention: Conventi
       float32 in the kernel's shape.
 
     >>> kernel = np.float32([-8, -3, 1, 8])
-    >>> rounded_kernel(kernel, np.float64(8), _CONVENTIONS["int4w-wide"]).tolist()
+    >>> rounded_kernel(kernel, np.float64(8), CONVENTIONS["int4w-wide"]).tolist()
     [-8.0, -3.0, 1.0, 7.0]
     """
     scale = scale_of(largest, convention)
@@ -210,9 +211,9 @@ def rounded_kernel(kernel: np.ndarray, largest: np.ndarray, convention: Conventi
 def activation_grid(low: float, high: float, convention: Convention) -> tuple[float, float, float]:
     """Return the scale, the lowest and the highest value of an 8-bit grid for numbers from `low` to `high`.
 
-    >>> activation_grid(-1.0, 254.0, _CONVENTIONS["int4w-wide"])
+    >>> activation_grid(-1.0, 254.0, CONVENTIONS["int4w-wide"])
     (1.0, -1.0, 254.0)
-    >>> activation_grid(0.0, 127.0, _CONVENTIONS["int4w-po2-up"])
+    >>> activation_grid(0.0, 127.0, CONVENTIONS["int4w-po2-up"])
     (1.0, -128.0, 127.0)
     """
     low, high = min(low, 0.0), max(high, 0.0)

@@ -29,24 +29,12 @@ import numpy as np
 import onnx
 import optax
 
-from qt_jax.backends.grids import SMALLEST, Convention
+from qt_jax.backends.grids import CONVENTIONS, SMALLEST
 from qt_jax.equalization.evaluator import run_graph
 from qt_jax.equalization.walk import Freedom
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.sessions import named_inputs, open_unoptimized, run_batches
-
-CONVENTIONS = {
-    "int8": Convention(127, -127, 127),
-    "int8-po2-up": Convention(127, -128, 127, "up"),
-    "int8-po2-near": Convention(127, -128, 127, "near"),
-    "int4w-narrow": Convention(7, -7, 7),
-    "int4w-full": Convention(7.5, -8, 7),
-    "int4w-wide": Convention(8, -8, 7),
-    "int4w-po2-up": Convention(7, -8, 7, "up"),
-    "int4w-po2-near": Convention(7, -8, 7, "near"),
-}
-"""Grids of kernels, by the names that `qt_jax.backends.grids` gives them."""
 
 KINDS = (
     (0.4, ("int4w-narrow-pt", "int4w-full-pt", "int4w-wide-pt")),
@@ -85,7 +73,7 @@ class Grid(NamedTuple):
     """Hold a grid in numbers, so that one compiled program serves all.
 
     Attributes:
-      steps, q_min, q_max: As in `Convention`, float32.
+      steps, q_min, q_max: As in `grids.Convention`, float32.
       border: Largest fraction in [1/2, 1) of a scale that is rounded down to a power of two; 0 where the
         scale is not rounded.
       per_channel: Whether each output channel has its own scale.

@@ -8,12 +8,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import onnx
 
+from qt_jax.backends.arrays import first
 from qt_jax.backends.inputs import load, prepare, real_inputs
 from qt_jax.backends.protocol import Batch
 from qt_jax.backends.samples import samples_of
 from qt_jax.equalization.channels import find_freedom
 from qt_jax.equalization.learned import learned_factors
-from qt_jax.equalization.rescaling import range_factors, rescale, tensors_of, with_own_constants
+from qt_jax.equalization.rescaling import feeds, range_factors, rescale, tensors_of, with_own_constants
 from qt_jax.equalization.walk import Freedom
 from qt_jax.errors import InvalidInput
 from qt_jax.export.sessions import open_session
@@ -123,9 +124,9 @@ def equalize(
         errors = {
             grid: (_decibels(learned.before[grid]), _decibels(error)) for grid, error in learned.after.items()
         }
-    rescaled, difference, rounded = _verified(original, base, freedom, factors, samples)
-    factors = _powers_of_two(factors) if rounded else factors
-    return Neutral(rescaled, freedom, factors, difference, rounded, errors, time.perf_counter() - began)
+    used, rescaled, difference = _verified(original, base, freedom, factors, first(samples, VERIFIED))
+    rounded = used is not factors
+    return Neutral(rescaled, freedom, used, difference, rounded, errors, time.perf_counter() - began)
 
 
 def _nothing_free(freedom: Freedom) -> str:
@@ -142,32 +143,28 @@ def _decibels(error: float) -> float:
     return 10 * error / float(np.log(10))
 
 
-def _powers_of_two(factors: np.ndarray) -> np.ndarray:
-    return np.exp2(np.round(np.log2(factors)))
-
-
 def _verified(
     original: onnx.ModelProto,
     base: onnx.ModelProto,
     freedom: Freedom,
     factors: np.ndarray,
     samples: Mapping[str, np.ndarray],
-) -> tuple[onnx.ModelProto, float, bool]:
+) -> tuple[np.ndarray, onnx.ModelProto, float]:
     """Rescale a graph, and compare its outputs with those of the original.
 
     Returns:
-      The rescaled graph, the largest relative difference, and whether factors were rounded to powers of two.
+      The factors, or if need be these rounded to powers of two; the rescaled graph; the largest relative
+      difference.
 
     Raises:
       InvalidInput: The outputs differ even so.
     """
     expected = list(_outputs(original, samples))
-    for rounded in (False, True):
-        chosen = _powers_of_two(factors) if rounded else factors
+    for chosen in (factors, np.exp2(np.round(np.log2(factors)))):
         rescaled = rescale(base, freedom, chosen)
         difference = _difference(expected, _outputs(rescaled, samples))
         if difference <= TOLERANCE:
-            return rescaled, difference, rounded
+            return chosen, rescaled, difference
     raise InvalidInput(
         f"The rescaled graph differs from the original by {difference:.1e} of its largest output, so it is "
         "not returned. Please report this graph: its function should be the same."
@@ -175,18 +172,10 @@ def _verified(
 
 
 def _outputs(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Yield all outputs for the first samples, as many at once as the graph fixes, or one."""
+    """Yield all outputs for one batch of samples after another."""
     session = open_session(model, optimize=True)
-    shapes = {entry.name: entry.type.tensor_type.shape.dim for entry in real_inputs(model)}
-    fixed = [sizes[0].dim_value for name, sizes in shapes.items() if len(sizes) == samples[name].ndim]
-    size = max([1, *fixed])
-    count = len(next(iter(samples.values())))
-    for start in range(0, max(min(count, VERIFIED) // size, 1) * size, size):
-        feeds = {
-            name: np.asarray(array[start] if array.ndim > len(shapes[name]) else array[start : start + size])
-            for name, array in samples.items()
-        }
-        yield [np.asarray(value) for value in session.run(None, feeds)]
+    for batch in feeds(model, samples):
+        yield [np.asarray(value) for value in session.run(None, batch)]
 
 
 def _difference(expected: list[list[np.ndarray]], found: Iterator[list[np.ndarray]]) -> float:

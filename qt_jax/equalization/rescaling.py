@@ -1,14 +1,14 @@
 """Prepare a graph for rescaling, apply factors to its constants, and choose factors in closed form."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
 from onnx import inliner
 
 from qt_jax.backends.constant_folding import folded
+from qt_jax.backends.inputs import real_inputs
 from qt_jax.equalization.channels import RECURRENT
 from qt_jax.equalization.walk import Freedom
 from qt_jax.export import graph
@@ -69,10 +69,7 @@ def tensors_of(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> dic
       model: Graph to run.
       samples: Arrays `(n, ...)` by input.
     """
-    given = {
-        entry.name: _first(samples[entry.name], entry.type.tensor_type.shape.dim)
-        for entry in model.graph.input
-    }
+    given = next(feeds(model, samples))
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     present = {entry.name for entry in model.graph.output}
@@ -83,14 +80,22 @@ def tensors_of(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> dic
     return {**given, **arrays}
 
 
-def _first(array: np.ndarray, sizes: Sequence[Any]) -> np.ndarray:
-    """Return the first samples as an input takes them: one, or as many as its shape fixes.
+def feeds(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield samples as the graph takes them: as many at once as its batch fixes, or one.
 
-    An input without a batch axis has samples of one axis more.
+    Args:
+      model: Any graph.
+      samples: Arrays `(n, ...)` by input. Those of an input without a batch axis have one axis more.
     """
-    if array.ndim > len(sizes):
-        return np.asarray(array[0])
-    return np.asarray(array[: sizes[0].dim_value or 1])
+    shapes = {entry.name: entry.type.tensor_type.shape.dim for entry in real_inputs(model)}
+    fixed = [sizes[0].dim_value for name, sizes in shapes.items() if len(sizes) == samples[name].ndim]
+    size = max([1, *fixed])
+    count = len(next(iter(samples.values())))
+    for start in range(0, max(count // size, 1) * size, size):
+        yield {
+            name: np.asarray(array[start] if array.ndim > len(shapes[name]) else array[start : start + size])
+            for name, array in samples.items()
+        }
 
 
 def rescale(model: onnx.ModelProto, freedom: Freedom, factors: np.ndarray) -> onnx.ModelProto:
@@ -126,7 +131,8 @@ def range_factors(model: onnx.ModelProto, freedom: Freedom) -> np.ndarray:
     but a normalization, that one's scale and bias take the kernel's place.
 
     Source: for two layers in a row this is equation (11) of Nagel et al., "Data-Free Quantization Through
-    Weight Equalization and Bias Correction" (arXiv 1906.04721).
+    Weight Equalization and Bias Correction" (arXiv 1906.04721), up to one common factor of all channels: ranges
+    are relative to the layer's, so that it makes no difference.
 
     Args:
       model: Graph from `with_own_constants`.

@@ -72,7 +72,7 @@ def free(model):
 @pytest.mark.parametrize("name", GRIDS)
 def test_a_kernel_is_rounded_as_in_the_backend(name):
     """Float32 quotients may fall on the other side of a half where float64's come within 1e-5 of it."""
-    convention = learned.CONVENTIONS[name.rpartition("-")[0]]
+    convention = grids.CONVENTIONS[name.rpartition("-")[0]]
     kernel = RNG.standard_normal((6, 50)).astype(np.float32) * np.float32([[1], [3], [0.2], [7], [0], [1e-3]])
     largest = np.abs(kernel).max(axis=1, keepdims=True)
     expected = grids.rounded_kernel(kernel, largest.astype(np.float64), convention)
@@ -88,7 +88,7 @@ def test_a_kernel_is_rounded_as_in_the_backend(name):
 def test_what_a_product_reads_is_rounded_as_in_the_backend(name, shift):
     x = RNG.standard_normal((3, 200)).astype(np.float32) + np.float32(shift)
     ends = float(x.min()), float(x.max())
-    scale, low, high = grids.activation_grid(*ends, learned.CONVENTIONS[name.rpartition("-")[0]])
+    scale, low, high = grids.activation_grid(*ends, grids.CONVENTIONS[name.rpartition("-")[0]])
     round_groups = jax.vmap(lambda group: rounded_activation(group, grid(name)), axis_name=learned.GROUP)
     found = np.asarray(round_groups(jnp.asarray(x)))
     expected = np.clip(np.rint(x.astype(np.float64) / scale) * scale, low, high)
