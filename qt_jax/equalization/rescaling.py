@@ -131,8 +131,8 @@ def range_factors(model: onnx.ModelProto, freedom: Freedom) -> np.ndarray:
     but a normalization, that one's scale and bias take the kernel's place.
 
     Source: for two layers in a row this is equation (11) of Nagel et al., "Data-Free Quantization Through
-    Weight Equalization and Bias Correction" (arXiv 1906.04721), up to one common factor of all channels: ranges
-    are relative to the layer's, so that it makes no difference.
+    Weight Equalization and Bias Correction" (arXiv 1906.04721), up to one common factor of all channels:
+    ranges are relative to the layer's, so that it makes no difference.
 
     Args:
       model: Graph from `with_own_constants`.
