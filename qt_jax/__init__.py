@@ -10,32 +10,40 @@ from here.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qt_jax import metrics, recipes, schedules
-from qt_jax.batch_norm import reestimate as reestimate_batch_norm
-from qt_jax.config import INHERIT, QuantConfig, Rule
-from qt_jax.errors import InvalidInput
-from qt_jax.fusion import Fusion, find_fusion
-from qt_jax.grid import QuantSpec, blend, dequantize, fake_quant, quantization_parameters, quantize
-from qt_jax.layer_coverage import coverage
-from qt_jax.pruning import reverse_pruning
-from qt_jax.ranges import observe, quantiles, subsample
-from qt_jax.trim import attach_statistics, quant_trim
-
 if TYPE_CHECKING:
+    from qt_jax import metrics, recipes, schedules
     from qt_jax.backends import evaluate
+    from qt_jax.batch_norm import reestimate as reestimate_batch_norm
+    from qt_jax.config import INHERIT, QuantConfig, Rule
     from qt_jax.equalization.neutral import equalize
+    from qt_jax.errors import InvalidInput
     from qt_jax.export import to_onnx, to_qdq
+    from qt_jax.fusion import Fusion, find_fusion
+    from qt_jax.grid import QuantSpec, blend, dequantize, fake_quant, quantization_parameters, quantize
+    from qt_jax.layer_coverage import coverage
+    from qt_jax.pruning import reverse_pruning
+    from qt_jax.ranges import observe, quantiles, subsample
+    from qt_jax.trim import attach_statistics, quant_trim
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "to_onnx": "qt_jax.export",
-    "to_qdq": "qt_jax.export",
-    "evaluate": "qt_jax.backends",
-    "equalize": "qt_jax.equalization.neutral",
+_HOMES = {
+    "backends": ("evaluate",),
+    "config": ("INHERIT", "QuantConfig", "Rule"),
+    "equalization.neutral": ("equalize",),
+    "errors": ("InvalidInput",),
+    "export": ("to_onnx", "to_qdq"),
+    "fusion": ("Fusion", "find_fusion"),
+    "grid": ("QuantSpec", "blend", "dequantize", "fake_quant", "quantization_parameters", "quantize"),
+    "layer_coverage": ("coverage",),
+    "pruning": ("reverse_pruning",),
+    "ranges": ("observe", "quantiles", "subsample"),
+    "trim": ("attach_statistics", "quant_trim"),
 }
-"""Names that are imported on first use: deployment loads onnxruntime and onnx, which training does not
-need."""
+"""Maps modules to the public names that they hold.
+
+A name is imported on its first use. A command thus loads what it needs: training loads no onnx.
+"""
 
 __all__ = [
     "INHERIT",
@@ -69,6 +77,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("metrics", "recipes", "schedules"):
+        return importlib.import_module(f"qt_jax.{name}")
+    if name == "reestimate_batch_norm":
+        name, home = "reestimate", "batch_norm"
+    else:
+        homes = [module for module, names in _HOMES.items() if name in names]
+        if not homes:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = homes[0]
+    return getattr(importlib.import_module(f"qt_jax.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

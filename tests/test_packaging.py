@@ -107,7 +107,11 @@ def python(code: str) -> str:
 
 
 def test_an_import_brings_nothing_unasked():
-    loaded = python("import qt_jax, sys; print(*{name.partition('.')[0] for name in sys.modules})").split()
+    names = set(qt.__all__) - {"equalize", "evaluate", "to_onnx", "to_qdq"}
+    touch = f"[getattr(qt_jax, name) for name in {names}]"
+    show = "print(*{name.partition('.')[0] for name in sys.modules})"
+    assert "jax" not in python(f"import qt_jax, sys; {show}").split()
+    loaded = python(f"import qt_jax, sys; {touch}; {show}").split()
     assert "jax" in loaded
     assert not {*UNASKED, *VENDORS, "experiments"} & {*loaded}
 
