@@ -18,7 +18,7 @@ BASELINES = "main"
 FLOAT = "float"
 """The method without quantization, with which the others are compared and from which fine-tuning starts."""
 
-Export = Literal["plain", "clips", "batch-norm"]
+Export = Literal["plain", "clips", "batch-norm", "ranges", "learned"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,10 @@ class Method:
       scales: Maps fields of `Config` to factors of the task's values. Counts are rounded, to at least 1.
       start: Training starts from the trained network of this method, of the same task and seed.
       network: The trained network of this method, of the same task and seed, is deployed. None is trained.
+      starting: That network is the one from which the task's rows start, see `Task.start`.
       export: "plain"; "clips" exports learned ranges as Clip nodes; "batch-norm" estimates the statistics of
-        batch norm again on the float graph.
+        batch norm again on the float graph; "ranges" and "learned" rescale the channels of the graph as
+        `qt.equalize` does with the method of this name.
       rate: The method whose searched learning rate this one takes. With None it has a search of its own.
     """
 
@@ -45,6 +47,7 @@ class Method:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     start: str | None = None
     network: str | None = None
+    starting: bool = False
     export: Export = "plain"
     rate: str | None = None
 
@@ -83,6 +86,15 @@ def config_of(method: Method, base: Config, seed: int, factor: float = 1.0) -> C
     return dataclasses.replace(base, **values)
 
 
+PLAIN: Mapping[str, Any] = {"sched": "none", "reverse_pruning": None}
+"""Float training."""
+
+FLOAT_BASELINES = (
+    *("start", "start-ranges", "start-learned", "float-learned"),
+    *("averaged", "kure", "range-restriction", "sam"),
+)
+"""Methods without quantization beside `FLOAT`, which only studies of fine-tuning have."""
+
 W4: Mapping[str, Any] = {"bits": 4, "reestimate": 10_000}
 """4-bit weights, and batch norm re-estimated in the float network.
 
@@ -94,7 +106,7 @@ METHODS: dict[str, Method] = {
     "float": Method(
         "float + PTQ",
         "Float training; the vendor quantizes afterwards (PTQ). This is what most practitioners do.",
-        changes={"sched": "none", "reverse_pruning": None},
+        changes=PLAIN,
     ),
     "qat": Method(
         "plain QAT W8A8",
@@ -148,6 +160,61 @@ METHODS: dict[str, Method] = {
         "is re-estimated in the float network, as in the recommended recipe.",
         tables=("main", "bits"),
         changes={"quantizer": "qwix", **PLAIN_QAT, **W4, "per_channel": True},
+    ),
+    # What float training gives for nothing, or with a penalty. In a task of fine-tuning, `float` trains on
+    # like the other methods: it is their fair control.
+    "start": Method(
+        "float, before fine-tuning",
+        "The float network from which the task's rows start, not trained any further.",
+        network=FLOAT,
+        starting=True,
+    ),
+    "start-ranges": Method(
+        "float, ranges equalized",
+        "`start`, with the ranges of its channels equalized in closed form, which does not change its "
+        "function. Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, with all channels of a residual "
+        "stream as one.",
+        network=FLOAT,
+        starting=True,
+        export="ranges",
+    ),
+    "start-learned": Method(
+        "float, equalized",
+        "`start`, with channels rescaled by `qt.equalize`: learned from the errors of simulated grids, "
+        "without labels and without training.",
+        network=FLOAT,
+        starting=True,
+        export="learned",
+    ),
+    "float-learned": Method(
+        "float + PTQ, equalized",
+        "`float`, with channels rescaled by `qt.equalize`.",
+        network=FLOAT,
+        export="learned",
+    ),
+    "averaged": Method(
+        "weight averaging",
+        "Float training whose moving average of weights is deployed (decay 0.998), with batch norm measured "
+        "anew.",
+        changes={**PLAIN, "ema": 0.998, "reestimate": 10_000},
+    ),
+    "kure": Method(
+        "KURE",
+        "Float training that draws the kurtosis of every kernel to that of the uniform distribution. Source: "
+        "Shkolnik et al. 2020, arXiv 2002.07686.",
+        changes={**PLAIN, "regularizer": "kure", "regularizer_weight": 1.0},
+    ),
+    "range-restriction": Method(
+        "range restriction (R2)",
+        "Float training that penalises the largest magnitude of every kernel. Source: Kundu et al. 2023, "
+        "arXiv 2303.08253, the L-infinity form.",
+        changes={**PLAIN, "regularizer": "range", "regularizer_weight": 0.01},
+    ),
+    "sam": Method(
+        "SAM",
+        "Float training by sharpness-aware minimisation with the radius 0.05. It takes two gradients at each "
+        "step. Source: Foret et al. 2021, arXiv 2010.01412.",
+        changes={**PLAIN, "sharpness": 0.05},
     ),
     # Quant-Trim as published, and as this project recommends it.
     "quant-trim": Method(

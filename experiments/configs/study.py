@@ -1,5 +1,6 @@
 """Define the presets of the study: their tasks, the methods compared on each, and the deployments.
 
+- converged: networks trained to convergence on two CPU cores, and every method as a fine-tuning of them.
 - cpu: two CPU cores, small networks, short budgets, three or five seeds. It takes hours; the results are in
   experiments/results/paper-cpu.
 - accelerator: one GPU or TPU, full networks, full budgets, five seeds. It takes hours and was not run yet.
@@ -9,10 +10,12 @@
 """
 
 import dataclasses
+from typing import Literal
 
 import qt_jax as qt
-from experiments.configs.methods import BASELINES, FLOAT, METHODS
+from experiments.configs.methods import BASELINES, FLOAT, FLOAT_BASELINES, METHODS
 from experiments.configs.training import PRESETS, SEGMENTATION_PRESETS, Config
+from qt_jax.backends import grids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,17 @@ class Task:
         return self.main if BASELINES in METHODS[method].tables else self.ablation
 
 
+SEARCHED = (Target("onnxruntime", "reference", ("int4w-pt-minmax", "int4w-pc-minmax")),)
+"""Deployments of a trial whose criterion is the mean over them and FP32."""
+
+GRIDS = Target(
+    "grids",
+    "onnxruntime",
+    tuple(scheme.name for scheme in grids.BACKEND.schemes if not scheme.name.endswith("-weights")),
+)
+"""All conventions of grids, with activations on 8 bits."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """Describe a study.
@@ -62,6 +76,8 @@ class Preset:
       seeds: Seeds of training, the same for all methods of all tasks.
       factors: Factors of the task's learning rate, which `--search` tries for each method.
       search_seed: Seed of the search, which is not among `seeds`.
+      judges: Where a trial of the search is deployed, on the validation split.
+      criterion: What the search takes of these deployments: their mean, FP32 with them, or the worst one.
       more_seeds: Further seeds for the methods that a task replicates.
       pinned: True: a row computes on one core, and as many rows run at a time as there are cores. False: one
         row runs at a time, on the whole machine.
@@ -74,6 +90,8 @@ class Preset:
     seeds: tuple[int, ...]
     factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     search_seed: int = 1000
+    judges: tuple[Target, ...] = SEARCHED
+    criterion: Literal["mean", "worst"] = "mean"
     more_seeds: tuple[int, ...] = ()
     pinned: bool = True
     minutes: float = 20.0
@@ -188,6 +206,9 @@ DEPTHWISE_METHODS = (
 )
 """Methods on depthwise convolutions, where the published quantization points are weakest."""
 
+FIVE_EPOCHS = tuple(name for name, method in METHODS.items() if name not in FLOAT_BASELINES)
+"""Methods of the study of short trainings from scratch."""
+
 CPU_BASE = Config(preset="cpu", model="fast8", epochs=5)
 CPU = Preset(
     name="cpu",
@@ -195,7 +216,7 @@ CPU = Preset(
         Task(
             name="cifar10-fast8",
             base=CPU_BASE,
-            methods=tuple(METHODS),
+            methods=FIVE_EPOCHS,
             main=MAIN,
             ablation=ABLATION,
             replicated=("float", "quant-trim", "recommended"),
@@ -233,15 +254,63 @@ CPU = Preset(
     more_seeds=(3, 4),
 )
 
+SPEED_HALF = dataclasses.replace(PRESETS["cpu"], sched="quartic")
+"""The default of `experiments.cifar` on CPUs, trained until it is right on nine of ten images."""
+
+EVERYWHERE = (
+    Target(
+        "onnxruntime",
+        "reference",
+        ("int8-pt-minmax", "int8-pc-minmax", "int4w-pt-minmax", "int4w-pc-minmax"),
+    ),
+    GRIDS,
+)
+"""Deployments of all methods of the converged study."""
+
+TUNED = (
+    *(FLOAT, *FLOAT_BASELINES),
+    *("qat-w4", "qat-w4-folded", "lsq-w4", "pact-w4", "qwix-w4"),
+    *("reverse-pruning-only", "quant-trim", "recommended", "recommended-w4"),
+)
+"""Methods that are compared as a fine-tuning of a converged network."""
+
+
+def fine_tuning(scratch: Task, epochs: int, learning_rate: float) -> Task:
+    """Return the task of fine-tuning the float networks of a task, with this budget for every method."""
+    base = dataclasses.replace(scratch.base, epochs=epochs, learning_rate=learning_rate)
+    return Task(
+        f"{scratch.name}-tuned",
+        base,
+        TUNED,
+        main=scratch.main,
+        ablation=scratch.ablation,
+        start=scratch.name,
+    )
+
+
+CONVERGED_CIFAR = Task(
+    "cifar10-speed", SPEED_HALF, (FLOAT, "quant-trim", "recommended"), main=EVERYWHERE, ablation=EVERYWHERE
+)
+
+CONVERGED = Preset(
+    name="converged",
+    tasks=(CONVERGED_CIFAR, fine_tuning(CONVERGED_CIFAR, epochs=3, learning_rate=0.05)),
+    seeds=(0, 1, 2, 3, 4),
+    factors=(0.4, 1.0, 2.5),
+    judges=(GRIDS,),
+    criterion="worst",
+    minutes=30.0,
+)
+
 GPU_BASE = PRESETS["gpu"]
-MAIN_METHODS = methods_of(BASELINES)
+MAIN_METHODS = tuple(name for name in methods_of(BASELINES) if name not in FLOAT_BASELINES)
 ACCELERATOR = Preset(
     name="accelerator",
     tasks=(
         Task(
             name="cifar10-resnet18",
             base=GPU_BASE,
-            methods=tuple(METHODS),
+            methods=FIVE_EPOCHS,
             main=GPU_MAIN,
             ablation=ABLATION,
         ),
@@ -310,7 +379,11 @@ that and for the validation split, on which it does not train."""
 FIRST_METHODS = (FLOAT, "quant-trim", "recommended", "qat", "qat-w4", "lsq-w4", "reverse-pruning-only")
 """Methods that the quarter of an hour trains first, in this order."""
 
-SPEED_METHODS = tuple(dict.fromkeys((*FIRST_METHODS, *methods_of(BASELINES), "recommended-w4")))
+SPEED_METHODS = tuple(
+    name
+    for name in dict.fromkeys((*FIRST_METHODS, *methods_of(BASELINES), "recommended-w4"))
+    if name not in FLOAT_BASELINES
+)
 """Every baseline there is, and the candidate recipes."""
 
 
@@ -418,6 +491,7 @@ SMOKE = Preset(
 
 STUDIES = {
     "cpu": CPU,
+    "converged": CONVERGED,
     "accelerator": ACCELERATOR,
     "smoke": SMOKE,
     "accelerator-reduced": reduced(ACCELERATOR),

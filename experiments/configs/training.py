@@ -76,6 +76,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("reverse_pruning_every", "train_limit", "test_limit"), (1, math.inf)),
     "calibration_size": (1, math.inf),
     **dict.fromkeys(("learning_rate", "weight_decay"), (0, sys.float_info.max)),
+    **dict.fromkeys(("regularizer_weight", "sharpness"), (0, sys.float_info.max)),
     **dict.fromkeys(("momentum", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("range_momentum", "reverse_pruning_start"), (0, 1)),
     "ema": (0, 1 - 1e-6),
@@ -153,6 +154,14 @@ class Config:
     """L2 penalty on kernels, and on the clips of pact."""
     label_smoothing: float = 0.1
     """Share of the label that is spread over all classes."""
+    regularizer: Literal["none", "kure", "range"] = "none"
+    """Penalty on kernels, a baseline. kure: kurtosis far from that of evenly spread weights; range: the
+    largest magnitude of each kernel."""
+    regularizer_weight: float = 1.0
+    """Factor of the penalty in the loss."""
+    sharpness: float = 0.0
+    """Radius in which sharpness-aware minimisation (SAM) looks for the steepest loss, a baseline. 0: off.
+    A step then takes two gradients."""
     ema: float = 0.0
     """Decay of a moving average of the parameters, which is then evaluated and exported. 0: no average.
     The batch norm of training belongs to the parameters: measure it again on the average (--reestimate)."""
@@ -255,6 +264,8 @@ class Config:
         check_quantizer(self.quantizer, **{name: getattr(self, name) for name in names})
         names = ("folded", "fused_outputs", "vendor_grids", "reverse_pruning_folded")
         check_deployment_flags(self.quantizer, self.sched, **{name: getattr(self, name) for name in names})
+        if self.sharpness and self.accumulate > 1:
+            raise qt.InvalidInput("--sharpness takes whole batches: give --accumulate 1 with it")
         if self.batch_size % self.accumulate:
             raise qt.InvalidInput(
                 f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
@@ -397,7 +408,15 @@ def float_twin(config: Config) -> Config:
 
 
 PRESETS: dict[str, Config] = {
-    "cpu": Config(preset="cpu"),
+    "cpu": Config(
+        preset="cpu",
+        model="speed-half",
+        epochs=12,
+        learning_rate=0.3,
+        label_smoothing=0.2,
+        shift=2,
+        flips="alternating",
+    ),
     "gpu": Config(
         preset="gpu",
         model="resnet18",

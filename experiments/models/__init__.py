@@ -35,7 +35,7 @@ MODELS = {
     "vit-tiny": partial(ViT, 4, 48, 3),
     "mixer": Mixer,
     "speed": SpeedNet,
-    "speed-half": partial(SpeedNet, (32, 128, 128)),
+    "speed-half": partial(SpeedNet, (32, 128, 128), norm_momentum=0.9),
     "speed-tiny": partial(SpeedNet, (16, 32)),
     "lstm": partial(RowReader, nn.LSTMCell),
     "gru": partial(RowReader, nn.GRUCell),

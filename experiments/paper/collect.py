@@ -74,14 +74,14 @@ def collect(
 
 
 def trial(row: StudyRow, found: Sequence[Record], seconds: float) -> Record:
-    """Return what search.jsonl holds of a trial: accuracies on the validation split, and their mean."""
-    top1 = {record["scheme"]: score(record) for record in found}
-    shown = {name: top1[name] for name in ("fp32", "int4w-pt-minmax", "int4w-pc-minmax")}
+    """Return what search.jsonl holds of a trial: accuracies on the validation split, and the criterion."""
+    shown = {record["scheme"]: score(record) for record in found}
+    scores = [value or 0.0 for value in shown.values()]
     return {
         "factor": row.factor,
         "learning_rate": row.config.learning_rate,
         **shown,
-        "criterion": fmean(value or 0.0 for value in shown.values()),
+        "criterion": min(scores) if row.preset.criterion == "worst" else fmean(scores),
         "images": found[0]["n"],
         "seconds": round(seconds, 1),
         "commit": provenance.commit(),

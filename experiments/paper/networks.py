@@ -43,9 +43,13 @@ from qt_jax.backends import cost
 from qt_jax.backends.steps import Limits
 from qt_jax.export import network
 from qt_jax.export.deploy import deploy
+from qt_jax.export.storage import save
 from qt_jax.interception import COLLECTION
 
 CHECKPOINTS, REESTIMATED, ADOPTED = "checkpoints", "reestimated", "adopted"
+
+RAW = "raw.onnx"
+"""The graph before its channels are rescaled, beside `GRAPH`."""
 
 REESTIMATION = 10_000
 """Training images with which batch norm is estimated again."""
@@ -123,13 +127,22 @@ def prepare(row: StudyRow, runs: Path, dataset: Dataset, console: Console) -> No
         checkpoint = _reestimated(row, checkpoint, folder / CHECKPOINTS / REESTIMATED, dataset)
     describe(row.config, dataset, os.path.relpath(checkpoint, folder), folder / DESCRIPTION)
     if not (folder / GRAPH).exists():
-        clips = row.method.export == "clips"
-        summary = deploy(network.load(folder), folder / GRAPH, clips=clips)
+        clips, equalized = row.method.export == "clips", row.method.export in ("ranges", "learned")
+        graph = folder / (RAW if equalized else GRAPH)
+        summary = deploy(network.load(folder), graph, clips=clips)
         console.print(
             f"{GRAPH}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates; "
             f"largest difference to JAX {max(summary['max_difference'].values()):.1e}; "
             f"{len(summary['clips'])} clips; {summary['ranges_reason'] or 'learned ranges'}"
         )
+        if equalized:
+            calibration, _ = vendor_arrays(row.config, dataset, 1)
+            neutral = qt.equalize(graph, calibration, method=row.method.export, seed=row.seed)
+            save(neutral.model, folder / GRAPH)
+            console.print(
+                f"{neutral.freedom.count} factors; the outputs differ by {neutral.difference:.1e} of the "
+                f"largest; {neutral.seconds:.0f} s"
+            )
 
 
 def _adopted(row: StudyRow, folder: Path) -> Path:

@@ -33,9 +33,6 @@ TRAINED, NETWORK = "trained.jsonl", "network.npz"
 """What `experiments.accelerator` leaves: records in the folder of the preset, a network in that of a row."""
 ATTEMPTS, METRICS, LOG, LOCK = "attempts.jsonl", "metrics.jsonl", "log.txt", ".lock"
 
-SEARCH_TARGETS = (Target("onnxruntime", "reference", ("int4w-pt-minmax", "int4w-pc-minmax")),)
-"""Deployments of a trial of the search beside FP32, on the validation split."""
-
 
 @dataclasses.dataclass(frozen=True)
 class StudyRow:
@@ -71,7 +68,7 @@ class StudyRow:
     @property
     def targets(self) -> tuple[Target, ...]:
         """Return where the network is deployed, apart from FP32 in onnxruntime."""
-        return SEARCH_TARGETS if self.searching else self.task.targets(self.name)
+        return self.preset.judges if self.searching else self.task.targets(self.name)
 
     @property
     def waits_for(self) -> "StudyRow | None":
@@ -127,7 +124,7 @@ def trials(preset: Preset) -> list[StudyRow]:
         for factor in preset.factors
         for task in preset.tasks
         for name in task.methods
-        if METHODS[name].rate is None
+        if METHODS[name].rate is None and METHODS[name].network is None
     ]
 
 
@@ -153,14 +150,17 @@ def row_of(
       InvalidInput: As `config_of` raises it.
     """
     method = METHODS[name]
-    chosen = best(preset, task, name, found) if trial is None else None
-    factor = trial if trial is not None else chosen["factor"] if chosen else 1.0
-    config = config_of(METHODS[method.network or name], task.base, seed, factor)
-    origin = chosen and f"{chosen['method']} seed {chosen['seed']} factor {factor:g}"
+    starts = task.start is not None and (method.starting or not method.needs)
+    needed = (preset.task(task.start), FLOAT) if starts else (task, method.needs)
     source = None
-    needed = (task, method.needs) if task.start is None or method.needs else (preset.task(task.start), FLOAT)
     if needed[1] is not None:
         source = row_of(preset, *needed, seed, found, None if trial is None else 1.0)
+    if method.network and source is not None:
+        return dataclasses.replace(source, task=task, name=name, source=source)
+    chosen = best(preset, task, name, found) if trial is None else None
+    factor = trial if trial is not None else chosen["factor"] if chosen else 1.0
+    config = config_of(method, task.base, seed, factor)
+    origin = chosen and f"{chosen['method']} seed {chosen['seed']} factor {factor:g}"
     return StudyRow(preset, task, name, seed, config, factor, origin, source, trial is not None)
 
 

@@ -192,21 +192,22 @@ def tables_of(evidence: Evidence, task: str) -> list[str]:
 
 
 def methods_table(evidence: Evidence) -> str:
-    """Tabulate every method of the study: what it is, how long it takes, and what it scores.
+    """Tabulate every method that a study has records of: what it is, how long it takes, and what it scores.
 
     Columns are the name on the command line, what the method is, the first task that has it, the minutes of
-    one core for one row of that task, and the accuracy in % by group, as a mean over seeds. A method without
-    records is "not run yet".
+    one core for one row of that task, and the accuracy in % by group, as a mean over seeds.
     """
-    rows = [[f"`{name}`", METHODS[name].about, *_time_and_scores(evidence, name)] for name in METHODS]
+    deployed = {name: task for task in reversed(evidence.tasks) for name in evidence.deployed[task]}
+    rows = [
+        [f"`{name}`", METHODS[name].about, *_time_and_scores(evidence, deployed[name], name)]
+        for name in METHODS
+        if name in deployed
+    ]
     return markdown_table(["method", "what it is", "task", "minutes", *GROUPS], rows, words=3)
 
 
-def _time_and_scores(evidence: Evidence, method: str) -> list[str]:
+def _time_and_scores(evidence: Evidence, task: str, method: str) -> list[str]:
     """Return task, minutes and scores of a method."""
-    task = next((task for task in evidence.tasks if method in evidence.deployed[task]), None)
-    if task is None:
-        return ["not run yet", *[ABSENT] * (1 + len(GROUPS))]
     seconds = [r["seconds"] for r in evidence.training if (r["task"], r["method"]) == (task, method)]
     scores = []
     for group in GROUPS:
@@ -278,8 +279,12 @@ def _changes(record: Mapping) -> str:
 
 
 def search(evidence: Evidence) -> str:
-    """Tabulate every trial: accuracies on the validation split, and their mean, which chose the rate."""
-    keys = ("fp32", "int4w-pt-minmax", "int4w-pc-minmax", "criterion")
+    """Tabulate every trial: accuracies on the validation split, and the criterion that chose the rate.
+
+    Of many deployments only FP32 is shown beside the criterion.
+    """
+    shown = ("fp32", "int4w-pt-minmax", "int4w-pc-minmax")
+    keys = [*(key for key in shown if all(key in trial for trial in evidence.search)), "criterion"]
     rows = [
         [
             trial["task"],

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from experiments.baselines.regularizers import REGULARIZERS, sharpest
 from experiments.configs.training import Config
 from experiments.data.augment import normalize, random_crop_flip, weighted_views
 from experiments.devices import constrained, replicated, split_rows
@@ -87,9 +88,11 @@ def make_train_step(
     def gradients_of(state: TrainState, images: jax.Array, labels: jax.Array):
         """Return the mean loss, the number of right decisions, the statistics and the mean gradients."""
         if config.accumulate == 1:
-            (loss, (correct, batch_stats)), gradients = gradient_fn(
-                state.params, state.batch_stats, images, labels, state.step
-            )
+            batch = (state.batch_stats, images, labels, state.step)
+            (loss, (correct, batch_stats)), gradients = gradient_fn(state.params, *batch)
+            if config.sharpness:
+                steepest = sharpest(state.params, gradients, config.sharpness)
+                _, gradients = gradient_fn(steepest, *batch)
             return loss, correct, batch_stats, gradients
 
         def add(carry, part):
@@ -153,6 +156,8 @@ def _loss_function(
             forward = jax.checkpoint(forward, policy=_is_product)
         logits, updated = forward(params, images)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        if config.regularizer != "none":
+            loss += config.regularizer_weight * REGULARIZERS[config.regularizer](params)
         correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32) / labels[0].size
         return loss, (correct, updated.get("batch_stats", {}))
 

@@ -112,7 +112,7 @@ def test_beginning_anew_forgets_what_was_begun(tmp_path, finishing):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--preset", "tpu"], "choose one of cpu, accelerator, smoke"),
+        (["--preset", "tpu"], "choose one of cpu, converged, accelerator"),
         (["--only", "nothing"], "--only nothing is unknown here"),
         (["--jobs", "0"], "--jobs must be from 1 to"),
         (["--render"], "holds no records of finished rows"),

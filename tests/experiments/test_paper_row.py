@@ -24,7 +24,9 @@ from experiments.paper.row import Options, find, main
 from experiments.paper.rows import GRAPH, folder_of, row_of
 from experiments.paper.structure import BINS, kernel_tails
 from qt_jax import records
+from qt_jax.export import graph as graph_module
 from qt_jax.export.network import load
+from qt_jax.export.sessions import named_inputs, run_tensors
 
 SMOKE = preset("smoke")
 FEW = (Target("onnxruntime", "reference", ("int4w-pt-minmax",)),)
@@ -183,6 +185,28 @@ def test_trial_of_the_search_is_judged_on_the_validation_split(study):
     assert {r["seed"] for r in results(study, rows.DEPLOYMENT)} == {0}
     chosen = row_of(SMOKE, TASK, "float", 0, results(study, rows.SEARCH))
     assert (chosen.factor, chosen.chosen) == (1.0, None)  # the other factors are still to come
+
+
+def test_fine_tuned_rows_and_rescaled_graphs(study):
+    base = dataclasses.replace(TASK.base, epochs=1)
+    tuned = dataclasses.replace(TASK, name="tuned", base=base, start="digits", ablation=FEW)
+    both = dataclasses.replace(SMOKE, tasks=(TASK, tuned))
+    names = ("float", "start", "start-ranges", "averaged", "kure", "range-restriction", "sam")
+    every = {name: row_of(both, tuned, name, 0) for name in names}
+    for row in every.values():
+        perform(row, study / "runs", study / "results", Console(file=io.StringIO()))
+    assert rows.done(list(every.values()), study / "results" / "paper-smoke") == set(every.values())
+    folders = {name: folder_of(row, study / "runs") for name, row in every.items()}
+    graphs = {name: onnx.load(folder / GRAPH) for name, folder in folders.items()}
+    digits = load(folders["start"]).samples.parity.transpose(0, 3, 1, 2)
+    logits = {
+        name: run_tensors(graph, ["logits"], named_inputs(graph, digits)) for name, graph in graphs.items()
+    }
+    shown = {name: np.concatenate([batch["logits"] for batch in found]) for name, found in logits.items()}
+    kernels = {name: graph_module.constants(graph)["head/kernel"] for name, graph in graphs.items()}
+    np.testing.assert_allclose(shown["start-ranges"], shown["start"], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(kernels["start-ranges"], kernels["start"])
+    assert len({kernels[name].tobytes() for name in names}) == len(names)
 
 
 def test_command_line_finds_the_same_row():

@@ -83,6 +83,19 @@ def test_digest_follows_config_and_source_only():
     assert row_of(SMOKE, other, "float", 0).digest == row_of(SMOKE, TASK, "float", 0).digest
 
 
+def test_fine_tuning_starts_from_the_float_network_of_its_task():
+    chosen = preset("converged")
+    task = chosen.task("cifar10-speed-tuned")
+    base = row_of(chosen, chosen.task("cifar10-speed"), "float", 3)
+    tuned, start = (row_of(chosen, task, name, 3) for name in ("float", "start"))
+    assert tuned.source == start.source == base and start.config == base.config
+    assert (tuned.config.epochs, tuned.config.learning_rate) == (task.base.epochs, task.base.learning_rate)
+    rescaled = row_of(chosen, task, "float-learned", 3)
+    assert rescaled.source == tuned and rescaled.digest not in (tuned.digest, start.digest)
+    assert not {"start", "start-learned", "float-learned"} & {row.name for row in trials(chosen)}
+    assert {row.name for row in trials(chosen)} >= {"float", "kure", "sam", "recommended", "lsq-w4"}
+
+
 def test_only_what_differs_from_the_defaults_counts():
     assert changed(Config()) == {}
     assert changed(Config(rules=("head=8",), reverse_pruning=None)) == {

@@ -41,9 +41,9 @@ def test_backends_offer_what_presets_ask_for(name):
 
 
 def test_unknown_preset_is_refused():
-    names = ["cpu", "accelerator", "smoke", "accelerator-reduced", "quarter-hour", "quarter-hour-reduced"]
-    assert list(STUDIES) == names
-    with pytest.raises(qt.InvalidInput, match="choose one of cpu, accelerator, smoke"):
+    others = ("accelerator", "smoke", "accelerator-reduced", "quarter-hour", "quarter-hour-reduced")
+    assert list(STUDIES) == ["cpu", "converged", *others]
+    with pytest.raises(qt.InvalidInput, match="choose one of cpu, converged, accelerator"):
         preset("tpu")
 
 
