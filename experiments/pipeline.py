@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from experiments.data import SEGMENTATION, Dataset, load
 from experiments.data.augment import normalize
 from experiments.masks import SHOWN, decided_masks, masks_figure
 from experiments.run_summary import metric_of, write_report, write_summary
-from experiments.runs import FLOAT, claim, graphs_of, identity, vendor_arrays
+from experiments.runs import FLOAT, claim, graphs_of, identity, model_input, vendor_arrays
 from experiments.training.loop import train
 from experiments.training.quantizers import keeps_ranges, quantization
 from qt_jax import records
@@ -33,8 +34,9 @@ from qt_jax.command_line import exit_status, text_console
 from qt_jax.export import verify
 from qt_jax.export.deploy import deploy, learned_ranges
 from qt_jax.export.encodings import ranges_path, write_ranges
-from qt_jax.export.network import Description, Samples, write_description, write_samples
+from qt_jax.export.network import Deployable, Description, Samples, write_description, write_samples
 from qt_jax.export.network import load as load_network
+from qt_jax.export.storage import save
 
 RUN_SCHEMES = (
     *("fp32", "int8-pt-minmax", "int8-pc-minmax", "int8-pt-percentile", "int8-pc-percentile"),
@@ -96,7 +98,7 @@ def run(config: Config, console: Console) -> None:
     for method, twin in twins.items():
         path = directory / graphs[method]
         describe(twin, dataset, f"checkpoints/{method}", path.with_suffix(".json"))
-        export(path, console)
+        export(twin, path, dataset, console)
     for method in trained:
         evaluate(config, method, dataset, directory, console)
     if config.dataset in SEGMENTATION:
@@ -145,17 +147,52 @@ def describe(config: Config, dataset: Dataset, checkpoints: str, path: Path) -> 
     write_description(description, path)
 
 
-def export(path: Path, console: Console) -> None:
+def deploy_float(
+    config: Config, trained: Deployable, path: Path, calibration: np.ndarray, clips: bool = False
+) -> dict[str, Any]:
+    """Write the verified FP32 graph to `path`, and return what `deploy` says of it.
+
+    With `--equalize` its channels are rescaled. Learned ranges then hold no more, and are not written.
+
+    Args:
+      config: Config of the network.
+      trained: The network.
+      path: ONNX file to write.
+      calibration: Images as the graph takes them, on which factors of channels are chosen.
+      clips: As `deploy` takes it.
+    """
+    if config.equalize == "none":
+        return deploy(trained, path, clips=clips)
+    before = path.with_suffix(".raw.onnx")
+    summary = deploy(trained, before, clips=clips)
+    neutral = qt.equalize(before, calibration, method=config.equalize, seed=config.seed)
+    save(neutral.model, path)
+    ranges_path(before).unlink(missing_ok=True)
+    reason = (
+        f"{neutral.freedom.count} factors rescale the channels ({neutral.seconds:.0f} s), so that learned "
+        "ranges do not hold any more"
+    )
+    return summary | {"ranges": None, "ranges_reason": reason}
+
+
+def export(config: Config, path: Path, dataset: Dataset, console: Console) -> None:
     """Write the verified FP32 graph to `path`, with its learned ranges beside it.
 
     A graph that is already there is verified again.
+
+    Args:
+      config: Config of this network; for the float twin, that of the twin.
+      path: ONNX file; its description is beside it.
+      dataset: Gives the images on which factors of channels are chosen.
+      console: Prints what happens.
 
     Raises:
       InvalidInput: The graph that is there does not belong to the checkpoint.
     """
     network = load_network(path.with_suffix(".json"))
     if not path.exists():
-        summary = deploy(network, path)
+        calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
+        summary = deploy_float(config, network, path, calibration)
         operators = ", ".join(f"{count} {name}" for name, count in summary["operators"].items())
         console.print(
             f"{path.name}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates, "
@@ -171,7 +208,9 @@ def export(path: Path, console: Console) -> None:
         raise qt.InvalidInput(
             f"{path} is not the graph of this run's checkpoint ({error}). Delete it and relaunch."
         ) from error
-    if not ranges_path(path).exists() and (ranges := learned_ranges(network, graph)[0]) is not None:
+    if config.equalize != "none" or ranges_path(path).exists():
+        return
+    if (ranges := learned_ranges(network, graph)[0]) is not None:
         write_ranges(ranges, ranges_path(path))
 
 

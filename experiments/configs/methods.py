@@ -18,7 +18,7 @@ BASELINES = "main"
 FLOAT = "float"
 """The method without quantization, with which the others are compared and from which fine-tuning starts."""
 
-Export = Literal["plain", "clips", "batch-norm", "ranges", "learned"]
+Export = Literal["plain", "clips", "batch-norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,13 @@ class Method:
       title: Its name in tables and figures.
       about: What the method is, with its source, in Markdown.
       tables: The tables it is a row of: "main", or ablations such as "schedule".
-      changes: Maps fields of `Config` to the values that replace the task's.
+      changes: Maps fields of `Config` to the values that replace the task's, or those of `network`.
       scales: Maps fields of `Config` to factors of the task's values. Counts are rounded, to at least 1.
       start: Training starts from the trained network of this method, of the same task and seed.
       network: The trained network of this method, of the same task and seed, is deployed. None is trained.
       starting: That network is the one from which the task's rows start, see `Task.start`.
       export: "plain"; "clips" exports learned ranges as Clip nodes; "batch-norm" estimates the statistics of
-        batch norm again on the float graph; "ranges" and "learned" rescale the channels of the graph as
-        `qt.equalize` does with the method of this name.
+        batch norm again on the float graph.
       rate: The method whose searched learning rate this one takes. With None it has a search of its own.
     """
 
@@ -176,7 +175,7 @@ METHODS: dict[str, Method] = {
         "stream as one.",
         network=FLOAT,
         starting=True,
-        export="ranges",
+        changes={"equalize": "ranges"},
     ),
     "start-learned": Method(
         "float, equalized",
@@ -184,13 +183,13 @@ METHODS: dict[str, Method] = {
         "without labels and without training.",
         network=FLOAT,
         starting=True,
-        export="learned",
+        changes={"equalize": "learned"},
     ),
     "float-learned": Method(
         "float + PTQ, equalized",
         "`float`, with channels rescaled by `qt.equalize`.",
         network=FLOAT,
-        export="learned",
+        changes={"equalize": "learned"},
     ),
     "averaged": Method(
         "weight averaging",

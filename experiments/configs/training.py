@@ -237,8 +237,11 @@ class Config:
     """Training images, at least 500, on which the batch norm of the float network is re-estimated after the
     last step. 0: keep the running averages of training."""
 
+    equalize: Literal["none", "ranges", "learned"] = "none"
+    """Rescale the channels of the exported graph, which does not change its function, as `qt.equalize` does
+    with the method of this name. learned takes some minutes. The float twin is left as it is."""
     calibration_size: int = 512
-    """Training images on which the vendor's quantizer is calibrated."""
+    """Training images on which the vendor's quantizer is calibrated, and channels are rescaled."""
     test_limit: int | None = None
     """Use at most this many test images."""
 
@@ -404,6 +407,7 @@ def float_twin(config: Config) -> Config:
         fused_outputs=False,
         vendor_grids=False,
         reverse_pruning_folded=False,
+        equalize="none",
     )
 
 

@@ -33,7 +33,7 @@ from experiments.paper.rows import (
     locked,
     results_of,
 )
-from experiments.pipeline import describe
+from experiments.pipeline import deploy_float, describe
 from experiments.runs import model_input, vendor_arrays
 from experiments.training.checkpoints import read_variables
 from experiments.training.finishing import batch_norm_on
@@ -42,14 +42,9 @@ from qt_jax import records
 from qt_jax.backends import cost
 from qt_jax.backends.steps import Limits
 from qt_jax.export import network
-from qt_jax.export.deploy import deploy
-from qt_jax.export.storage import save
 from qt_jax.interception import COLLECTION
 
 CHECKPOINTS, REESTIMATED, ADOPTED = "checkpoints", "reestimated", "adopted"
-
-RAW = "raw.onnx"
-"""The graph before its channels are rescaled, beside `GRAPH`."""
 
 REESTIMATION = 10_000
 """Training images with which batch norm is estimated again."""
@@ -127,22 +122,14 @@ def prepare(row: StudyRow, runs: Path, dataset: Dataset, console: Console) -> No
         checkpoint = _reestimated(row, checkpoint, folder / CHECKPOINTS / REESTIMATED, dataset)
     describe(row.config, dataset, os.path.relpath(checkpoint, folder), folder / DESCRIPTION)
     if not (folder / GRAPH).exists():
-        clips, equalized = row.method.export == "clips", row.method.export in ("ranges", "learned")
-        graph = folder / (RAW if equalized else GRAPH)
-        summary = deploy(network.load(folder), graph, clips=clips)
+        calibration = model_input(dataset, dataset.train_images[: row.config.calibration_size])
+        clips = row.method.export == "clips"
+        summary = deploy_float(row.config, network.load(folder), folder / GRAPH, calibration, clips=clips)
         console.print(
             f"{GRAPH}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates; "
             f"largest difference to JAX {max(summary['max_difference'].values()):.1e}; "
             f"{len(summary['clips'])} clips; {summary['ranges_reason'] or 'learned ranges'}"
         )
-        if equalized:
-            calibration, _ = vendor_arrays(row.config, dataset, 1)
-            neutral = qt.equalize(graph, calibration, method=row.method.export, seed=row.seed)
-            save(neutral.model, folder / GRAPH)
-            console.print(
-                f"{neutral.freedom.count} factors; the outputs differ by {neutral.difference:.1e} of the "
-                f"largest; {neutral.seconds:.0f} s"
-            )
 
 
 def _adopted(row: StudyRow, folder: Path) -> Path:

@@ -156,7 +156,8 @@ def row_of(
     if needed[1] is not None:
         source = row_of(preset, *needed, seed, found, None if trial is None else 1.0)
     if method.network and source is not None:
-        return dataclasses.replace(source, task=task, name=name, source=source)
+        config = dataclasses.replace(source.config, **method.changes)
+        return dataclasses.replace(source, task=task, name=name, config=config, source=source)
     chosen = best(preset, task, name, found) if trial is None else None
     factor = trial if trial is not None else chosen["factor"] if chosen else 1.0
     config = config_of(method, task.base, seed, factor)

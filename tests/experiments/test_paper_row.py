@@ -146,7 +146,7 @@ def test_relaunch_trains_and_deploys_nothing_again(study, monkeypatch):
     row = KINDS["quant-trim"]
     before = {r["method"]: r for r in results(study, rows.TRAINING)}["quant-trim"]
     count = {name: len(results(study, name)) for name in (rows.TRAINING, rows.STRUCTURE, rows.DEPLOYMENT)}
-    monkeypatch.setattr(networks, "deploy", None)
+    monkeypatch.setattr(networks, "deploy_float", None)
     console = Console(file=io.StringIO())
     perform(row, study / "runs", study / "results", console)
     assert "onnxruntime" not in console.file.getvalue()

@@ -27,6 +27,7 @@ from experiments.training import checkpoints, loop, program
 from experiments.training.logs import TrainingLog
 from experiments.training.state import create_state, learning_rate_schedule, optimizer
 from qt_jax import records
+from qt_jax.export.encodings import ranges_path
 
 METHOD = "quant-trim"
 STEPS_PER_EPOCH, EPOCHS = 4, 3
@@ -198,10 +199,21 @@ def test_averaged_parameters_are_exported_and_a_terminal_sees_the_bar(tmp_path, 
     path = tmp_path / "model.onnx"
     monkeypatch.setitem(models.MODELS, config.model, partial(ResNet, (1,), 4))
     describe(config, DIGITS, f"checkpoints/{METHOD}", path.with_suffix(".json"))
-    export(path, Console(file=io.StringIO()))
+    export(config, path, DIGITS, Console(file=io.StringIO()))
     weights = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer}
     kernel = variables["params"]["head"]["kernel"]
     assert any(np.array_equal(weights["head/kernel"], k) for k in (kernel, kernel.T))
+
+    neutral = tmp_path / "neutral.onnx"
+    describe(config, DIGITS, f"checkpoints/{METHOD}", neutral.with_suffix(".json"))
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    rescaled = dataclasses.replace(config, equalize="ranges")
+    export(rescaled, neutral, DIGITS, console)
+    assert "factors rescale the channels" in console.file.getvalue()
+    assert ranges_path(path).exists() and not ranges_path(neutral).exists()
+    export(rescaled, neutral, DIGITS, console)  # verifies what is there against the checkpoint
+    moved = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(neutral).graph.initializer}
+    assert not np.allclose(moved["head/kernel"], weights["head/kernel"])
 
     bar = terminal.getvalue()
     assert "epoch=3/3, loss=" in bar and "accuracy=" in bar and "lambda=1.000" in bar and "img/s" in bar
