@@ -86,7 +86,7 @@ class QuantConfig:
         its batch norm, which `Fusion.refresh` keeps up to date. The paper's grids lie over the raw kernel.
       fused_outputs: Paths of modules whose output also gets the grid of `activations`, since a vendor
         requantizes it. Take them from `find_fusion(...).outputs`.
-      seed: Seed of the draws of `QuantSpec(grids="vendors")`.
+      seed: Seed of the draws of `QuantSpec.grids`.
       axis_name: Mapped device axis under `shard_map` or `pmap`; None under plain `jit`.
 
     Raises:

@@ -11,9 +11,10 @@ Vendors lay different grids over one kernel. `fake_quant_on_drawn_grid` draws on
 step, so that training does not adapt to a single grid. Compilers differ in two ways. They take one scale for
 the kernel, or one for each output channel. With h = 2^(b-1) and a the largest magnitude, they also take the
 full symmetric range [-h, h - 1] with s = a / (h - 1/2) (onnxruntime), or the narrow one [1 - h, h - 1] with
-s = a / (h - 1) (NNCF, tpu-mlir, TFLite). A kernel trained on one of the four grids fits that one. Weights
-that meet all four have to lie where the rounding of each does little harm. This is not in the paper: it is
-this package's choice, off by default.
+s = a / (h - 1) (NNCF, tpu-mlir, TFLite). Some take s = a / h on the full range, which moves +a to
+(1 - 1 / h) a, or round a / (h - 1) to a power of two, up or to the nearest. A kernel trained on one grid fits
+that one. Weights that meet all of them have to lie where the rounding of each does little harm. This is not
+in the paper: it is this package's choice, off by default.
 """
 
 import dataclasses
@@ -48,8 +49,10 @@ class QuantSpec:
       ste: Gradient of the rounding. "identity" is the straight-through estimator; "clipped" is zero outside
         the representable range.
       quantile: Upper level of the robust range, in (0.5, 1]. The lower level is 1 - quantile; 1 is min-max.
-      grids: "own" for the grid described here. "vendors", for kernels, draws one of four grids at each step
-        of training (see `qt_jax.grid`); it needs a symmetric spec with an axis and the gradient "identity".
+      grids: "own" for the grid described here. For kernels, "vendors" draws one of four grids at each step of
+        training: full or narrow, per tensor or per channel. "conventions" draws from ten, with a / h and the
+        powers of two (see `qt_jax.grid`). Both need a symmetric spec with an axis and the gradient
+        "identity".
 
     Raises:
       InvalidInput: A field is out of its range.
@@ -66,7 +69,7 @@ class QuantSpec:
     narrow_range: bool | None = None
     ste: Literal["identity", "clipped"] = "identity"
     quantile: float = 0.999
-    grids: Literal["own", "vendors"] = "own"
+    grids: Literal["own", "vendors", "conventions"] = "own"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
@@ -79,14 +82,14 @@ class QuantSpec:
             raise InvalidInput(f'QuantSpec.ste must be "identity" or "clipped", got {self.ste!r}')
         if not 0.5 < self.quantile <= 1.0:
             raise InvalidInput(f"QuantSpec.quantile must lie in (0.5, 1], got {self.quantile!r}")
-        if self.grids not in ("own", "vendors"):
-            raise InvalidInput(f'QuantSpec.grids must be "own" or "vendors", got {self.grids!r}')
-        if self.grids == "vendors" and not (
-            self.symmetric and self.axis is not None and self.ste == "identity"
-        ):
+        if self.grids not in ("own", "vendors", "conventions"):
             raise InvalidInput(
-                'QuantSpec.grids="vendors" goes with symmetric=True, an axis and ste="identity": it draws '
-                "between one scale per tensor and one per channel of a kernel"
+                f'QuantSpec.grids must be "own", "vendors" or "conventions", got {self.grids!r}'
+            )
+        if self.grids != "own" and not (self.symmetric and self.axis is not None and self.ste == "identity"):
+            raise InvalidInput(
+                f'QuantSpec.grids="{self.grids}" goes with symmetric=True, an axis and ste="identity": it '
+                "draws between one scale per tensor and one per channel of a kernel"
             )
 
     @property
@@ -237,12 +240,12 @@ def along_axis(parameter: jax.Array, x: jax.Array, spec: QuantSpec) -> jax.Array
 def fake_quant_on_drawn_grid(
     x: jax.Array, low: jax.Array, high: jax.Array, spec: QuantSpec, lam: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Return `x` blended with its image on one of the vendors' four grids, each with probability 1/4.
+    """Return `x` blended with its image on one of the grids of `spec.grids`, all with the same probability.
 
     Args:
       x: Kernel of any float dtype. The arithmetic is as for `fake_quant`.
       low, high: float32 `(channels,)`, along `spec.axis`; taken as symmetric, with a = max(-low, high).
-      spec: Gives bits and axis. Its gradient is the identity.
+      spec: Gives bits, axis and `grids`, "vendors" or "conventions". Its gradient is the identity.
       lam: Blend coefficient in [0, 1].
       key: Key of the draw, from `grid_key`.
 
@@ -250,20 +253,48 @@ def fake_quant_on_drawn_grid(
       x_tilde, with shape and dtype of `x`.
 
     >>> w, a = jnp.array([[0.9, 0.1]]), jnp.array([0.9, 0.1])
-    >>> spec, one = QuantSpec(4, axis=-1), jnp.float32(1)
+    >>> spec, one = QuantSpec(4, axis=-1, grids="vendors"), jnp.float32(1)
     >>> draws = [fake_quant_on_drawn_grid(w, -a, a, spec, one, jax.random.key(i)) for i in range(20)]
     >>> sorted({round(float(draw[0, 0]), 2) for draw in draws})
     [0.84, 0.9]
     """
-    per_tensor, full = jax.random.bernoulli(key, 0.5, (2,))
     half = 2 ** (spec.bits - 1)
+    if spec.grids == "vendors":
+        per_tensor, full = jax.random.bernoulli(key, 0.5, (2,))
+        steps, lowest = jnp.where(full, half - 0.5, half - 1.0), jnp.where(full, -half, 1 - half)
+        border = jnp.zeros((), jnp.float32)
+    else:
+        of_tensor, of_convention = jax.random.split(key)
+        per_tensor = jax.random.bernoulli(of_tensor, 0.5)
+        drawn = jax.random.randint(of_convention, (), 0, 5)
+        steps = jnp.asarray([half - 1, half - 0.5, half, half - 1, half - 1], jnp.float32)[drawn]
+        lowest = jnp.where(drawn == 0, 1 - half, -half)
+        border = jnp.asarray([0, 0, 0, 0.5, 0.5**0.5], jnp.float32)[drawn]
     magnitude = jnp.maximum(-low, high)
     magnitude = jnp.where(per_tensor, jnp.max(magnitude), magnitude)
-    scale = jnp.maximum(magnitude * jnp.where(full, 1 / (half - 0.5), 1 / (half - 1)), SCALE_FLOOR)
+    scale = power_of_two(jnp.maximum(magnitude / steps, SCALE_FLOOR), border)
     value = wide(x)
     scale = along_axis(scale, value, spec).astype(value.dtype)
-    x_hat = jnp.clip(jnp.round(value / scale), jnp.where(full, -half, 1 - half), half - 1) * scale
+    x_hat = jnp.clip(jnp.round(value / scale), lowest, half - 1) * scale
     return blend(value, x_hat, lam.astype(value.dtype)).astype(x.dtype)
+
+
+def power_of_two(scale: jax.Array, border: ArrayLike) -> jax.Array:
+    """Return positive scales rounded to powers of two, or as they are where `border` is 0.
+
+    Args:
+      scale: float32, any shape.
+      border: The largest fraction in [1/2, 1) that is rounded down: 1/2 rounds up to the next power of two,
+        the square root of 1/2 to the nearest exponent.
+
+    >>> power_of_two(jnp.float32([0.7, 0.75, 1.0]), 0.5**0.5).tolist()
+    [0.5, 1.0, 1.0]
+    >>> power_of_two(jnp.float32([0.7, 0.75, 1.0]), 0.5).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    fraction, exponent = jnp.frexp(scale)
+    power = jnp.ldexp(jnp.ones_like(scale), exponent - (fraction <= border).astype(exponent.dtype))
+    return jnp.where(jnp.asarray(border) > 0, power, scale)
 
 
 def grid_key(seed: int, path: str, count: jax.Array) -> jax.Array:

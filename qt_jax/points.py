@@ -342,7 +342,7 @@ class ForwardPass:
     def _image(self, where: str, x: jax.Array, seen: Any, spec: QuantSpec, moves: bool) -> jax.Array:
         """Return `x` blended with its image, or `x` where the range is still empty."""
         lam = jnp.where(seen["count"] > 0, self.lam, jnp.zeros_like(self.lam))
-        if spec.grids == "vendors" and moves:
+        if spec.grids != "own" and moves:
             key = grid_key(self.config.seed, where, seen["count"])
             return fake_quant_on_drawn_grid(x, seen["low"], seen["high"], spec, lam, key)
         return fake_quant(x, seen["low"], seen["high"], spec, lam)

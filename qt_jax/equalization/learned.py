@@ -35,6 +35,7 @@ from qt_jax.equalization.walk import Freedom
 from qt_jax.errors import InvalidInput
 from qt_jax.export import graph
 from qt_jax.export.sessions import named_inputs, open_unoptimized, run_batches
+from qt_jax.grid import power_of_two
 
 KINDS = (
     (0.4, ("int4w-narrow-pt", "int4w-full-pt", "int4w-wide-pt")),
@@ -343,9 +344,7 @@ def _scale(largest: jax.Array, steps: jax.Array, border: jax.Array) -> jax.Array
     """Return largest / steps, rounded to a power of two where `border` is not 0; 1 where largest is 0."""
     scale = jnp.where(largest > 0, largest, steps) / steps
     fixed = jax.lax.stop_gradient(scale)
-    fraction, exponent = jnp.frexp(fixed)
-    power = jnp.ldexp(jnp.ones_like(fixed), exponent - (fraction <= border).astype(exponent.dtype))
-    return jnp.where(border > 0, power * (scale / fixed), scale)
+    return jnp.where(border > 0, power_of_two(fixed, border) * (scale / fixed), scale)
 
 
 def _rounded(x: jax.Array) -> jax.Array:
