@@ -45,6 +45,9 @@ class Options:
     method: Method = "learned"
     """How factors are chosen: by the error of simulated grids, in minutes, or from the ranges of weights, in
     seconds."""
+    grids: tuple[str, ...] = ()
+    """The learned way: only these grids, for who knows the compiler's, such as int4w-full-pt int4w-full-pc;
+    without it all grids."""
     steps: int = 400
     """Steps of the learned way, of 32 samples each."""
     seed: int = 0
@@ -74,6 +77,7 @@ def run(options: Options, console: Console) -> None:
             str(options.model),
             samples,
             method=options.method,
+            grids=options.grids or None,
             steps=options.steps,
             seed=options.seed,
             progress=lambda text: bar.update(task, advance=1, description=text),

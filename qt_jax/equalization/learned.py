@@ -46,6 +46,9 @@ KINDS = (
 """Share in the objective, and grids, of each kind. A step draws one grid of each. With equal shares of all
 grids the gradients of those that lose little hide those of 4-bit kernels, and these do not improve."""
 
+Kinds = Sequence[tuple[float, Sequence[str]]]
+"""Share in the objective, and names of grids, of each kind."""
+
 GRIDS = tuple(grid for _, kind in KINDS for grid in kind)
 
 BATCH = 32
@@ -113,6 +116,7 @@ def learned_factors(
     calibration: np.ndarray | Arrays,
     *,
     start: np.ndarray | None = None,
+    kinds: Kinds = KINDS,
     steps: int = 400,
     learning_rate: float = 0.015,
     seed: int = 0,
@@ -129,6 +133,7 @@ def learned_factors(
       freedom: Its free factors.
       calibration: Samples `(n, ...)` by input, or of the only input.
       start: Factors that may be a better start than 1, `(count + 1,)`, such as those of the closed form.
+      kinds: What the objective is made of. All grids are reported.
       steps: Steps of Adam.
       learning_rate: Rate of the first step, on log f; it falls to 0 as a cosine.
       seed: Of the draws of images and grids.
@@ -149,21 +154,37 @@ def learned_factors(
     if start is not None:
         thetas.append(np.log(start[1:]).astype(np.float32))
     scores = [simulation.judge(theta, judged) for theta in thetas]
-    best = min(range(len(thetas)), key=lambda place: objective(scores[place]))
+    best = min(range(len(thetas)), key=lambda place: objective(scores[place], kinds))
     chosen, after, best_step = thetas[best], scores[best], 0
-    for step, theta, loss in simulation.descend(chosen, trained, steps, learning_rate, seed):
+    for step, theta, loss in simulation.descend(chosen, trained, kinds, steps, learning_rate, seed):
         progress(f"step {step} of {steps}: error {10 * loss / math.log(10):.1f} dB")
         if step % JUDGED_EVERY == 0 or step == steps:
             score = simulation.judge(theta, judged)
-            if objective(score) < objective(after):
+            if objective(score, kinds) < objective(after, kinds):
                 chosen, after, best_step = np.asarray(theta), score, step
     factors = np.exp(np.concatenate([[0.0], chosen.astype(np.float64)]))
     return LearnedFactors(factors, scores[0], after, steps, best_step, time.perf_counter() - began)
 
 
-def objective(scores: Mapping[str, float]) -> float:
+def objective(scores: Mapping[str, float], kinds: Kinds = KINDS) -> float:
     """Return the mean of the objective over kinds of grids, by their shares."""
-    return sum(share * float(np.mean([scores[grid] for grid in kind])) for share, kind in KINDS)
+    return sum(share * float(np.mean([scores[grid] for grid in kind])) for share, kind in kinds)
+
+
+def only(grids: Sequence[str]) -> Kinds:
+    """Return kinds of one grid each, with equal shares.
+
+    Raises:
+      InvalidInput: There is no such grid, or none is given.
+
+    >>> only(["int8-pt", "int4w-full-pc"])
+    ((0.5, ('int8-pt',)), (0.5, ('int4w-full-pc',)))
+    """
+    unknown = [name for name in grids if name not in GRIDS]
+    if unknown or not grids:
+        named = f"there is no grid {unknown[0]!r}" if unknown else "no grid is named"
+        raise InvalidInput(f"{named}: choose among {', '.join(GRIDS)}")
+    return tuple((1 / len(grids), (name,)) for name in grids)
 
 
 class _Simulation:
@@ -224,7 +245,7 @@ class _Simulation:
         }
 
     def descend(
-        self, theta: Any, rows: np.ndarray, steps: int, learning_rate: float, seed: int
+        self, theta: Any, rows: np.ndarray, kinds: Kinds, steps: int, learning_rate: float, seed: int
     ) -> Iterator[tuple[int, jax.Array, float]]:
         """Yield the number of the step, theta and the step's objective, step by step."""
         optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
@@ -235,9 +256,9 @@ class _Simulation:
             chosen = generator.choice(rows, self.batch, replace=len(rows) < self.batch)
             batch = self._grouped(np.sort(chosen))
             expected = self.outputs(self.weights, batch)
-            drawn = [kind[generator.integers(len(kind))] for _, kind in KINDS]
+            drawn = [kind[generator.integers(len(kind))] for _, kind in kinds]
             found = [self.gradient(theta, self.weights, batch, expected, grid(name)) for name in drawn]
-            shares = [share for share, _ in KINDS]
+            shares = [share for share, _ in kinds]
             loss = sum(share * float(value) for share, (value, _) in zip(shares, found, strict=True))
             slope = sum(share * change for share, (_, change) in zip(shares, found, strict=True))
             theta, state = update(theta, state, slope)

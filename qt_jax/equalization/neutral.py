@@ -1,7 +1,7 @@
 """Make the neutral form of a float ONNX graph: the same function, with channels that round better."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from qt_jax.backends.inputs import load, prepare, real_inputs
 from qt_jax.backends.protocol import Batch
 from qt_jax.backends.samples import samples_of
 from qt_jax.equalization.channels import find_freedom
-from qt_jax.equalization.learned import learned_factors
+from qt_jax.equalization.learned import KINDS, learned_factors, only
 from qt_jax.equalization.rescaling import feeds, range_factors, rescale, tensors_of, with_own_constants
 from qt_jax.equalization.walk import Freedom
 from qt_jax.errors import InvalidInput
@@ -62,6 +62,7 @@ def equalize(
     calibration: Batch,
     *,
     method: Method = "learned",
+    grids: Sequence[str] | None = None,
     steps: int = 400,
     seed: int = 0,
     progress: Callable[[str], object] = lambda text: None,
@@ -79,13 +80,15 @@ def equalize(
       calibration: Samples `(n, ...)`: the array of the only input, or arrays by input; a few hundred of the
         training split.
       method: How factors are chosen.
+      grids: The learned way: only these grids, with equal shares, for who knows the compiler's. Names are
+        those of `learned.GRIDS`, such as "int4w-full-pt". None: all of them, those of 4 bits before others.
       steps: Steps of the learned way, of 32 samples each.
       seed: Of the draws of the learned way.
       progress: Is called with a line after each step.
 
     Raises:
-      InvalidInput: The model or the samples are wrong, no channel is free, or the learned way cannot run the
-        graph.
+      InvalidInput: The model, the samples or a grid is wrong, no channel is free, or the learned way cannot
+        run the graph.
 
     >>> kernels = np.float32([[1, 100], [2, 100]]), np.float32([[50, 50], [1, 0]])
     >>> tensors = [onnx.numpy_helper.from_array(kernel, name) for kernel, name in zip(kernels, "ab")]
@@ -108,6 +111,7 @@ def equalize(
         raise InvalidInput(f'there is no method {method!r}: choose "learned" or "ranges"')
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, got {steps}")
+    kinds = KINDS if grids is None else only(grids)
     original = load(model)
     samples = samples_of(real_inputs(original), calibration, "calibration")
     prepare(original, samples, samples)
@@ -118,7 +122,7 @@ def equalize(
     factors, errors = range_factors(base, freedom), {}
     if method == "learned":
         learned = learned_factors(
-            base, freedom, samples, start=factors, steps=steps, seed=seed, progress=progress
+            base, freedom, samples, start=factors, kinds=kinds, steps=steps, seed=seed, progress=progress
         )
         factors = learned.factors
         errors = {

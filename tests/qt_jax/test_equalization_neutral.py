@@ -139,8 +139,21 @@ def test_learned_factors_help_and_keep_the_function():
     assert rounded(found.model, samples, kernels) > rounded(model, samples, kernels) + 3
 
 
+def test_grids_that_are_named_are_served_first():
+    model, samples = mlp()
+    one = ("int4w-full-pt",)
+    every, served = (qt.equalize(model, samples, steps=60, grids=grids) for grids in (None, one))
+    assert every.errors.keys() == served.errors.keys() and len(every.errors) == 16
+    before, after = served.errors["int4w-full-pt"]
+    assert after < before and after < every.errors["int4w-full-pt"][1]
+
+
 def test_wrong_settings_are_refused():
     model, samples = mlp()
+    with pytest.raises(InvalidInput, match=r"no grid 'int4'.*int4w-full-pt"):
+        qt.equalize(model, samples, grids=("int4",))
+    with pytest.raises(InvalidInput, match="no grid is named"):
+        qt.equalize(model, samples, grids=())
     with pytest.raises(InvalidInput, match='choose "learned" or "ranges"'):
         qt.equalize(model, samples, method="best")
     with pytest.raises(InvalidInput, match="at least 1"):
