@@ -254,8 +254,16 @@ CPU = Preset(
     more_seeds=(3, 4),
 )
 
-SPEED_HALF = dataclasses.replace(PRESETS["cpu"], sched="quartic")
-"""The default of `experiments.cifar` on CPUs, trained until it is right on nine of ten images."""
+SPEED_HALF = Config(
+    preset="cpu",
+    model="speed-half",
+    epochs=12,
+    learning_rate=0.3,
+    label_smoothing=0.2,
+    shift=2,
+    flips="alternating",
+)
+"""A network that is right on nine of ten images of CIFAR-10 after half an hour on two cores."""
 
 EVERYWHERE = (
     Target(

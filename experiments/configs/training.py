@@ -412,15 +412,7 @@ def float_twin(config: Config) -> Config:
 
 
 PRESETS: dict[str, Config] = {
-    "cpu": Config(
-        preset="cpu",
-        model="speed-half",
-        epochs=12,
-        learning_rate=0.3,
-        label_smoothing=0.2,
-        shift=2,
-        flips="alternating",
-    ),
+    "cpu": Config(preset="cpu"),
     "gpu": Config(
         preset="gpu",
         model="resnet18",
