@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import qt_jax as qt
-from experiments.configs.training import PLAIN_QAT, RECOMMENDED, Config
+from experiments.configs.training import NEUTRAL, PLAIN_QAT, RECOMMENDED, Config
 
 BASELINES = "main"
 """The table of the methods that are compared with each other. Its rows go through the most backends."""
@@ -93,6 +93,12 @@ FLOAT_BASELINES = (
     *("averaged", "kure", "range-restriction", "sam"),
 )
 """Methods without quantization beside `FLOAT`, which only studies of fine-tuning have."""
+
+NEUTRAL_METHODS = (
+    *("neutral", "neutral-unscaled", "neutral-unaveraged", "neutral-unpruned"),
+    *("neutral-vendors", "neutral-w8"),
+)
+"""The neutral recipe and its parts, which only studies of fine-tuning have."""
 
 W4: Mapping[str, Any] = {"bits": 4, "reestimate": 10_000}
 """4-bit weights, and batch norm re-estimated in the float network.
@@ -245,6 +251,49 @@ METHODS: dict[str, Method] = {
         "one by one.",
         tables=("main", "bits", "points", "start", "export"),
         changes=RECOMMENDED,
+    ),
+    "neutral": Method(
+        "Quant-Trim, neutral",
+        "Quant-Trim for grids that nobody has named. To the recommended recipe it adds three things. Kernels "
+        "are on 4 bits, on a grid drawn at every step from ten conventions. A moving average of the weights "
+        "is deployed. The channels of the exported graph are rescaled by `qt.equalize`.",
+        tables=("main", "parts"),
+        changes=NEUTRAL,
+    ),
+    "neutral-unscaled": Method(
+        "neutral, not rescaled",
+        "The network of the neutral recipe, exported as it was trained. It shows what rescaling buys.",
+        tables=("parts",),
+        network="neutral",
+        changes={"equalize": "none"},
+    ),
+    "neutral-unaveraged": Method(
+        "neutral, not averaged",
+        "The neutral recipe with the last weights in place of their average.",
+        tables=("parts",),
+        changes={**NEUTRAL, "ema": 0.0},
+        rate="neutral",
+    ),
+    "neutral-unpruned": Method(
+        "neutral, no reverse pruning",
+        "The neutral recipe without reverse pruning.",
+        tables=("parts",),
+        changes={**NEUTRAL, "reverse_pruning": None, "reverse_pruning_folded": False},
+        rate="neutral",
+    ),
+    "neutral-vendors": Method(
+        "neutral, four grids",
+        "The neutral recipe that draws from four grids, full or narrow, per tensor or per channel.",
+        tables=("parts",),
+        changes={**NEUTRAL, "grids": "vendors"},
+        rate="neutral",
+    ),
+    "neutral-w8": Method(
+        "neutral, 8 bits",
+        "The neutral recipe with kernels on 8 bits in training.",
+        tables=("parts",),
+        changes={**NEUTRAL, "bits": 8},
+        rate="neutral",
     ),
     # The published recipe without one of its halves.
     "no-reverse-pruning": Method(
@@ -444,7 +493,7 @@ METHODS: dict[str, Method] = {
         "shows what fake quantization at 4 bits adds to kernels that reverse pruning has already made fit "
         "for INT4.",
         tables=("points", "bits"),
-        changes={**RECOMMENDED, "bits": 4, "vendor_grids": True},
+        changes={**RECOMMENDED, "bits": 4, "grids": "vendors"},
         rate="recommended",
     ),
     "recommended-one-grid": Method(

@@ -13,7 +13,7 @@ import dataclasses
 from typing import Literal
 
 import qt_jax as qt
-from experiments.configs.methods import BASELINES, FLOAT, FLOAT_BASELINES, METHODS
+from experiments.configs.methods import BASELINES, FLOAT, FLOAT_BASELINES, METHODS, NEUTRAL_METHODS
 from experiments.configs.training import PRESETS, SEGMENTATION_PRESETS, Config
 from qt_jax.backends import grids
 
@@ -206,7 +206,10 @@ DEPTHWISE_METHODS = (
 )
 """Methods on depthwise convolutions, where the published quantization points are weakest."""
 
-FIVE_EPOCHS = tuple(name for name, method in METHODS.items() if name not in FLOAT_BASELINES)
+TUNED_ONLY = (*FLOAT_BASELINES, *NEUTRAL_METHODS)
+"""Methods of which only studies of fine-tuning have rows."""
+
+FIVE_EPOCHS = tuple(name for name, method in METHODS.items() if name not in TUNED_ONLY)
 """Methods of the study of short trainings from scratch."""
 
 CPU_BASE = Config(preset="cpu", model="fast8", epochs=5)
@@ -278,7 +281,7 @@ EVERYWHERE = (
 TUNED = (
     *(FLOAT, *FLOAT_BASELINES),
     *("qat-w4", "qat-w4-folded", "lsq-w4", "pact-w4", "qwix-w4"),
-    *("reverse-pruning-only", "quant-trim", "recommended", "recommended-w4"),
+    *("reverse-pruning-only", "quant-trim", "recommended", *NEUTRAL_METHODS),
 )
 """Methods that are compared as a fine-tuning of a converged network."""
 
@@ -297,7 +300,7 @@ def fine_tuning(scratch: Task, epochs: int, learning_rate: float) -> Task:
 
 
 CONVERGED_CIFAR = Task(
-    "cifar10-speed", SPEED_HALF, (FLOAT, "quant-trim", "recommended"), main=EVERYWHERE, ablation=EVERYWHERE
+    "cifar10-speed", SPEED_HALF, (FLOAT, "quant-trim", "neutral"), main=EVERYWHERE, ablation=EVERYWHERE
 )
 
 CONVERGED = Preset(
@@ -311,7 +314,7 @@ CONVERGED = Preset(
 )
 
 GPU_BASE = PRESETS["gpu"]
-MAIN_METHODS = tuple(name for name in methods_of(BASELINES) if name not in FLOAT_BASELINES)
+MAIN_METHODS = tuple(name for name in methods_of(BASELINES) if name not in TUNED_ONLY)
 ACCELERATOR = Preset(
     name="accelerator",
     tasks=(
@@ -390,7 +393,7 @@ FIRST_METHODS = (FLOAT, "quant-trim", "recommended", "qat", "qat-w4", "lsq-w4", 
 SPEED_METHODS = tuple(
     name
     for name in dict.fromkeys((*FIRST_METHODS, *methods_of(BASELINES), "recommended-w4"))
-    if name not in FLOAT_BASELINES
+    if name not in TUNED_ONLY
 )
 """Every baseline there is, and the candidate recipes."""
 

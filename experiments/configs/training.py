@@ -25,7 +25,7 @@ Schedule = Literal["quartic", "quartic-only", "linear", "cosine", "step", "const
 
 Quantizer = Literal["quant-trim", "lsq", "pact", "qwix"]
 
-RecipeName = Literal["published", "recommended", "recommended-w4", "plain-qat"]
+RecipeName = Literal["published", "recommended", "recommended-w4", "neutral", "plain-qat"]
 
 PresetName = Literal["auto", "cpu", "gpu", "smoke"]
 
@@ -50,13 +50,24 @@ RECOMMENDED: Mapping[str, Any] = {
 }
 """Fields in which the recommended recipe differs from the published one."""
 
+NEUTRAL: Mapping[str, Any] = {
+    **RECOMMENDED,
+    "bits": 4,
+    "grids": "conventions",
+    "ema": 0.998,
+    "equalize": "learned",
+}
+"""Fields of the recipe for grids that nobody has named: all conventions of 4-bit grids are drawn, weights are
+averaged, and the channels of the exported graph are rescaled."""
+
 PLAIN_QAT: Mapping[str, Any] = {"sched": "constant", "reverse_pruning": None}
 """Full fake quantization from the first step on, without reverse pruning."""
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "published": {},
     "recommended": RECOMMENDED,
-    "recommended-w4": {**RECOMMENDED, "bits": 4, "vendor_grids": True},
+    "recommended-w4": {**RECOMMENDED, "bits": 4, "grids": "vendors"},
+    "neutral": NEUTRAL,
     "plain-qat": PLAIN_QAT,
 }
 """Maps each recipe of `--recipe` to its changes of the defaults."""
@@ -112,8 +123,9 @@ class Config:
     recipe: RecipeName = "published"
     """Defaults of the flags for quantization and pruning; `--recipe recommended --help` shows those of
     recommended. published: Quant-Trim as in its paper; recommended: grids and pruning where vendors
-    quantize; recommended-w4: the same on 4-bit grids, a vendor's at every step; plain-qat: W8A8 from the
-    first step on, without reverse pruning."""
+    quantize; recommended-w4: the same on 4-bit grids, a vendor's at every step; neutral: on all conventions
+    of 4-bit grids, with averaged weights and rescaled channels; plain-qat: W8A8 from the first step on,
+    without reverse pruning."""
     preset: PresetName = "auto"
     """Defaults of all flags below; `--preset gpu --help` shows those of gpu.
     auto: gpu where JAX finds an accelerator, else cpu;
@@ -213,9 +225,10 @@ class Config:
     """Quantize each kernel as vendors fold it, with the gain of its batch norm."""
     fused_outputs: bool = False
     """Also fake-quantize the operands of residual sums, and other outputs that vendors requantize."""
-    vendor_grids: bool = False
-    """Draw a weight grid at random at every step from those that vendors use, with the largest weight as its
-    end: per tensor or per channel, full or narrow range. Replaces --per-channel and --weight-quantile."""
+    grids: Literal["own", "vendors", "conventions"] = "own"
+    """Grid of the weights. own: as --per-channel and --weight-quantile say. The others replace these two,
+    have the largest weight as their end, and are drawn at random at every step. vendors: per tensor or per
+    channel, full or narrow range; conventions: also those whose last step falls short, and powers of two."""
     weight_quantile: float = 0.999
     """Upper quantile of |w| that sets a weight scale."""
     activation_quantile: float = 0.999
@@ -265,8 +278,9 @@ class Config:
             raise qt.InvalidInput("--ema and --average-every are two averages of the parameters: give one")
         names = ("sched", "reverse_pruning", "sites", "bits", "activation_bits")
         check_quantizer(self.quantizer, **{name: getattr(self, name) for name in names})
-        names = ("folded", "fused_outputs", "vendor_grids", "reverse_pruning_folded")
-        check_deployment_flags(self.quantizer, self.sched, **{name: getattr(self, name) for name in names})
+        names = ("folded", "fused_outputs", "reverse_pruning_folded")
+        flags = {name: getattr(self, name) for name in names} | {"grids": self.grids != "own"}
+        check_deployment_flags(self.quantizer, self.sched, **flags)
         if self.sharpness and self.accumulate > 1:
             raise qt.InvalidInput("--sharpness takes whole batches: give --accumulate 1 with it")
         if self.batch_size % self.accumulate:
@@ -329,7 +343,7 @@ def check_deployment_flags(quantizer: str, sched: str, **flags: bool) -> None:
 
     Args:
       quantizer, sched: Fields of `Config`.
-      flags: The fields folded, fused_outputs, vendor_grids and reverse_pruning_folded.
+      flags: Whether folded, fused_outputs, grids and reverse_pruning_folded are other than by default.
 
     Raises:
       InvalidInput: A setting lacks what it needs.
@@ -372,8 +386,8 @@ def _rule(text: str, config: Config) -> qt.Rule:
 
 def _weights(config: Config, bits: int) -> qt.QuantSpec:
     axis = -1 if config.per_channel else None
-    if config.vendor_grids:
-        return qt.QuantSpec(bits, axis=-1, quantile=1.0, grids="vendors")
+    if config.grids != "own":
+        return qt.QuantSpec(bits, axis=-1, quantile=1.0, grids=config.grids)
     if config.quantizer == "lsq":  # the paper's grid, [-8, 7] on 4 bits
         return qt.QuantSpec(bits, axis=axis, narrow_range=False, quantile=1.0)
     quantile = 1.0 if config.quantizer == "pact" else config.weight_quantile
@@ -405,7 +419,7 @@ def float_twin(config: Config) -> Config:
         reverse_pruning=None,
         folded=False,
         fused_outputs=False,
-        vendor_grids=False,
+        grids="own",
         reverse_pruning_folded=False,
         equalize="none",
     )

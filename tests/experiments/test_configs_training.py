@@ -243,7 +243,7 @@ def test_smoke_stays_small_on_another_set():
     assert smoke.directory == Path("runs/cifar10-resnet8-quartic-0-smoke")
 
 
-DEPLOYED = {"folded": True, "vendor_grids": True, "reverse_pruning_folded": True, "fused_outputs": True}
+DEPLOYED = {"folded": True, "grids": "vendors", "reverse_pruning_folded": True, "fused_outputs": True}
 
 
 def test_deployment_aware_points_reach_quant_trim_and_the_float_twin_drops_them():
@@ -252,7 +252,7 @@ def test_deployment_aware_points_reach_quant_trim_and_the_float_twin_drops_them(
     assert (weights.bits, weights.axis, weights.quantile, weights.grids) == (4, -1, 1.0, "vendors")
     assert training.quant_config(config).folded
     twin = training.float_twin(config)
-    assert not any(getattr(twin, name) for name in DEPLOYED)
+    assert all(getattr(twin, name) in (False, "own") for name in DEPLOYED)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_deployment_aware_points_reach_quant_trim_and_the_float_twin_drops_them(
     [
         ({"folded": True, "sched": "none"}, r"--folded need .* other than none"),
         (
-            {"vendor_grids": True, "quantizer": "lsq", "sched": "constant", "reverse_pruning": None},
-            "--vendor-grids",
+            {"grids": "conventions", "quantizer": "lsq", "sched": "constant", "reverse_pruning": None},
+            "--grids need",
         ),
         ({"reverse_pruning_folded": True}, "give both"),
         ({"reestimate": 100}, "at least 500"),

@@ -17,6 +17,8 @@ ORDER = (
     *("start", "start-ranges", "start-learned", "float-learned"),
     *("averaged", "kure", "range-restriction", "sam"),
     *("quant-trim", "recommended"),
+    *("neutral", "neutral-unscaled", "neutral-unaveraged", "neutral-unpruned"),
+    *("neutral-vendors", "neutral-w8"),
     *("no-reverse-pruning", "reverse-pruning-only"),
     *("linear", "cosine", "quartic-only", "step"),
     *("p-clip-90", "p-clip-99", "p-clip-999"),

@@ -20,7 +20,7 @@ from qt_jax.interception import GAIN
 
 SHAPE = (8, 8, 3)
 CONFIG = Config(
-    model="tiny", bits=4, folded=True, vendor_grids=True, reverse_pruning_folded=True, reestimate=500
+    model="tiny", bits=4, folded=True, grids="vendors", reverse_pruning_folded=True, reestimate=500
 )
 
 
