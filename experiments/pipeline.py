@@ -7,7 +7,9 @@ twin is trained with the same seed and budget and goes through the same stages.
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,11 @@ from experiments.training.quantizers import keeps_ranges, quantization
 from qt_jax import records
 from qt_jax.backends import ort
 from qt_jax.command_line import exit_status, text_console
-from qt_jax.export import verify
+from qt_jax.export import save_verified, verify
 from qt_jax.export.deploy import deploy, learned_ranges
 from qt_jax.export.encodings import ranges_path, write_ranges
 from qt_jax.export.network import Deployable, Description, Samples, write_description, write_samples
 from qt_jax.export.network import load as load_network
-from qt_jax.export.storage import save
 
 RUN_SCHEMES = (
     *("fp32", "int8-pt-minmax", "int8-pc-minmax", "int8-pt-percentile", "int8-pc-percentile"),
@@ -85,12 +86,13 @@ def run(config: Config, console: Console) -> None:
         f"run folder {directory}"
     )
     twins, graphs = {config.quantizer: config}, graphs_of(config.quantizer)
-    if float_twin(config) == config:
+    if float_twin(config) == dataclasses.replace(config, equalize="none"):
         twins = {FLOAT: config}
     elif config.compare:
         twins[FLOAT] = float_twin(config)
 
     model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
+    check_equalize(config, dataset)
     trained = {method: train(twin, model, dataset, directory, method) for method, twin in twins.items()}
     devices.disconnect()
     if not devices.is_leader():
@@ -153,26 +155,54 @@ def deploy_float(
     """Write the verified FP32 graph to `path`, and return what `deploy` says of it.
 
     With `--equalize` its channels are rescaled. Learned ranges then hold no more, and are not written.
+    `python -m qt_jax.export` exports the network as it was trained.
 
     Args:
       config: Config of the network.
-      trained: The network.
+      trained: The network, with samples.
       path: ONNX file to write.
       calibration: Images as the graph takes them, on which factors of channels are chosen.
       clips: As `deploy` takes it.
+
+    Raises:
+      InvalidInput: The graph cannot be rescaled, or it is to have Clip nodes, too.
     """
     if config.equalize == "none":
         return deploy(trained, path, clips=clips)
-    before = path.with_suffix(".raw.onnx")
-    summary = deploy(trained, before, clips=clips)
-    neutral = qt.equalize(before, calibration, method=config.equalize, seed=config.seed)
-    save(neutral.model, path)
-    ranges_path(before).unlink(missing_ok=True)
-    reason = (
-        f"{neutral.freedom.count} factors rescale the channels ({neutral.seconds:.0f} s), so that learned "
-        "ranges do not hold any more"
-    )
-    return summary | {"ranges": None, "ranges_reason": reason}
+    if clips:
+        raise qt.InvalidInput(
+            "Clip nodes hold ranges of the channels as they were trained: do not rescale them"
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as scratch:
+        before = Path(scratch) / path.name
+        summary = deploy(trained, before)
+        neutral = qt.equalize(before, calibration, method=config.equalize, seed=config.seed)
+    parity = trained.samples.parity
+    verified = save_verified(neutral.model, path, trained.apply_fn, trained.variables, parity)
+    reason = f"{neutral.freedom.count} factors rescale the channels ({neutral.seconds:.0f} s)"
+    reason += ", so that learned ranges do not hold any more" if summary["ranges"] else ""
+    return summary | verified | {"file": str(path), "ranges": None, "ranges_reason": reason}
+
+
+def check_equalize(config: Config, dataset: Dataset) -> None:
+    """Rescale the graph of the network before it is trained, with one step, so that a refusal comes first.
+
+    Raises:
+      InvalidInput: The channels of this network cannot be rescaled in this way.
+    """
+    if config.equalize == "none":
+        return
+    model = models.create(config.model, dataset.num_classes)
+    images = model_input(dataset, dataset.train_images[: min(8, config.calibration_size)])
+    shape = dataset.train_images.shape[1:]
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape), jnp.float32))
+    graph = qt.to_onnx(partial(model.apply, train=False), variables, shape)
+    try:
+        qt.equalize(graph, images, method=config.equalize, steps=1)
+    except qt.InvalidInput as error:
+        raise qt.InvalidInput(
+            f"--equalize {config.equalize} does not suit --model {config.model}. {error}"
+        ) from None
 
 
 def export(config: Config, path: Path, dataset: Dataset, console: Console) -> None:

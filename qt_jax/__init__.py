@@ -45,6 +45,9 @@ _HOMES = {
 A name is imported on its first use. A command thus loads what it needs: training loads no onnx.
 """
 
+_MODULES = {"batch_norm", "metrics", "recipes", "schedules", *_HOMES} - {"equalization.neutral"}
+"""Modules that are attributes of the package from the start."""
+
 __all__ = [
     "INHERIT",
     "Fusion",
@@ -77,7 +80,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "recipes", "schedules"):
+    if name in _MODULES:
         return importlib.import_module(f"qt_jax.{name}")
     if name == "reestimate_batch_norm":
         name, home = "reestimate", "batch_norm"
@@ -90,4 +93,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})

@@ -261,18 +261,18 @@ def fake_quant_on_drawn_grid(
     half = 2 ** (spec.bits - 1)
     if spec.grids == "vendors":
         per_tensor, full = jax.random.bernoulli(key, 0.5, (2,))
-        steps, lowest = jnp.where(full, half - 0.5, half - 1.0), jnp.where(full, -half, 1 - half)
-        border = jnp.zeros((), jnp.float32)
+        step, border = jnp.where(full, 1 / (half - 0.5), 1 / (half - 1)), jnp.float32(0)
+        lowest = jnp.where(full, -half, 1 - half)
     else:
         of_tensor, of_convention = jax.random.split(key)
         per_tensor = jax.random.bernoulli(of_tensor, 0.5)
-        drawn = jax.random.randint(of_convention, (), 0, 5)
-        steps = jnp.asarray([half - 1, half - 0.5, half, half - 1, half - 1], jnp.float32)[drawn]
+        drawn = jax.random.randint(of_convention, (), 0, 5)  # narrow, full, wide, powers of two: up, nearest
+        steps = np.array([half - 1, half - 0.5, half, half - 1, half - 1])
+        step, border = jnp.float32(1 / steps)[drawn], jnp.float32([0, 0, 0, 0.5, 0.5**0.5])[drawn]
         lowest = jnp.where(drawn == 0, 1 - half, -half)
-        border = jnp.asarray([0, 0, 0, 0.5, 0.5**0.5], jnp.float32)[drawn]
     magnitude = jnp.maximum(-low, high)
     magnitude = jnp.where(per_tensor, jnp.max(magnitude), magnitude)
-    scale = power_of_two(jnp.maximum(magnitude / steps, SCALE_FLOOR), border)
+    scale = power_of_two(jnp.maximum(magnitude * step, SCALE_FLOOR), border)
     value = wide(x)
     scale = along_axis(scale, value, spec).astype(value.dtype)
     x_hat = jnp.clip(jnp.round(value / scale), lowest, half - 1) * scale

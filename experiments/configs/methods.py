@@ -254,9 +254,10 @@ METHODS: dict[str, Method] = {
     ),
     "neutral": Method(
         "Quant-Trim, neutral",
-        "Quant-Trim for grids that nobody has named. To the recommended recipe it adds three things. Kernels "
-        "are on 4 bits, on a grid drawn at every step from ten conventions. A moving average of the weights "
-        "is deployed. The channels of the exported graph are rescaled by `qt.equalize`.",
+        "Quant-Trim for grids that nobody has named. It changes four things in the recommended recipe. "
+        "Kernels are on 4 bits, on a grid drawn at every step from ten conventions. Reverse pruning takes "
+        "the quantile 0.99. A moving average of the weights is deployed. The channels of the exported graph "
+        "are rescaled by `qt.equalize`.",
         tables=("main", "parts"),
         changes=NEUTRAL,
     ),

@@ -54,11 +54,15 @@ NEUTRAL: Mapping[str, Any] = {
     **RECOMMENDED,
     "bits": 4,
     "grids": "conventions",
+    "reverse_pruning": 0.99,
     "ema": 0.998,
     "equalize": "learned",
 }
-"""Fields of the recipe for grids that nobody has named: all conventions of 4-bit grids are drawn, weights are
-averaged, and the channels of the exported graph are rescaled."""
+"""Fields of the recipe for grids that nobody has named.
+
+All conventions of 4-bit grids are drawn, fewer weights are pulled back, the average of the weights is
+deployed, and the channels of its graph are rescaled.
+"""
 
 PLAIN_QAT: Mapping[str, Any] = {"sched": "constant", "reverse_pruning": None}
 """Full fake quantization from the first step on, without reverse pruning."""
@@ -281,6 +285,12 @@ class Config:
         names = ("folded", "fused_outputs", "reverse_pruning_folded")
         flags = {name: getattr(self, name) for name in names} | {"grids": self.grids != "own"}
         check_deployment_flags(self.quantizer, self.sched, **flags)
+        if self.sharpness and self.quantizer in ("lsq", "pact"):
+            raise qt.InvalidInput(
+                f"--sharpness would move the ranges that --quantizer {self.quantizer} learns"
+            )
+        if (self.regularizer == "none" and self.regularizer_weight != 1.0) or not self.regularizer_weight:
+            raise qt.InvalidInput("--regularizer-weight is the factor of a --regularizer, and is not 0")
         if self.sharpness and self.accumulate > 1:
             raise qt.InvalidInput("--sharpness takes whole batches: give --accumulate 1 with it")
         if self.batch_size % self.accumulate:

@@ -192,10 +192,17 @@ def perform(rows: list[StudyRow], options: Options, console: Console) -> list[St
 
 
 def unfinished(rows: list[StudyRow], done: set[StudyRow], runs: Path) -> list[StudyRow]:
-    """Return the rows to run: those not done, and their sources whose networks are not on this disk."""
-    sources = {row.waits_for for row in rows if row not in done and row.waits_for is not None}
-    lost = {row for row in sources if not (study.folder_of(row, runs) / study.DESCRIPTION).exists()}
-    return [row for row in rows if row not in done or row in lost]
+    """Return the rows to run: those not done, and those whose networks these need and this disk lacks."""
+    wanted = {row for row in rows if row not in done}
+    waiting = [*wanted]
+    while waiting:
+        source = waiting.pop().waits_for
+        if source is None or source in wanted:
+            continue
+        if not (study.folder_of(source, runs) / study.DESCRIPTION).exists():
+            wanted.add(source)
+            waiting.append(source)
+    return [row for row in rows if row in wanted]
 
 
 def shares(options: Options, pinned: bool, waiting: int) -> tuple[list[int | None], int]:

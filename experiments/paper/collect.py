@@ -26,6 +26,7 @@ from experiments.paper.rows import (
 )
 from experiments.paper.structure import network_structure, schedule_points
 from qt_jax import provenance, records
+from qt_jax.errors import InvalidInput
 from qt_jax.files import write_whole
 from qt_jax.records import Record
 
@@ -77,11 +78,16 @@ def trial(row: StudyRow, found: Sequence[Record], seconds: float) -> Record:
     """Return what search.jsonl holds of a trial: accuracies on the validation split, and the criterion."""
     shown = {record["scheme"]: score(record) for record in found}
     scores = [value or 0.0 for value in shown.values()]
+    worst = row.preset.criterion == "worst"
+    if worst and None in shown.values():
+        lost = ", ".join(name for name, value in shown.items() if value is None)
+        raise InvalidInput(f"{row}: {lost} gave no accuracy, so that the worst deployment is not known")
     return {
         "factor": row.factor,
         "learning_rate": row.config.learning_rate,
         **shown,
-        "criterion": min(scores) if row.preset.criterion == "worst" else fmean(scores),
+        "criterion": min(scores) if worst else fmean(scores),
+        "criterion_of": min(shown, key=shown.__getitem__) if worst else "mean",
         "images": found[0]["n"],
         "seconds": round(seconds, 1),
         "commit": provenance.commit(),

@@ -147,9 +147,14 @@ def row_of(
       trial: Makes the row a trial of the search, at this factor of the task's learning rate.
 
     Raises:
-      InvalidInput: As `config_of` raises it.
+      InvalidInput: As `config_of` raises it, or the method deploys what a task starts from that starts from
+        nothing.
     """
     method = METHODS[name]
+    if method.starting and task.start is None:
+        raise qt.InvalidInput(
+            f"{name}: the rows of the task {task.name} do not start from another task's network"
+        )
     starts = task.start is not None and (method.starting or not method.needs)
     needed = (preset.task(task.start), FLOAT) if starts else (task, method.needs)
     source = None
@@ -205,8 +210,13 @@ def select(
         kept = [row for row in kept if not names or set(names) & set(of(row))]
     if not kept:
         raise qt.InvalidInput("no row is of all these tables, tasks and methods: --list shows what there is")
-    wanted = {*kept, *(row.source for row in kept)}
+    wanted = {*kept, *(source for row in kept for source in sources(row))}
     return [row for row in rows if row in wanted]
+
+
+def sources(row: StudyRow) -> list[StudyRow]:
+    """Return the rows whose networks a row needs, the next one first."""
+    return [] if row.source is None else [row.source, *sources(row.source)]
 
 
 def done(rows: Sequence[StudyRow], folder: Path) -> set[StudyRow]:

@@ -175,7 +175,7 @@ def only(grids: Sequence[str]) -> Kinds:
     """Return kinds of one grid each, with equal shares.
 
     Raises:
-      InvalidInput: There is no such grid, or none is given.
+      InvalidInput: There is no such grid, one is given twice, or none is given.
 
     >>> only(["int8-pt", "int4w-full-pc"])
     ((0.5, ('int8-pt',)), (0.5, ('int4w-full-pc',)))
@@ -184,6 +184,8 @@ def only(grids: Sequence[str]) -> Kinds:
     if unknown or not grids:
         named = f"there is no grid {unknown[0]!r}" if unknown else "no grid is named"
         raise InvalidInput(f"{named}: choose among {', '.join(GRIDS)}")
+    if len(set(grids)) < len(grids):
+        raise InvalidInput(f"a grid is named twice: {', '.join(grids)}")
     return tuple((1 / len(grids), (name,)) for name in grids)
 
 

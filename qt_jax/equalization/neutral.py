@@ -111,6 +111,8 @@ def equalize(
         raise InvalidInput(f'there is no method {method!r}: choose "learned" or "ranges"')
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, got {steps}")
+    if grids is not None and method == "ranges":
+        raise InvalidInput('the closed form looks at no grid: give grids with method="learned"')
     kinds = KINDS if grids is None else only(grids)
     original = load(model)
     samples = samples_of(real_inputs(original), calibration, "calibration")

@@ -84,6 +84,15 @@ def test_the_penalty_is_part_of_the_gradient(name, value):
         np.testing.assert_allclose(a - b, 0.5 * rate * g, atol=2e-6)
 
 
-def test_sam_takes_whole_batches():
-    with pytest.raises(qt.InvalidInput, match="--sharpness takes whole batches"):
-        dataclasses.replace(PLAIN, sharpness=0.1, accumulate=2)
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"sharpness": 0.1, "accumulate": 2}, "--sharpness takes whole batches"),
+        ({"sharpness": 0.1, "quantizer": "lsq", "sched": "constant"}, "ranges that --quantizer lsq learns"),
+        ({"regularizer_weight": 2.0}, "the factor of a --regularizer"),
+        ({"regularizer": "kure", "regularizer_weight": 0.0}, "is not 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, complaint):
+    with pytest.raises(qt.InvalidInput, match=complaint):
+        dataclasses.replace(PLAIN, **settings)

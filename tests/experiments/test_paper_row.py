@@ -13,9 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
+import qt_jax as qt
 from experiments.configs.study import Target, preset
 from experiments.configs.training import lambda_schedule
-from experiments.paper import networks, rows
+from experiments.paper import collect, networks, rows
 from experiments.paper import row as row_module
 from experiments.paper.launch import command
 from experiments.paper.networks import perform
@@ -185,6 +186,16 @@ def test_trial_of_the_search_is_judged_on_the_validation_split(study):
     assert {r["seed"] for r in results(study, rows.DEPLOYMENT)} == {0}
     chosen = row_of(SMOKE, TASK, "float", 0, results(study, rows.SEARCH))
     assert (chosen.factor, chosen.chosen) == (1.0, None)  # the other factors are still to come
+
+
+def test_a_trial_is_as_good_as_its_worst_deployment():
+    judged = dataclasses.replace(SMOKE, criterion="worst", judges=FEW)
+    row = row_of(judged, TASK, "float", SMOKE.search_seed, trial=0.5)
+    found = [{"scheme": "fp32", "top1": 0.9, "n": 100}, {"scheme": "int4w-pt-minmax", "top1": 0.4, "n": 100}]
+    trial = collect.trial(row, found, 1.0)
+    assert (trial["criterion"], trial["criterion_of"]) == (0.4, "int4w-pt-minmax")
+    with pytest.raises(qt.InvalidInput, match="int4w-pt-minmax gave no accuracy"):
+        collect.trial(row, [found[0], found[1] | {"top1": None}], 1.0)
 
 
 def test_fine_tuned_rows_and_rescaled_graphs(study):

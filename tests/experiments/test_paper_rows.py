@@ -8,6 +8,7 @@ import qt_jax as qt
 from experiments.configs.study import preset
 from experiments.configs.training import Config
 from experiments.paper import rows
+from experiments.paper.__main__ import unfinished
 from experiments.paper.collect import replace
 from experiments.paper.rows import (
     METRICS,
@@ -23,6 +24,7 @@ from experiments.paper.rows import (
     study,
     trials,
 )
+from qt_jax import records
 
 SMOKE = preset("smoke")
 TASK = SMOKE.tasks[0]
@@ -94,6 +96,31 @@ def test_fine_tuning_starts_from_the_float_network_of_its_task():
     assert rescaled.source == tuned and rescaled.digest not in (tuned.digest, start.digest)
     assert not {"start", "start-learned", "float-learned"} & {row.name for row in trials(chosen)}
     assert {row.name for row in trials(chosen)} >= {"float", "kure", "sam", "neutral", "lsq-w4"}
+
+
+def test_rows_bring_the_sources_of_their_sources(tmp_path):
+    chosen = preset("converged")
+    every = study(chosen)
+    for name, needed in (("float-learned", "float"), ("neutral-unscaled", "neutral")):
+        mine = [row for row in select(every, methods=[name]) if row.seed == 0]
+        tuned = "cifar10-speed-tuned"
+        assert names(mine) == ["cifar10-speed float 0", f"{tuned} {needed} 0", f"{tuned} {name} 0"]
+        assert unfinished(mine, {*mine[:2]}, tmp_path) == mine  # their networks are not on this disk
+        place = folder_of(mine[1], tmp_path)
+        place.mkdir(parents=True)
+        (place / rows.DESCRIPTION).touch()
+        assert unfinished(mine, {*mine[:2]}, tmp_path) == mine[2:]
+
+
+def test_a_task_that_starts_from_nothing_has_no_network_to_start_from():
+    with pytest.raises(qt.InvalidInput, match="do not start from another"):
+        row_of(SMOKE, TASK, "start", 0)
+
+
+def test_the_committed_study_is_complete():
+    chosen, folder = preset("cpu"), rows.RESULTS / "paper-cpu"
+    every = study(chosen, records.read(folder / rows.SEARCH))
+    assert [str(row) for row in every if row not in done(every, folder)] == []
 
 
 def test_only_what_differs_from_the_defaults_counts():

@@ -103,6 +103,23 @@ def test_folder_holds_every_product_and_nothing_else(finished):
     assert (finished.folder / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_float_run_whose_graph_is_rescaled_has_one_network(tmp_path):
+    flags = ("--sched", "none", "--reverse-pruning", "None", "--equalize", "ranges", "--epochs", "1")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        assert launch(tmp_path / "run", *flags) == 0
+    assert {row["method"] for row in records.read(tmp_path / "run" / "records.jsonl")} == {runs.FLOAT}
+    graphs = sorted(path.name for path in (tmp_path / "run").glob("*.onnx"))
+    assert graphs == [runs.ONNX_NAMES[runs.FLOAT]]
+    assert "factors rescale the channels" in printed.getvalue() and "any more" not in printed.getvalue()
+
+
+def test_a_network_without_free_channels_is_refused_before_it_is_trained(tmp_path, capsys):
+    assert launch(tmp_path / "run", "--model", "lstm", "--equalize", "ranges") == 2
+    assert "--equalize ranges does not suit --model lstm. No channel" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_rows_of_both_networks(finished):
     rows = records.read(finished.folder / "metrics.jsonl")
     assert [(row["method"], row["epoch"]) for row in rows] == [(m, e) for m in METHODS for e in (1, 2)]

@@ -154,6 +154,10 @@ def test_wrong_settings_are_refused():
         qt.equalize(model, samples, grids=("int4",))
     with pytest.raises(InvalidInput, match="no grid is named"):
         qt.equalize(model, samples, grids=())
+    with pytest.raises(InvalidInput, match="named twice"):
+        qt.equalize(model, samples, grids=("int8-pt", "int8-pt"))
+    with pytest.raises(InvalidInput, match="looks at no grid"):
+        qt.equalize(model, samples, method="ranges", grids=("int8-pt",))
     with pytest.raises(InvalidInput, match='choose "learned" or "ranges"'):
         qt.equalize(model, samples, method="best")
     with pytest.raises(InvalidInput, match="at least 1"):
