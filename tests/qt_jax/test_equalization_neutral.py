@@ -139,13 +139,14 @@ def test_learned_factors_help_and_keep_the_function():
     assert rounded(found.model, samples, kernels) > rounded(model, samples, kernels) + 3
 
 
-def test_grids_that_are_named_are_served_first():
+def test_grids_that_are_named_alone_count():
+    """What serves 4-bit grids makes an 8-bit one worse here, unless it is named: nothing named gets worse."""
     model, samples = mlp()
-    one = ("int4w-full-pt",)
-    every, served = (qt.equalize(model, samples, steps=60, grids=grids) for grids in (None, one))
+    name = "int8-po2-near-pc"
+    every, served = (qt.equalize(model, samples, steps=20, grids=grids) for grids in (None, (name,)))
     assert every.errors.keys() == served.errors.keys() and len(every.errors) == 16
-    before, after = served.errors["int4w-full-pt"]
-    assert after < before and after < every.errors["int4w-full-pt"][1]
+    (before, worse), (_, after) = every.errors[name], served.errors[name]
+    assert after <= before < worse
 
 
 def test_wrong_settings_are_refused():
