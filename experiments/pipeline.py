@@ -92,7 +92,8 @@ def run(config: Config, console: Console) -> None:
         twins[FLOAT] = float_twin(config)
 
     model = models.create(config.model, dataset.num_classes, jnp.dtype(config.dtype))
-    check_equalize(config, dataset)
+    if not (directory / "checkpoints").exists():
+        check_equalize(config, dataset)
     trained = {method: train(twin, model, dataset, directory, method) for method, twin in twins.items()}
     devices.disconnect()
     if not devices.is_leader():
@@ -150,7 +151,7 @@ def describe(config: Config, dataset: Dataset, checkpoints: str, path: Path) -> 
 
 
 def deploy_float(
-    config: Config, trained: Deployable, path: Path, calibration: np.ndarray, clips: bool = False
+    config: Config, trained: Deployable, path: Path, dataset: Dataset, clips: bool = False
 ) -> dict[str, Any]:
     """Write the verified FP32 graph to `path`, and return what `deploy` says of it.
 
@@ -161,7 +162,7 @@ def deploy_float(
       config: Config of the network.
       trained: The network, with samples.
       path: ONNX file to write.
-      calibration: Images as the graph takes them, on which factors of channels are chosen.
+      dataset: Gives the images on which factors of channels are chosen.
       clips: As `deploy` takes it.
 
     Raises:
@@ -173,6 +174,7 @@ def deploy_float(
         raise qt.InvalidInput(
             "Clip nodes hold ranges of the channels as they were trained: do not rescale them"
         )
+    calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as scratch:
         before = Path(scratch) / path.name
         summary = deploy(trained, before)
@@ -221,8 +223,7 @@ def export(config: Config, path: Path, dataset: Dataset, console: Console) -> No
     """
     network = load_network(path.with_suffix(".json"))
     if not path.exists():
-        calibration = model_input(dataset, dataset.train_images[: config.calibration_size])
-        summary = deploy_float(config, network, path, calibration)
+        summary = deploy_float(config, network, path, dataset)
         operators = ", ".join(f"{count} {name}" for name, count in summary["operators"].items())
         console.print(
             f"{path.name}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates, "

@@ -122,9 +122,8 @@ def prepare(row: StudyRow, runs: Path, dataset: Dataset, console: Console) -> No
         checkpoint = _reestimated(row, checkpoint, folder / CHECKPOINTS / REESTIMATED, dataset)
     describe(row.config, dataset, os.path.relpath(checkpoint, folder), folder / DESCRIPTION)
     if not (folder / GRAPH).exists():
-        calibration = model_input(dataset, dataset.train_images[: row.config.calibration_size])
         clips = row.method.export == "clips"
-        summary = deploy_float(row.config, network.load(folder), folder / GRAPH, calibration, clips=clips)
+        summary = deploy_float(row.config, network.load(folder), folder / GRAPH, dataset, clips=clips)
         console.print(
             f"{GRAPH}: {summary['bytes']:,} bytes, {summary['macs'] / 1e6:.1f} M multiply-accumulates; "
             f"largest difference to JAX {max(summary['max_difference'].values()):.1e}; "
